@@ -59,6 +59,7 @@ from lora_plugins.integrations.lightning.module import (
     set_training_mode,
     start_alike,
     take_fingerprints,
+    tensors_beside_merges,
     with_built_layers,
     with_declarations,
 )
@@ -409,15 +410,17 @@ class LoraCallback(Callback):
             load_best(trainer, pl_module)
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
-        if lora_callbacks(trainer)[-1] is self and not is_sharded(trainer):
-            self._run.late_changes = LateChanges(pl_module)
-        files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module)  # type: ignore[attr-defined]
+        held = {} if is_sharded(trainer) else tensors_beside_merges(pl_module)
+        written = set() if self._run.audit is None else self._run.audit.written
+        files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module, written)  # type: ignore[attr-defined]
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
         group = self._group(trainer)
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             self._merge_adapters(trainer, pl_module)
             for callback in group:
                 callback._remove_names()
+        if lora_callbacks(trainer)[-1] is self:
+            self._run.late_changes = LateChanges(held)
         if writes_files(trainer):
             tell_written(trainer, files, lines)
 

@@ -1,6 +1,6 @@
 """The results of a run when `fit` ends: files of the adapter, the merged model, and which checkpoint is the best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import moved_base, present_state
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, write
-from lora_plugins.inplace import named_parameters, submodule
+from lora_plugins.inplace import full_name, submodule
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile
 from lora_plugins.integrations.lightning.module import (
     adapted_layers_moved,
     file_entries,
+    moved_by_hand,
     plain_state_dict,
     temporarily_merged,
     write_safetensors,
@@ -46,11 +47,20 @@ class Results:
     max_error: float
     dequantize: bool
 
-    def write(self, trainer: Trainer, module: nn.Module) -> dict[str, Path]:
-        """Writes the files; only the first process does, and returns their paths by what they are."""
+    def write(self, trainer: Trainer, module: nn.Module, written: Set[str]) -> dict[str, Path]:
+        """Writes the files; only the first process does.
+
+        Args:
+            trainer: The trainer.
+            module: Its module.
+            written: What the module has written into its base before the training, by name.
+
+        Returns:
+            The paths of the files by what they are.
+        """
         target = submodule(module, self.target)
         paths: dict[str, Path] = {}
-        self._warn_of_moved(module, target)
+        self._warn_of_moved(module, target, written)
         entries = file_entries(module, self.target)
         for file in self.files:
             path = self._write_adapter(file, trainer, target, entries)
@@ -62,7 +72,7 @@ class Results:
             paths["Merged model"] = write_safetensors(Path(self.export_to), tensors, entries)
         return paths
 
-    def _warn_of_moved(self, module: nn.Module, target: nn.Module) -> None:
+    def _warn_of_moved(self, module: nn.Module, target: nn.Module, written: Set[str]) -> None:
         moved = adapted_layers_moved(module)
         if self.files and moved:
             rank_zero_warn(
@@ -70,14 +80,14 @@ class Results:
                 "the files of the adapter do not have them: put on other models, it is exact for all other layers. "
                 "Checkpoints and export_to have them."
             )
-        weights = named_parameters(target)  # which the audit has watched
-        changed = moved_base(target, present_state(target), self.adapter_name)
-        buffers = [name for name in changed if name not in weights]
-        if any(file.is_ours for file in self.files) and buffers:  # the other formats are saved by what warns itself
+        changed = {full_name(self.target, n) for n in moved_base(target, present_state(target), self.adapter_name)}
+        told = sorted(changed - (moved_by_hand(module) - written).union(moved))
+        if told and any(file.is_ours for file in self.files):  # the other formats are saved by what warns itself
             rank_zero_warn(
-                f"Training has changed {listing(buffers, 3)}, as codebooks, queues and the like, and the files of the "
-                "adapter do not have them: on the base as it was, it computes something else. Name their modules in "
-                "modules_to_save. Checkpoints and export_to have them."
+                f"{listing(told, 3)} have changed since the adapter was added, as codebooks and queues do, or weights "
+                "that a hook of the module writes, and the files of the adapter do not have them: on the base as it "
+                "was, it computes something else. Name their modules in modules_to_save, or write such weights in "
+                "setup(). Checkpoints and export_to have them."
             )
 
     def _write_adapter(

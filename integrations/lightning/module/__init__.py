@@ -52,6 +52,7 @@ from lora_plugins.integrations.lightning.module.modes import (
 from lora_plugins.integrations.lightning.module.moved_tensors import (
     adapted_layers_moved,
     mark_moved,
+    moved_by_hand,
     take_fingerprints,
 )
 from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, whole_state_dict, write_safetensors
@@ -68,6 +69,7 @@ from lora_plugins.integrations.lightning.module.tensors import (
     frozen_by_others,
     frozen_keys,
     frozen_tensors,
+    tensors_beside_merges,
     trained_parameters,
 )
 
@@ -111,6 +113,7 @@ __all__ = [
     "merge_reversibly",
     "merged_weights",
     "modes_of_frozen_norms",
+    "moved_by_hand",
     "name_mapper",
     "not_as_built",
     "note_built",
@@ -123,6 +126,7 @@ __all__ = [
     "state_of_adapters",
     "take_fingerprints",
     "temporarily_merged",
+    "tensors_beside_merges",
     "trained_parameters",
     "whole_state_dict",
     "with_built_layers",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_plugins import LoraModel
 from lora_plugins.adapter import adapted_layers, adapter_tensors
 from lora_plugins.inplace import StoredWeight, full_name, model_modules, named_parameters, named_tensors, own_tensors
-from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, state_of_adapters
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights, state_of_adapters
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 from lora_plugins.integrations.lightning.module.moved_tensors import moved_by_hand
 
@@ -35,6 +35,12 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     Parameters outside the targets are the user's own, and the network of a metric is not trained.
     """
     return {name: p for name, p in _meant_to_be_trained(module).items() if p.requires_grad}
+
+
+def tensors_beside_merges(module: nn.Module) -> dict[str, Tensor]:
+    """Returns by name what adapters train and the frozen base, without the weights that a merge changes."""
+    merged, every = adapted_weights(module), {**frozen_tensors(module), **trained_parameters(module)}
+    return {name: tensor for name, tensor in every.items() if name not in merged}
 
 
 def frozen_by_author(module: nn.Module) -> set[str]:

@@ -57,11 +57,16 @@ class Audit:
         copies: The copies of adapted networks in the module, once there are optimizers.
         start: What the module was when it was adapted: what it has written since, before training, is in no other
             module of its class, and checkpoints hold it.
+
+    Attributes:
+        written: The names of what it has written since then, but for teachers and averages.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Start) -> None:
         self._trainer, self._module = trainer, module
-        start.mark_written(module)
+        written = set(start.mark_written(module)) - frozen_by_author(module)
+        followers = [name for copy in copies for name in copy.followers]
+        self.written = {name for name in written if not within(name, followers)}
         self._fingerprints = start.fingerprints
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
         self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]

@@ -1,30 +1,31 @@
 """Tells what is changed after the results of a run were made, as by `on_fit_end` of its module."""
 
-from lightning.pytorch import LightningModule
+from collections.abc import Mapping
+
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import checksums, trained_parameters
+from lora_plugins.integrations.lightning.module import checksums
 from lora_plugins.integrations.lightning.training.frozen_base import changed
 
 
 class LateChanges:
-    """What a run has trained, as it is saved and merged.
+    """What a module holds when it is saved and merged.
 
     Args:
-        module: The module, with its adapters.
+        tensors: Its tensors by name.
     """
 
-    def __init__(self, module: LightningModule) -> None:
-        self._trained = trained_parameters(module)
-        self._sums = checksums(self._trained)
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors, self._sums = tensors, checksums(tensors)
 
     def tell(self) -> None:
         """Names what has changed since."""
-        if late := changed(self._sums, self._trained):
+        if late := changed(self._sums, self._tensors):
             rank_zero_warn(
-                f"{len(late)} of {len(self._sums)} trained tensors were changed after the adapter was saved and "
-                f"merged, which has their values of before: {listing(late)}. on_fit_end of the module, or of a "
-                "callback behind the LoraCallback, does that, as to take the averages of a schedule-free optimizer. "
-                "Do it in on_train_end, which comes before."
+                f"{len(late)} tensors were changed after the adapter was saved and merged, and what was saved has "
+                f"their values of before: {listing(late)}. on_fit_end of the module, or of a callback behind the "
+                "LoraCallback, does that, as to take the averages of a schedule-free optimizer. Do it in "
+                "on_train_end, which comes before."
             )

@@ -67,8 +67,27 @@ class Counting(nn.Identity):
 def test_buffers_that_training_moves_are_named(tmp_path):
     module = Classifier()
     module.net[1] = Counting()
-    with pytest.warns(UserWarning, match=r"Training has changed '1\.seen', .* the files of the adapter do not have"):
+    with pytest.warns(UserWarning, match=r"'net\.1\.seen' have changed .* the files of the adapter do not have"):
         fitted(tmp_path, str(tmp_path / "ours"), module)
+
+
+class Prior(Classifier):
+    """Writes into a frozen bias in one of its hooks, as detectors set the prior of their classes."""
+
+    def __init__(self, hook):
+        super().__init__()
+        setattr(self, hook, self.write)
+
+    def write(self, *_):
+        with torch.no_grad():
+            self.net[3].bias.add_(1)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_end"])
+def test_weights_that_a_hook_writes_beside_the_training_are_named(tmp_path, hook):
+    callback = lora(LoraConfig(r=2, target_modules=["net.0"]), save_adapter_to=tmp_path / "ours")
+    with pytest.warns(UserWarning, match=r"'net\.3\.bias' have changed .* the files of the adapter do not have"):
+        trainer(tmp_path, [callback], max_epochs=2).fit(Prior(hook), loader())
 
 
 @pytest.mark.parametrize("listed", [False, True])

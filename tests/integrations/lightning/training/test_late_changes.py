@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 from lora_plugins import LoraConfig
 from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
@@ -23,12 +24,20 @@ class Averages(Classifier):
         return self.optimizer
 
 
+def test_frozen_weights_are_named_as_well(tmp_path):
+    module = Averages()
+    module.on_fit_end = lambda: nn.init.ones_(module.net[3].bias)
+    config = LoraConfig(r=2, target_modules=["net.0"])
+    with pytest.warns(UserWarning, match=r"1 tensors .*: 'net\.3\.bias'\. on_fit_end"):
+        trainer(tmp_path, [lora(config, merge_on_fit_end=True)]).fit(module, loader())
+
+
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "unmerged"])
 @pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
 def test_values_that_are_taken_too_late_are_named(tmp_path, hook, merge):
     module = Averages()
     setattr(module, hook, module.change)
-    late = pytest.warns(UserWarning, match=r"4 of 4 trained tensors .*net\.0\.lora_A.*Do it in on_train_end")
+    late = pytest.warns(UserWarning, match=r"4 tensors .*net\.0\.lora_A.*Do it in on_train_end")
     with late if hook == "on_fit_end" else nullcontext():
         trainer(tmp_path, [lora(merge_on_fit_end=merge)]).fit(module, loader())
 
@@ -37,6 +46,6 @@ def test_several_adapters_are_told_of_once(tmp_path):
     module = Averages()
     module.on_fit_end = module.change
     first, second = (lora(LoraConfig(r=2, target_modules=[at]), adapter_name=at[-1]) for at in ("net.0", "net.3"))
-    with pytest.warns(UserWarning, match="4 of 4 trained tensors") as told:
+    with pytest.warns(UserWarning, match="4 tensors") as told:
         trainer(tmp_path, [first, second]).fit(module, loader())
-    assert sum("trained tensors" in str(each.message) for each in told) == 1
+    assert sum("tensors were changed after" in str(each.message) for each in told) == 1

@@ -148,6 +148,14 @@ class Reads(TorchDispatchMode, Callback):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:The module has moved the frozen weights of 'teacher.0:UserWarning")
+@pytest.mark.parametrize("when", WHEN)
+def test_files_of_the_adapter_need_no_other_weights_of_a_teacher(tmp_path, when):
+    config = LoraConfig(r=2, target_modules=["net.0", "teacher.0"])
+    callback = lora(config, save_adapter_to=tmp_path / "adapter")
+    trainer(tmp_path, [callback], max_epochs=2).fit(Teacher(when=when, pretrained=True), loader())
+
+
 class TestFollows:
     @updates
     @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
