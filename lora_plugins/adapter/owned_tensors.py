@@ -70,11 +70,12 @@ class OwnedTensors:
             StateError: If one of the tensors is gone or has another shape than its values.
         """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
-        replaced = [name for name in self._replaced(model) if self.owner.get(name) != wanted.get(name)]
+        replaced = [name for name in self.replaced(model) if self.owner.get(name) != wanted.get(name)]
         if replaced:
             raise StateError(
                 f"{listing(replaced)} is gone or has another shape than when it was adapted: the layer was "
-                "replaced. unload() the adapters, which leaves the new layer as it is, and adapt the model again."
+                "replaced. unload() the adapters, which leaves the new layer as it is, or keep their updates by "
+                "merge_and_unload(), and adapt the model again."
             )
         self.follow_casts(model)
         for name in self.base:
@@ -111,12 +112,13 @@ class OwnedTensors:
 
     def forget_replaced(self, model: nn.Module) -> None:
         """Forgets the values of tensors that were removed, or replaced by ones of another shape."""
-        for name in self._replaced(model):
+        for name in self.replaced(model):
             self.owner.pop(name, None)
             for values in (self.base, *self.values.values()):
                 values.pop(name, None)
 
-    def _replaced(self, model: nn.Module) -> list[str]:
+    def replaced(self, model: nn.Module) -> list[str]:
+        """Returns the names of tensors that were removed, or replaced by ones of another shape."""
         found = {name: found_tensor(model, name) for name in self.base}
         return [
             name

@@ -71,7 +71,7 @@ def lost_layers(target: nn.Module, name: str) -> list[str]:
 
 
 def check_not_replaced(target: nn.Module, name: str) -> None:
-    """Checks that the layers which an adapter adapts are still in the module.
+    """Checks that the layers which an adapter adapts are still in the module, and the heads that it trains.
 
     Raises:
         StateError: If some were replaced, naming them.
@@ -82,6 +82,15 @@ def check_not_replaced(target: nn.Module, name: str) -> None:
             f"{len(lost)} adapted layers were replaced by others after they were adapted: {listing(lost)}. A "
             "precision plugin that swaps layers, or a setup() that builds the model again, does that. Build the "
             "layers once, and convert them before fit."
+        )
+    values = present_state(target).values
+    heads = [tensor for tensor in values.replaced(target) if tensor in values.of(name)]
+    if heads:
+        raise StateError(
+            f"{listing(heads)}: gone, or of another shape than when the module was adapted, so the adapter {name!r} "
+            "could not be saved. A head was replaced, as one that grows, or it was pruned or parametrized: do that "
+            "before fit. Where an earlier fit left the module adapted, LoraModel(...).merge_and_unload() of the target "
+            "keeps what was learned, and the next fit adapts it anew."
         )
 
 

@@ -10,14 +10,16 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_plugins import StateError
+from lora_plugins import LoraModel, StateError
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     Start,
+    adapted_targets,
     adapted_weights,
     built_since,
     built_too_late,
+    check_not_replaced,
     checksums,
     frozen_by_author,
     frozen_by_others,
@@ -136,6 +138,9 @@ class Audit:
             )
 
     def _check_late_layers(self) -> None:
+        for target in adapted_targets(self._module).values():
+            for name in LoraModel(target).adapters:
+                check_not_replaced(target, name)
         late = [name for name in built_since(self._module) if name not in self._late]
         if not late:
             return

@@ -54,6 +54,22 @@ def test_a_head_without_the_tensors_that_were_there(head, call):
     assert type(lora.model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("head", [*HEADS.values(), lambda: nn.Linear(6, 5)], ids=[*HEADS, "another shape"])
+def test_merging_for_good_beside_a_new_head_keeps_the_update(head):
+    lora = headed()
+    model = lora.model.double()
+    with torch.no_grad():
+        model[0].lora_B["a"].normal_()
+    x = torch.randn(3, 4).double()
+    hidden = model[0](x)
+    model[2] = new = head().double()
+    expected = model(x)
+    assert lora.merge_and_unload()[2] is new
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model[0](x), hidden, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "call",
     [

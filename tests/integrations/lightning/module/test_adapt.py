@@ -1,6 +1,7 @@
 """What is adapted, in which mode, and what is refused before anything is touched."""
 
 import pytest
+import torch
 from lightning.pytorch.plugins import Precision
 from torch import nn
 from torchmetrics import Metric
@@ -21,6 +22,44 @@ class Swaps(Precision):
 def test_precision_plugin_that_replaces_layers_is_refused(tmp_path):
     with pytest.raises(StateError, match=r"replaced by others.*net\.0.*precision plugin"):
         trainer(tmp_path, [lora()], plugins=[Swaps()]).fit(Classifier(), loader())
+
+
+HEADED = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+
+
+@pytest.mark.parametrize(
+    ("hook", "place", "told"),
+    [
+        pytest.param("on_fit_start", 3, r"'net\.3\.weight'.*A head was replaced", id="head ahead of training"),
+        pytest.param("on_train_start", 3, r"'net\.3\.weight'.*A head was replaced", id="head at the start"),
+        pytest.param("on_train_epoch_start", 3, r"'net\.3\.weight'.*A head was replaced", id="head in an epoch"),
+        pytest.param("on_train_start", 0, r"1 adapted layers were replaced.*'net\.0'", id="adapted layer at the start"),
+    ],
+)
+def test_what_a_hook_replaces_is_refused_before_a_step_is_trained(tmp_path, hook, place, told):
+    """Else the run would end in this error, with all that it has learned."""
+    module = Classifier()
+    setattr(module, hook, lambda: module.net.__setitem__(place, nn.Linear(*{0: (4, 16), 3: (16, 5)}[place])))
+    run = trainer(tmp_path, [lora(HEADED)])
+    with pytest.raises(StateError, match=told):
+        run.fit(module, loader())
+    assert run.global_step == 0
+
+
+def test_head_that_grew_between_two_fits(tmp_path):
+    module = Classifier()
+    trainer(tmp_path, [lora(HEADED)]).fit(module, loader())
+    module.net[3] = nn.Linear(16, 5)
+    before = values(module)
+    run = trainer(tmp_path, [lora(HEADED)])
+    with pytest.raises(StateError, match=r"'net\.3\.bias': gone, or .*merge_and_unload\(\) of the target keeps"):
+        run.fit(module, loader())
+    assert not differing(before, values(module))
+    expected = module.eval()(torch.ones(2, 4))
+    LoraModel(module).merge_and_unload()
+    assert torch.allclose(module(torch.ones(2, 4)), expected, rtol=1e-5, atol=1e-6)  # float32
+    trainer(tmp_path, [lora(HEADED)]).fit(module, loader())
+    assert not torch.equal(module.net[3].weight, before["net.3.weight"])
 
 
 class Distance(Metric):
