@@ -11,7 +11,13 @@ from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import find_copies, layers_of_factors, trained_parameters
+from lora_plugins.integrations.lightning.module import (
+    find_copies,
+    frozen_by_author,
+    frozen_tensors,
+    layers_of_factors,
+    trained_parameters,
+)
 from lora_plugins.utils import within
 
 _ADVICE = (
@@ -85,6 +91,7 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
             f"give them to the optimizer. {_ADVICE}"
         )
     _check_once(trained, groups)
+    _warn_of_idle(module, optimizers)
 
 
 def _add_to_group(
@@ -114,3 +121,18 @@ def _check_once(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]
     doubled = [name for name, p in trained.items() if counts[id(p)] > 1]
     if doubled:
         raise StateError(f"{listing(doubled)} are in more than one parameter group. Leave each in one of them.")
+
+
+def _warn_of_idle(module: nn.Module, optimizers: Iterable[Optimizable]) -> None:
+    """Names what an optimizer trains without the adapter, and nothing of which is trained with it: a discriminator."""
+    author = frozen_by_author(module)
+    frozen = {id(tensor): name for name, tensor in frozen_tensors(module).items() if name not in author}
+    for optimizer in optimizers:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        idle = [frozen[id(p)] for p in held if id(p) in frozen]
+        if idle and not any(p.requires_grad for p in held):
+            rank_zero_warn(
+                f"All {len(held)} tensors of an optimizer ({type(optimizer).__name__}) are frozen, so it trains "
+                f"nothing: {listing(idle, 3)}. If they are to be trained, as a discriminator or the weights of a loss "
+                "beside an adapted network, list their modules in modules_to_save, or leave them out of `target`."
+            )

@@ -1,10 +1,13 @@
 """Every trainable tensor sits in exactly one parameter group, or the run stops before the first batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lora_plugins import LoraConfig, StateError
@@ -228,6 +231,51 @@ def test_manual_optimization_with_two_toggled_optimizers(tmp_path):
     module = TwoOptimizers()
     fit(tmp_path, module)
     assert all(p.abs().sum() > 0 for p in lora_b(module).values())
+
+
+class Beside(Classifier):
+    """Has an optimizer of its own for what is beside the network, as metric losses and discriminators have."""
+
+    def __init__(self, author_freezes: bool):
+        super().__init__()
+        self.automatic_optimization = False
+        self.beside = nn.Linear(3, 3).requires_grad_(not author_freezes)
+
+    def training_step(self, batch, batch_idx):
+        loss = cross_entropy(self.beside(self(batch[0])), batch[1])
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.beside)]
+
+
+IDLE = r"All 2 tensors of an optimizer \(SGD\) are frozen.*'beside\.weight', 'beside\.bias'.*modules_to_save"
+
+
+def test_optimizer_of_what_is_frozen_with_the_adapter_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=IDLE) as told:
+        fit(tmp_path, Beside(author_freezes=False))
+    assert sum("of an optimizer" in str(warning.message) for warning in told) == 1
+
+
+@pytest.mark.parametrize(
+    ("author_freezes", "options"),
+    [
+        pytest.param(True, {"config": CONFIG}, id="frozen by its author"),
+        pytest.param(False, {"config": replace(CONFIG, modules_to_save=["beside"])}, id="trained in full"),
+        pytest.param(False, {"config": replace(CONFIG, target_modules="all"), "target": "net"}, id="beside the target"),
+    ],
+)
+def test_optimizer_of_what_is_trained_or_the_authors_is_not_named(tmp_path, author_freezes, options):
+    """No warning passes in these tests."""
+    module = Beside(author_freezes)
+    start = module.beside.weight.detach().clone()
+    trainer(tmp_path, [lora(**options)]).fit(module, loader())
+    assert torch.equal(start, module.beside.weight) is author_freezes
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")  # pytest has arguments of its own
