@@ -32,12 +32,11 @@ class NF4Storage(BlockwiseStorage):
 
     def unpacked(self, codes: Tensor) -> Tensor:
         """Looks up each byte."""
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            # Its graphs cannot view a number as two.
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined, no-untyped-call]
+            # Graphs of TorchScript and ONNX cannot view a number as two.
             return on_device(_BYTES, codes.device).index_select(0, codes.int()).flatten()
         return on_device(_PAIRS, codes.device).index_select(0, codes.int()).view(torch.float32)
 
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
         """Takes the half of a byte that each position is in."""
-        halves = codes[positions // 2].int() >> (4 * (1 - positions % 2))
-        return on_device(_LEVELS, codes.device)[halves & 15]
+        return on_device(_BYTES, codes.device)[codes[positions // 2].long(), positions % 2]

@@ -96,6 +96,31 @@ def test_jit_trace(storage):
     torch.testing.assert_close(traced(2 * x), model(2 * x))
 
 
+class Looks(nn.Module):
+    """Looks up in a table and multiplies: both ways in which stored values are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.linear(self.table(x))
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the exporter imports
+def test_onnx(storage, tmp_path):
+    runtime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
+    model = Looks().eval()
+    LoraModel(model, LoraConfig(r=2, init="none", quantize=storage, quantize_options={"min_size": 0}))
+    x = torch.tensor([[0, 3, 9], [7, 7, 1]])
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_values_and_bytes_are_those_of_bitsandbytes():
     weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
     functional = pytest.importorskip("bitsandbytes.functional")
