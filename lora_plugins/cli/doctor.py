@@ -29,6 +29,7 @@ from lora_plugins.plugins import (
     PluginInfo,
     default_registry,
     names_in,
+    require_installation,
 )
 
 OUR_MAIN = "lora_plugins.cli.main"
@@ -52,6 +53,7 @@ class Finding:
 def run(arguments: Sequence[str]) -> int:
     """Prints what was found; returns 1 if there is a problem."""
     doctor_parser().parse_args(arguments)
+    require_installation()
     problems = 0
     for title, check in CHECKS.items():
         print(f"{title}:")

@@ -5,7 +5,7 @@ each kind once; whatever registers, lists, documents or checks plugins loops ove
 """
 
 from lora_plugins.plugins.computing import computes_as
-from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, LOAD_VARIABLE, names_in
+from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, LOAD_VARIABLE, names_in, require_installation
 from lora_plugins.plugins.format import (
     FORMATS,
     OWN_FORMAT,
@@ -95,6 +95,7 @@ __all__ = [
     "joined",
     "names_in",
     "registry_of",
+    "require_installation",
     "storage_options",
     "sum_of_deltas",
 ]

@@ -55,10 +55,22 @@ def files_in(variable: str) -> list[Path]:
     return [Path(part) for part in os.environ.get(variable, "").split(os.pathsep) if part]
 
 
+def require_installation() -> None:
+    """Raises a PluginError if this package is imported but not installed: its plugins are found by its metadata."""
+    try:
+        metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError as error:
+        raise PluginError(
+            f"lora_plugins is imported from {Path(__file__).parents[1]}, but {DISTRIBUTION} is not installed, so that "
+            "none of its plugins is found. Install it: run `pip install .` in its checkout."
+        ) from error
+
+
 def sources(
     extra: Iterable[tuple[str, Any]], allow: Sequence[str] | None, block: Sequence[str], files: Iterable[Path]
 ) -> Iterator[Source]:
     """Yields every plugin there is, our own first; the arguments are those of `build_registry`."""
+    require_installation()
     reasons = _reasons(allow, block)
     points = sorted(metadata.entry_points(group=GROUP), key=lambda p: (_distribution(p)[0] != DISTRIBUTION, p.name))
     for point in points:

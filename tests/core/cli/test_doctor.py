@@ -55,6 +55,11 @@ def doctor(capsys):
 
 
 class TestDoctor:
+    def test_a_checkout_that_is_imported_but_not_installed(self, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "path", [])  # nothing that is installed is found; what is imported stays
+        assert main(["doctor"]) == 1
+        assert "lora-plugins is not installed, so that none of its plugins is found" in capsys.readouterr().err
+
     def test_versions_and_extras_are_listed(self, capsys):
         _, out = doctor(capsys)
         for words in (

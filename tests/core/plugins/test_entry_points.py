@@ -33,6 +33,12 @@ class Pair(nn.Module):
         return self.out(self.bilinear(a, b))
 
 
+def test_a_checkout_that_is_imported_but_not_installed(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # nothing that is installed is found; what is imported stays
+    with pytest.raises(PluginError, match=r"imported from .*lora_plugins, but lora-plugins is not installed.*pip inst"):
+        build_registry()
+
+
 class TestExample:
     def test_it_is_listed_with_its_distribution_and_version(self, with_plugins):
         with_plugins("plugin_example")
