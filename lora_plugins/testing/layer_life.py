@@ -3,12 +3,13 @@
 import copy
 import pickle
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
@@ -34,6 +35,18 @@ from lora_plugins.testing.layer_case import (
 )
 
 
+def _moved_by_a_call(untouched: Any, inputs: Any) -> set[str]:
+    """Calls a layer, which may count calls or follow statistics, and returns the keys of what that changed."""
+    before = copy.deepcopy(untouched.state_dict())
+    call(untouched, inputs)
+    after = untouched.state_dict()
+    return {key for key, value in before.items() if not torch.equal(value.to_dense(), after[key].to_dense())}
+
+
+def _without(state: Mapping[str, Tensor], keys: set[str]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
 def _merge(case: LayerCase) -> None:
     model = case.model().eval()
     original = copy.deepcopy(model.state_dict())
@@ -44,7 +57,8 @@ def _merge(case: LayerCase) -> None:
     lora.merge_adapter()
     require_all_close("the merged output", call(model, inputs), adapted)
     lora.unmerge_adapter()
-    for key, value in original.items():
+    moved = _moved_by_a_call(case.model().eval(), inputs)
+    for key, value in _without(original, moved).items():
         require_close(f"{key!r} after unmerging", model.state_dict()[key], value, 0)
     require_all_close("the output after unmerging", call(model, inputs), again, 0)
     plain = lora.merge_and_unload()
@@ -63,19 +77,12 @@ def _unload(case: LayerCase) -> None:
     lora.unload()
     require(type(model.layer) is base, f"the layer is a {type(model.layer)}")
     untouched = case.model().train()
-    call(untouched, inputs)  # counts calls, follows statistics or keeps what it measured, where the layer does
+    counted = _moved_by_a_call(untouched, inputs)
     attributes = vars(model.layer).keys()
     different = sorted((before - attributes) | (attributes - vars(untouched.layer).keys()))
     require(not different, f"the layer's attributes differ in {different}")
-    counted = {
-        key
-        for key, value in untouched.state_dict().items()
-        if not torch.equal(value.to_dense(), original[key].to_dense())
-    }
-    got, expected = (
-        {key: value for key, value in state.items() if key not in counted} for state in (model.state_dict(), original)
-    )
-    require_same_state("the unloaded model", got, expected)
+    got = _without(model.state_dict(), counted)
+    require_same_state("the unloaded model", got, _without(original, counted))
 
 
 def _backward(output: Any) -> None:
@@ -107,7 +114,8 @@ def _aliases(case: LayerCase) -> None:
     lora.merge_adapter()
     require_all_close("its merged output", call(model, both), expected)
     lora.unload()
-    require_same_state("the unloaded model", model.state_dict(), before)
+    moved = _moved_by_a_call(_Twice(case.model()).eval(), both)
+    require_same_state("the unloaded model", _without(model.state_dict(), moved), _without(before, moved))
 
 
 def _keys(case: LayerCase) -> None:

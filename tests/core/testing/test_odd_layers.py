@@ -204,6 +204,28 @@ def test_a_layer_that_counts_its_calls_and_has_a_norm_passes():
     check_layer_plugin(CountingPlugin(), Counting, lambda layer: torch.randn(5, 4))
 
 
+class AlwaysCounting(nn.Module):
+    """Counts its calls in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return F.linear(x, self.weight)
+
+
+class AlwaysCountingPlugin(RowMajorPlugin):
+    name = "always_counting"
+    module_type = AlwaysCounting
+
+
+def test_a_layer_that_counts_its_calls_in_evaluation_passes():
+    check_layer_plugin(AlwaysCountingPlugin(), AlwaysCounting, lambda layer: torch.randn(5, 4))
+
+
 class Glu(nn.Module):
     """y = sigmoid(G x + b) * U x: two weights, and one of them inside a curve."""
 
