@@ -7,7 +7,7 @@ tasks', with flags they are Lightning's. Arguments are parsed before what a comm
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 
-from lora_plugins.cli import Command, without_collections
+from lora_plugins.cli import Command, importing
 from lora_plugins.integrations.lightning.cli import COMMANDS as OF_LIGHTNING
 from lora_plugins.integrations.lightning.cli import quiet
 from lora_plugins.tasks.command_lines import (
@@ -29,7 +29,7 @@ def _predict(arguments: list[str]) -> int:
     given = predict_parser().parse_args(arguments[1:])
     if _is_complete():
         check_model(given.model)
-    with without_collections():
+    with importing():
         from lora_plugins.tasks.inference import predict_main
 
     with quiet():
@@ -49,7 +49,7 @@ def _export(arguments: list[str]) -> int:
         check_ending(given.out)
         check_runtime(given.out)
         check_model(given.model)
-    with without_collections():
+    with importing():
         from lora_plugins.tasks.inference import export_main
 
     with quiet():
@@ -64,7 +64,7 @@ def _report(arguments: list[str]) -> int:
 
 def _generate(arguments: list[str]) -> int:
     generate_parser().parse_args(arguments[1:])
-    with without_collections():
+    with importing():
         from lora_plugins.tasks.diffusion import generate_main
 
     with quiet():
@@ -82,7 +82,7 @@ def _serve(arguments: list[str]) -> int:
     given = serve_parser().parse_args(arguments[1:])
     if _is_complete():
         check_adapters(given.adapters)
-    with without_collections():
+    with importing():
         from lora_plugins.tasks.serving import serve_main
 
     with quiet():

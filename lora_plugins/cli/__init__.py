@@ -8,7 +8,7 @@ from lora_plugins.cli.commands import INTERRUPTED, TERMINATED, Command, installe
 from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.cli.plain_warnings import plain_warnings
-from lora_plugins.cli.starting import without_collections
+from lora_plugins.cli.starting import importing, without_collections
 
 __all__ = [
     "INTERRUPTED",
@@ -16,6 +16,7 @@ __all__ = [
     "Command",
     "Parser",
     "exit_on_closed_output",
+    "importing",
     "installed_commands",
     "plain_warnings",
     "without_collections",

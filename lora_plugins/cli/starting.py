@@ -1,8 +1,14 @@
 """What a command does before its work."""
 
 import gc
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from lora_plugins.cli.commands import INTERRUPTED
 
 
 @contextmanager
@@ -15,3 +21,27 @@ def without_collections() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Holds a block that only imports, without collections; Ctrl-C ends the process in it at once.
+
+    The exception of Python may be lost: in a callback, where it is ignored, or in a package that catches what an import
+    raises. A handler that a program has set by itself stays.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _end)
+    try:
+        with without_collections():
+            yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(*_: Any) -> NoReturn:
+    os.write(2, b"Interrupted.\n")
+    os._exit(INTERRUPTED)

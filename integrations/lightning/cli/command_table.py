@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from lora_plugins.cli import INTERRUPTED, Command, without_collections
+from lora_plugins.cli import INTERRUPTED, Command, importing, without_collections
 from lora_plugins.integrations.lightning.cli.noise import quiet
 
 
@@ -38,7 +38,7 @@ def _trainer(arguments: list[str]) -> int:
         return 0
     fits = "fit" in arguments and not _prints(arguments)
     prepared = _prepared(arguments, adapts=fits, writes=fits)
-    with quiet(), without_collections():
+    with quiet(), importing():
         from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
         from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
 
@@ -68,7 +68,7 @@ def _plan(arguments: list[str]) -> int:
         print(help_page("plan"))
         return 0
     prepared = _prepared(["fit", *arguments[1:]], adapts=not _prints(arguments))
-    with quiet(), without_collections():
+    with quiet(), importing():
         from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
         from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
 
@@ -81,7 +81,7 @@ def _merged_file(arguments: list[str]) -> int:
     from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser  # noqa: PLC0415
 
     merged_file_parser(arguments[0]).parse_args(arguments[1:])  # before Lightning is imported
-    with without_collections():
+    with importing():
         from lora_plugins.integrations.lightning.cli import merged_files  # noqa: PLC0415
 
     with _given_arguments():

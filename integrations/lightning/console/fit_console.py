@@ -53,10 +53,10 @@ class FitConsole(Callback):
         self._show("Before training", 0, _batches(trainer.num_sanity_val_batches), now=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock, and shows the epoch: a first step may take a minute."""
         self._start, self._first_step = time.monotonic(), _steps_done(trainer)
         self._epoch = _epoch(trainer)
-        self._show_training(trainer)
+        self._show_training(trainer, now=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the epoch before, whose metrics are complete now."""

@@ -1,10 +1,13 @@
 """What a command does before its work."""
 
 import gc
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from lora_plugins.cli import without_collections
+from lora_plugins.cli import INTERRUPTED, importing, without_collections
 
 
 @pytest.mark.parametrize("collects", [True, False])
@@ -17,3 +20,31 @@ def test_collecting_goes_on_as_before(collects):
         assert gc.isenabled() == collects
     finally:
         (gc.enable if before else gc.disable)()
+
+
+CAUGHT = """
+import signal
+from lora_plugins.cli import importing
+with importing():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:  # as packages do around what they can do without
+        pass
+print("went on")
+"""
+
+
+def test_ctrl_c_during_imports_is_not_lost():
+    done = subprocess.run([sys.executable, "-c", CAUGHT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "Interrupted.\n")
+
+
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_is_afterwards_what_it_was(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with importing():
+            assert (signal.getsignal(signal.SIGINT) is handler) == (handler is signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)

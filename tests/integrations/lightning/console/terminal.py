@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import select
 import struct
 import subprocess
 import termios
@@ -33,7 +34,7 @@ class Seen:
 
 
 def run(command, columns, press_after="", times=1, environment=None):
-    """Runs a command on a terminal; presses Ctrl-C so many times once a text is on it."""
+    """Runs a command on a terminal; presses Ctrl-C so many times from a moment after a text is on it."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
     with subprocess.Popen(
@@ -47,12 +48,13 @@ def run(command, columns, press_after="", times=1, environment=None):
         os.close(its)
         screen = pyte.HistoryScreen(columns, ROWS, history=10_000)
         stream, pressed, seen = pyte.ByteStream(screen), 0, b""
-        at = time.monotonic()
+        at = float("inf")
         for piece in _pieces(ours):
             stream.feed(piece)
             seen += piece
-            due = pressed == 0 or time.monotonic() - at > 0.3
-            if press_after and press_after.encode() in seen and pressed < times and due:
+            if at == float("inf") and press_after.encode() in seen:
+                at = time.monotonic()
+            if press_after and pressed < times and time.monotonic() - at > 0.3:
                 os.write(ours, CTRL_C)
                 pressed, at = pressed + 1, time.monotonic()
     above = ["".join(row[column].data for column in range(columns)) for row in screen.history.top]
@@ -66,7 +68,11 @@ def _take_terminal():
 
 
 def _pieces(descriptor):
+    """Yields what comes, and nothing now and then where nothing comes: a process that sleeps prints no line."""
     while True:
+        if not select.select([descriptor], [], [], 0.1)[0]:
+            yield b""
+            continue
         try:
             piece = os.read(descriptor, 65536)
         except OSError:  # the other end is closed
