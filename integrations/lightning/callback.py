@@ -7,7 +7,7 @@ from typing import Any, Literal, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
@@ -60,6 +60,7 @@ from lora_plugins.integrations.lightning.module import (
     start_alike,
     take_fingerprints,
     tensors_beside_merges,
+    trained_parameters,
     with_built_layers,
     with_declarations,
 )
@@ -410,7 +411,7 @@ class LoraCallback(Callback):
             load_best(trainer, pl_module)
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
-        held = {} if is_sharded(trainer) else tensors_beside_merges(pl_module)
+        held = self._held(trainer, pl_module)
         written = set() if self._run.audit is None else self._run.audit.written
         files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module, written)  # type: ignore[attr-defined]
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
@@ -617,6 +618,13 @@ class LoraCallback(Callback):
         return Results(
             self.adapter_name, self.target or "", self.adapter_files, self.export_to, self.max_error, self.dequantize
         )
+
+    def _held(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+        """Returns what is not to change after the results are made: the base only where files leave it out."""
+        if is_sharded(trainer):
+            return {}
+        writes = places_of_results(trainer) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        return tensors_beside_merges(module) if writes else {**trained_parameters(module)}
 
     def _target(self, module: nn.Module) -> nn.Module:
         return find_target(module, self.target)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -19,13 +20,19 @@ class LateChanges:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors, self._sums = tensors, checksums(tensors)
+        self._kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
 
     def tell(self) -> None:
-        """Names what has changed since."""
-        if late := changed(self._sums, self._tensors):
+        """Names what has changed since, but for what was converted to another type, or freed."""
+        same = {name: tensor for name, tensor in self._tensors.items() if _kind(tensor) == self._kinds[name]}
+        if late := changed(self._sums, same):
             rank_zero_warn(
                 f"{len(late)} tensors were changed after the adapter was saved and merged, and what was saved has "
                 f"their values of before: {listing(late)}. on_fit_end of the module, or of a callback behind the "
                 "LoraCallback, does that, as to take the averages of a schedule-free optimizer. Do it in "
                 "on_train_end, which comes before."
             )
+
+
+def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape

@@ -24,12 +24,40 @@ class Averages(Classifier):
         return self.optimizer
 
 
-def test_frozen_weights_are_named_as_well(tmp_path):
+ALONE = LoraConfig(r=2, target_modules=["net.0"])
+
+
+@pytest.mark.parametrize("place", ["save_adapter_to", "export_to"])
+def test_frozen_weights_are_named_as_well(tmp_path, place):
     module = Averages()
     module.on_fit_end = lambda: nn.init.ones_(module.net[3].bias)
-    config = LoraConfig(r=2, target_modules=["net.0"])
+    callback = lora(ALONE, merge_on_fit_end=True, **{place: str(tmp_path / "file.safetensors")})
     with pytest.warns(UserWarning, match=r"1 tensors .*: 'net\.3\.bias'\. on_fit_end"):
-        trainer(tmp_path, [lora(config, merge_on_fit_end=True)]).fit(module, loader())
+        trainer(tmp_path, [callback]).fit(module, loader())
+
+
+def prune(module):
+    nn.init.zeros_(module.net[3].weight)
+
+
+def free(module):
+    module.net[3].weight.data = torch.empty(0)
+
+
+@pytest.mark.parametrize(
+    ("act", "writes"),
+    [
+        pytest.param(lambda module: module.half(), True, id="converted"),
+        pytest.param(free, True, id="freed"),
+        pytest.param(prune, False, id="pruned where no file lacks it"),
+    ],
+)
+def test_what_is_done_with_the_merged_module_is_not_named(tmp_path, act, writes):
+    """No warning passes in these tests."""
+    module = Averages()
+    module.on_fit_end = lambda: act(module)
+    files = {"save_adapter_to": tmp_path / "ours"} if writes else {}
+    trainer(tmp_path, [lora(ALONE, merge_on_fit_end=True, **files)]).fit(module, loader())
 
 
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "unmerged"])
