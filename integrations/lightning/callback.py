@@ -48,12 +48,14 @@ from lora_plugins.integrations.lightning.module import (
     find_copies,
     find_target,
     freeze_alike,
+    marks_of_base,
     merge_as_bytes,
     merge_from_bytes,
     merge_reversibly,
     merged_weights,
     modes_of_frozen_norms,
     note_built,
+    put_back_marks,
     reuse_adapter,
     set_modes_of_frozen_norms,
     set_training_mode,
@@ -304,6 +306,7 @@ class LoraCallback(Callback):
         """
         if self._run.restored is not None:
             self.rates.check_restored(self._run.restored.get("rates", {}))
+        put_back_marks(pl_module, self._run.marks)
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
@@ -480,6 +483,7 @@ class LoraCallback(Callback):
         self._modes = modes_of_frozen_norms(module)
         if trainer.state.fn == "fit":
             self._start = Start.of(module)
+            self._run.marks = marks_of_base(module)
         if changed:
             copy_into_averages(trainer, module)
 

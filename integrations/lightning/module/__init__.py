@@ -50,9 +50,12 @@ from lora_plugins.integrations.lightning.module.modes import (
     set_training_mode,
 )
 from lora_plugins.integrations.lightning.module.moved_tensors import (
+    Marks,
     adapted_layers_moved,
     mark_moved,
+    marks_of_base,
     moved_by_hand,
+    put_back_marks,
     take_fingerprints,
 )
 from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, whole_state_dict, write_safetensors
@@ -75,6 +78,7 @@ from lora_plugins.integrations.lightning.module.tensors import (
 
 __all__ = [
     "KeptMerge",
+    "Marks",
     "NetworkCopy",
     "Start",
     "adapted_layers_moved",
@@ -108,6 +112,7 @@ __all__ = [
     "lost_layers",
     "mark_merged",
     "mark_moved",
+    "marks_of_base",
     "merge_as_bytes",
     "merge_from_bytes",
     "merge_reversibly",
@@ -119,6 +124,7 @@ __all__ = [
     "note_built",
     "outside",
     "plain_state_dict",
+    "put_back_marks",
     "reuse_adapter",
     "set_modes_of_frozen_norms",
     "set_training_mode",

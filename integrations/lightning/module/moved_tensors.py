@@ -15,6 +15,9 @@ from lora_plugins.integrations.lightning.module.adapted_parts import adapted_tar
 Fingerprints = Mapping[str, Mapping[str, float]]
 """Of tensors, by full name."""
 
+Marks = Mapping[tuple[str, str], Mapping[str, tuple[float, float]]]
+"""Of tensors, by path and name of an adapter, and by name below that path."""
+
 _MOVED = "_lora_moved"
 """Attribute of a LightningModule with the names of what it moved by hand; only modules that did have it."""
 
@@ -72,6 +75,25 @@ def take_fingerprints(module: nn.Module) -> None:
         for name, adapter in state_of_adapters(target).adapters.items():
             if not adapter.fingerprints:
                 LoraModel(target).pack(name)
+
+
+def marks_of_base(module: nn.Module) -> Marks:
+    """Returns what adapters know of the base that they were added to, by path and name.
+
+    Loading a whole state dict makes them forget it. That of a checkpoint has the same base, and what has moved since.
+    """
+    return {
+        (path, name): dict(adapter.base)
+        for path, target in adapted_targets(module).items()
+        for name, adapter in state_of_adapters(target).adapters.items()
+    }
+
+
+def put_back_marks(module: nn.Module, marks: Marks) -> None:
+    """Lets adapters know again what `marks_of_base` returned."""
+    for path, target in adapted_targets(module).items():
+        for name, adapter in state_of_adapters(target).adapters.items():
+            adapter.base.update(marks.get((path, name), {}))
 
 
 def _computes(source: str, weight: str) -> bool:

@@ -41,15 +41,14 @@ class Start:
         tensors = {name: tensor for name, tensor in frozen_tensors(module).items() if name not in other}
         return cls(_sums(tensors), {**known_fingerprints(module), **merged})
 
-    def mark_written(self, module: nn.Module) -> list[str]:
-        """Records, on the module, that it has written what has changed since, and returns the names of that."""
+    def mark_written(self, module: nn.Module) -> None:
+        """Records, on the module, that it has written what has changed since."""
         now = _sums({name: tensor for name, tensor in frozen_tensors(module).items() if name in self.sums})
         # In another type they cannot be compared: a precision plugin has converted them.
         written = [name for name in now if now[name][0] == self.sums[name][0] and now[name] != self.sums[name]]
         if written:
             take_fingerprints(module)  # which adapters forget when a whole base is loaded
         mark_moved(module, written, self.fingerprints)
-        return written
 
 
 def _sums(tensors: Mapping[str, Tensor]) -> Sums:

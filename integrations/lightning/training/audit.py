@@ -26,6 +26,7 @@ from lora_plugins.integrations.lightning.module import (
     frozen_tensors,
     is_adapted_alike,
     mark_moved,
+    moved_by_hand,
     trained_parameters,
 )
 from lora_plugins.integrations.lightning.training.averages import renews_statistics
@@ -61,13 +62,14 @@ class Audit:
             module of its class, and checkpoints hold it.
 
     Attributes:
-        written: The names of what it has written since then, but for teachers and averages.
+        written: The names of what it has written so, now or in an earlier run, but for teachers and averages.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Start) -> None:
         self._trainer, self._module = trainer, module
-        written = set(start.mark_written(module)) - frozen_by_author(module)
+        start.mark_written(module)
         followers = [name for copy in copies for name in copy.followers]
+        written = moved_by_hand(module) - frozen_by_author(module)
         self.written = {name for name in written if not within(name, followers)}
         self._fingerprints = start.fingerprints
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)

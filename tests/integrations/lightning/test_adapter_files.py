@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -88,6 +89,41 @@ def test_weights_that_a_hook_writes_beside_the_training_are_named(tmp_path, hook
     callback = lora(LoraConfig(r=2, target_modules=["net.0"]), save_adapter_to=tmp_path / "ours")
     with pytest.warns(UserWarning, match=r"'net\.3\.bias' have changed .* the files of the adapter do not have"):
         trainer(tmp_path, [callback], max_epochs=2).fit(Prior(hook), loader())
+
+
+class CountingPrior(Prior):
+    """Has a layer as well that counts in training."""
+
+    def __init__(self):
+        super().__init__("on_fit_start")
+        self.net[1] = Counting()
+
+
+class TestMovedBeforeACheckpoint:
+    """What moves is named where a checkpoint was loaded since, in which it is."""
+
+    MOVED = r"'net\.1\.seen', 'net\.3\.bias' have changed .* the files of the adapter do not have"
+    CONFIG = LoraConfig(r=2, target_modules=["net.0"])
+
+    def test_the_best(self, tmp_path):
+        files = [AdapterFile(str(tmp_path / "ours")), AdapterFile(str(tmp_path / "theirs"), "peft")]
+        best = ModelCheckpoint(tmp_path, monitor="train/loss")
+        callback = lora(self.CONFIG, save_adapter_to=files, merge_source="best")
+        ours = pytest.warns(UserWarning, match=self.MOVED)
+        theirs = pytest.warns(UserWarning, match=r"does not hold 'net\.3\.bias', 'net\.1\.seen', which have changed")
+        with ours, theirs:
+            trainer(tmp_path, [callback, best]).fit(CountingPrior(), loader())
+
+    @pytest.mark.parametrize("same", [True, False], ids=["same module", "new module"])
+    def test_that_of_a_resumed_run(self, tmp_path, same):
+        module = CountingPrior()
+        kept = ModelCheckpoint(tmp_path, save_last=True)
+        trainer(tmp_path, [lora(self.CONFIG), kept], max_epochs=1).fit(module, loader())
+        callback = lora(self.CONFIG, save_adapter_to=tmp_path / "ours")
+        with pytest.warns(UserWarning, match=self.MOVED):
+            trainer(tmp_path, [callback]).fit(
+                module if same else CountingPrior(), loader(), ckpt_path=tmp_path / "last.ckpt"
+            )
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -30,7 +30,7 @@ ARROWS = {
     "training": {"module", "shims", "strategies"},
     "writer": set(),
     "results": {"adapter_files", "module", "strategies"},
-    "run": {"shims", "training"},
+    "run": {"module", "shims", "training"},
     "callback": {
         "adapter_files",
         "checkpoint",
