@@ -29,7 +29,8 @@ the callback and with it (`target_modules="all"`, `r=2`, two epochs).
 SemanticSegmentationTask-fcn is that class with `model="fcn"`, and so on.
 """
 
-TAIL = """Classes of lightly are those of its documentation, put together of its heads, losses and memory banks.
+TAIL = """Classes of lightly are those of its documentation, put together of its heads, losses and memory banks. SwaV
+normalizes its prototypes ahead of each step: they are in `modules_to_save`.
 
 Tried, and not in the table: pyannote-audio 4.0.7 needs torchaudio 2.11, which torch 2.13 cannot load. Beside torch
 2.11, PyanNet with its VoiceActivityDetection on made sounds is "yes" in all columns, with

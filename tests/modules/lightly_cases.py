@@ -224,7 +224,8 @@ OF = {
     TiCo: MOMENTUM,
     DINO: ("teacher_backbone", "teacher_head"),
 }
+CONFIGS = {SwaV: {"modules_to_save": ["prototypes"]}}
 CASES = [
-    Case("lightly", cls.__name__, cls, _views, by_hand=OF.get(cls, ()))
+    Case("lightly", cls.__name__, cls, _views, config=CONFIGS.get(cls, {}), by_hand=OF.get(cls, ()))
     for cls in (BarlowTwins, VICReg, DCL, SimSiam, NNCLR, MoCo, BYOL, DINO, SwaV, TiCo)
 ]

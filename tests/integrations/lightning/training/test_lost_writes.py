@@ -124,8 +124,16 @@ def test_it_moves_as_ever_where_it_is_excluded(tmp_path, write):
 
 @pytest.mark.parametrize("kind", [Bounded, BoundedBefore, BoundedAfter])
 def test_weight_that_is_kept_in_bounds_stops_the_run(tmp_path, kind):
-    with pytest.raises(StateError, match=r"writes into .net\.3\.weight. "):
+    with pytest.raises(StateError, match=r"writes into .net\.3\.weight. .* in modules_to_save"):
         fit(tmp_path, kind())
+
+
+def test_it_is_kept_in_bounds_where_it_is_trained_in_full(tmp_path):
+    module = BoundedAfter()
+    before = values(module)
+    fit(tmp_path, module, LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"]))
+    assert (module.net[3].weight >= 0).all()
+    assert "net.3.bias" in differing(before, values(module))
 
 
 def test_one_batch_is_enough_to_see_it(tmp_path):
