@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
-from lora_plugins.adapter import freeze_new_norms, model_state
+from lora_plugins.adapter import freeze_new_norms, model_state, present_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
     Check,
@@ -23,7 +23,7 @@ from lora_plugins.field_checks import (
     choice_of,
     optional,
 )
-from lora_plugins.inplace import submodule
+from lora_plugins.inplace import full_name, submodule
 from lora_plugins.integrations.lightning.adapter_files import (
     AdapterFile,
     adapter_files,
@@ -575,6 +575,9 @@ class LoraCallback(Callback):
         LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
         if not is_sharded(trainer):
             start_alike(module, find_copies(module), self.adapter_name)
+        changed = {full_name(self.target or "", name) for name in present_state(target).values.of(self.adapter_name)}
+        for callback in lora_callbacks(trainer):  # whose adapters were there before an init that changes the base
+            callback._start = callback._start.without(changed)
         copy_into_averages(trainer, module)
 
     def _merge_adapters(self, trainer: Trainer, module: LightningModule) -> None:

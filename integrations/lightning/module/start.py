@@ -1,7 +1,7 @@
 """The state of a module with adapters, to tell by checksums what its own hooks write into the frozen base."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class Start:
         other = frozenset(but)
         tensors = {name: tensor for name, tensor in frozen_tensors(module).items() if name not in other}
         return cls(_sums(tensors), {**known_fingerprints(module), **merged})
+
+    def without(self, names: Collection[str]) -> "Start":
+        """Returns it without tensors that were changed since, and not by the module."""
+        return replace(self, sums={name: value for name, value in self.sums.items() if name not in names})
 
     def mark_written(self, module: nn.Module) -> None:
         """Records, on the module, that it has written what has changed since."""

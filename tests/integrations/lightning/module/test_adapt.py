@@ -7,7 +7,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lora_plugins import LoraConfig, LoraModel, StateError, TargetError
-from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
 
 class Swaps(Precision):
@@ -114,3 +114,19 @@ class TestRefusedAtOnce:
     def test_unknown_target(self, tmp_path):
         with pytest.raises(ValueError, match=r"target is 'nett'.*'net'"):
             trainer(tmp_path, [lora(target="nett")]).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "lora_ga"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_base_that_an_init_changes_is_not_written_by_the_module(tmp_path, init, first):
+    """No warning passes in these tests; the other adapter is there before its base changes, or after."""
+    callbacks = [
+        lora(
+            LoraConfig(r=2, target_modules=["net.0"], init=init), adapter_name="changes", save_adapter_to=tmp_path / "a"
+        ),
+        lora(LoraConfig(r=2, target_modules=["net.3"]), adapter_name="other", save_adapter_to=tmp_path / "b"),
+    ]
+    run = trainer(tmp_path, callbacks if first else callbacks[::-1])
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    assert not {"net.0.weight", "net.0.bias"} & load(tmp_path / "it.ckpt")["state_dict"].keys()
