@@ -97,7 +97,8 @@ def found_plugins(
             continue
         try:
             registrars = _register(manager, source.info, source.load())
-        except Exception as error:  # whatever a third-party module raises, only its own users are concerned
+        # Whatever a third-party module raises, only its own users are concerned; sys.exit() is how some end an import.
+        except (Exception, SystemExit) as error:
             infos[-1] = replace(source.info, error=error)
             if source.required:
                 raise PluginError(f"Plugin {infos[-1].owner} {infos[-1].state}") from error

@@ -102,6 +102,7 @@ def raising(error):
 
 BROKEN = {
     "raises": plugin(lora_plugins_register_inits=raising(RuntimeError("no license server"))),
+    "ends the process": plugin(lora_plugins_register_inits=raising(SystemExit(3))),
     "registers a class": plugin(lora_plugins_register_inits=lambda registrar: registrar.add(ZeroInit)),
     "registers a nameless one": registers(type("Nameless", (ZeroInit,), {"name": ""})()),
     "registers a layer of no class": registers(type("Odd", (BilinearPlugin,), {"module_type": 5})()),
