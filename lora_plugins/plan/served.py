@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import LoraError, PluginError, listing, near, sentence
@@ -58,7 +59,7 @@ def matrix_shape(plugin: LayerPlugin[Any], weight: Tensor, tensor: str) -> tuple
     """Returns `(out, in)` of the matrix that a layer type makes of a weight.
 
     Raises:
-        PluginError: If it makes none.
+        PluginError: If it makes none, or lays it out otherwise than the weight.
     """
     try:
         matrix = plugin.to_matrix(weight)
@@ -67,6 +68,13 @@ def matrix_shape(plugin: LayerPlugin[Any], weight: Tensor, tensor: str) -> tuple
     if not isinstance(matrix, Tensor) or matrix.dim() != 2:
         made = tuple(matrix.shape) if isinstance(matrix, Tensor) else matrix
         raise PluginError(f"to_matrix of {tensor!r}, {tuple(weight.shape)}, gives {made!r} and no matrix (out, in)")
+    try:
+        back = plugin.from_matrix(torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device), weight.shape)
+    except Exception as error:  # likewise
+        raise PluginError(f"from_matrix for {tensor!r}, {tuple(weight.shape)}, raised {_said(error)}") from error
+    if not isinstance(back, Tensor) or back.shape != weight.shape:
+        made = tuple(back.shape) if isinstance(back, Tensor) else back
+        raise PluginError(f"from_matrix for {tensor!r}, {tuple(weight.shape)}, gives {made!r} and not that shape")
     rows, columns = matrix.shape
     return rows, columns
 

@@ -44,6 +44,16 @@ class NoMatrix(PairPlugin):
         return None
 
 
+class StaysAMatrix(PairPlugin):
+    def from_matrix(self, matrix, shape):
+        return matrix[:1]
+
+
+class CannotGoBack(PairPlugin):
+    def from_matrix(self, matrix, shape):
+        return matrix.view(3, 5)
+
+
 class Raises(PairPlugin):
     def slots(self, layer):
         return [Slot(layer.nothing)]
@@ -69,6 +79,8 @@ WRONG = {
     "rows beyond": (giving(Slot("first", "q", (2, 6, 8))), r"rows=\(2, 6, 8\), and the matrix of 'first' has 4 rows"),
     "three dimensions": (ThreeDimensions(), r"gives \(1, 4, 4\) and no matrix \(out, in\)"),
     "no matrix": (NoMatrix(), r"gives None and no matrix"),
+    "another shape": (StaysAMatrix(), r"from_matrix for 'first', \(4, 4\), gives \(1, 4\) and not that shape"),
+    "cannot go back": (CannotGoBack(), r"from_matrix for 'first', \(4, 4\), raised RuntimeError"),
     "raises": (Raises(), r"AttributeError: 'Pair' object has no attribute 'nothing'"),
 }
 
