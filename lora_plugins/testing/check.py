@@ -93,6 +93,28 @@ def chosen(checks: Mapping[str, Check[Case]], only: Collection[str] | None, skip
     return [check for name, check in checks.items() if (only is None or name in only) and name not in skip]
 
 
+def each_of(options: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    """Returns the options of a kit that checks a plugin with several, one after another.
+
+    Raises:
+        ConfigError: If they are those of one run.
+    """
+    if isinstance(options, Mapping):
+        raise ConfigError(f"options lists those of one run after another: options=[{options!r}].")
+    return options
+
+
+def one_of(options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Returns the options of a kit that checks a plugin with one mapping of them.
+
+    Raises:
+        ConfigError: If they are something else.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(f"options maps names to values; it is not {options!r}. Check others by a call of their own.")
+    return options or {}
+
+
 def run(check: Check[Case], case: Case, subject: str) -> None:
     """Runs one check, without moving the random numbers of the process.
 

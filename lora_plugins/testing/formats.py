@@ -314,8 +314,8 @@ def check_format_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name.
+        ConfigError: If there is no check of a name, or the options are no mapping.
     """
-    case = FormatCase(plugin, checks.elsewhere(plugin), file_name, options or {})
+    case = FormatCase(plugin, checks.elsewhere(plugin), file_name, checks.one_of(options))
     for check in chosen(FORMAT_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__}")

@@ -426,7 +426,7 @@ def check_init_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check or layer of a name.
+        ConfigError: If there is no check or layer of a name, or the options are one mapping.
 
     Example:
         >>> from lora_plugins.inits.gaussian import GaussianInit
@@ -438,7 +438,7 @@ def check_init_plugin(
         if name not in LAYERS:
             raise ConfigError(f"The kit has no layer {name!r}. {near(name, LAYERS)}")
     selected = chosen(INIT_CHECKS, only, skip)
-    for each in options:
+    for each in checks.each_of(options):
         case = InitCase(init, checks.elsewhere(init), dict(each), r, started)
         subject = f"{type(init).__name__}{f' with {dict(each)}' if each else ''}"
         for check in selected:

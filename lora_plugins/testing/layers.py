@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_plugins.devices import usable_device
 from lora_plugins.plugins import LayerPlugin
-from lora_plugins.testing.check import Check, by_name, chosen, run
+from lora_plugins.testing.check import Check, by_name, chosen, each_of, run
 from lora_plugins.testing.layer_answers import ANSWER_CHECKS
 from lora_plugins.testing.layer_calls import CALL_CHECKS
 from lora_plugins.testing.layer_case import LayerCase
@@ -51,7 +51,7 @@ def check_layer_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name, or torch cannot use the device here.
+        ConfigError: If there is no check of a name, the options are one mapping, or torch cannot use the device here.
 
     Example:
         >>> from torch import nn
@@ -64,7 +64,7 @@ def check_layer_plugin(
         ... )
     """
     checks, place = chosen(LAYER_CHECKS, only, skip), usable_device(device)
-    for each in options:
+    for each in each_of(options):
         for checked, what in _uses(plugin):
             case = LayerCase(checked, build, inputs, dict(each), compile_backend, place)
             subject = f"{type(plugin).__name__}{f' with {dict(each)}' if each else ''}{what}"

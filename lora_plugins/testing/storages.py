@@ -286,8 +286,8 @@ def check_storage_plugin(
     Raises:
         CheckError: At the first check that fails; an AssertionError that says what was expected, what came, and what
             authors usually got wrong.
-        ConfigError: If there is no check of a name, or torch cannot use the device here.
+        ConfigError: If there is no check of a name, the options are no mapping, or torch cannot use the device here.
     """
-    case = StorageCase(plugin, checks.elsewhere(plugin), options or {}, usable_device(device))
+    case = StorageCase(plugin, checks.elsewhere(plugin), checks.one_of(options), usable_device(device))
     for check in chosen(STORAGE_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")
