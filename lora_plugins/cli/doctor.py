@@ -127,13 +127,15 @@ def _no_registry(error: PluginError) -> Finding:
     cause = error.__cause__
     if cause is None:  # two plugins that claim one name
         return Finding("problem", str(error), "What can be done is said above; until then nothing can be adapted.")
-    where = "" if isinstance(cause, LoraError) else _where(cause)
     advice = f"Repair that file, or correct {LOAD_VARIABLE}, which names it; until then nothing can be adapted."
-    return Finding("problem", f"{error}{where}", advice)
+    return Finding("problem", f"{error}{_where(cause)}", advice)
 
 
 def _where(error: BaseException) -> str:
+    """Says where a plugin failed; nothing where that is no line of it, as of an error that says all itself."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, LoraError) or frame.filename.startswith("<frozen"):
+        return ""
     return f" ({frame.filename}, line {frame.lineno})"
 
 

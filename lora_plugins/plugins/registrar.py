@@ -44,7 +44,8 @@ class Registrar(Generic[P]):
             )
         base = self.kind.base.__name__
         if not isinstance(plugin, self.kind.base):
-            hint = " Register an instance, not the class." if isinstance(plugin, type) else ""
+            of_other = f" {self.kind.hook_name} takes nothing else: each kind has a hook of its own."
+            hint = " Register an instance, not the class." if isinstance(plugin, type) else of_other
             raise PluginError(f"Plugin {self.info.owner} registered {plugin!r}, which is no {base}.{hint}")
         wrong = self._wrong(plugin)
         if wrong:

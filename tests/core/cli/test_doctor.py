@@ -122,6 +122,13 @@ class TestDoctor:
         assert "plugin_of_bad.py, line 1" in out
         assert "LORA_PLUGINS_BLOCK=of_bad" in out
 
+    @pytest.mark.parametrize("text", ["", "def x(:"], ids=["no hook", "no Python"])
+    def test_where_it_broke_is_said_only_if_that_is_a_line_of_it(self, capsys, distribution, text):
+        distribution("bad", text)
+        _, out = doctor(capsys)
+        (line,) = [line for line in out.splitlines() if "'of_bad' of bad 1.5 failed" in line]
+        assert not any(of_others in line for of_others in ("manager.py", "<frozen"))
+
     def test_the_way_out_works_and_is_noted(self, capsys, distribution, monkeypatch):
         distribution("bad", BROKEN)
         monkeypatch.setenv("LORA_PLUGINS_BLOCK", "of_bad,of_bat")

@@ -45,7 +45,7 @@ class TestRegistrars:
             pytest.param(INITS, Init, "Register an instance, not the class", id="init class"),
             pytest.param(LAYERS, Layer, "Register an instance, not the class", id="layer class"),
             pytest.param(INITS, Layer(), "no InitPlugin", id="layer as init"),
-            pytest.param(LAYERS, Init(), "no LayerPlugin", id="init as layer"),
+            pytest.param(LAYERS, Init(), "no LayerPlugin. lora_plugins_register_layers takes", id="init as layer"),
             pytest.param(INITS, object(), "no InitPlugin", id="object"),
             pytest.param(INITS, variant(Init, name=""), "'name'", id="init without name"),
             pytest.param(INITS, variant(Init, name=["a"]), "'name'", id="init whose name is a list"),
