@@ -1,7 +1,8 @@
 """The errors of lora_plugins, and the near matches that their messages offer."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _HALF = 100
@@ -34,6 +35,22 @@ class MergeError(LoraError):
 
 class AdapterFileError(LoraError):
     """An adapter folder is damaged, incomplete, or was made for another model."""
+
+
+@contextmanager
+def noted(place: str) -> Iterator[None]:
+    """Says of an error that a plugin's own code raises where that was; those raised on purpose say it themselves.
+
+    Args:
+        place: The method, the plugin, and what it was called for.
+    """
+    try:
+        yield
+    except LoraError:
+        raise
+    except Exception as error:
+        error.add_note(f"It was raised in {place}.")
+        raise
 
 
 ALIKE, BEHIND = 0.5, 0.15

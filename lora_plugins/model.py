@@ -36,7 +36,7 @@ from lora_plugins.adapter import (
 )
 from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import StateError
+from lora_plugins.errors import StateError, noted
 from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
@@ -395,7 +395,7 @@ class LoraModel(metaclass=Told):
         options = options_of(chosen, format_options)
         packed = pack(self.model, state, adapter_name, self._registry, of_first_base=False)
         warn_of_unsaved(self.model, state, adapter_name)
-        with base_in_place(self.model, state):
+        with base_in_place(self.model, state), noted(f"the format {chosen.name!r}, writing {path}"):
             return chosen.write(Path(path), packed, self.model, self._registry, options)
 
     def push_to_hub(
@@ -623,7 +623,8 @@ def _read(
     chosen = (registry or default_registry()).get(FORMATS, format) if format else format_of(found, registry)
     options = options_of(chosen, format_options)
     state = model_state(model)
-    with base_in_place(model, state) if state else nullcontext():
+    place = f"the format {chosen.name!r}, reading {found}"
+    with base_in_place(model, state) if state else nullcontext(), noted(place):
         return chosen.read(found, model, registry, options)
 
 

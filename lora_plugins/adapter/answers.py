@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import PluginError, StateError
-from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot
+from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot, Storage
 
 
 def check_filled(init: InitPlugin, context: InitContext) -> None:
@@ -70,7 +70,7 @@ def base_of(init: InitPlugin, layer: PlannedLayer, returned: Any, shape: torch.S
         shape: `(out, in)` of what it was handed.
 
     Raises:
-        PluginError: If that is no matrix of this shape.
+        PluginError: If that is no matrix of this shape, or has values that are not finite.
     """
     if not isinstance(returned, Tensor) or returned.shape != shape:
         found = tuple(returned.shape) if isinstance(returned, Tensor) else returned
@@ -78,7 +78,26 @@ def base_of(init: InitPlugin, layer: PlannedLayer, returned: Any, shape: torch.S
             f"The init {init.name!r} computed {found!r} as the base of {layer.name!r}, where the weight is "
             f"{tuple(shape)}."
         )
+    if not _has_values(returned):
+        raise PluginError(
+            f"The init {init.name!r} computed a base of {layer.name!r} with values that are not dense and finite."
+        )
     return returned
+
+
+def check_stored(storage: Storage, name: str, dense: Tensor) -> None:
+    """Checks what a storage makes of a finite weight that it stores.
+
+    Args:
+        storage: The storage.
+        name: Full name of the weight.
+        dense: What it restores.
+
+    Raises:
+        PluginError: If that has values that are not finite.
+    """
+    if not _has_values(dense):
+        raise PluginError(f"restore() of {storage} gives {name!r} values that are not dense and finite.")
 
 
 def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tensor]:

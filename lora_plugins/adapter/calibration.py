@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.state import model_state
 from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
-from lora_plugins.errors import ConfigError, PluginError
+from lora_plugins.errors import ConfigError, PluginError, noted
 from lora_plugins.field_checks import check_count, optional, shown
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
@@ -159,7 +159,8 @@ def allocated(plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration]
         RankRequest(layer.name, layer.r, [calibration[layer.name, slot.suffix] for slot in layer.slots])
         for layer in plan.layers
     ]
-    ranks = plan.init.allocate(requests, plan.init_options)
+    with noted(f"allocate() of the init {plan.init.name!r}"):
+        ranks = plan.init.allocate(requests, plan.init_options)
     names = {layer.name for layer in plan.layers}
     if not isinstance(ranks, Mapping):
         raise PluginError(f"allocate() of the init {plan.init.name!r} returned {ranks!r}, not ranks by layer name.")

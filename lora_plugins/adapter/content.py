@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.answers import base_of, check_filled, own_values, recipe_of
+from lora_plugins.adapter.answers import base_of, check_filled, check_stored, own_values, recipe_of
 from lora_plugins.adapter.same_start import check_first_update
-from lora_plugins.errors import StateError, TargetError
+from lora_plugins.errors import StateError, TargetError, noted
 from lora_plugins.inplace import (
     StoredWeight,
     detached_weight,
@@ -87,7 +87,7 @@ def initialize(
                 f"{layer.name!r}: its weight has values that are not finite, so the init {plan.init.name!r} cannot "
                 "start from it. Load the weights, or exclude the layer."
             )
-        with torch.no_grad(), in_full(weight):
+        with torch.no_grad(), in_full(weight), noted(f"fill() of the init {plan.init.name!r}, for {layer.name!r}"):
             recipe = plan.init.fill(context)
         check_filled(plan.init, context)
         content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe_of(plan.init, layer, recipe))
@@ -176,14 +176,16 @@ def new_stored_weights(
         value = changed.get(name, parameter.detach().to(dtype))
         if not bool(value.isfinite().all()):
             raise StateError(f"{name!r} has values that are not finite, which cannot be stored as {storage}.")
-        made[id(parameter)] = StoredWeight(
-            storage,
-            value,
-            parameter.dtype,
-            source_dtype=dtype,
-            device=parameter.device,
-            requires_grad=parameter.requires_grad,
-        )
+        with noted(f"the storage {storage.plugin.name!r}, for {name!r}"):
+            made[id(parameter)] = StoredWeight(
+                storage,
+                value,
+                parameter.dtype,
+                source_dtype=dtype,
+                device=parameter.device,
+                requires_grad=parameter.requires_grad,
+            )
+            check_stored(storage, name, made[id(parameter)].dense())
     return {name: made[id(own_tensor(model, name))] for name in new}
 
 
@@ -220,7 +222,8 @@ def _bases(
         weight = changed.get(name, original.to(factor_dtype(original)) if wide else original)
         matrix = layer.plugin.to_matrix(weight).clone()
         recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}
-        with torch.no_grad(), in_full(original):
+        place = f"the init {plan.init.name!r}, computing the base of {layer.name!r}"
+        with torch.no_grad(), in_full(original), noted(place):
             before = slot_matrix(layer, slot, original).to("cpu", factor_dtype(original), copy=True)
             new = compute(before, recipe, layer.scaling, plan.init_options)
         slot.cut(matrix).copy_(base_of(plan.init, layer, new, before.shape))
@@ -259,7 +262,8 @@ def with_own_tensors(
             else:
                 weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
-            with in_full(weight):
+            place = f"first_values() of the variant {layer.variant.name!r}, for {layer.name!r}"
+            with in_full(weight), noted(place):
                 matrix = slot_matrix(layer, slot, weight).to(A.dtype)
                 own = own_values(layer, slot, layer.variant.first_values(matrix, A, B, layer.scaling))
                 if plan.init.changes_base:

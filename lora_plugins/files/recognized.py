@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_plugins.errors import AdapterFileError, ConfigError, listing, near, nothing_there
+from lora_plugins.errors import AdapterFileError, ConfigError, listing, near, noted, nothing_there
 from lora_plugins.plugins import FORMATS, AdapterFormat, Registry, default_registry
 
 PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
@@ -28,7 +28,7 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
         )
     for known in (registry,) if registry else (default_registry(allow=()), default_registry()):
         formats = [owned.plugin for owned in known.of(FORMATS).values()]
-        found = [each for each in formats if each.recognizes(path)]
+        found = [each for each in formats if _recognizes(each, path)]
         if len(found) > 1:
             names = listing(each.name for each in found)
             raise AdapterFileError(f"{path} can be of the formats {names}. Say which: format={found[0].name!r}.")
@@ -46,10 +46,15 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
     )
 
 
+def _recognizes(known: AdapterFormat, path: Path) -> bool:
+    with noted(f"recognizes() of the format {known.name!r}, for {path}"):
+        return known.recognizes(path)
+
+
 def _near_adapter(path: Path, formats: Iterable[AdapterFormat]) -> str:
     """Names adapters near a path that is none: in a folder, in those of its runs, or the one that a file belongs to."""
     below = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else [path.parent]
-    found = [str(each) for each in below if each.is_dir() and any(known.recognizes(each) for known in formats)]
+    found = [str(each) for each in below if each.is_dir() and any(_recognizes(known, each) for known in formats)]
     return f" Name the folder of an adapter: {listing(found, 3)}." if found else ""
 
 

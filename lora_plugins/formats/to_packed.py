@@ -34,6 +34,8 @@ def packed_for(model: nn.Module, adapter: PortableAdapter, registry: Registry | 
         AdapterFileError: If a layer or value has no place in the model or another shape, or if the adapter says what
             cannot be expressed here, naming it.
     """
+    if not adapter.layers:
+        raise AdapterFileError("The adapter has no layers, so there is nothing to load.")
     layers, values = placed_layers(model, adapter.layers), placed_values(model, adapter.values)
     places = places_by_name(model)
     saved = [places[name].name if name in places else name for name in adapter.saved_modules]

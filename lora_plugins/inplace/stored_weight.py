@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError
+from lora_plugins.errors import PluginError, StateError
 from lora_plugins.inplace.made_again import note
 from lora_plugins.inplace.stored_integers import are_changed, rounded, take_note, with_own_types
 from lora_plugins.plugins import Storage
@@ -49,6 +49,11 @@ class StoredWeight(nn.Module):
         self.was_trained = requires_grad
         self.succeeded_by(None)
         for name, tensor in storage.store(weight).items():
+            if hasattr(self, name):
+                raise PluginError(
+                    f"store() of the storage {storage.plugin.name!r} gives the name {name!r}, which the module "
+                    f"that holds what is stored uses itself. Call it otherwise, as in {name}_values."
+                )
             self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))
 
     @property

@@ -123,10 +123,9 @@ class Storage:
         """Returns the dense weight, float32."""
         with in_full(next(iter(tensors.values()))):
             dense = self.plugin.restore(tensors, shape, self.options)
-        if dense.shape != shape:  # what is added to it would be broadcast
-            raise PluginError(
-                f"restore() of the storage {self.plugin.name!r} gives {tuple(dense.shape)} for {tuple(shape)}."
-            )
+        if not isinstance(dense, Tensor) or dense.shape != shape:  # what is added to it would be broadcast
+            found = tuple(dense.shape) if isinstance(dense, Tensor) else dense
+            raise PluginError(f"restore() of the storage {self.plugin.name!r} gives {found!r} for {tuple(shape)}.")
         return dense
 
     def rows(self, tensors: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> Tensor:

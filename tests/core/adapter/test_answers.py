@@ -78,6 +78,11 @@ class OneRow(Changes):
         return weight[:1]
 
 
+class NoNumbers(Changes):
+    def changed_base(self, weight, recipe, scaling, options):
+        return weight * math.nan
+
+
 class ChangesInPlace(Changes):
     """Writes into what it is handed, and forgets to return it."""
 
@@ -176,7 +181,7 @@ def adapted(plugin):
         lora = LoraModel(
             model, LoraConfig(r=2, **field), registry=registry_of(plugin), init_data=InitData([torch.randn(5, 4)])
         )
-    except PluginError:
+    except (PluginError, ValueError):
         assert list(model.state_dict()) == list(before)
         assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
         raise
@@ -195,6 +200,7 @@ def adapted(plugin):
         (Recipe(0, torch.ones(2)), r"returned \[0\] for '0', which no file can hold"),
         (Recipe("u", torch.ones(2).to_sparse()), r"returned \['u'\] for '0', which no file can hold"),
         (OneRow(), r"computed \(1, 4\) as the base of '0', where the weight is \(3, 4\)"),
+        (NoNumbers(), r"computed a base of '0' with values that are not dense and finite"),
         (ChangesInPlace(), r"computed None as the base of '0'"),
         (NoRanks(), r"allocate\(\) of the init 'start' returned None"),
         (first(g=torch.ones(2)), r"variant 'gate' cannot serve '0'.*{'g': \(1,\)}.*{'g': \(2,\)}"),
@@ -212,6 +218,29 @@ def adapted(plugin):
 def test_wrong_answers_are_refused_by_name_and_nothing_is_touched(plugin, message):
     with pytest.raises(PluginError, match=message):
         adapted(plugin)
+
+
+def failing(base, method):
+    def fail(self, *arguments):
+        raise ValueError("no license server")
+
+    return type("Failing", (base,), {method: fail})()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "place"),
+    [
+        (failing(Start, "fill"), "fill() of the init 'start', for '0'"),
+        (failing(Changes, "changed_base"), "the init 'start', computing the base of '0'"),
+        (failing(NoRanks, "allocate"), "allocate() of the init 'start'"),
+        (failing(Gate, "first_values"), "first_values() of the variant 'gate', for '0'"),
+    ],
+    ids=["fill", "changed_base", "allocate", "first_values"],
+)
+def test_an_error_of_a_plugin_is_told_with_its_place_and_nothing_is_touched(plugin, place):
+    with pytest.raises(ValueError, match="no license server") as caught:
+        adapted(plugin)
+    assert caught.value.__notes__ == [f"It was raised in {place}."]
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, PluginError, hookimpl
-from lora_plugins.formats import convert
+from lora_plugins.formats import PortableAdapter, PortableFormat, convert
 from lora_plugins.plugins import FORMATS, build_registry
 from lora_plugins.testing import FORMAT_CHECKS
 from tests.core.formats.peft_cases import CASES, difference, with_ours
@@ -65,6 +65,64 @@ def test_a_pickle_in_it_is_refused(registry, tmp_path, untouched):
     model = LINEAR.build()
     with untouched(model), pytest.raises(AdapterFileError, match=r"damaged.*allow_pickle"):
         LoraModel.load_adapter(model, tmp_path / "adapter.npz", registry=registry)
+
+
+class Failing(PortableFormat):
+    name = "failing"
+
+    def recognizes(self, path):
+        return path.read_text() == "failing"
+
+    def load(self, path, model, options):
+        raise ValueError("no license server")
+
+    def save(self, path, adapter, model, options):
+        raise ValueError("no license server")
+
+
+class Empty(Failing):
+    def load(self, path, model, options):
+        return PortableAdapter({})
+
+
+def with_format(plugin):
+    class Hooks:
+        @hookimpl
+        def lora_plugins_register_formats(self, registrar):
+            registrar.add(plugin)
+
+    return build_registry([("mine", Hooks())])
+
+
+@pytest.mark.parametrize(
+    ("content", "format", "place"),
+    [
+        (b"\xff", None, "recognizes() of the format 'failing', for {}"),
+        (b"failing", None, "the format 'failing', reading {}"),
+        (b"\xff", "failing", "the format 'failing', reading {}"),
+    ],
+    ids=["recognizes", "load", "load by name"],
+)
+def test_an_error_in_reading_is_told_with_its_place(content, format, place, tmp_path, untouched):
+    path = tmp_path / "adapter"
+    path.write_bytes(content)
+    model = LINEAR.build()
+    with untouched(model), pytest.raises(ValueError, match=r"license|decode") as caught:
+        LoraModel.load_adapter(model, path, format=format, registry=with_format(Failing()))
+    assert caught.value.__notes__ == [f"It was raised in {place.format(path)}."]
+
+
+def test_an_error_in_writing_is_told_with_its_place(tmp_path):
+    with pytest.raises(ValueError, match="license") as caught:
+        adapted(with_format(Failing())).save_adapter(tmp_path / "adapter", format="failing")
+    assert caught.value.__notes__ == [f"It was raised in the format 'failing', writing {tmp_path / 'adapter'}."]
+
+
+def test_a_file_without_layers_is_refused(tmp_path):
+    path = tmp_path / "adapter"
+    path.write_text("failing")
+    with pytest.raises(AdapterFileError, match="has no layers, so there is nothing to load"):
+        LoraModel.load_adapter(LINEAR.build(), path, registry=with_format(Empty()))
 
 
 def test_without_it_nobody_knows_the_format(registry, tmp_path):
