@@ -164,6 +164,7 @@ def new_stored_weights(
 
     Raises:
         StateError: If a weight has values that are not finite.
+        PluginError: If the storage does not restore the smallest of them.
     """
     new = to_store(model, plan)
     changed = _bases(model, plan, content, set(new), plan.init.base_to_store, dtypes, wide=True)
@@ -185,7 +186,10 @@ def new_stored_weights(
                 device=parameter.device,
                 requires_grad=parameter.requires_grad,
             )
-            check_stored(storage, name, made[id(parameter)].dense())
+    if made:  # a storage that fails does so at once: to restore every weight would take as long as to store it
+        least = min(new, key=lambda name: own_tensor(model, name).numel())
+        with noted(f"the storage {new[least].plugin.name!r}, for {least!r}"):
+            check_stored(new[least], least, made[id(own_tensor(model, least))].dense())
     return {name: made[id(own_tensor(model, name))] for name in new}
 
 
