@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import PluginError, StateError
 from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot, Storage
+from lora_plugins.utils import shape_or_value
 
 
 def check_filled(init: InitPlugin, context: InitContext) -> None:
@@ -73,7 +74,7 @@ def base_of(init: InitPlugin, layer: PlannedLayer, returned: Any, shape: torch.S
         PluginError: If that is no matrix of this shape, or has values that are not finite.
     """
     if not isinstance(returned, Tensor) or returned.shape != shape:
-        found = tuple(returned.shape) if isinstance(returned, Tensor) else returned
+        found = shape_or_value(returned)
         raise PluginError(
             f"The init {init.name!r} computed {found!r} as the base of {layer.name!r}, where the weight is "
             f"{tuple(shape)}."

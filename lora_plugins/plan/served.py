@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import LoraError, PluginError, listing, near, sentence
 from lora_plugins.plugins import LayerPlugin, Slot
+from lora_plugins.utils import shape_or_value
 
 
 def check_slots(method: str, slots: Sequence[Slot], rows: Mapping[str, int]) -> None:
@@ -66,14 +67,14 @@ def matrix_shape(plugin: LayerPlugin[Any], weight: Tensor, tensor: str) -> tuple
     except Exception as error:  # a third party's
         raise PluginError(f"to_matrix of {tensor!r}, {tuple(weight.shape)}, raised {_said(error)}") from error
     if not isinstance(matrix, Tensor) or matrix.dim() != 2:
-        made = tuple(matrix.shape) if isinstance(matrix, Tensor) else matrix
+        made = shape_or_value(matrix)
         raise PluginError(f"to_matrix of {tensor!r}, {tuple(weight.shape)}, gives {made!r} and no matrix (out, in)")
     try:
         back = plugin.from_matrix(torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device), weight.shape)
     except Exception as error:  # likewise
         raise PluginError(f"from_matrix for {tensor!r}, {tuple(weight.shape)}, raised {_said(error)}") from error
     if not isinstance(back, Tensor) or back.shape != weight.shape:
-        made = tuple(back.shape) if isinstance(back, Tensor) else back
+        made = shape_or_value(back)
         raise PluginError(f"from_matrix for {tensor!r}, {tuple(weight.shape)}, gives {made!r} and not that shape")
     rows, columns = matrix.shape
     return rows, columns

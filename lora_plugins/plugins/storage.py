@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_plugins import words
 from lora_plugins.errors import ConfigError, PluginError, near
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
-from lora_plugins.utils import in_full
+from lora_plugins.utils import in_full, shape_or_value
 
 COMMON_OPTIONS: Mapping[str, Any] = {"min_size": 4096}
 """Options that all storages have, with their defaults: weights with fewer than `min_size` elements stay dense."""
@@ -124,7 +124,7 @@ class Storage:
         with in_full(next(iter(tensors.values()))):
             dense = self.plugin.restore(tensors, shape, self.options)
         if not isinstance(dense, Tensor) or dense.shape != shape:  # what is added to it would be broadcast
-            found = tuple(dense.shape) if isinstance(dense, Tensor) else dense
+            found = shape_or_value(dense)
             raise PluginError(f"restore() of the storage {self.plugin.name!r} gives {found!r} for {tuple(shape)}.")
         return dense
 

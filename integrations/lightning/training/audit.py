@@ -100,6 +100,7 @@ class Audit:
             self._rates = [_rate(group) for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
+            self._check_replaced()
             self._check_late_layers()
             self.note_moved()
             self._by_hand.forget()  # callbacks may have exchanged the whole module
@@ -139,10 +140,12 @@ class Audit:
                 "exclude_modules."
             )
 
-    def _check_late_layers(self) -> None:
+    def _check_replaced(self) -> None:
         for target in adapted_targets(self._module).values():
             for name in LoraModel(target).adapters:
                 check_not_replaced(target, name)
+
+    def _check_late_layers(self) -> None:
         late = [name for name in built_since(self._module) if name not in self._late]
         if not late:
             return
@@ -185,6 +188,7 @@ class Audit:
         if self._first is None:
             return
         self._lost_writes.check()
+        self._check_replaced()
         self._check_late_layers()
         stepped, self._stepped = self._stepped, False  # not `global_step`, which counts what a module left out as well
         without_loss = self._module.automatic_optimization and not outputs  # `training_step` returned None
