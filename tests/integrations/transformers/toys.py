@@ -1,6 +1,7 @@
 """Small models of transformers, data for them, and runs of the trainer; nothing is downloaded."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import transformers
@@ -16,6 +17,7 @@ SEGFORMER = LoraConfig(
 
 STORED = replace(VIT, quantize="nf4", quantize_options={"min_size": 0})
 CENTERED = LoraConfig(r=2, target_modules=["hidden", "out"])
+BEST = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
 
 
 class Center(nn.Module):
@@ -54,6 +56,11 @@ def vit(**fields):
         num_labels=3, **fields,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config)
+
+
+def build_vit():
+    """A `model_init`, which the Trainer calls with a trial if it takes anything."""
+    return vit()
 
 
 def segformer():
@@ -111,6 +118,11 @@ def trainer(folder, model=None, config=VIT, data=None, **fields):
 def values(model):
     """Copies of all tensors."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def files(folder):
+    """The names in a folder."""
+    return {path.name for path in Path(folder).iterdir()}
 
 
 def differing(one, other):
