@@ -297,6 +297,8 @@ class LoraCallback(Callback):
             lambda configured: self._complete_optimizers(pl_module, configured),
             lambda: self._restore_random_numbers(trainer),
         )
+        # The last hook before a step: after those of all callbacks, any of which may set rates.
+        shims.after("on_before_optimizer_step", lambda _: self.rates.follow_all(trainer.optimizers))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what is adapted.
@@ -362,8 +364,7 @@ class LoraCallback(Callback):
         self._run.audit.before_batch(first_of_epoch=first)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Notes in the first steps what has a gradient; parts of groups follow rates that `training_step` has set."""
-        self.rates.follow(optimizer)
+        """Notes in the first steps what has a gradient."""
         if self._run.audit is not None:
             self._run.audit.before_step(optimizer)
 

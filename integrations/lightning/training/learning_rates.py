@@ -124,6 +124,12 @@ class LearningRates:
                     self._split(kinds, optimizer, index, listing_groups)
                 optimizer.register_step_pre_hook(self.follow)
 
+    @classmethod
+    def follow_all(cls, optimizers: Iterable[Optimizer]) -> None:
+        """As `follow`, of several optimizers."""
+        for optimizer in optimizers:
+            cls.follow(optimizer)
+
     @staticmethod
     def follow(optimizer: Optimizer, *_: Any) -> None:
         """Gives each part of a group its multiple of the group's rate, ahead of a step, and again after its closure."""

@@ -132,7 +132,7 @@ class BySteps(Plain):
     """Groups of its own for body and head, whose rates somebody sets; notes those that each step has had."""
 
     make = staticmethod(lambda optimizer, _: schedulers.ConstantLR(optimizer, 1.0))
-    set_rates, in_step, built = None, False, None
+    set_rates, place, built = None, None, None
 
     def configure_optimizers(self):
         self.groups, self.seen = lambda _: [{"params": part.parameters()} for part in (self.net[:3], self.net[3:])], []
@@ -147,14 +147,26 @@ class BySteps(Plain):
         return next(name for name, p in self.named_parameters() if p is parameter)
 
     def training_step(self, batch, batch_idx):
-        if self.set_rates and self.in_step:
-            self.set_rates(self.trainer.optimizers[0].param_groups, 0.001 * (batch_idx + 1))
+        self.set("training_step")
         return super().training_step(batch, batch_idx)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
-        if self.set_rates and not self.in_step:
-            self.set_rates(optimizer.param_groups, 0.001 * (batch_idx + 1))
+        self.set("optimizer_step")
         optimizer.step(closure=optimizer_closure)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.set("on_before_optimizer_step")
+
+    def set(self, place):
+        if self.set_rates and place == self.place:
+            self.set_rates(self.trainer.optimizers[0].param_groups, 0.001 * (self.global_step + 1))
+
+
+class Late(Callback):
+    """Sets rates in the last hook that a callback has ahead of a step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        pl_module.set("a callback")
 
 
 def set_first(groups, rate):  # as callbacks do that unfreeze a backbone
@@ -170,15 +182,15 @@ def cosine(optimizer, _):
     return schedulers.CosineAnnealingLR(optimizer, 3, eta_min=0.0005)
 
 
-@pytest.mark.parametrize("in_step", [False, True], ids=["optimizer_step", "training_step"])
+@pytest.mark.parametrize("place", ["optimizer_step", "training_step", "on_before_optimizer_step", "a callback"])
 @pytest.mark.parametrize(
     ("set_rates", "make"), [(set_first, None), (set_all, None), (None, cosine)], ids=["first", "all", "eta_min"]
 )
-def test_parts_follow_whoever_sets_the_rate_of_their_group(tmp_path, set_rates, make, in_step):
+def test_parts_follow_whoever_sets_the_rate_of_their_group(tmp_path, set_rates, make, place):
     module = BySteps()
-    module.set_rates, module.make, module.in_step = set_rates, make or module.make, in_step
+    module.set_rates, module.make, module.place = set_rates, make or module.make, place
     config = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
-    trainer(tmp_path, [lora(config, loraplus_lr_ratio=16.0, heads_lr_ratio=4.0)]).fit(module, loader())
+    trainer(tmp_path, [lora(config, loraplus_lr_ratio=16.0, heads_lr_ratio=4.0), Late()]).fit(module, loader())
     rates = [(each["net.0.lora_A.default"], each["net.0.lora_B.default"]) for each in module.seen]
     assert len({a for a, _ in rates}) > 1
     assert [b for _, b in rates] == [16 * a for a, _ in rates]
