@@ -1,11 +1,8 @@
 """Adapters on the Hub: the real client, against a small server on the loopback.
 
-The client reads where the Hub is when it is imported, so each test runs a process of its own.
+The client reads where the Hub is when it is imported, so each script runs in a process of its own.
 """
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -13,6 +10,7 @@ from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel
 from lora_plugins.hub.download import Location
+from tests.core.hub.fresh_process import run_fresh
 from tests.core.hub.server import running_hub
 
 pytest.importorskip("huggingface_hub")
@@ -52,7 +50,6 @@ def run(hub, tmp_path):
 
     def run_script(script, **variables):
         environment = {
-            **os.environ,
             "HF_ENDPOINT": hub.address,
             "HF_HOME": str(tmp_path / "cache"),
             "HF_TOKEN": "hf_of_the_test",
@@ -61,15 +58,7 @@ def run(hub, tmp_path):
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             **variables,
         }
-        return subprocess.run(
-            [sys.executable, "-W", "error", "-c", NET + textwrap.dedent(script)],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        return run_fresh(NET + textwrap.dedent(script), tmp_path, environment)
 
     return run_script
 
@@ -262,13 +251,14 @@ def test_without_the_client_it_is_said_what_to_install(run, tmp_path):
     (tmp_path / "huggingface_hub.py").write_text("raise ImportError('not there')")
     done = run(
         """
+        import sys
         from lora_plugins import ConfigError
+        sys.path.insert(0, ".")
         try:
             LoraModel.load_adapter(build(), "hf://owner/name")
         except ConfigError as error:
             print(error)
-        """,
-        PYTHONPATH=str(tmp_path),
+        """
     )
     assert "pip install 'lora-plugins[hub]'" in done.stdout, done.stderr
 
@@ -277,4 +267,4 @@ def test_a_local_folder_needs_no_client(tmp_path):
     written(tmp_path / "a")
     code = NET + f"check(LoraModel.load_adapter(build(), {str(tmp_path / 'a')!r}).model)\nimport sys\n"
     code += "assert 'huggingface_hub' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
+    assert run_fresh(code, tmp_path, {}).returncode == 0
