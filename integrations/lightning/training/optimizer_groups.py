@@ -7,7 +7,6 @@ from typing import Any
 from lightning.fabric.utilities.types import Optimizable
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
@@ -73,8 +72,8 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     Raises:
         StateError: If it is not clear where the missing tensors belong, or a tensor is in two groups.
     """
-    # Lightning takes wrappers of an optimizer that are no subclass of torch's, and refuses subclasses that lack a part.
-    optimizers = [leaf for leaf in flatten(configured) if isinstance(leaf, Optimizer | Optimizable)]
+    # Wrappers of an optimizer need be no subclass of torch's; whether it takes one is for Lightning to say.
+    optimizers = [leaf for leaf in flatten(configured) if hasattr(leaf, "param_groups")]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained, held = trained_parameters(module), parameters_of(optimizers)
     missing = {name: p for name, p in trained.items() if id(p) not in held}

@@ -117,10 +117,18 @@ class Unmade(torch.optim.Optimizer):
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
 
 
-def test_optimizer_that_lightning_refuses_is_left_to_it(tmp_path):
+class WithoutDefaults:
+    """Wraps an optimizer, as ScheduleFreeWrapper of schedulefree."""
+
+    def __init__(self, optimizer):
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+
+@pytest.mark.parametrize("wrapper", [Unmade, WithoutDefaults])
+def test_optimizer_that_lightning_refuses_is_left_to_it(tmp_path, wrapper):
     class Module(Classifier):
         def configure_optimizers(self):
-            return Unmade(torch.optim.SGD(self.parameters(), lr=0.1))
+            return wrapper(torch.optim.SGD(self.parameters(), lr=0.1))
 
     with pytest.raises(MisconfigurationException, match="Unknown configuration for model optimizers"):
         fit(tmp_path, Module())
