@@ -13,7 +13,10 @@ from lora_plugins.integrations.lightning.module import local
 from lora_plugins.utils import within
 
 STEPS = 2
-"""Batches with optimizer steps, at a learning rate above zero, after which every trainable tensor has moved."""
+"""Batches with optimizer steps, at a learning rate above zero, after which nearly every trainable tensor has moved."""
+
+PATIENCE = 10
+"""Such batches after which one that has not moved is named: RAdam without its phase of SGD makes no step in five."""
 
 _NO_GRADIENT = (
     "Likely causes: the layer is not on the way from the batch to the loss; or it is inside gradient checkpointing "
@@ -70,11 +73,16 @@ class FirstSteps:
         self._steps += min(learning_rates, default=0.0) > 0
         if self._steps < STEPS:
             return True
-        self._check_moved()
+        unmoved = self._unmoved()
+        if unmoved and self._steps < PATIENCE:
+            return True
+        self._name(unmoved)
         return False
 
     def finish(self) -> None:
-        """Names what a run has left as it was because its learning rate was zero, unless there was a single step."""
+        """Names what a short run has left as it was, or its learning rate of zero, unless there was a single step."""
+        if self._steps >= STEPS:
+            self._name(self._unmoved())
         if self._without_rate and self._batches >= STEPS:
             rank_zero_warn(
                 f"{len(self._without_rate)} of {len(self._trained)} trainable tensors were not trained: the learning "
@@ -102,8 +110,8 @@ class FirstSteps:
                 "adapter with exclude_modules."
             )
 
-    def _check_moved(self) -> None:
-        unmoved = [
+    def _unmoved(self) -> list[str]:
+        return [
             name
             for name, start in self._start.items()
             if name not in self._without
@@ -112,9 +120,11 @@ class FirstSteps:
             and self._trained[name].requires_grad
             and torch.equal(local(self._trained[name]), start)
         ]
+
+    def _name(self, unmoved: Sequence[str]) -> None:
         if unmoved:
             rank_zero_warn(
-                f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {STEPS} steps although they "
-                f"have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
+                f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {self._steps} steps although "
+                f"they have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
                 "gradients that are exactly zero."
             )

@@ -149,6 +149,33 @@ def test_dead_adapter_is_said_after_batches_without_a_loss(tmp_path):
         fit(tmp_path, Dead(), config)
 
 
+class BeginsLate(torch.optim.SGD):
+    """Moves nothing in its first steps, as RAdam does where it does not fall back to SGD."""
+
+    silent = 5
+
+    def step(self, closure=None):
+        self.silent -= 1
+        return super().step(closure) if self.silent < 0 else closure()
+
+
+class Late(Classifier):
+    def configure_optimizers(self):
+        return BeginsLate([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+def test_optimizer_that_begins_with_steps_of_nothing_is_no_sign_of_a_dead_adapter(tmp_path):
+    module = Late()
+    fit(tmp_path, module)
+    assert all(b.any() for b in lora_b(module).values())
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (4, 10)], ids=["at_the_end", "after_ten_steps"])
+def test_what_has_never_moved_is_named(tmp_path, epochs, steps):
+    with pytest.warns(UserWarning, match=f"2 of 4 trainable tensors did not move in {steps} steps"):
+        fit(tmp_path, Classifier(lr=1e-30), max_epochs=epochs)
+
+
 class WithBackbone(Classifier):
     def __init__(self):
         super().__init__()
