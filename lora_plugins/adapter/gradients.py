@@ -4,11 +4,11 @@ A tensor that is frozen between a forward and its backward gets no gradient, and
 a backward that reaches it ends in an error. Only compiled autograd, which has no nodes to ask, is not guarded.
 """
 
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from lora_plugins.errors import StateError
 
@@ -30,18 +30,25 @@ def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) 
     if id(tensor) in guards:
         guards.pop(id(tensor)).remove()
     if not required:
-        guards[id(tensor)] = tensor.register_hook(partial(_refuse, name))  # type: ignore[no-untyped-call]
+        guards[id(tensor)] = tensor.register_hook(_RefuseLoss(name))  # type: ignore[no-untyped-call]
     tensor.requires_grad_(required)
 
 
-def _refuse(name: str, _: Tensor) -> None:
-    """Raises in a backward that would lose a gradient, unless the user has unfrozen the tensor since."""
-    # The node that adds up gradients knows its tensor. Torch cannot move a tensor of a class of its own, such as a
-    # quantized one, that a weak reference leads to.
-    tensor: Tensor | None = getattr(torch._C._current_autograd_node(), "variable", None)
-    if tensor is not None and not tensor.requires_grad:
-        raise StateError(
-            f"This backward would give no gradient to {name!r}, which was trained in the forward and is frozen now. "
-            "Run the backward before what acts in the model is changed, or the forward again after it. A model that "
-            "keeps what it computes in eval mode, as LeViT its attention biases, forgets it in train()."
-        )
+@unserializable_hook  # a tensor that goes to another process needs none
+@dataclass(frozen=True)
+class _RefuseLoss:
+    """Stops a backward that would lose a gradient, unless the user has unfrozen the tensor since."""
+
+    name: str
+
+    def __call__(self, _: Tensor) -> None:
+        # The node that adds up gradients knows its tensor. Torch cannot move a tensor of a class of its own, such as a
+        # quantized one, that a weak reference leads to.
+        tensor: Tensor | None = getattr(torch._C._current_autograd_node(), "variable", None)
+        if tensor is not None and not tensor.requires_grad:
+            raise StateError(
+                f"This backward would give no gradient to {self.name!r}, which was trained in the forward and is "
+                "frozen now. Run the backward before what acts in the model is changed, or the forward again after it. "
+                "A model that keeps what it computes in eval mode, as LeViT its attention biases, forgets it in "
+                "train()."
+            )

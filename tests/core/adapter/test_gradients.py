@@ -1,7 +1,10 @@
 """Tensors that are frozen between a forward and its backward."""
 
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
+import torch.multiprocessing  # registers how tensors are pickled
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel, StateError
@@ -56,3 +59,9 @@ def test_a_frozen_base_is_cast_and_loaded_by_swapping():
         "0.lora_A.default",
         "0.lora_B.default",
     }
+
+
+def test_a_frozen_base_goes_to_another_process_without_a_warning():
+    model = net()
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+    assert ForkingPickler.dumps(model)
