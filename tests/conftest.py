@@ -11,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# For the processes that tests start; and without it, Lightning's launchers give this one all cores from then on.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # A package of a third party, with tests of its own, which run where it is installed.
 collect_ignore = ["plugin_example", "plugin_format", "plugin_storage"]
