@@ -179,8 +179,22 @@ def check_options(name: str, value: Any) -> None:
     """Values by name."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} maps names to values; it is not {shown(value)}.")
-    for key in value:
+    for key, entry in value.items():
         check_name(name, key)
+        if not is_plain(entry):
+            raise ConfigError(
+                f"{name}: {key!r} is {shown(entry)}, which no adapter file can hold. Options are texts, numbers, True, "
+                "False, None, and lists and dictionaries of such; a path is str(path)."
+            )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is of types that every file has: JSON, YAML and checkpoints."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def optional(check: Check) -> Check:

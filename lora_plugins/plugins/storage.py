@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_plugins import words
 from lora_plugins.errors import ConfigError, PluginError, near
+from lora_plugins.field_checks import is_plain
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
 from lora_plugins.utils import in_full, shape_or_value
 
@@ -157,8 +158,9 @@ STORAGES = PluginKind[StoragePlugin](
     rules={
         "name": A_NAME,
         "options": (
-            lambda value: are_options(value) and not value.keys() & COMMON_OPTIONS.keys(),
-            f"a mapping of option names to their defaults, without {', '.join(COMMON_OPTIONS)}",
+            lambda value: are_options(value) and not value.keys() & COMMON_OPTIONS.keys() and is_plain(value),
+            "a mapping of option names to their defaults, which files can hold: texts, numbers, lists and dictionaries "
+            f"of such; without {', '.join(COMMON_OPTIONS)}",
         ),
     },
     claims={"storage": lambda plugin: plugin.name},

@@ -4,8 +4,10 @@ import dataclasses
 import inspect
 import json
 from collections import UserDict, UserList
+from pathlib import Path
 
 import pytest
+import torch
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
 from lora_plugins.field_checks import check_names
@@ -25,12 +27,12 @@ BAD = {
     "alpha_pattern": [{"a": 0}, {"a": "4"}, {"a": float("nan")}, {3: 4.0}, {"": 4.0}, ["a"], None],
     "fused_parts": [{"qkv": []}, {"qkv": None}, {"qkv": [1]}, {3: ["q"]}, {"": ["q"]}, ["qkv"], None],
     "init": ["", None, 3, ["kaiming"]],
-    "init_options": [["bits"], None, {3: 4}],
+    "init_options": [["bits"], None, {3: 4}, {"file": Path("a.pt")}, {"nested": [{"of": {1, 2}}]}, {"by": {3: 4}}],
     "variant": ["", None, 3],
     "use_rslora": ["false", 1, None],
     "quantize": ["", 4, ["nf4"]],
     "quantize_modules": [[""], ["a", 3], 5],
-    "quantize_options": [["block_size"], None, {3: 4}],
+    "quantize_options": [["block_size"], None, {3: 4}, {"dtype": torch.bfloat16}],
     "memory": ["lo", None, ["low"]],
     "norm": ["frozen", None, ["freeze"]],
     "allow_plugins": ["example", [""], ["example", 3], 5],
@@ -50,6 +52,11 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
     others = {"layers_to_transform": [0]} if field == "layers_pattern" else {}
     with pytest.raises(ConfigError, match=field):
         LoraConfig(**others, **{field: value})
+
+
+def test_an_option_that_no_file_can_hold_is_refused_before_training():
+    with pytest.raises(ConfigError, match=r"'file' is .*Path\('a.pt'\), which no .* path is str\(path\)"):
+        LoraConfig(init_options={"file": Path("a.pt")})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ ARROWS = {
     "config": {"field_checks", "words", "errors"},
     "arguments": {"field_checks", "config", "words", "errors"},
     "kernels": BASIS,
-    "plugins": {"config", "words", *BASIS},
+    "plugins": {"config", "field_checks", "words", *BASIS},
     "inplace": {"plugins", *BASIS},
     "plan": {"inplace", "plugins", "config", *BASIS},
     "adapter": {"plan", "inplace", "plugins", "config", "field_checks", *BASIS},

@@ -6,8 +6,17 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from torch import nn
 
-from lora_plugins import InitPlugin, PluginError, RowMajorPlugin, hookimpl
-from lora_plugins.plugins import INITS, LAYERS, PluginInfo, Registrar, build_registry, class_path, default_registry
+from lora_plugins import InitPlugin, PluginError, RowMajorPlugin, StoragePlugin, hookimpl
+from lora_plugins.plugins import (
+    INITS,
+    LAYERS,
+    STORAGES,
+    PluginInfo,
+    Registrar,
+    build_registry,
+    class_path,
+    default_registry,
+)
 
 INFO = PluginInfo("mine", "some-dist", "1.0")
 
@@ -22,6 +31,16 @@ class Init(InitPlugin):
 class Layer(RowMajorPlugin):
     name = "mine"
     module_type = nn.Bilinear
+
+
+class Storage(StoragePlugin):
+    name = "mine"
+
+    def store(self, weight, options):
+        return {}
+
+    def restore(self, tensors, shape, options):
+        return tensors["codes"]
 
 
 UNUSED = {"changed_base": "changes_base=False", "base_to_store": "changes_base=False", "allocate": "needs=None"}
@@ -58,6 +77,7 @@ class TestRegistrars:
             pytest.param(LAYERS, variant(Layer, class_attributes={3: 4}), "attributes by name", id="class attributes"),
             pytest.param(LAYERS, variant(Layer, class_attributes={"forward": print}), "is 'branch'", id="forward"),
             pytest.param(INITS, variant(Init, options=["rate"]), "'options' to ['rate']. It has to be", id="options"),
+            pytest.param(STORAGES, variant(Storage, options={"to": print}), "files can hold", id="not for files"),
             pytest.param(INITS, variant(Init, fill=None), "'fill' to None. It has to be a method", id="no method"),
             pytest.param(INITS, variant(Init, changes_base=True), "and has no changed_base", id="no base"),
             *(
