@@ -54,7 +54,9 @@ class StoredWeight(nn.Module):
                     f"store() of the storage {storage.plugin.name!r} gives the name {name!r}, which the module "
                     f"that holds what is stored uses itself. Call it otherwise, as in {name}_values."
                 )
-            self.register_parameter(name, nn.Parameter(tensor.to(device), requires_grad=False))
+            # A copy: in a view, or one value that stands for many, what a state dict holds could not be loaded.
+            own = tensor.detach().to(device, copy=True)
+            self.register_parameter(name, nn.Parameter(own, requires_grad=False))
 
     @property
     def successor(self) -> "nn.Parameter | StoredWeight | None":

@@ -118,21 +118,33 @@ class Storage:
             raise PluginError(
                 f"store() of the storage {self.plugin.name!r} gives names that no attributes have: {wrong}."
             )
+        if wrong := [name for name, tensor in stored.items() if tensor.layout is not torch.strided or tensor.is_meta]:
+            raise PluginError(
+                f"store() of the storage {self.plugin.name!r} gives {wrong}, which no file can hold: what is stored is "
+                "dense. Of a sparse tensor, store its indices and values."
+            )
         return stored
 
     def restore(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         """Returns the dense weight, float32."""
         with in_full(next(iter(tensors.values()))):
             dense = self.plugin.restore(tensors, shape, self.options)
-        if not isinstance(dense, Tensor) or dense.shape != shape:  # what is added to it would be broadcast
-            found = shape_or_value(dense)
-            raise PluginError(f"restore() of the storage {self.plugin.name!r} gives {found!r} for {tuple(shape)}.")
-        return dense
+        return self._of_shape("restore", dense, tuple(shape))
 
     def rows(self, tensors: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> Tensor:
         """Returns rows of the dense weight, float32."""
         with in_full(index):
-            return self.plugin.rows(tensors, index, shape, self.options)
+            rows = self.plugin.rows(tensors, index, shape, self.options)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return rows  # it warns of sizes that are compared
+        return self._of_shape("rows", rows, (*index.shape, *shape[1:]))
+
+    def _of_shape(self, method: str, dense: Any, shape: tuple[int, ...]) -> Tensor:
+        """Returns what a method gave, once it has the shape: what is added to it would be broadcast."""
+        if not isinstance(dense, Tensor) or dense.shape != shape:
+            found = shape_or_value(dense)
+            raise PluginError(f"{method}() of the storage {self.plugin.name!r} gives {found!r} for {shape}.")
+        return dense
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Returns the dense value of a weight once it is stored, in its own type."""
