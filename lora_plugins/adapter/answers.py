@@ -3,7 +3,10 @@
 Without a copy, a returned view of the base weight would be trained in it, or change with it.
 """
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,13 +17,50 @@ from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot, St
 from lora_plugins.utils import shape_or_value
 
 
-def check_filled(init: InitPlugin, context: InitContext) -> None:
+@contextmanager
+def read_only(weight: Tensor, place: str) -> Iterator[None]:
+    """Checks that a block leaves a weight alone that a plugin is handed without a copy, which would take too long.
+
+    Args:
+        weight: The model's own weight, or one that was made of it.
+        place: Which method of which plugin the block calls, and for what.
+
+    Raises:
+        PluginError: If it was written to.
+    """
+    before = _version(weight)
+    yield
+    if _version(weight) != before:
+        raise PluginError(
+            f"{place}, wrote into the weight that it is handed to read, which is the model's own. Build the model "
+            "again, or load its weights again, and let the plugin work on weight.clone()."
+        )
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def check_filled(init: InitPlugin, context: InitContext, r: int, shape: tuple[int, int]) -> None:
     """Checks that an init has filled A and B, which hold NaN before.
+
+    Args:
+        init: The init.
+        context: What it was handed.
+        r: The rank.
+        shape: `(out, in)` of the matrix.
 
     Raises:
         StateError: If torch's own inits do nothing here, since new modules are kept empty.
-        PluginError: If the init left values out, or computed some that are not finite.
+        PluginError: If the init gave them another shape, left values out, or computed some that are not finite.
     """
+    expected = {"A": (r, shape[1]), "B": (shape[0], r)}
+    found = {"A": tuple(context.A.shape), "B": tuple(context.B.shape)}
+    if found != expected:
+        raise PluginError(
+            f"fill() of the init {init.name!r} gave A and B of {context.layer!r} other shapes, {found}: they are "
+            f"{expected}. Fill them in place, as by context.A.copy_(...)."
+        )
     if bool(context.A.isfinite().all() and context.B.isfinite().all()):
         return
     if bool(nn.init.constant_(torch.ones(1, device="cpu"), 0.0)):
@@ -45,9 +85,11 @@ def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str,
     Raises:
         PluginError: If that is no mapping of tensors, or has some that no file can hold or that the init does not need.
     """
-    if not isinstance(returned, Mapping) or not all(isinstance(value, Tensor) for value in returned.values()):
+    others = {name: value for name, value in _items(returned) if not isinstance(value, Tensor)}
+    if not isinstance(returned, Mapping) or others:
         expected = "a mapping of tensors" if init.changes_base else "{}"
-        raise PluginError(f"fill() of the init {init.name!r} returned {returned!r} for {layer.name!r}, not {expected}.")
+        said = reprlib.repr(others or returned)
+        raise PluginError(f"fill() of the init {init.name!r} returned {said} for {layer.name!r}, not {expected}.")
     if returned and not init.changes_base:
         raise PluginError(
             f"fill() of the init {init.name!r} returned {list(returned)} for {layer.name!r}, which changed_base would "
@@ -122,6 +164,11 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
         )
     if factors := [name for name in found if name in ("A", "B") or not name.isidentifier()]:
         raise PluginError(f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}.")
+    if odd := [name for name, value in returned.items() if not value.is_floating_point()]:
+        raise PluginError(
+            f"first_values() of the variant {layer.variant.name!r} gives {odd} of {layer.name!r} types that cannot be "
+            "trained, as all tensors of a variant are. Give floating numbers, and make in delta_weight() what is none."
+        )
     if odd := [name for name, value in returned.items() if not _has_values(value)]:
         raise PluginError(
             f"first_values() of the variant {layer.variant.name!r} gives {odd} of {layer.name!r} no values that are "
@@ -129,6 +176,10 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
         )
     # In the order of shapes(), as a loaded adapter has them: optimizers know parameters by their order.
     return {name: returned[name].detach().clone() for name in expected}
+
+
+def _items(value: Any) -> Any:
+    return value.items() if isinstance(value, Mapping) else ()
 
 
 def _can_be_saved(name: Any, value: Tensor) -> bool:
@@ -145,5 +196,6 @@ def _is_dense(value: Tensor) -> bool:
 
 def _are_shapes(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(shape, list | tuple) and all(isinstance(size, int) for size in shape) for shape in value.values()
+        isinstance(shape, list | tuple) and all(isinstance(size, Integral) for size in shape)
+        for shape in value.values()
     )

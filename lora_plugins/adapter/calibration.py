@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.state import model_state
 from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
 from lora_plugins.errors import ConfigError, PluginError, noted
-from lora_plugins.field_checks import check_count, optional, shown
+from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
 from lora_plugins.utils import own_randomness, run_seed
@@ -164,11 +165,12 @@ def allocated(plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration]
     names = {layer.name for layer in plan.layers}
     if not isinstance(ranks, Mapping):
         raise PluginError(f"allocate() of the init {plan.init.name!r} returned {ranks!r}, not ranks by layer name.")
-    if not ranks.keys() <= names or any(not isinstance(r, int) or r < 0 for r in ranks.values()):
+    if not ranks.keys() <= names or not all(isinstance(r, Integral) and 0 <= r <= MAX_RANK for r in ranks.values()):
         raise PluginError(
-            f"The init {plan.init.name!r} gave ranks that are not whole numbers, or to unknown layers: {dict(ranks)}."
+            f"The init {plan.init.name!r} gave ranks that are not whole numbers up to {MAX_RANK}, or to unknown "
+            f"layers: {dict(ranks)}."
         )
-    given = plan.with_ranks(ranks) if ranks else plan
+    given = plan.with_ranks({name: int(r) for name, r in ranks.items()}) if ranks else plan
     if not given.layers:
         raise PluginError(f"The init {plan.init.name!r} gave every layer the rank 0.")
     return given

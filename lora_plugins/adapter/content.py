@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.answers import base_of, check_filled, check_stored, own_values, recipe_of
+from lora_plugins.adapter.answers import base_of, check_filled, check_stored, own_values, read_only, recipe_of
 from lora_plugins.adapter.same_start import check_first_update
 from lora_plugins.errors import StateError, TargetError, noted
 from lora_plugins.inplace import (
@@ -72,7 +72,7 @@ def initialize(
 
     Raises:
         StateError: If new modules are kept empty here.
-        PluginError: If the init left A or B without values.
+        PluginError: If the init left A or B without values, or wrote into the weight.
         TargetError: If the init starts from a weight that is not finite.
     """
     content: dict[tuple[str, str], SlotTensors] = {}
@@ -87,9 +87,10 @@ def initialize(
                 f"{layer.name!r}: its weight has values that are not finite, so the init {plan.init.name!r} cannot "
                 "start from it. Load the weights, or exclude the layer."
             )
-        with torch.no_grad(), in_full(weight), noted(f"fill() of the init {plan.init.name!r}, for {layer.name!r}"):
+        place = f"fill() of the init {plan.init.name!r}, for {layer.name!r}"
+        with torch.no_grad(), in_full(weight), noted(place), read_only(weight, place):
             recipe = plan.init.fill(context)
-        check_filled(plan.init, context)
+        check_filled(plan.init, context, layer.r, shape)
         content[layer.name, slot.suffix] = SlotTensors(context.A, context.B, recipe_of(plan.init, layer, recipe))
     return content
 
@@ -253,7 +254,7 @@ def with_own_tensors(
         stored: The base weights that are stored in fewer bytes from now on, by full name.
 
     Raises:
-        PluginError: If the variant does not give the tensors that it says.
+        PluginError: If the variant does not give the tensors that it says, or wrote into the weight.
         TargetError: If the init has taken another matrix out of the base than the variant first adds.
     """
     completed = dict(content)
@@ -267,7 +268,7 @@ def with_own_tensors(
                 weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
             place = f"first_values() of the variant {layer.variant.name!r}, for {layer.name!r}"
-            with in_full(weight), noted(place):
+            with in_full(weight), noted(place), read_only(weight, place):
                 matrix = slot_matrix(layer, slot, weight).to(A.dtype)
                 own = own_values(layer, slot, layer.variant.first_values(matrix, A, B, layer.scaling))
                 if plan.init.changes_base:

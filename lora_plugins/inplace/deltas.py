@@ -12,7 +12,7 @@ from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import LayerState, layer_state
 from lora_plugins.inplace.weights import is_shard, raw_weight, weight_with_merged
 from lora_plugins.plugins import PlannedLayer, Rescaling, Slot, StackedAdapters, Term, add_delta, joined, sum_of_deltas
-from lora_plugins.utils import in_full
+from lora_plugins.utils import in_full, shape_or_value
 
 
 def factors(layer: nn.Module, adapter: str, slot: Slot) -> tuple[nn.Parameter, nn.Parameter]:
@@ -72,9 +72,9 @@ def variant_delta(planned: PlannedLayer, weight: Tensor, A: Tensor, B: Tensor, o
     assert planned.variant is not None
     with in_full(weight):
         delta = planned.variant.delta_weight(weight, A, B, planned.scaling, own)
-    if delta.shape != weight.shape:
+    if not isinstance(delta, Tensor) or delta.shape != weight.shape:
         raise PluginError(
-            f"delta_weight() of the variant {planned.variant.name!r} gives {tuple(delta.shape)} for "
+            f"delta_weight() of the variant {planned.variant.name!r} gives {shape_or_value(delta)!r} for "
             f"{planned.name!r}, where the weight is {tuple(weight.shape)}."
         )
     return delta

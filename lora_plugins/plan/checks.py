@@ -1,5 +1,6 @@
 """Why a layer cannot be adapted as a config asks: pure questions about what the survey found."""
 
+from lora_plugins.errors import noted
 from lora_plugins.plan.sites import Site
 from lora_plugins.plan.ties import Target
 from lora_plugins.plugins import BranchUse, InitPlugin, LayerPlugin, Slot, VariantPlugin, class_path
@@ -119,4 +120,5 @@ def _variant_reason(site: Site, variant: VariantPlugin) -> str:
     plugin = site.plugin
     if plugin is None or not plugin.rows_are_outputs:
         return f"the variant {variant.name!r} needs a row of the weight's matrix for each output; exclude the layer"
-    return variant.refusal(plugin) or ""
+    with noted(f"refusal() of the variant {variant.name!r}, for {site.name!r}"):
+        return variant.refusal(plugin) or ""

@@ -1,7 +1,7 @@
 """The plugins that a config names, with the options that it gives them: what can be wrong before there is a model."""
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, listing, near
+from lora_plugins.errors import ConfigError, listing, near, noted
 from lora_plugins.plugins import (
     INITS,
     PLAIN,
@@ -54,7 +54,8 @@ def _init_of(config: LoraConfig, registry: Registry) -> InitPlugin:
     for key in config.init_options:
         if key not in init.options:
             raise ConfigError(f"init_options: {config.init!r} has no option {key!r}. {near(key, init.options)}")
-    init.check_options({**init.options, **config.init_options})
+    with noted(f"check_options() of the init {init.name!r}"):
+        init.check_options({**init.options, **config.init_options})
     return init
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins import words
-from lora_plugins.errors import ConfigError, PluginError, near
+from lora_plugins.errors import ConfigError, PluginError, near, noted
 from lora_plugins.field_checks import is_plain
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
 from lora_plugins.utils import in_full, shape_or_value
@@ -90,7 +90,8 @@ def storage_options(plugin: StoragePlugin, given: Mapping[str, Any]) -> dict[str
     size = options["min_size"]
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise ConfigError(f"quantize_options: min_size is a number of elements, not {size!r}.")
-    plugin.check_options(options)
+    with noted(f"check_options() of the storage {plugin.name!r}"):
+        plugin.check_options(options)
     return options
 
 

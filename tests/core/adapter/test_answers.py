@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,6 +54,18 @@ class DividesByZero(Start):
         return {}
 
 
+class OtherShape(Start):
+    def fill(self, context):
+        context.A.data = torch.ones(5, 4)
+        return super().fill(context)
+
+
+class WritesWeight(Start):
+    def fill(self, context):
+        context.weight.mul_(2)
+        return super().fill(context)
+
+
 class Changes(Start):
     changes_base = True
 
@@ -63,6 +76,11 @@ class Changes(Start):
 class ListInRecipe(Changes):
     def fill(self, context):
         return {**super().fill(context), "u": [1, 2]}
+
+
+class TensorAndNumber(Changes):
+    def fill(self, context):
+        return {**super().fill(context), "u": torch.ones(40, 40), "gain": 2.0}
 
 
 class Recipe(Changes):
@@ -102,6 +120,16 @@ class NoRanks(Start):
         return None
 
 
+class Ranks(Start):
+    needs = "inputs"
+
+    def __init__(self, r):
+        self.r = r
+
+    def allocate(self, requests, options):
+        return {request.layer: self.r for request in requests}
+
+
 class Gate(VariantPlugin):
     name = "gate"
     first = {"g": torch.ones(1)}  # noqa: RUF012
@@ -119,6 +147,17 @@ class Gate(VariantPlugin):
 class OneRowOfUpdate(Gate):
     def delta_weight(self, weight, A, B, scaling, own):
         return (own["g"] * scaling * (B @ A))[:1]
+
+
+class NoUpdate(Gate):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return None
+
+
+class WritesFirst(Gate):
+    def first_values(self, weight, A, B, scaling):
+        weight.add_(1)
+        return super().first_values(weight, A, B, scaling)
 
 
 class Number(Gate):
@@ -194,6 +233,12 @@ def adapted(plugin):
         (Forgets(), r"fill\(\) of the init 'start' returned None for '0', not {}"),
         (LeavesB(), r"fill\(\) of the init 'start' left values of A or B of '0' unset, or not finite"),
         (DividesByZero(), r"left values of A or B of '0' unset, or not finite"),
+        (OtherShape(), r"A and B of '0' other shapes, {'A': \(5, 4\), .*: they are {'A': \(2, 4\), .* in place"),
+        (TensorAndNumber(), r"fill\(\) of the init 'start' returned {'gain': 2.0} for '0', not a mapping of tensors"),
+        (Ranks(2**17), r"gave ranks that are not whole numbers up to 65536"),
+        (Ranks(1.5), r"gave ranks that are not whole numbers"),
+        (first(g=torch.ones(1, dtype=torch.cfloat)), r"gives \['g'\] of '0' types that cannot be trained"),
+        (first(g=torch.ones(1).long()), r"gives \['g'\] of '0' types that cannot be trained"),
         (RecipeForNothing(), r"returned \['u'\] for '0'.*says changes_base=False. Return {}"),
         (ListInRecipe(), r"returned {'u': \[1, 2\]} for '0', not a mapping of tensors"),
         (Recipe("u/v", torch.ones(2)), r"returned \['u/v'\] for '0', which no file can hold"),
@@ -220,6 +265,27 @@ def test_wrong_answers_are_refused_by_name_and_nothing_is_touched(plugin, messag
         adapted(plugin)
 
 
+@pytest.mark.parametrize("plugin", [WritesWeight(), WritesFirst()], ids=["init", "variant"])
+def test_a_weight_that_was_written_to_is_told(plugin):
+    """It is the model's own: copies of all weights would take several times as long as to start A and B."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    field = {"init": plugin.name} if isinstance(plugin, InitPlugin) else {"variant": plugin.name}
+    with pytest.raises(PluginError, match=r"for '0', wrote into the weight .* Build the model again.*weight.clone\(\)"):
+        LoraModel(model, LoraConfig(r=2, **field), registry=registry_of(plugin))
+    assert type(model[0]) is nn.Linear
+
+
+def test_ranks_of_numpy_are_ranks(tmp_path):
+    r = np.int64(3)
+    lora, base = adapted(Ranks(r))
+    lora.save_adapter(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.load_state_dict(base)
+    loaded = LoraModel.load_adapter(model, tmp_path, registry=registry_of(Ranks(r)))
+    assert [layer.r for layer in loaded.plans["default"].layers] == [3]
+
+
 def failing(base, method):
     def fail(self, *arguments):
         raise ValueError("no license server")
@@ -233,9 +299,11 @@ def failing(base, method):
         (failing(Start, "fill"), "fill() of the init 'start', for '0'"),
         (failing(Changes, "changed_base"), "the init 'start', computing the base of '0'"),
         (failing(NoRanks, "allocate"), "allocate() of the init 'start'"),
+        (failing(Start, "check_options"), "check_options() of the init 'start'"),
+        (failing(Gate, "refusal"), "refusal() of the variant 'gate', for '0'"),
         (failing(Gate, "first_values"), "first_values() of the variant 'gate', for '0'"),
     ],
-    ids=["fill", "changed_base", "allocate", "first_values"],
+    ids=["fill", "changed_base", "allocate", "check_options", "refusal", "first_values"],
 )
 def test_an_error_of_a_plugin_is_told_with_its_place_and_nothing_is_touched(plugin, place):
     with pytest.raises(ValueError, match="no license server") as caught:
@@ -272,6 +340,12 @@ def test_own_tensors_have_the_order_of_shapes_as_loaded_ones_have(tmp_path):
 def test_an_update_of_another_shape_is_not_broadcast():
     lora, _ = adapted(OneRowOfUpdate())
     with pytest.raises(PluginError, match=r"variant 'gate' gives \(1, 4\) for '0', where the weight is \(3, 4\)"):
+        lora.model(torch.randn(2, 4))
+
+
+def test_an_update_that_is_no_tensor_is_told():
+    lora, _ = adapted(NoUpdate())
+    with pytest.raises(PluginError, match=r"variant 'gate' gives None for '0', where the weight is \(3, 4\)"):
         lora.model(torch.randn(2, 4))
 
 

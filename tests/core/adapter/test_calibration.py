@@ -293,7 +293,7 @@ class TestUse:
     @pytest.mark.parametrize(
         ("ranks", "match"),
         [
-            ({"gone": 2}, "not whole numbers, or to unknown layers"),
+            ({"gone": 2}, "not whole numbers up to 65536, or to unknown layers"),
             ({"head": 1.5}, "not whole numbers"),
             ({"head": -1}, "not whole numbers"),
             ({"head": 0}, "every layer the rank 0"),

@@ -91,7 +91,7 @@ class SeedsItself(Plain):
 
 class WritesTheWeight(Plain):
     def fill(self, context):
-        context.weight[0, 0] += 1e-3
+        context.weight.data[0, 0] += 1e-3  # of which autograd takes no note
         return super().fill(context)
 
 
