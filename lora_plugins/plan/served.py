@@ -1,14 +1,64 @@
 """Checks what a layer type says about a layer against what the rest of the framework relies on."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import LoraError, PluginError, listing, near, sentence
+from lora_plugins.field_checks import shown
 from lora_plugins.plugins import LayerPlugin, Slot
 from lora_plugins.utils import shape_or_value
+
+
+def slots_of(method: str, given: Any) -> tuple[Slot, ...]:
+    """Returns the slots that a layer type gave.
+
+    Args:
+        method: What gave them, for messages.
+        given: What it gave.
+
+    Raises:
+        PluginError: If that is no list of slots, or one of them cannot name its A and B or cut a matrix.
+    """
+    listed = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else None
+    if listed is None or not all(isinstance(each, Slot) for each in listed):
+        found = given if listed is None else listed
+        raise PluginError(f"{method}() gives {shown(found)}: list slots, [Slot('weight')]")
+    for slot in listed:
+        if not f"lora_A{slot.suffix}".isidentifier():
+            raise PluginError(f"{method}() has the part {slot.part!r}: lora_A{slot.suffix} can be no attribute")
+        if slot.rows is not None and not _are_rows(slot.rows):
+            raise PluginError(f"{method}() has a slot with rows={slot.rows!r}: give a tuple, (first, end, all rows)")
+    return listed
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(isinstance(each, Integral) for each in value)
+
+
+def parts_of(given: Any) -> dict[str, Slot]:
+    """Returns the slots of parts that a layer type gave.
+
+    Raises:
+        PluginError: As `slots_of` does, or if they are not by part.
+    """
+    if not isinstance(given, Mapping):
+        raise PluginError(f"parts() gives {shown(given)}: map parts to slots, {{'q': Slot('weight', 'q', rows)}}")
+    return dict(zip(given, slots_of("parts", tuple(given.values())), strict=True))
+
+
+def biases_of(given: Any) -> tuple[str, ...]:
+    """Returns the names of biases that a layer type gave.
+
+    Raises:
+        PluginError: If that is no list of names.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise PluginError(f"biases() gives {shown(given)}: list names, ['bias']")
+    return tuple(given)
 
 
 def check_slots(method: str, slots: Sequence[Slot], rows: Mapping[str, int]) -> None:
@@ -50,9 +100,10 @@ def weight_of(layer: nn.Module, tensor: str, read: Callable[[nn.Module, str], Te
         return read(layer, tensor)
     except (AttributeError, KeyError) as error:
         known = [name for name, parameter in layer._parameters.items() if parameter is not None]
+        others = near(tensor, known) if known else "What the children of a layer hold belongs to their layer types."
         raise PluginError(
-            f"a slot names the weight {tensor!r}, which is none. {near(tensor, known)} If a wrapper computes it in its "
-            "forward, as spectral norms of GANs do, run the model once on a batch, then adapt it"
+            f"a slot names the weight {tensor!r}, which is none of the layer's own. {others} If a wrapper computes it "
+            "in its forward, as spectral norms of GANs do, run the model once on a batch, then adapt it"
         ) from error
 
 

@@ -27,7 +27,7 @@ from lora_plugins.inplace import (
     weight_key,
 )
 from lora_plugins.plan.other_libraries import foreign_names
-from lora_plugins.plan.served import check_slots, failure, matrix_shape, weight_of
+from lora_plugins.plan.served import biases_of, check_slots, failure, matrix_shape, parts_of, slots_of, weight_of
 from lora_plugins.plan.sites import OwnParameter, Site, Survey, Weight
 from lora_plugins.plugins import LayerPlugin, Registry, Slot, class_path, computes_as
 
@@ -99,7 +99,7 @@ def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
 
 def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
     module = entry.module
-    slots, parts = tuple(plugin.slots(module)), dict(plugin.parts(module))
+    slots, parts = slots_of("slots", plugin.slots(module)), parts_of(plugin.parts(module))
     if not slots:
         raise PluginError("slots() names no weight of it")
     every = (*slots, *parts.values())
@@ -111,7 +111,7 @@ def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
         "slots": slots,
         "parts": parts,
         "weights": weights,
-        "biases": tuple(plugin.biases(module)),
+        "biases": biases_of(plugin.biases(module)),
         "foreign": _foreign(module, every),
     }
 

@@ -175,6 +175,8 @@ class ColumnMajorPlugin(LayerPlugin[Layer]):
 
 
 def _contradiction(plugin: LayerPlugin[Any]) -> str:
+    if plugin.class_attributes is not type(plugin).class_attributes:
+        return "sets 'class_attributes' of an instance. Adapted layers have those of the plugin's class"
     if plugin.branch_use == "never":
         return ""
     if type(plugin).branch is LayerPlugin.branch:

@@ -27,7 +27,7 @@ ARROWS = {
     "kernels": BASIS,
     "plugins": {"config", "field_checks", "words", *BASIS},
     "inplace": {"plugins", *BASIS},
-    "plan": {"inplace", "plugins", "config", *BASIS},
+    "plan": {"inplace", "plugins", "config", "field_checks", *BASIS},
     "adapter": {"plan", "inplace", "plugins", "config", "field_checks", *BASIS},
     "merge": {"adapter", "plan", "inplace", "plugins", "kernels", *BASIS},
     "files": {"adapter", "plan", "inplace", "plugins", "config", "field_checks", "writable", *BASIS},

@@ -68,11 +68,28 @@ def giving(*slots):
     return type("PairPlugin", (PairPlugin,), {"given": slots})()
 
 
+def answering(**answers):
+    """Gives an answer for each method."""
+    return type("PairPlugin", (PairPlugin,), {name: lambda *_, said=said: said for name, said in answers.items()})()
+
+
 WRONG = {
+    "names": (answering(slots=["first"]), r"slots\(\) gives \('first',\): list slots, \[Slot\('weight'\)\]"),
+    "a text": (answering(slots="first"), r"slots\(\) gives 'first': list slots"),
+    "one slot": (answering(slots=Slot("first")), r"slots\(\) gives Slot\(.*\): list slots"),
+    "no slots": (answering(slots=None), r"slots\(\) gives None: list slots"),
+    "a dotted part": (giving(Slot("first", "a.b")), r"the part 'a.b': lora_A_a.b can be no attribute"),
+    "rows in a list": (giving(Slot("first", rows=[0, 2, 4])), r"rows=\[0, 2, 4\]: give a tuple"),
+    "two rows": (giving(Slot("first", rows=(0, 2))), r"rows=\(0, 2\): give a tuple"),
+    "half a row": (giving(Slot("first", rows=(0, 1.5, 4))), r"rows=\(0, 1.5, 4\): give a tuple"),
+    "listed parts": (answering(parts=[Slot("first", "q")]), r"parts\(\) gives \[Slot.*\]: map parts to slots"),
+    "parts of names": (answering(parts={"q": "first"}), r"parts\(\) gives \('first',\): list slots"),
+    "a bias": (answering(biases="bias"), r"biases\(\) gives 'bias': list names"),
+    "no biases": (answering(biases=None), r"biases\(\) gives None: list names"),
     "nothing": (giving(), r"slots\(\) names no weight"),
     "one part": (giving(Slot("first"), Slot("second")), r"slots\(\) gives 'first' and 'second' the part ''"),
     "parts of one name": (PartsOfOneName(), r"parts\(\) gives 'first' and 'first' the part ''"),
-    "misspelt": (giving(Slot("frist")), r"names the weight 'frist', which is none. Did you mean 'first'"),
+    "misspelt": (giving(Slot("frist")), r"the weight 'frist', which is none of the layer's own. Did you mean 'first'"),
     "of a child": (giving(Slot("child.weight")), r"names the weight 'child.weight', which is none"),
     "a gap": (giving(Slot("gap")), r"names the weight 'gap', which is none"),
     "a vector": (giving(Slot("vector")), r"to_matrix of 'vector', \(4,\), raised IndexError"),

@@ -33,6 +33,11 @@ class Layer(RowMajorPlugin):
     module_type = nn.Bilinear
 
 
+class OwnAttributes(Layer):
+    def __init__(self):
+        self.class_attributes = {"sparse": property(lambda layer: False)}
+
+
 class Storage(StoragePlugin):
     name = "mine"
 
@@ -80,6 +85,7 @@ class TestRegistrars:
             pytest.param(STORAGES, variant(Storage, options={"to": print}), "files can hold", id="not for files"),
             pytest.param(INITS, variant(Init, fill=None), "'fill' to None. It has to be a method", id="no method"),
             pytest.param(INITS, variant(Init, changes_base=True), "and has no changed_base", id="no base"),
+            pytest.param(LAYERS, OwnAttributes(), "those of the plugin's class", id="attributes of an instance"),
             *(
                 pytest.param(
                     INITS, variant(Init, **{method: print}), f"has a method {method} and says {says}", id=method
