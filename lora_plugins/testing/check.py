@@ -214,7 +214,12 @@ def require_same_state(what: str, got: Mapping[str, Tensor], expected: Mapping[s
     """Raises a `MismatchError` unless two state dicts have the same keys and bits."""
     require(list(got) == list(expected), f"{what} has the keys {list(got)} instead of {list(expected)}")
     for key, value in expected.items():
-        require_close(f"{key!r} of {what}", got[key], value, 0)
+        require_all_close(f"{key!r} of {what}", got[key], value, 0)
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """Returns copies of the tensors under each key of a state dict, where a layer's extra state may have any number."""
+    return {key: [tensor.detach().to_dense().clone() for tensor in tensors_of(value)] for key, value in state.items()}
 
 
 def random_states() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lora_plugins.plugins import PLAIN
 from lora_plugins.testing.check import (
     MODES,
     Check,
+    copied,
     random_states,
     require,
     require_all_close,
@@ -121,7 +122,7 @@ def _what_moves(module: nn.Module, inputs: Sequence[Any]) -> set[str]:
     def seen() -> dict[str, Any]:
         tensors = {f"the input {at}": x for at, x in enumerate(inputs) if isinstance(x, Tensor)}
         return {
-            **{name: tensor.detach().to_dense().clone() for name, tensor in {**module.state_dict(), **tensors}.items()},
+            **copied({**module.state_dict(), **tensors}),
             **{f"the random numbers of {whose}": state for whose, state in random_states().items()},
             "whether gradients are computed": torch.is_grad_enabled(),
             "the default type": torch.get_default_dtype(),
@@ -137,7 +138,8 @@ def _what_moves(module: nn.Module, inputs: Sequence[Any]) -> set[str]:
 
 
 def _same(first: Any, second: Any) -> bool:
-    return torch.equal(first, second) if isinstance(first, Tensor) else bool(first == second)
+    has_tensors = isinstance(first, list) and any(isinstance(each, Tensor) for each in first[:1])
+    return all(map(torch.equal, first, second)) if has_tensors else bool(first == second)
 
 
 def _base(case: LayerCase) -> None:

@@ -20,6 +20,15 @@ VARIANT = "dora"
 """The variant that layer types are checked with: its update is no product of two factors."""
 
 
+_CASTS: Mapping[torch.dtype, Callable[[nn.Module], nn.Module]] = {
+    torch.float64: nn.Module.double,
+    torch.float32: nn.Module.float,
+    torch.bfloat16: nn.Module.bfloat16,
+    torch.float16: nn.Module.half,
+}
+"""What casts the floating tensors of a module."""
+
+
 class Holder(nn.Module):
     """A model of one layer, whose name there is `layer`.
 
@@ -76,11 +85,11 @@ class LayerCase:
         """Builds a model of one layer, all of which is trained, with the same values each time."""
         with own_randomness(0):
             layer = self.build(**self.options)
-        complex_ = [name for name, parameter in layer.named_parameters() if parameter.is_complex()]
-        require(not complex_, f"the layer has the complex parameters {complex_}, and weights that are adapted are real")
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        return Holder(layer, self.keywords(layer)).to(self.device, dtype)
+        model = Holder(layer, self.keywords(layer)).to(self.device)
+        _CASTS[dtype](model)  # and not to(dtype), which would take the imaginary part of complex ones
+        return model
 
     def keywords(self, layer: nn.Module) -> tuple[str, ...]:
         """Returns the names of the inputs of a layer whose forward takes them by keyword alone; none for others."""

@@ -34,10 +34,9 @@ def _registration(case: LayerCase) -> None:
     require(
         found is case.plugin, f"a {class_path(type(layer))} was built, and module_type is {case.plugin.module_type!r}"
     )
-    require(bool(case.slots()), "slots() is empty")
+    LoraModel.plan(case.model(), LoraConfig(target_modules="layer"), registry=case.registry())
     for _ in _named_weights(case, layer):
         pass
-    LoraModel.plan(case.model(), LoraConfig(target_modules="layer"), registry=case.registry())
     output = call(case.model(), case.arguments(layer))
     require(
         bool(tensors_of(output)),

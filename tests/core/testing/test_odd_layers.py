@@ -71,6 +71,24 @@ class BufferedPlugin(ComputedPlugin):
     module_type = Buffered
 
 
+class OfAChild(nn.Module):
+    """Finds the weight of a child as its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Odd()
+
+    def __getattr__(self, name):
+        return self.inner.weight if name == "kernel" else super().__getattr__(name)
+
+    def forward(self, batch):
+        return F.linear(batch["x"], self.kernel)
+
+
+class OfAChildPlugin(ComputedPlugin):
+    module_type = OfAChild
+
+
 def no_numbers(logits, width):
     return logits / 0
 
@@ -98,18 +116,46 @@ def test_what_a_dataclass_holds_is_compared():
     ("plugin", "options", "message"),
     [
         (OddPlugin(), {"answer": SimpleNamespace}, "the layer gives a SimpleNamespace, and the kit looks for tensors"),
-        (OddPlugin(), {"dtype": torch.cfloat}, r"the layer has the complex parameters \['weight'\]"),
+        (OddPlugin(), {"dtype": torch.cfloat}, r"'weight' has the type torch.complex64, not a floating one"),
         (SlotsOfOneName(), {}, r"slots\(\) gives 'weight' and 'weight' the part ''"),
         (ComputedPlugin(), {}, r"slots\(\) names 'kernel', a property .* a slot for each: 'weight'"),
+        (OfAChildPlugin(), {}, "names the weight 'kernel', which is none .* belongs to their layer types"),
         (BufferedPlugin(), {}, r"slots\(\) names 'kernel', a buffer .* A weight is a parameter of the layer"),
         (OddPlugin(), {"answer": no_numbers}, "the untouched layer gives no finite number"),
     ],
-    ids=["no tensors", "complex", "one part", "computed", "a buffer", "no numbers"],
+    ids=["no tensors", "complex", "one part", "computed", "of a child", "a buffer", "no numbers"],
 )
 def test_what_cannot_be_checked_is_told_first(plugin, options, message):
     with pytest.raises(CheckError, match=message) as caught:
         check_layer_plugin(plugin, plugin.module_type, lambda layer: ({"x": torch.randn(3, 5)},), [options])
     assert caught.value.check == "registration"
+
+
+class Turned(nn.Linear):
+    """Turns its outputs by complex phases, and has an extra state that is no tensor but holds one."""
+
+    def __init__(self):
+        super().__init__(5, 4)
+        self.phase = nn.Parameter(torch.randn(4, dtype=torch.cfloat))
+        self.settings = {"steps": 3, "seen": torch.zeros(2)}
+
+    def get_extra_state(self):
+        return self.settings
+
+    def set_extra_state(self, state):
+        self.settings = state
+
+    def forward(self, x):
+        return torch.view_as_real(super().forward(x) * self.phase)
+
+
+class TurnedPlugin(RowMajorPlugin):
+    name = "turned"
+    module_type = Turned
+
+
+def test_a_layer_of_complex_parameters_beside_its_weight_and_of_an_extra_state_passes():
+    check_layer_plugin(TurnedPlugin(), Turned, lambda layer: torch.randn(3, 5))
 
 
 class ByKeyword(nn.Module):
