@@ -78,9 +78,11 @@ def sources(
         blocked = "" if info.distribution == DISTRIBUTION else reasons(info)
         yield Source(replace(info, blocked=blocked), point.load)
     for path in (path.expanduser().absolute() for path in [*files_in(LOAD_VARIABLE), *files]):
-        yield Source(PluginInfo(path.stem, str(path), "-"), functools.partial(load_file, path), required=True)
+        info = PluginInfo(path.stem, str(path), "-", installed=False)
+        yield Source(info, functools.partial(load_file, path), required=True)
     for name, plugin in extra:
-        yield Source(PluginInfo(name, "(given in code)", "-"), functools.partial(lambda plugin: plugin, plugin))
+        info = PluginInfo(name, "(given in code)", "-", installed=False)
+        yield Source(info, functools.partial(lambda plugin: plugin, plugin))
 
 
 def _reasons(allow: Sequence[str] | None, block: Sequence[str]) -> Callable[[PluginInfo], str]:

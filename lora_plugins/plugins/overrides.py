@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plugins.discovery import BLOCK_VARIABLE
 from lora_plugins.plugins.kind import P, PluginKind
 from lora_plugins.plugins.owned import Owned
@@ -40,9 +41,12 @@ def grouped(claim: Callable[[P], str], owned: Iterable[Owned[P]]) -> dict[str, l
 
 def _clash(what: str, key: str, rivals: list[Owned[P]], verb: str) -> str:
     first, second = rivals[0].info, rivals[1].info
-    name = second.full_name if first.name == second.name else second.name
+    way = "Uninstall one of them" if first.installed and second.installed else "Leave one of them out"
+    for info in (second, first):
+        if info.installed and info.distribution != DISTRIBUTION:  # others cannot be blocked
+            way += f", or set {BLOCK_VARIABLE}={info.full_name if first.name == second.name else info.name}"
+            break
     return (
-        f"Two plugins {verb} the {what} {key!r}: {first.owner} and {second.owner}. Uninstall one of them, or set "
-        f"{BLOCK_VARIABLE}={name}. A plugin that is meant to replace the other registers with "
-        "registrar.add(..., override=True)."
+        f"Two plugins {verb} the {what} {key!r}: {first.owner} and {second.owner}. {way}. A plugin that is meant to "
+        "replace the other registers with registrar.add(..., override=True)."
     )

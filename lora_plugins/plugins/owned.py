@@ -18,6 +18,7 @@ class PluginInfo:
         error: Why it could not be loaded; None if it was.
         blocked: What keeps it from loading, such as the name of an environment variable; empty if nothing does.
         notes: What it replaces, and what of it is replaced.
+        installed: Whether a distribution brings it; if not, a file or an object was given, which nothing blocks.
     """
 
     name: str
@@ -27,6 +28,7 @@ class PluginInfo:
     error: BaseException | None = None
     blocked: str = ""
     notes: tuple[str, ...] = ()
+    installed: bool = True
 
     @property
     def state(self) -> str:

@@ -201,8 +201,22 @@ class TestClashes:
     def test_two_owners_of_an_init(self):
         with pytest.raises(PluginError) as caught:
             build_registry([("one", registers(ZeroInit())), ("two", registers(ZeroInit()))])
-        for words in ("init 'zero'", f"'one' of {IN_CODE}", f"'two' of {IN_CODE}", f"{BLOCK_VARIABLE}=two"):
+        for words in ("init 'zero'", f"'one' of {IN_CODE}", f"'two' of {IN_CODE}", "Leave one of them out. A plugin"):
             assert words in str(caught.value)
+
+    def test_the_installed_one_of_two_can_be_blocked(self, with_plugins, monkeypatch):
+        """As an author has them who hands the plugin of an installed package to a registry."""
+        with_plugins("plugin_example")
+        mine = ("mine", registers(BilinearPlugin()))
+        with pytest.raises(PluginError, match=f"Leave one of them out, or set {BLOCK_VARIABLE}=example. A plugin"):
+            build_registry([mine])
+        monkeypatch.setenv(BLOCK_VARIABLE, "example")
+        assert info(build_registry([mine]), "mine").state == "loaded"
+
+    def test_built_in_ones_cannot_be_blocked(self):
+        linear = type("Linear", (BilinearPlugin,), {"module_type": nn.Linear})()
+        with pytest.raises(PluginError, match=r"Leave one of them out\. A plugin"):
+            build_registry([("mine", registers(linear))])
 
     def test_two_owners_of_a_layer_name(self):
         other = type("Other", (BilinearPlugin,), {"module_type": nn.PReLU})()
