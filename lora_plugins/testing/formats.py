@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from lora_plugins.errors import AdapterFileError
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import FORMATS, AdapterFormat, Registry
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.check import TIGHT, Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.full_disk import no_file_beyond
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
@@ -148,6 +150,44 @@ def _replaced(case: FormatCase) -> None:
         )
 
 
+def _full_disk(case: FormatCase) -> None:
+    for ranks in ({"to_q": 5}, {"to_out": 5}):  # whichever of two files is written first is the smaller one once
+        new = case.trained(rank_pattern=ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            case.write(new, Path(folder))
+            sizes = {file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()}
+        for size, old in product(sorted(sizes), (case.trained(), None)):
+            _stopped_write(case, new, size - 1, old)
+
+
+def _stopped_write(case: FormatCase, new: LoraModel, size: int, old: LoraModel | None) -> None:
+    """Requires that a write which fails for a full disk leaves one adapter, or what is refused.
+
+    Args:
+        case: What is checked.
+        new: What is written.
+        size: The size beyond which no file can grow.
+        old: What was written to the same path before; None for nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / case.file_name if old is None else case.write(old, Path(folder))
+        try:
+            with no_file_beyond(size):
+                case.write(new, Path(folder))
+        except Exception:  # whatever the libraries raise that write
+            model = case.model()
+        else:
+            return
+        try:
+            case.load(model, path)
+        except AdapterFileError:
+            return
+        known = [case.run(each.model) for each in (old, new) if each is not None]
+    found = any(torch.allclose(case.run(model), output, rtol=0, atol=TIGHT) for output in known)
+    before = "another adapter was written before" if old else "nothing was there before"
+    require(found, f"a write failed since no file could have {size + 1} bytes, and what it left is loaded: {before}")
+
+
 def _whole(case: FormatCase) -> None:
     for what, fields in ADAPTERS.items():
         lora, model = case.trained(**fields), case.model()
@@ -249,6 +289,13 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         _replaced,
         "an adapter takes the place of what was written to the same path before",
         "one file for each layer, and whatever lies in the folder is read.",
+    ),
+    Check(
+        "full disk",
+        _full_disk,
+        "a write that fails on its way leaves what was there, the new adapter, or something that is refused: never "
+        "parts of two, or of one",
+        "one file after another is written in place. replace_files of lora_plugins.formats writes all of them or none.",
     ),
     Check(
         "whole",

@@ -1,14 +1,15 @@
 """The built-in formats pass the kit, and each check fails on a format that violates it."""
 
+import json
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from lora_plugins import AdapterFileError, ConfigError
-from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer
+from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, replace_files
 from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.own import OwnFormat
@@ -164,6 +165,46 @@ class WhateverLiesThere(PortableFormat):
         return path
 
 
+class AlphasLast(PortableFormat):
+    """A folder with a file for each layer, and the list of them, which is written last."""
+
+    name = "alphas_last"
+
+    def recognizes(self, path):
+        return (path / "alphas.json").is_file()
+
+    def load(self, path, model, options):
+        alphas = json.loads((path / "alphas.json").read_text())
+        files = {name: load_file(path / f"{name}.safetensors") for name in alphas}
+        return PortableAdapter({name: PortableLayer(**files[name], alpha=alpha) for name, alpha in alphas.items()})
+
+    def save(self, path, adapter, model, options):
+        path.mkdir(exist_ok=True)
+        self.put(
+            {
+                **{
+                    path / f"{name}.safetensors": save({"A": each.A, "B": each.B})
+                    for name, each in adapter.layers.items()
+                },
+                path / "alphas.json": json.dumps({name: each.alpha for name, each in adapter.layers.items()}).encode(),
+            }
+        )
+        return path
+
+    def put(self, files):
+        for file, data in files.items():
+            file.write_bytes(data)
+
+
+class AllOrNone(AlphasLast):
+    def put(self, files):
+        replace_files(files)
+
+
+def test_all_files_or_none_pass_on_a_full_disk():
+    check_format_plugin(AllOrNone(), only=["full disk", "output", "replaced"])
+
+
 class Silent(PeftFormat):
     def summary(self, path):
         return AdapterSummary(())
@@ -175,6 +216,7 @@ VIOLATIONS = {
     "output": [OneAlpha, KeepsAlphas, WholeAlphas],
     "bits": [Scaled],
     "replaced": [WhateverLiesThere],
+    "full disk": [WhateverLiesThere, AlphasLast],
     "whole": [LeavesOut, WritesFirst],
     "untouched": [InPlace],
     "other model": [Skips],
