@@ -5,10 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lora_plugins.adapter import ADAPTER_NAME
+from lora_plugins.errors import PluginError
+from lora_plugins.field_checks import shown
 from lora_plugins.formats.from_packed import check_expressible, portable_of
-from lora_plugins.formats.portable import PortableAdapter
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.to_packed import packed_for
 from lora_plugins.plugins import AdapterFormat, AdapterSummary, LayerSummary, PackedAdapter, Registry
 
@@ -56,7 +60,18 @@ class PortableFormat(AdapterFormat):
         self, path: Path, model: nn.Module, registry: Registry | None, options: Mapping[str, Any]
     ) -> PackedAdapter:
         """Reads an adapter for a model; see `AdapterFormat`."""
-        return packed_for(model, self.load(path, model, options), registry)
+        return packed_for(model, self._loaded(path, model, options), registry)
+
+    def _loaded(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
+        """Returns what `load` gives, once it is what a format has to give.
+
+        Raises:
+            PluginError: If it is not.
+        """
+        adapter = self.load(path, model, options)
+        if wrong := _wrong(adapter):
+            raise PluginError(f"load() of the format {self.name!r} gives {wrong}, reading {path}.")
+        return adapter
 
     def write(
         self,
@@ -89,7 +104,7 @@ class PortableFormat(AdapterFormat):
 
     def summary(self, path: Path) -> AdapterSummary:
         """Returns what is in a file."""
-        adapter = self.load(path, None, self.options)
+        adapter = self._loaded(path, None, self.options)
         return AdapterSummary(
             tuple(
                 LayerSummary(name, each.r, each.alpha, each.elements) for name, each in sorted(adapter.layers.items())
@@ -97,3 +112,27 @@ class PortableFormat(AdapterFormat):
             {name: value.numel() for name, value in sorted(adapter.values.items())},
             adapter.details,
         )
+
+
+def _wrong(adapter: Any) -> str:
+    """Says what a format gave that cannot be an adapter; empty if it can be one."""
+    if not isinstance(adapter, PortableAdapter):
+        return f"{shown(adapter)}, which is no PortableAdapter"
+    if not isinstance(adapter.name, str) or not ADAPTER_NAME.fullmatch(adapter.name):
+        return f"the name {shown(adapter.name)}, where an adapter's has letters, digits, '_' and '-'"
+    for what in ("layers", "values"):
+        named = getattr(adapter, what)
+        if not isinstance(named, Mapping) or not all(isinstance(key, str) for key in named):
+            return f"{what} that are {shown(named)}, and no mapping by full names"
+    for name, layer in adapter.layers.items():
+        if not isinstance(layer, PortableLayer):
+            return f"{shown(layer)} for {name!r}, which is no PortableLayer"
+        for factor in ("A", "B"):
+            if not _has_values(getattr(layer, factor)):
+                return f"{shown(getattr(layer, factor))} for {factor} of {name!r}, which is no dense tensor"
+    odd = [name for name, value in adapter.values.items() if not _has_values(value)]
+    return f"{shown(adapter.values[odd[0]])} for {odd[0]!r}, which is no dense tensor" if odd else ""
+
+
+def _has_values(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta

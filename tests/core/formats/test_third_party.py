@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, PluginError, hookimpl
-from lora_plugins.formats import PortableAdapter, PortableFormat, convert
+from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, convert
 from lora_plugins.plugins import FORMATS, build_registry
 from lora_plugins.testing import FORMAT_CHECKS
 from tests.core.formats.peft_cases import CASES, difference, with_ours
@@ -123,6 +125,38 @@ def test_a_file_without_layers_is_refused(tmp_path):
     path.write_text("failing")
     with pytest.raises(AdapterFileError, match="has no layers, so there is nothing to load"):
         LoraModel.load_adapter(LINEAR.build(), path, registry=with_format(Empty()))
+
+
+PAIR = PortableLayer(torch.ones(2, 4), torch.ones(6, 2), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "gives None, which is no PortableAdapter"),
+        ({"fc": PAIR}, "which is no PortableAdapter"),
+        (PortableAdapter([("fc", PAIR)]), "gives layers that are .*, and no mapping by full names"),
+        (PortableAdapter({3: PAIR}), "gives layers that are .*, and no mapping by full names"),
+        (PortableAdapter({"fc": (1, 2, 3)}), r"gives \(1, 2, 3\) for 'fc', which is no PortableLayer"),
+        (
+            PortableAdapter({"fc": replace(PAIR, A=[[1.0]])}),
+            r"gives \[\[1.0\]\] for A of 'fc', which is no dense tensor",
+        ),
+        (PortableAdapter({"fc": replace(PAIR, B=PAIR.B.to_sparse())}), "for B of 'fc', which is no dense tensor"),
+        (PortableAdapter({"fc": replace(PAIR, B=PAIR.B.to("meta"))}), "for B of 'fc', which is no dense tensor"),
+        (PortableAdapter({"fc": PAIR}, values=None), "gives values that are None"),
+        (PortableAdapter({"fc": PAIR}, values={"out.bias": 1.5}), "gives 1.5 for 'out.bias', which is no dense tensor"),
+        (PortableAdapter({"fc": PAIR}, name="style.v2"), "gives the name 'style.v2', where an adapter's has letters"),
+    ],
+    ids=["none", "layers", "a list", "a number", "a tuple", "lists", "sparse", "meta", "no values", "value", "name"],
+)
+def test_a_wrong_answer_is_told_and_nothing_is_touched(answer, message, tmp_path, untouched):
+    path = tmp_path / "adapter"
+    path.write_text("failing")
+    answering = type("Answering", (Failing,), {"load": lambda *_: answer})()
+    model = LINEAR.build()
+    with untouched(model), pytest.raises(PluginError, match=rf"load\(\) of the format 'failing' .*{message}"):
+        LoraModel.load_adapter(model, path, registry=with_format(answering))
 
 
 def test_without_it_nobody_knows_the_format(registry, tmp_path):
