@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 from lora_plugins.errors import ConfigError, listing
@@ -15,9 +16,9 @@ from lora_plugins.field_checks import (
     check_dropout,
     check_fields,
     check_flag,
+    check_kept_options,
     check_name,
     check_names,
-    check_options,
     check_parts,
     check_patterns,
     check_rank,
@@ -209,10 +210,10 @@ _CHECKS: Mapping[str, Check] = {
     "alpha_pattern": map_of(check_alpha),
     "fused_parts": map_of(check_parts),
     "init": check_name,
-    "init_options": check_options,
+    "init_options": check_kept_options,
     "variant": check_name,
     "quantize": optional(check_name),
-    "quantize_options": check_options,
+    "quantize_options": check_kept_options,
     "quantize_modules": optional(check_patterns),
     "use_rslora": check_flag,
     "memory": choice_of("normal", "low"),
@@ -223,11 +224,18 @@ _CHECKS: Mapping[str, Check] = {
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value with lists and dictionaries for those of any class, as files have them.
+    """Returns a value with lists, dictionaries and numbers for those of any class, as files have them.
 
-    A config then equals the one that comes back from a file, whether a tuple or a library of configurations gave it.
+    A config then equals the one that comes back from a file, whether a tuple, a library of configurations or NumPy gave
+    it, whose numbers no checkpoint is read with.
     """
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
     is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
     return [_plain(entry) for entry in value] if is_list else value

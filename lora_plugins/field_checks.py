@@ -179,8 +179,14 @@ def check_options(name: str, value: Any) -> None:
     """Values by name."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} maps names to values; it is not {shown(value)}.")
-    for key, entry in value.items():
+    for key in value:
         check_name(name, key)
+
+
+def check_kept_options(name: str, value: Any) -> None:
+    """Such values that every file can hold."""
+    check_options(name, value)
+    for key, entry in value.items():
         if not is_plain(entry):
             raise ConfigError(
                 f"{name}: {key!r} is {shown(entry)}, which no adapter file can hold. Options are texts, numbers, True, "

@@ -6,6 +6,7 @@ import json
 from collections import UserDict, UserList
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -133,6 +134,20 @@ def test_lists_and_dictionaries_of_other_classes_become_plain():
     )
     assert given == plain
     assert json.loads(json.dumps(given.to_dict())) == plain.to_dict()
+
+
+def test_numbers_of_other_classes_become_plain():
+    """A checkpoint with those of NumPy is not read without permission."""
+    given = LoraConfig(
+        r=np.int64(4),
+        alpha=np.sqrt(16),
+        dropout=np.float32(0.5),
+        rank_pattern={"a": np.int32(2)},
+        init_options={"b": np.int8(3)},
+    )
+    assert given == LoraConfig(r=4, alpha=4.0, dropout=0.5, rank_pattern={"a": 2}, init_options={"b": 3})
+    numbers = [given.r, given.alpha, given.dropout, given.rank_pattern["a"], given.init_options["b"]]
+    assert [type(number) for number in numbers] == [int, float, float, int, int]
 
 
 def test_to_dict_hands_out_copies():
