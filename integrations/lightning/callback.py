@@ -116,6 +116,7 @@ from lora_plugins.integrations.lightning.training import (
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.plan import forgotten_layers
+from lora_plugins.utils import within
 
 allow_class_path()
 
@@ -415,17 +416,16 @@ class LoraCallback(Callback):
             load_best(trainer, pl_module)
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
-        held = self._held(trainer, pl_module)
+        group = self._group(trainer)
+        held = self._held(trainer, pl_module) if group[-1] is self else {}
         written = set() if self._run.audit is None else self._run.audit.written
         files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module, written)  # type: ignore[attr-defined]
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
-        group = self._group(trainer)
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             self._merge_adapters(trainer, pl_module)
             for callback in group:
                 callback._remove_names()
-        if lora_callbacks(trainer)[-1] is self:
-            self._run.late_changes = LateChanges(held)
+        self._run.late_changes = LateChanges(held)
         if writes_files(trainer):
             tell_written(trainer, files, lines)
 
@@ -628,11 +628,12 @@ class LoraCallback(Callback):
         )
 
     def _held(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-        """Returns what is not to change after the results are made: the base only where files leave it out."""
+        """Returns what of the target is not to change after its results: the base only where files leave it out."""
         if is_sharded(trainer):
             return {}
         writes = places_of_results(trainer) and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        return tensors_beside_merges(module) if writes else {**trained_parameters(module)}
+        tensors = tensors_beside_merges(module) if writes else trained_parameters(module)
+        return {name: tensor for name, tensor in tensors.items() if within(name, [self.target or ""])}
 
     def _target(self, module: nn.Module) -> nn.Module:
         return find_target(module, self.target)

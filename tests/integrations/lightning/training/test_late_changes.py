@@ -77,3 +77,28 @@ def test_several_adapters_are_told_of_once(tmp_path):
     with pytest.warns(UserWarning, match="4 tensors") as told:
         trainer(tmp_path, [first, second]).fit(module, loader())
     assert sum("tensors were changed after" in str(each.message) for each in told) == 1
+
+
+class TwoNetworks(Averages):
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Sequential(nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.net(x) + self.second(x)
+
+    def on_train_end(self):
+        self.trained = dict(self.named_parameters())
+
+    def on_fit_end(self):
+        nn.init.ones_(self.trained[self.late])
+
+
+@pytest.mark.parametrize("late", ["net.0.lora_B.default", "second.0.lora_B.default"])
+def test_each_of_several_targets_is_told_of(tmp_path, late):
+    """The first one is merged before the second one is saved."""
+    module = TwoNetworks()
+    module.late = late
+    callbacks = [lora(LoraConfig(r=2), target=name, merge_on_fit_end=True) for name in ("net", "second")]
+    with pytest.warns(UserWarning, match=f"1 tensors were changed after .*'{late}'"):
+        trainer(tmp_path, callbacks).fit(module, loader())
