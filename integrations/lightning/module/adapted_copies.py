@@ -88,10 +88,10 @@ def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[se
 
 
 def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields the frozen parameters of a copy: the full name, the parameter, and that of the origin."""
+    """Yields what neither a copy nor its origin trains: the full name, the parameter, and that of the origin."""
     parameters = own_tensors(model_modules(module), "_parameters")
     in_place = {id(parameters[name]) for name in trained_in_place(module) & parameters.keys()}
     own, origin = (own_tensors(model_modules(submodule(module, p)), "_parameters") for p in (copy.name, copy.origin))
     for name, tensor in own.items():
-        if id(origin[name]) not in in_place:
+        if in_place.isdisjoint((id(tensor), id(origin[name]))):
             yield full_name(copy.name, name), tensor, origin[name]

@@ -614,19 +614,33 @@ def test_average_with_itself_that_shrinks_what_is_shared(tmp_path, update):
         fit(tmp_path, OneBackbone(update), LoraConfig(r=2))
 
 
+class Towers(Classifier):
+    """Two that start from one pretrained network, and follow each other in nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = copy.deepcopy(self.net)
+
+    def forward(self, x):
+        return self.net(x) - self.other(x.flip(0))
+
+
 def test_towers_of_one_pretrained_network_are_trained_each_on_its_own(tmp_path):
-    class Towers(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.other = copy.deepcopy(self.net)
-
-        def forward(self, x):
-            return self.net(x) - self.other(x.flip(0))
-
     module = Towers()
     fit(tmp_path, module, LoraConfig(r=2))
     assert all(p.abs().sum() > 0 for p in lora_b(module).values())
     fit(tmp_path, Towers(), LoraConfig(r=2, target_modules=["net.0"]))
+
+
+@pytest.mark.parametrize("target_modules", [["net.0", "other.0"], ["net.0"]], ids=["alike", "unlike"])
+@pytest.mark.parametrize("tower", ["net", "other"])
+def test_head_of_one_tower_alone_is_trained(tmp_path, tower, target_modules):
+    """Steps as small as the rounding of an average are no rounding there."""
+    module = Towers()
+    module.lr, head = 2e-7, module.get_submodule(f"{tower}.3")
+    before = head.weight.clone()
+    fit(tmp_path, module, LoraConfig(r=2, target_modules=target_modules, modules_to_save=[f"{tower}.3"]))
+    assert not torch.equal(head.weight, before)
 
 
 def test_layers_that_are_clones_of_one_are_no_copies(tmp_path):
