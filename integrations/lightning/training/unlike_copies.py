@@ -63,16 +63,17 @@ class UnlikeCopy:
         """Returns what is wrong, and what to do."""
         origin, name = self._copy.origin, self._copy.name
         layers, own = (set(adapted_layers(submodule(self._module, part))) for part in (origin, name))
-        advice = [
+        steps = [
             f"adapt {_named(name, layers - own)} as {_named(origin, layers)} are" if layers - own else "",
             f"leave {_named(name, own - layers)} out" if own - layers else "",
-            "with the same rank" if layers == own else "",
         ]
+        advice = f"In target_modules and exclude_modules, {' and '.join(filter(None, steps))}"
+        if layers == own:  # and the names of their adapters differ
+            advice = "Adapt both by one LoraCallback"
         return (
             f"{name!r} is a copy of {origin!r}, which has adapters, and is not adapted alike. {moved}, its parameters "
-            f"are paired with those of {origin!r}, and they are not the same. In target_modules and exclude_modules, "
-            f"{' and '.join(filter(None, advice))}; a `target` has to have both parts in it. Adapters of a copy follow "
-            "those of its original."
+            f"are paired with those of {origin!r}, and they are not the same. {advice}; a `target` has to have both "
+            "parts in it. Adapters of a copy follow those of its original."
         )
 
 

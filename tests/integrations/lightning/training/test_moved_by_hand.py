@@ -409,6 +409,11 @@ class TestStops:
             run.fit(Teacher(), loader())
         assert "is a copy of 'net'" in " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
 
+    def test_a_copy_whose_adapter_has_another_name(self, tmp_path):
+        callbacks = [lora(LoraConfig(r=2), target=name, adapter_name=name) for name in ("net", "teacher")]
+        with pytest.raises(StateError, match=r"not the same\. Adapt both by one LoraCallback; a `target` has to have"):
+            trainer(tmp_path, callbacks).fit(Teacher(in_place), loader())
+
     @pytest.mark.parametrize("pretrained", [False, True], ids=["copy", "own_values"])
     def test_pairs_from_before_there_were_adapters(self, tmp_path, pretrained):
         module = Teacher(lambda *_: early(), pretrained=pretrained)
