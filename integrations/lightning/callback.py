@@ -176,7 +176,7 @@ class LoraCallback(Callback):
         print_plan: Whether a table of what is adapted is printed before training.
         loraplus_lr_ratio: Learning rate of every B, as a multiple of that of A (LoRA+). A has the optimizer's own
             rate, and so has what a variant adds. Parameter groups are split for that, and the parts follow the rate of
-            their group, whoever sets it.
+            their group, whoever sets it. All LoraCallbacks of a trainer have the same ratios.
         heads_lr_ratio: Learning rate of what is trained in full, heads and biases, as a multiple of that of A.
         max_error: Share of an update that a merge may lose to rounding, as in `LoraModel.merge_adapter`.
         init_batches: How many training batches an init that learns from data, such as `eva`, sees, at most.
@@ -607,6 +607,12 @@ class LoraCallback(Callback):
             if len(set(given.values())) > 1:
                 raise ConfigError(
                     f"LoraCallbacks with one target are merged together, and {name} differs: {given}. Use one value."
+                )
+        for name in vars(self.rates):
+            ratios = [getattr(callback.rates, name) for callback in lora_callbacks(trainer)]
+            if len(set(ratios)) > 1:
+                raise ConfigError(
+                    f"LoraCallbacks of one trainer share its optimizers, and {name} differs: {ratios}. Use one value."
                 )
 
     def _remove_names(self) -> None:

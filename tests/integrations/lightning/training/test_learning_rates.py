@@ -198,6 +198,18 @@ def test_parts_follow_whoever_sets_the_rate_of_their_group(tmp_path, set_rates, 
     assert heads == ([0.004] * len(heads) if set_rates is set_first else [4 * a for a, _ in rates])
 
 
+@pytest.mark.parametrize("name", ["loraplus_lr_ratio", "heads_lr_ratio"])
+def test_several_callbacks_have_one_ratio(tmp_path, name):
+    """The first of them splits the optimizers, for the adapters of all."""
+    layers = {"net.0": 4.0, "net.3": 16.0}
+    callbacks = [
+        lora(LoraConfig(r=2, target_modules=[layer]), adapter_name=layer[-1], **{name: ratio})
+        for layer, ratio in layers.items()
+    ]
+    with pytest.raises(ConfigError, match=rf"share its optimizers, and {name} differs: \[4\.0, 16\.0\]"):
+        trainer(tmp_path, callbacks).fit(Classifier(), loader())
+
+
 def test_optimizer_of_an_earlier_fit_keeps_its_ratio(tmp_path):
     module, callback = BySteps(), lora(CONFIG, loraplus_lr_ratio=16.0)
     for _ in range(2):
