@@ -17,7 +17,6 @@ from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
-    NO_IMAGE,
     READERS,
     TRAIN,
     check_folder,
@@ -29,6 +28,7 @@ from lora_plugins.tasks.files import (
     read_text,
     row_split,
     subfolders,
+    without_images,
 )
 
 IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
@@ -87,8 +87,14 @@ def _without_masks(data: Path) -> DataError:
         hint = f" {others[0]} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
     return DataError(
         f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
-        "make a folder for each class."
+        f"make a folder for each class.{_list_in(data)}"
     )
+
+
+def _list_in(data: Path) -> str:
+    """Names a list of images that lies in a folder, if there is one."""
+    found = sorted(path for path in data.iterdir() if path.suffix in READERS)
+    return f" To take what a list says of them, train on that: {found[0]}." if found else ""
 
 
 def _of_class_folders(data: Path, flags: Flags) -> Survey:
@@ -115,14 +121,14 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
     images: dict[str, dict[str, list[Path]]] = {}
     for split, folder in folders.items():
         images[split] = {name: image_files(folder / name) for name in subfolders(folder)}
-        problems += [f"{folder / name} holds {NO_IMAGE}" for name, paths in images[split].items() if not paths]
+        problems += [without_images(folder / name) for name, paths in images[split].items() if not paths]
         problems += [f"{folder / name} is no class of {folders[TRAIN]}" for name in images[split].keys() - {*classes}]
     paths = [path for members in images.values() for found in members.values() for path in found]
     _refuse([*problems, *_unreadable(paths)])
     if len(classes) < 2:
         raise DataError(
             f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
-            "images for each class, at least two."
+            f"images for each class, at least two.{_list_in(data)}"
         )
     share, counts = shared(
         {split: sum(map(len, members.values())) for split, members in images.items()},
@@ -240,7 +246,7 @@ def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, P
     pictures = {path.stem: path for path in image_files(images)}
     found = {path.stem: path for path in image_files(masks, MASK_SUFFIXES)}
     if not pictures:
-        problems.append(f"{images} holds {NO_IMAGE}")
+        problems.append(without_images(images))
     if not found and image_files(masks):
         problems.append(f"the masks in {masks} are no PNG files, and other formats lose what a mask says")
         return []

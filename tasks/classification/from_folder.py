@@ -8,7 +8,6 @@ from PIL import Image
 from lora_plugins.errors import no_folder
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import (
-    NO_IMAGE,
     TEST,
     TRAIN,
     VAL,
@@ -17,6 +16,7 @@ from lora_plugins.tasks.data import (
     image_files,
     read_image,
     subfolders,
+    without_images,
 )
 from lora_plugins.tasks.errors import DataError
 
@@ -76,7 +76,7 @@ class ImageFolderDataModule(ImageDataModule):
         for name in subfolders(folder):
             paths = image_files(folder / name)
             if not paths:
-                problems.append(f"{folder / name} holds {NO_IMAGE}")
+                problems.append(without_images(folder / name))
             if name not in self.class_names:
                 problems.append(f"{folder / name} is no class of {self._folder(TRAIN)}")
                 continue

@@ -27,6 +27,7 @@ from lora_plugins.tasks.files import (
     read_list,
     row_split,
     subfolders,
+    without_images,
 )
 
 __all__ = [
@@ -64,4 +65,5 @@ __all__ = [
     "read_list",
     "row_split",
     "subfolders",
+    "without_images",
 ]

@@ -18,6 +18,7 @@ from lora_plugins.tasks.files.image_io import (
     read_errors,
     read_image,
     subfolders,
+    without_images,
 )
 from lora_plugins.tasks.files.sample_lists import READERS, read_list, read_text, row_split
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out, leaves_one
@@ -47,4 +48,5 @@ __all__ = [
     "read_text",
     "row_split",
     "subfolders",
+    "without_images",
 ]

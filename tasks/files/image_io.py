@@ -60,6 +60,12 @@ def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list
     return named_by_text(sorted(p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")))
 
 
+def without_images(folder: Path) -> str:
+    """Says that a folder holds no image, and where below it there is one."""
+    below = next((path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), None)
+    return f"{folder} holds {NO_IMAGE}{f'; {below} does: move them up' if below else ''}"
+
+
 def named_by_text(paths: Sequence[Path]) -> list[Path]:
     """Checks that paths are texts, so that they can be printed and written into tables and reports, and returns them.
 

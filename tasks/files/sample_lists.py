@@ -8,12 +8,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lora_plugins.errors import near
 from lora_plugins.field_checks import shown
 from lora_plugins.tasks.errors import DataError, unknown
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL
 
 Row = Mapping[str, Any]
 SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST})
+
+_NO_COMMAS = ";\t|"
+"""What else separates columns, as in what spreadsheets save where the comma is that of numbers."""
 
 
 def _csv_rows(text: str, path: Path) -> list[Row]:
@@ -22,6 +26,8 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
         rows, names = list(reader), [name.strip() for name in reader.fieldnames or ()]
     except csv.Error as error:
         raise DataError(f"{path} is no CSV: {error}") from error
+    if len(names) == 1 and (other := next((sign for sign in _NO_COMMAS if sign in names[0]), None)):
+        raise DataError(f"The columns of {path} are separated by {other!r}, not by commas: {names[0]!r}. Write commas.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path} has the column {twice[0]!r} more than once. Give each column a name of its own.")
@@ -68,7 +74,7 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
             if column in row and row[column] in (None, ""):
                 raise DataError(f"Row {number} of {path} has no value in the column {column!r}.")
             if column not in row:
-                raise DataError(f"Row {number} of {path}: {unknown('column', column, row)}")
+                raise DataError(f"Row {number} of {path} has no column {column!r}. {near(column, row)}")
             if not isinstance(row[column], str | int) or isinstance(row[column], bool):  # as JSON can have it
                 raise DataError(
                     f"Row {number} of {path} has {shown(row[column])} in the column {column!r}, where a text or a "

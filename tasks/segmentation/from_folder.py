@@ -11,7 +11,6 @@ from lora_plugins.field_checks import Check, check_fields
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import (
     MASK_SUFFIXES,
-    NO_IMAGE,
     TEST,
     TRAIN,
     VAL,
@@ -19,6 +18,7 @@ from lora_plugins.tasks.data import (
     check_folder,
     image_files,
     open_image,
+    without_images,
 )
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
@@ -71,7 +71,7 @@ class MaskFolderDataModule(MaskDataModule):
         images = _by_stem(image_files(image_folder), problems)
         masks = _by_stem(image_files(mask_folder, MASK_SUFFIXES), problems)
         if not images:
-            problems.append(f"{image_folder} holds {NO_IMAGE}")
+            problems.append(without_images(image_folder))
         problems += [f"{p} has no mask {mask_folder / stem}.png" for stem, p in images.items() if stem not in masks]
         problems += [f"{p} has no image in {image_folder}" for stem, p in masks.items() if stem not in images]
         return [Item(images[stem], masks[stem], str(masks[stem]), stem) for stem in images if stem in masks]

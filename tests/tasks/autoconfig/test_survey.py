@@ -317,6 +317,15 @@ def turned(root, kind="jpg"):
     Image.fromarray(noise(60, 40)).save(root / "images" / f"3.{kind}", exif=exif)
 
 
+def a_folder_within_a_class(root):
+    write_images(root, "cat/2024/0.jpg", "dog/0.jpg")
+
+
+def images_and_a_list(root):
+    write_image(root / "images" / "0.jpg", noise())
+    (root / "labels.csv").write_text("image,label\n")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -328,6 +337,8 @@ def turned(root, kind="jpg"):
         (unreadable, "(?s)1 problem.*broken.jpg cannot be read"),
         (cut_off, "(?s)1 problem.*broken.png cannot be read"),
         (an_empty_class, "nothing holds no image"),
+        (a_folder_within_a_class, r"cat holds no image .*; .*cat/2024 does: move them up"),
+        (images_and_a_list, r"has no masks beside it.*train on that: .*labels\.csv"),
         (another_name_of_val, "valid looks like the val split"),
         (one_folder_too_many, "data holds one folder, 'photos', with folders in it. Train on .*data/photos"),
         (one_in_a_split_too_many, "train holds one folder, 'photos', with folders in it. Move these up"),

@@ -1,6 +1,7 @@
 """Lists of samples: what cannot be meant is refused, by row and column."""
 
 import math
+import re
 
 import pytest
 
@@ -29,6 +30,20 @@ def test_whole_numbers_are_texts_too(tmp_path):
 def test_a_column_that_is_there_twice_is_refused(tmp_path, header):
     (tmp_path / "list.csv").write_text(f"{header}\na.jpg,cat,dog\n")
     with pytest.raises(DataError, match="has the column 'label' more than once"):
+        read_list(tmp_path / "list.csv", ("image", "label"))
+
+
+@pytest.mark.parametrize("separator", [";", "\t"], ids=["semicolon", "tab"])
+def test_columns_that_other_signs_separate_are_refused(tmp_path, separator):
+    """As of spreadsheets of countries in which numbers have a comma; here names of files have one, too."""
+    (tmp_path / "list.csv").write_text(f"image{separator}label\n1,5.jpg{separator}cat\n")
+    with pytest.raises(DataError, match=re.escape(f"separated by {separator!r}, not by commas: 'image")):
+        read_list(tmp_path / "list.csv", ("image", "label"))
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "list.csv").write_text("file,label\na.jpg,cat\n")
+    with pytest.raises(DataError, match=r"Row 1 of .*list\.csv has no column 'image'\. There is 'file', 'label'\."):
         read_list(tmp_path / "list.csv", ("image", "label"))
 
 
