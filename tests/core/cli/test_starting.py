@@ -40,6 +40,26 @@ def test_ctrl_c_during_imports_is_not_lost():
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "Interrupted.\n")
 
 
+class Loop:
+    """Is freed by a collection, with a call in which Python ignores what is raised."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_during_the_collection_after_imports_is_not_lost():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), without_collections():
+            Loop()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
 def test_ctrl_c_is_afterwards_what_it_was(handler):
     before = signal.signal(signal.SIGINT, handler)
