@@ -54,6 +54,7 @@ FOLDERS = {  # the file, the data it runs on, and what replaces the hub
         ],
     ),
 }
+MORE = ("cls_convnext", "seg_smp")  # each of a task that others of FOLDERS train as well
 HUB = {  # the file, the local data set in the hub's format, and what replaces the hub's model
     "food101_vit": (
         "labeled_rows",
@@ -145,7 +146,9 @@ def number_in(metric, printed):
     return float(re.findall(r"\d+\.\d+", row)[-1])
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in FOLDERS]
+)
 def test_data_on_disk(name, request, capsys):
     data, changes = FOLDERS[name]
     root = f"--data.init_args.root={request.getfixturevalue(data)}"
