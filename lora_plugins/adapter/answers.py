@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import PluginError, StateError
 from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot, Storage
-from lora_plugins.utils import shape_or_value
+from lora_plugins.utils import is_dense, shape_or_value
 
 
 @contextmanager
@@ -183,15 +183,11 @@ def _items(value: Any) -> Any:
 
 
 def _can_be_saved(name: Any, value: Tensor) -> bool:
-    return isinstance(name, str) and "/" not in name and _is_dense(value)
+    return isinstance(name, str) and "/" not in name and is_dense(value)
 
 
 def _has_values(value: Tensor) -> bool:
-    return _is_dense(value) and bool(value.isfinite().all())
-
-
-def _is_dense(value: Tensor) -> bool:
-    return value.layout is torch.strided and not value.is_meta
+    return is_dense(value) and bool(value.isfinite().all())
 
 
 def _are_shapes(value: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter.state import ModelState, model_state
 from lora_plugins.inplace import model_modules, own_tensors, persistent_buffers
 from lora_plugins.plan import Plan
+from lora_plugins.utils import is_dense
 
 Mark = tuple[float, float]
 """The norm of a tensor, and its product with random numbers, which a change of it changes by about its own norm."""
@@ -45,7 +46,7 @@ def _left_to_the_base(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tenso
     still = set(plan.frozen_norms)
     buffers = {n: t for n, t in persistent_buffers(modules).items() if n.rpartition(".")[0] not in still}
     for name, tensor in (own_tensors(modules, "_parameters") | buffers).items():
-        is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+        is_plain = type(tensor) in (Tensor, nn.Parameter) and is_dense(tensor)
         if is_plain and name not in plan.trained and name not in plan.saved_buffers:
             yield name, state.values.base_value(model, name) if state else tensor
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter import ADAPTER_NAME
@@ -15,6 +14,7 @@ from lora_plugins.formats.from_packed import check_expressible, portable_of
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.to_packed import packed_for
 from lora_plugins.plugins import AdapterFormat, AdapterSummary, LayerSummary, PackedAdapter, Registry
+from lora_plugins.utils import is_dense
 
 
 class PortableFormat(AdapterFormat):
@@ -128,11 +128,11 @@ def _wrong(adapter: Any) -> str:
         if not isinstance(layer, PortableLayer):
             return f"{shown(layer)} for {name!r}, which is no PortableLayer"
         for factor in ("A", "B"):
-            if not _has_values(getattr(layer, factor)):
+            if not _is_dense_tensor(getattr(layer, factor)):
                 return f"{shown(getattr(layer, factor))} for {factor} of {name!r}, which is no dense tensor"
-    odd = [name for name, value in adapter.values.items() if not _has_values(value)]
+    odd = [name for name, value in adapter.values.items() if not _is_dense_tensor(value)]
     return f"{shown(adapter.values[odd[0]])} for {odd[0]!r}, which is no dense tensor" if odd else ""
 
 
-def _has_values(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+def _is_dense_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_dense(value)

@@ -12,7 +12,7 @@ from lora_plugins import words
 from lora_plugins.errors import ConfigError, PluginError, near, noted
 from lora_plugins.field_checks import is_plain
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
-from lora_plugins.utils import in_full, shape_or_value
+from lora_plugins.utils import in_full, is_dense, shape_or_value
 
 COMMON_OPTIONS: Mapping[str, Any] = {"min_size": 4096}
 """Options that all storages have, with their defaults: weights with fewer than `min_size` elements stay dense."""
@@ -119,7 +119,7 @@ class Storage:
             raise PluginError(
                 f"store() of the storage {self.plugin.name!r} gives names that no attributes have: {wrong}."
             )
-        if wrong := [name for name, tensor in stored.items() if tensor.layout is not torch.strided or tensor.is_meta]:
+        if wrong := [name for name, tensor in stored.items() if not is_dense(tensor)]:
             raise PluginError(
                 f"store() of the storage {self.plugin.name!r} gives {wrong}, which no file can hold: what is stored is "
                 "dense. Of a sparse tensor, store its indices and values."

@@ -17,7 +17,7 @@ from lora_plugins.utils.precision import common_type, in_float64, single_at_leas
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, random_module, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
-from lora_plugins.utils.shapes import shape_or_value
+from lora_plugins.utils.shapes import is_dense, shape_or_value
 from lora_plugins.utils.transforms import transforms_are_active
 from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, version
 
@@ -33,6 +33,7 @@ __all__ = [
     "ending",
     "in_float64",
     "in_full",
+    "is_dense",
     "laid_out_like",
     "levels",
     "loaded_key",
