@@ -1,7 +1,6 @@
 """Exported networks answer as the task does."""
 
 import json
-import resource
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from lora_plugins.tasks import (
     merged_task,
 )
 from lora_plugins.tasks.inference import export_main as export
+from lora_plugins.testing.full_disk import no_file_beyond
 
 from ..conftest import tiny_vit
 
@@ -91,12 +91,8 @@ class TestExport:
     def test_a_disk_that_is_full_is_told_and_the_earlier_file_stays(self, fitted, tmp_path, capsys, ending):
         file = tmp_path / f"m{ending}"
         file.write_bytes(b"earlier")
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        try:
+        with no_file_beyond(1000):
             code = main(["export", str(fitted["labels"][1]["adapter"]), str(file)])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         last = f"error: File too large for {file}. Make room, or name a place on another disk."
         assert (code, capsys.readouterr().err.splitlines()[-1]) == (1, last)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {file.name: b"earlier"}
