@@ -4,8 +4,8 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from lora_plugins.cli.commands import INTERRUPTED
@@ -30,38 +30,40 @@ def without_collections() -> Iterator[None]:
 
 
 @contextmanager
-def _ctrl_c_afterwards() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    asked: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        signal.raise_signal(signal.SIGINT)
-
-
-@contextmanager
 def importing() -> Iterator[None]:
     """Holds a block that only imports, without collections; Ctrl-C ends the process in it at once.
 
     The exception of Python may be lost: in a callback, where it is ignored, or in a package that catches what an import
     raises. A handler that a program has set by itself stays.
     """
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, _end)
+    is_ours = _is_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with _ctrl_c_calls(_end) if is_ours else nullcontext(), without_collections():
+        yield
+
+
+@contextmanager
+def _ctrl_c_afterwards() -> Iterator[None]:
+    if not _is_main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield
+        return
+    asked: list[int] = []
+    with _ctrl_c_calls(lambda number, _: asked.append(number)):
+        yield
+    if asked:
+        signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _ctrl_c_calls(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
     try:
-        with without_collections():
-            yield
+        yield
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _end(*_: Any) -> NoReturn:
