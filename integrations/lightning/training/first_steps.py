@@ -76,13 +76,13 @@ class FirstSteps:
         unmoved = self._unmoved()
         if unmoved and self._steps < PATIENCE:
             return True
-        self._name(unmoved)
+        self._name_unmoved(unmoved)
         return False
 
     def finish(self) -> None:
         """Names what a short run has left as it was, or its learning rate of zero, unless there was a single step."""
         if self._steps >= STEPS:
-            self._name(self._unmoved())
+            self._name_unmoved(self._unmoved())
         if self._without_rate and self._batches >= STEPS:
             rank_zero_warn(
                 f"{len(self._without_rate)} of {len(self._trained)} trainable tensors were not trained: the learning "
@@ -121,7 +121,7 @@ class FirstSteps:
             and torch.equal(local(self._trained[name]), start)
         ]
 
-    def _name(self, unmoved: Sequence[str]) -> None:
+    def _name_unmoved(self, unmoved: Sequence[str]) -> None:
         if unmoved:
             rank_zero_warn(
                 f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {self._steps} steps although "
