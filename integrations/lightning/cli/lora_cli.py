@@ -115,6 +115,18 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         except (TypeError, ValueError, ImportError) as error:  # Lightning's, about one of its arguments
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
 
+    def before_validate(self) -> None:
+        """Says which weights are measured where no checkpoint is named; results look like those of a bad training."""
+        if self._section("lora") is not None and not self._section("ckpt_path") and self.trainer.is_global_zero:
+            print_lines(
+                [
+                    f"Without --ckpt_path, {self.subcommand} takes the model as it is built, without an adapter. "
+                    "That is in the checkpoint which fit names at its end."
+                ]
+            )
+
+    before_test = before_predict = before_validate
+
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Fits, handles Ctrl-C, and prints where everything is.
 

@@ -59,6 +59,17 @@ class TestFit:
         more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
         assert main(["fit", "--config", path, *more]) == 0
 
+    @pytest.mark.parametrize("command", ["validate", "test", "predict"])
+    def test_model_without_checkpoint_is_said_to_have_no_adapter(self, config, tmp_path, capsys, command):
+        path, said = config(), f"Without --ckpt_path, {command} takes the model as it is built, without an adapter."
+        assert main(["fit", "--config", path]) == 0
+        assert "Without --ckpt_path" not in capsys.readouterr().out
+        assert main([command, "--config", path]) == 0
+        assert said in " ".join(capsys.readouterr().out.split())
+        assert main([command, "--config", path, "--ckpt_path", checkpoint(tmp_path)]) == 0
+        assert main([command, "--config", path, "--lora", "null"]) == 0
+        assert "Without --ckpt_path" not in capsys.readouterr().out
+
     def test_checkpoint_of_a_module_that_saves_its_own_hyperparameters_goes_on(self, config, tmp_path):
         path = config(model={"class_path": f"{TOYS}.SavesItself", "init_args": {"width": 8}})
         assert main(["fit", "--config", path]) == 0
