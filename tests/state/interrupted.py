@@ -1,5 +1,6 @@
 """Stops a call at one of its lines, and says what a model is, so that before and after can be told apart."""
 
+import dis
 import gc
 import linecache
 import random
@@ -99,8 +100,15 @@ def _release(lock: Any) -> None:
 
 
 def _does_nothing(frame: FrameType) -> bool:
-    """Whether a line is a `try:`, at which no signal stops a call."""
-    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "try:"
+    """Whether a line is a `try:`, or the end of a `with` that is traced as its line: there no signal stops a call."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return line == "try:" or (line.startswith("with ") and _ends(frame))
+
+
+def _ends(frame: FrameType) -> bool:
+    """Whether a `with` ends, which begins with loading the three arguments None of `__exit__`."""
+    code, at = frame.f_code, frame.f_lasti
+    return code.co_code[at] == dis.opmap["LOAD_CONST"] and code.co_consts[code.co_code[at + 1]] is None
 
 
 def _place(frame: FrameType) -> str:
