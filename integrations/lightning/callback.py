@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
 from lora_plugins.adapter import freeze_new_norms, model_state, present_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
@@ -309,7 +310,6 @@ class LoraCallback(Callback):
         """
         if self._run.restored is not None:
             self.rates.check_restored(self._run.restored.get("rates", {}))
-        put_back_marks(pl_module, self._run.marks)
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
@@ -353,6 +353,8 @@ class LoraCallback(Callback):
             StateError: If an optimizer trains the base.
         """
         first = batch_idx == 0 or self._run.audit is None
+        if first:
+            put_back_marks(pl_module, self._run.marks)
         if first and not is_sharded(trainer):
             put_back_statistics(trainer, pl_module)
         if self._run.audit is None:
@@ -446,6 +448,8 @@ class LoraCallback(Callback):
         explain_computed_weight(exception)
         if self._run.audit is not None:
             self._run.audit.explain(exception)
+            with suppress(StateError):  # the exception that there is says more
+                self._run.audit.note_moved()  # takes rounding out of copies that the last batch has moved
         self._end_run()
         end_run(trainer, "fit")  # a run inside of it ends it as well
 
@@ -478,13 +482,14 @@ class LoraCallback(Callback):
         if self._run.audit is not None:
             self._run.audit.note_moved()
 
-    def restored(self, trainer: Trainer, changed: bool) -> None:
+    def restored(self, trainer: Trainer, changed: bool, whole: bool) -> None:
         """Records the module with the adapters of a checkpoint; averages copy it before their own state is loaded."""
         module = trainer.lightning_module
         self._modes = modes_of_frozen_norms(module)
         if trainer.state.fn == "fit":
-            self._start = Start.of(module)
             self._run.marks = marks_of_base(module)
+            if not whole:  # else the base becomes again what it was
+                self._start = Start.of(module)
         if changed:
             copy_into_averages(trainer, module)
 
@@ -509,7 +514,7 @@ class LoraCallback(Callback):
     def _keep_base(self, trainer: Trainer, module: LightningModule) -> None:
         """Removes rounding errors from what callbacks have averaged, before they exchange it with the module."""
         if trainer.state.fn == "fit" and not is_sharded(trainer):
-            keep_base_of_averages(trainer, module)
+            keep_base_of_averages(trainer, module, self.before_save)
 
     def _adapt_when_built(self, trainer: Trainer, module: LightningModule, shims: MethodShims) -> None:
         before = AdaptBeforeSharding(lambda: self._ensure_adapted(trainer, module)) if is_sharded(trainer) else None

@@ -13,6 +13,7 @@ earlier adapter was merged into weights, which no pretrained base has, a further
 state dict: they are put into the module first. "base_tensors" has those that the module itself has taken out of the
 state dict. "pretrained" has the fingerprints of those that they are put in place of, since the rest of that base is
 left out. "outside" has the fingerprint of each frozen tensor that was left out and belongs to none of the targets.
+"whole" says that nothing was left out, as in the file that a tuner reads back after its trials.
 """
 
 from collections.abc import Iterator, Mapping

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, LoraModel
@@ -32,6 +33,8 @@ from lora_plugins.integrations.lightning.module import (
     mark_merged,
     mark_moved,
     merged_weights,
+    moved_by_hand,
+    moved_since,
     name_mapper,
     not_as_built,
     note_built,
@@ -43,7 +46,7 @@ from lora_plugins.plugins import registry_of
 from lora_plugins.utils import plain_name
 
 
-def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: bool = False) -> dict[str, Any]:
     """Puts the adapters of a checkpoint on a module and returns the checkpoint with complete state dicts.
 
     Adapters that the module has already keep their parameters, so that an optimizer goes on with them.
@@ -51,6 +54,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         module: The module, with the base it had when the checkpoint was written.
         checkpoint: What `shrink` returned; it is not changed.
+        keep_moved: Whether to go on, with a warning, if it leaves out what the module has moved by hand since.
 
     Raises:
         AdapterFileError: If the entry is damaged or newer, or does not fit the module. Adapters that were not on the
@@ -65,14 +69,17 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             merged = {**entry.get("base_tensors", {}), **state}
             _put_base(module, entry.get("base", []), entry.get("pretrained", {}), merged, replaced)
             check_no_surplus(module, entry)
-            located = [_located(module, adapter, state) for adapter in entry["adapters"]]  # before one is overwritten
+            whole = bool(entry.get("whole"))
+            # Before one is overwritten.
+            located = [_located(module, adapter, state, whole=whole) for adapter in entry["adapters"]]
             for adapter, place in zip(entry["adapters"], located, strict=True):
                 added += _attach_or_overwrite(place)
                 _set_active(place.target, place.name, adapter["active"], adapter["weight"])
+            _check_moved(module, entry, keep=keep_moved)
             _check_outside(module, entry.get("outside", {}))
             take_fingerprints(module)
-            # By hand, or by training, in the run that wrote it.
-            mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(state))
+            if not whole:  # by hand, or by training, in the run that wrote it
+                mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(state))
             return _complete(module, checkpoint, entry)
     except BaseException:
         for target, name in reversed(added):
@@ -124,7 +131,8 @@ def _put_base(
 
 def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) -> None:
     """Checks that frozen parts outside of the targets have the values that a checkpoint left out."""
-    wrong = not_as_built(module, expected)
+    moved = moved_since(module, expected)
+    wrong = [name for name in not_as_built(module, expected) if name not in moved]
     if wrong:
         raise AdapterFileError(
             f"The checkpoint leaves {listing(wrong, 3)} out ({len(wrong)} frozen tensors outside of the target), and "
@@ -132,6 +140,20 @@ def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) 
             "with the same values: the same pretrained weights, or the same seed if they are random."
         )
     note_built(module, expected)
+
+
+def _check_moved(module: nn.Module, entry: Mapping[str, Any], *, keep: bool) -> None:
+    """Names what a checkpoint leaves out since it was frozen, and this very module has moved by hand since."""
+    moved = {*moved_since(module, entry.get("outside", {})), *moved_by_hand(module).intersection(entry["left_out"])}
+    if not moved:
+        return
+    told = (
+        f"The checkpoint was written before this {type(module).__name__} moved {listing(sorted(moved), 3)} by hand, as "
+        "the average of a teacher, and leaves that out: there are other values there"
+    )
+    if not keep:
+        raise AdapterFileError(f"{told} now. Load the checkpoint into a new module.")
+    rank_zero_warn(f"{told} than it was measured with. They are kept; all else is that of the checkpoint.")
 
 
 @dataclass(frozen=True)
@@ -153,8 +175,11 @@ class _Located:
     own: PackedAdapter | None
 
 
-def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]) -> _Located:
-    """Finds the place of an adapter, and checks it against the one that is there."""
+def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any], *, whole: bool) -> _Located:
+    """Finds the place of an adapter, and checks it against the one that is there.
+
+    A whole checkpoint is of this module, and brings the base that an init has changed as well.
+    """
     target, packed = locate_adapter(module, adapter, saved)
     name, state = str(packed.manifest.get("adapter_name")), model_state(target)
     if state is None or name not in state.adapters:
@@ -162,12 +187,20 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
     config = state.adapters[name].plan.config
     check_same_config(name, config.to_dict(), packed)
     own = None if lost_layers(target, name) else LoraModel(target).pack(name)
-    if own is not None and not (by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]):
-        own = None  # by a plugin that was installed since, or by LoftQ, which changes bases otherwise on other machines
+    if own is not None and not (whole or _is_rebuilt_alike(own, packed)):
+        own = None
     if own is not None:
         with versions_told(packed.manifest, registry_of(config)):
             check_same_adapter(name, own, packed)
     return _Located(target, name, packed, is_present=True, own=own)
+
+
+def _is_rebuilt_alike(own: PackedAdapter, packed: PackedAdapter) -> bool:
+    """Whether two adapters have the same changed base, not by a plugin that was installed since.
+
+    LoftQ changes bases otherwise on other machines.
+    """
+    return by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]
 
 
 def _attach_or_overwrite(place: _Located) -> list[tuple[nn.Module, str]]:

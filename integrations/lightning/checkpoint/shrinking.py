@@ -25,12 +25,13 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.utils import plain_name
 
 
-def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+def shrink(checkpoint: Mapping[str, Any], module: nn.Module, *, whole: bool = False) -> dict[str, Any]:
     """Returns a checkpoint without the frozen base, and with what is needed to rebuild the adapters.
 
     Args:
         checkpoint: What Lightning would write; it is not changed.
         module: The module it was made from. Where it has no adapters, for example after a merge, nothing is left out.
+        whole: Whether the frozen base stays in it, since the module may move parts of that before it is read.
 
     Raises:
         StateError: If an adapter was merged by hand and not unmerged, or layers that it is on were replaced.
@@ -38,8 +39,8 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
     targets = adapted_targets(module)
     if not targets:
         return dict(checkpoint)
-    parts = frozen_as_built(module)
-    frozen = frozen_keys(module) | parts.keys()
+    parts = {} if whole else frozen_as_built(module)
+    frozen = frozenset() if whole else frozen_keys(module) | parts.keys()
     left_out: dict[str, None] = {}  # of any of them: the module's own hook may rename the keys of one
 
     def without_base(state: StateDict) -> StateDict:
@@ -58,6 +59,7 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
         "base_tensors": {key: own_tensor(module, key).detach() for key in merged if key not in saved},
         "pretrained": {key: values for key, values in merged.items() if values},
         "outside": {key: values for key, values in parts.items() if key in left_out},
+        "whole": whole,
     }
     about = {key: values for key, values in about.items() if values}
     return {

@@ -34,6 +34,7 @@ from lora_plugins.integrations.lightning.module.copies_of_weights import kept_co
 from lora_plugins.integrations.lightning.module.declarations import file_entries, with_declarations
 from lora_plugins.integrations.lightning.module.frozen_parts import (
     frozen_as_built,
+    moved_since,
     not_as_built,
     note_built,
     outside,
@@ -119,6 +120,7 @@ __all__ = [
     "merged_weights",
     "modes_of_frozen_norms",
     "moved_by_hand",
+    "moved_since",
     "name_mapper",
     "not_as_built",
     "note_built",

@@ -46,6 +46,9 @@ from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
 
 _METHODS = ("save_checkpoint", "load_checkpoint")
 
+_OF_TUNERS = (".lr_find_", ".scale_batch_size_")
+"""How the names of files begin that tuners read back after trials in which no hook tells what the module moves."""
+
 
 class Owner(Protocol):
     """What the checkpoint shims need of a LoraCallback."""
@@ -56,8 +59,14 @@ class Owner(Protocol):
     def before_save(self) -> None:
         """Learns that a checkpoint is about to be written."""
 
-    def restored(self, trainer: Trainer, changed: bool) -> None:
-        """Learns that the module has the adapters of a checkpoint, and whether it had others or none before."""
+    def restored(self, trainer: Trainer, changed: bool, whole: bool) -> None:
+        """Learns that the module has the adapters of a checkpoint.
+
+        Args:
+            trainer: The trainer.
+            changed: Whether the module had others or none before.
+            whole: Whether the base is about to be loaded from the checkpoint as well.
+        """
 
 
 class CheckpointShims:
@@ -67,6 +76,7 @@ class CheckpointShims:
         self._trainer = trainer
         self._owners: list[Owner] = []
         self._written: set[str] = set()
+        self._keeps_moved = False
         self._hook_shims: MethodShims | None = None
         strategy = trainer.strategy
         self._before = {name: vars(strategy).get(name) for name in _METHODS}
@@ -98,16 +108,25 @@ class CheckpointShims:
 
     @staticmethod
     def load_own(trainer: Trainer, path: str) -> dict[str, Any]:
-        """Reads a checkpoint; with all objects among its hyperparameters if it was written here."""
+        """Reads a checkpoint of this run; with all objects among its hyperparameters if it was written here.
+
+        What the module has moved by hand since it was written is kept, as the training is over.
+        """
         shims = getattr(trainer.strategy.save_checkpoint, "lora_shims", None)
-        ours = shims is not None and path in shims._written
-        return trainer.strategy.load_checkpoint(path, weights_only=False if ours else None)
+        if shims is None:
+            return trainer.strategy.load_checkpoint(path, weights_only=None)
+        shims._keeps_moved = True
+        try:
+            return trainer.strategy.load_checkpoint(path, weights_only=False if path in shims._written else None)
+        finally:
+            shims._keeps_moved = False
 
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint without the frozen base, under a temporary name first."""
         for owner in self._owners:
             owner.before_save()
-        self._write(shrink(checkpoint, self._module), filepath, storage_options)
+        whole = Path(filepath).name.startswith(_OF_TUNERS) and not is_sharded(self._trainer)
+        self._write(shrink(checkpoint, self._module, whole=whole), filepath, storage_options)
         self._written.add(str(filepath))
 
     def _write(self, small: dict[str, Any], filepath: Any, storage_options: Any) -> None:
@@ -147,7 +166,7 @@ class CheckpointShims:
         complete = self._prepare(checkpoint_path, checkpoint)
         changed = before != {name for name, _ in self._module.named_parameters()}
         for owner in self._owners:
-            owner.restored(self._trainer, changed)
+            owner.restored(self._trainer, changed, whole=bool(complete.get(KEY, {}).get("whole")))
         return complete
 
     def _read(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -173,7 +192,7 @@ class CheckpointShims:
         for owner in self._owners:
             owner.undo_merge(self._module)
         if not is_overridden("on_load_checkpoint", self._module):
-            return self._averaged(restore(self._module, checkpoint))
+            return self._restored(checkpoint)
         return self._load_around_hook(checkpoint)
 
     def _load_around_hook(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +202,7 @@ class CheckpointShims:
         """
         module = self._module
         late = bool(missing_layers(module, checkpoint))
-        complete = with_present_base(module, checkpoint) if late else self._averaged(restore(module, checkpoint))
+        complete = with_present_base(module, checkpoint) if late else self._restored(checkpoint)
         base = {} if late else present_base(module, complete)
         start = Start.of(module, but=left_out(module, checkpoint))
         shims = self._hook_shims = MethodShims(module)
@@ -192,12 +211,13 @@ class CheckpointShims:
             shims.remove()
             put_base(module, base)
             start.mark_written(module)  # such as an average that the module keeps out of its state dict
-            complete.update(self._averaged(restore(module, without_base(module, complete))))
+            complete.update(self._restored(without_base(module, complete)))
 
         shims.after("on_load_checkpoint", after_hook)
         return complete
 
-    def _averaged(self, complete: dict[str, Any]) -> dict[str, Any]:
+    def _restored(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        complete = restore(self._module, checkpoint, keep_moved=self._keeps_moved)
         if self._trainer.state.fn != "fit" and "current_model_state" in complete:
             # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
             # that is to be tested. The metric in the file's name is that of the averaged ones.

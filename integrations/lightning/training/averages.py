@@ -1,6 +1,6 @@
 """Callbacks that average weights: they copy the module in `setup`, before it is adapted, and keep the copy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ from torchmetrics import Metric
 from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import full_name, named_parameters, named_tensors
-from lora_plugins.integrations.lightning.module import frozen_as_built, frozen_tensors, outside
+from lora_plugins.integrations.lightning.module import (
+    frozen_as_built,
+    frozen_tensors,
+    moved_by_hand,
+    outside,
+)
 from lora_plugins.integrations.lightning.shims import Averaging, averaged_module, drop_average
 from lora_plugins.utils import plain_name
 
@@ -27,15 +32,22 @@ def copy_into_averages(trainer: Trainer, module: LightningModule) -> None:
         callback.setup(trainer, module, stage.value)
 
 
-def keep_base_of_averages(trainer: Trainer, module: LightningModule) -> None:
+def keep_base_of_averages(trainer: Trainer, module: LightningModule, note_moved: Callable[[], None]) -> None:
     """Restores the frozen base in averages: the average of equal values differs from them by rounding.
 
     Callbacks exchange their average with the module in validation and when training ends, so this is called before.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        note_moved: Records what of the base the module has moved by hand: these values are averaged like trained ones.
     """
     averages = [(average, "") for average in _averages(trainer)] + _of_other_callbacks(trainer, module)
     if not averages:
         return
-    frozen = _frozen(module)
+    note_moved()
+    moved = moved_by_hand(module)
+    frozen = {name: tensor for name, tensor in _frozen(module).items() if name not in moved}
     for average, path in averages:
         named = {full_name(path, name): tensor for name, tensor in named_tensors(average).items()}
         with torch.no_grad():

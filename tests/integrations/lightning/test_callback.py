@@ -1,5 +1,6 @@
 """With other callbacks and in other modes of Lightning: nothing lost, nothing silent."""
 
+import copy
 import inspect
 from dataclasses import replace
 
@@ -51,13 +52,16 @@ def test_a_fit_that_is_stopped_before_its_first_batch_is_not_told_to_look_at_its
 
 class TestTuners:
     class Watch(Callback):
-        """Notes the weights when the tuner is done and training has not begun."""
+        """Notes the weights ahead of the tuner, and when it is done and training has not begun."""
+
+        def on_fit_start(self, trainer, pl_module):
+            self.adapted = values(pl_module)
 
         def on_train_start(self, trainer, pl_module):
             self.start = values(pl_module)
 
     # The tuner's own short runs come before any hook of ours.
-    pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode:UserWarning")
+    pytestmark = pytest.mark.filterwarnings("ignore:Found . module.s. in eval mode:UserWarning")
 
     @pytest.mark.parametrize("norm", ["freeze", "track"])
     def test_learning_rate_finder_leaves_adapter_and_statistics_as_they_were(self, tmp_path, norm):
@@ -80,6 +84,28 @@ class TestTuners:
         assert not differing(watch.start, values(untouched))
         assert LoraModel(module).active_adapters == ("default",)
 
+    @pytest.mark.parametrize("init", ["kaiming", "pissa"])
+    @pytest.mark.parametrize("target", [None, "net"])
+    @pytest.mark.parametrize(
+        "finder",
+        [
+            lambda: LearningRateFinder(num_training_steps=8, max_lr=0.5),
+            lambda: BatchSizeFinder(mode="power", steps_per_trial=2, max_trials=2, batch_arg_name="batch_size"),
+        ],
+        ids=["rate", "batch_size"],
+    )
+    def test_they_leave_what_the_module_moves_by_hand_as_it_was(self, tmp_path, finder, target, init):
+        module, watch = MovesByHand(with_copy=target is None), self.Watch()
+        names = ["0"] if target else ["net.0", "average.0"]
+        config = LoraConfig(r=2, target_modules=names, modules_to_save=["3"] if target else ["net.3"], init=init)
+        trainer(tmp_path, [lora(config, target=target), watch, finder()], max_epochs=1).fit(module)
+        assert not differing(watch.start, watch.adapted)
+        assert differing(values(module), watch.start) >= {
+            "center",
+            "head.weight",
+            *(f"net.0.{part}.default" for part in ("lora_A", "lora_B")),
+        }
+
 
 class Sized(Classifier):
     batch_size = 8
@@ -88,6 +114,23 @@ class Sized(Classifier):
         return torch.utils.data.DataLoader(loader().dataset, batch_size=self.batch_size)
 
     val_dataloader = train_dataloader
+
+
+class MovesByHand(Sized):
+    """Keeps a center, an average of its head and, if wanted, one of its network, all frozen."""
+
+    def __init__(self, with_copy):
+        super().__init__()
+        self.center = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.head = copy.deepcopy(self.net[3]).requires_grad_(False)
+        self.average = copy.deepcopy(self.net).requires_grad_(False) if with_copy else None
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        self.center.mul_(0.9).add_(0.1)
+        for own, part in ((self.head, self.net[3]), (self.average, self.net)):
+            for mean, value in zip(own.parameters(), part.parameters(), strict=True) if own is not None else ():
+                mean.mul_(0.7).add_(value, alpha=0.3)
 
 
 class Tied(Classifier):

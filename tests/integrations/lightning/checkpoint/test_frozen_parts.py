@@ -154,6 +154,29 @@ def test_moved_late_is_in_the_files_from_then_on(tmp_path):
         trainer(tmp_path, [lora()]).validate(module, loader(), ckpt_path=tmp_path / "run" / "epoch=0.ckpt")
 
 
+@pytest.mark.parametrize("target", [None, "net"], ids=["in_the_target", "beside_it"])
+def test_a_checkpoint_from_before_the_first_move_is_refused_and_the_best_is_taken_with_a_word(tmp_path, target):
+    class Best(Parts):
+        def validation_step(self, batch, batch_idx):
+            self.log("epoch", float(self.current_epoch))
+
+    module = Best(move=late)
+    inside = LoraConfig(r=2, target_modules=["net.0", "net.3"], modules_to_save=["projection"])
+    config = CONFIG if target else inside
+    callback = LoraCallback(config, target=target, merge_source="best", merge_on_fit_end=False)
+    saver = ModelCheckpoint(tmp_path, monitor="epoch", filename="best")
+    with pytest.warns(UserWarning, match=r"moved 'teacher\.0\.weight' by hand.* They are kept") as warned:
+        trainer(tmp_path, [callback, saver]).fit(module, loader(), loader())
+    assert len([each for each in warned if "by hand" in str(each.message)]) == 1
+    last = values(module)
+    for function in ("validate", "fit"):
+        run = trainer(tmp_path, [LoraCallback(config, target=target)])
+        with pytest.raises(AdapterFileError, match=r"before this Best moved 'teacher\.0\.weight'.*into a new module"):
+            getattr(run, function)(module, loader(), ckpt_path=tmp_path / "best.ckpt")
+        assert not differing(values(module), last)
+    run.validate(Best(), loader(), ckpt_path=tmp_path / "best.ckpt")
+
+
 def test_other_values_are_refused(tmp_path):
     fitted(tmp_path, Parts())
     path = tmp_path / "run" / "epoch=1.ckpt"

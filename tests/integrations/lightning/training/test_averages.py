@@ -144,6 +144,40 @@ def test_resumed_before_the_epoch_in_which_swa_renews_statistics(tmp_path):
     assert not differing(values(straight), values(resumed))
 
 
+class Centered(Classifier):
+    """Moves a frozen parameter by hand, but for a warm-up."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.center = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.validated = []
+
+    def on_validation_batch_start(self, *_):
+        self.validated.append(self.net.center[0].item())
+
+    def forward(self, x):
+        return self.net[:5](x)
+
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            self.net.center.add_(self.global_step > 4)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+@pytest.mark.parametrize("every", [0.5, 1.0], ids=["twice_an_epoch", "once_an_epoch"])
+def test_what_the_module_moves_by_hand_is_averaged_as_without_adapters(tmp_path, first, every):
+    def fitted(*callbacks):
+        run = trainer(tmp_path, [*callbacks], val_check_interval=every)
+        run.fit(module := Centered(), loader(64), loader())
+        return module
+
+    both = [lora(), EMAWeightAveraging(decay=0.5)]
+    plain, module = fitted(EMAWeightAveraging(decay=0.5)), fitted(*(both if first else both[::-1]))
+    assert torch.equal(module.net.center, plain.net.center)
+    assert module.validated == plain.validated
+    assert module.net.center[0] % 1
+
+
 def test_ema_checkpoint_gives_the_metric_that_was_logged(tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1)
     run = trainer(tmp_path, [EMAWeightAveraging(decay=0.5), lora(), saver], max_epochs=3)
