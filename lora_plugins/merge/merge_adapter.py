@@ -176,8 +176,8 @@ def _check_loss(weights: list[MergedWeight], lossy: Mapping[MergedWeight, torch.
     unknown = [weight.name for weight in weights if not math.isfinite(weight.relative_error)]
     if unknown:
         raise MergeError(
-            f"{listing(unknown)}: the weight or its update has values that are not finite, as after a training that "
-            "diverged, for which a smaller learning rate helps. Nothing was merged."
+            f"{listing(unknown)}: the weight or its update has values that are not finite, or together too large for "
+            "the type, as after a training that diverged, for which a smaller learning rate helps. Nothing was merged."
         )
     if lossy:
         worst = max(lossy, key=lambda weight: weight.relative_error)

@@ -66,8 +66,10 @@ class WeightDelta:
                 return 0.0
             wide = common_type(self.weight.dtype, self.term.A.dtype)
             largest = float(torch.linalg.vector_norm(self.weight.to(wide))) + norm
-            bound = torch.finfo(self.weight.dtype).eps / 2 * largest / norm
-            return bound if bound <= _SURELY_SMALL else _share(self._lost(wide), norm)
+            kind = torch.finfo(self.weight.dtype)
+            bound = kind.eps / 2 * largest / norm
+            is_bound = bound <= _SURELY_SMALL and largest <= kind.max  # above it, an element may be rounded to infinity
+            return bound if is_bound else _share(self._lost(wide), norm)
 
     def is_negligible(self) -> bool:
         """Whether the update is so small that nothing is lost with it, as after steps that learned nothing."""

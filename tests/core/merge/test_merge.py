@@ -209,6 +209,18 @@ def test_values_that_are_not_finite_are_refused():
         adapt(model).merge_and_unload(max_error=float("inf"))
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_sums_that_half_precision_cannot_hold_are_refused(merge):
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+    lora = adapt(model)
+    model[0].lora_A["default"].data.fill_(1)
+    model[0].lora_B["default"].data.fill_(1e5)  # a float32, whose rounding error alone would be small
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MergeError, match=r"'0\.weight': the weight or its update .* too large for the type"):
+        getattr(lora, merge)(max_error=float("inf"))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_all_of_a_variant_is_merged_for_now_and_then_for_good():
     model, x = nn.Sequential(nn.Linear(5, 4)).double(), torch.randn(3, 5).double()
     lora = adapt(model, variant="dora")
