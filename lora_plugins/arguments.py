@@ -1,11 +1,11 @@
-"""Checks the arguments of methods: swapped ones, those of a wrong type, and configs of another library."""
+"""Checks arguments of methods and functions: swapped ones, those of a wrong type, and configs of another library."""
 
 import dataclasses
 import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -16,7 +16,11 @@ from lora_plugins.field_checks import (
     check_chosen,
     check_flag,
     check_name,
+    check_names,
     check_options,
+    check_paths,
+    check_plugins,
+    check_registry,
     check_share,
     check_some,
     shown,
@@ -24,6 +28,7 @@ from lora_plugins.field_checks import (
 from lora_plugins.words import ARGUMENTS, FIELDS
 
 Class = TypeVar("Class")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "model": ((nn.Module,), "a torch.nn.Module"),
@@ -49,6 +54,11 @@ _CHECKS: Mapping[str, Check] = {
     "revision": check_name,
     "private": check_flag,
     "metrics": check_options,
+    "registry": check_registry,
+    "extra": check_plugins,
+    "allow": check_names,
+    "block": check_names,
+    "files": check_paths,
 }
 """By the name of another parameter, what it can hold. Where None is the default, it can be given."""
 
@@ -66,6 +76,11 @@ def with_checked_arguments(cls: type[Class]) -> type[Class]:
             checked = _checked(function, call, skip=not isinstance(member, staticmethod))
             setattr(cls, name, type(member)(checked) if bound else checked)
     return cls
+
+
+def with_checked_call(function: Function) -> Function:
+    """Lets a public function check its arguments before it runs."""
+    return cast(Function, _checked(function, function.__name__, skip=0))
 
 
 def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -4,9 +4,10 @@ Each raises a `ConfigError` that says what the field is, and what it was given.
 """
 
 import math
+import os
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from lora_plugins.errors import ConfigError, near
@@ -139,8 +140,16 @@ def check_names(name: str, value: Any) -> None:
 
 def check_some(name: str, value: Any) -> None:
     """A collection of any kind, but no text, and no mapping, whose values would be passed over."""
-    if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+    if not _is_collection(value):
         raise ConfigError(f"{name} is a list, not {shown(value)}.")
+
+
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+
+
+def _lists(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Iterator) or (_is_collection(value) and all(map(fits, value)))
 
 
 def check_chosen(name: str, value: Any) -> None:
@@ -151,6 +160,31 @@ def check_chosen(name: str, value: Any) -> None:
     for entry in value:
         if entry is not None:
             check_name(name, entry)
+
+
+def check_paths(name: str, value: Any) -> None:
+    """Paths; those of an iterator, such as that of `Path.glob`, are not looked at, since it can be read only once."""
+    if not _lists(value, lambda entry: isinstance(entry, str | os.PathLike)):
+        raise ConfigError(f"{name} is a list of paths, not {shown(value)}.")
+
+
+def check_plugins(name: str, value: Any) -> None:
+    """Plugins by name, as pairs; those of an iterator are not looked at."""
+    if not _lists(value, _is_named):
+        raise ConfigError(
+            f"{name} lists pairs of a name and a module or object with hooks, as [('mine', MyPlugins())], not "
+            f"{shown(value)}."
+        )
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def check_registry(name: str, value: Any) -> None:
+    """What plugins provide."""
+    if not callable(getattr(value, "layer_for", None)):
+        raise ConfigError(f"{name} is what build_registry([('mine', MyPlugins())]) returns, not {shown(value)}.")
 
 
 def check_parts(name: str, value: Any) -> None:

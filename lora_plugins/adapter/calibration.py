@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.state import model_state
 from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
+from lora_plugins.arguments import with_checked_call
 from lora_plugins.errors import ConfigError, PluginError, noted
 from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
+from lora_plugins.inplace import submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
 from lora_plugins.utils import own_randomness, run_seed
@@ -92,6 +94,7 @@ class Calibration:
         return found
 
 
+@with_checked_call
 def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
     """Reads the data once and returns what the plan's init needs to know about each slot.
 
@@ -104,10 +107,14 @@ def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
         data: The data.
 
     Raises:
-        ConfigError: If there are no batches, or the step returns no loss where one is needed.
+        ConfigError: If there are no batches, the step returns no loss where one is needed, or an argument is something
+            else.
         TargetError: If a layer was not reached by the data, by name.
         StateError: If an adapter is merged.
     """
+    _check_plan(model, plan)
+    if not isinstance(data, InitData):
+        raise ConfigError(f"calibrate: data is a {type(data).__name__}. {_WRITE_DATA}")
     if plan.init.needs is None:
         return Calibration()
     watch = _WATCHES[plan.init.needs]
@@ -141,9 +148,7 @@ def calibration_for(
             "a saved adapter needs none: LoraModel.load_adapter(model, path)."
         )
     if not isinstance(data, InitData | Calibration):
-        raise ConfigError(
-            f"init_data is a {type(data).__name__}. Write InitData(batches), with a DataLoader or a list."
-        )
+        raise ConfigError(f"init_data is a {type(data).__name__}. {_WRITE_DATA}")
     calibration = calibrate(model, plan, data) if isinstance(data, InitData) else data
     return calibration.of(plan)
 
@@ -176,6 +181,18 @@ def allocated(plan: Plan, calibration: Mapping[tuple[str, str], SlotCalibration]
     return given
 
 
+def _check_plan(model: nn.Module, plan: Plan) -> None:
+    if not isinstance(plan, Plan):
+        raise ConfigError(
+            f"calibrate: plan is a {type(plan).__name__}. Give what LoraModel.plan(model, config) returns."
+        )
+    try:
+        for layer in plan.layers:
+            submodule(model, layer.name)
+    except AttributeError as error:
+        raise ConfigError(f"calibrate: plan is of another model. {error}") from error
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Restores the modes, buffers and `requires_grad` of a model after the block."""
@@ -206,3 +223,4 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 _WATCHES = {"inputs": input_moments, "gradients": mean_gradients}
 _FIELDS = {"inputs": "inputs", "gradients": "gradient"}
+_WRITE_DATA = "Write InitData(batches), with a DataLoader or a list."

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_plugins.adapter import by_layer, check_shared
+from lora_plugins.arguments import with_checked_call
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, listing
 from lora_plugins.inplace import StoredWeight, full_name, model_modules, put_stored
@@ -21,6 +22,7 @@ _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 """What a folder of Hugging Face has: one file, or an index of several."""
 
 
+@with_checked_call
 @torch.no_grad()
 def load_quantized(
     model: nn.Module,

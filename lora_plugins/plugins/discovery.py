@@ -67,7 +67,7 @@ def require_installation() -> None:
 
 
 def sources(
-    extra: Iterable[tuple[str, Any]], allow: Sequence[str] | None, block: Sequence[str], files: Iterable[Path]
+    extra: Iterable[tuple[str, Any]], allow: Sequence[str] | None, block: Sequence[str], files: Iterable[str | Path]
 ) -> Iterator[Source]:
     """Yields every plugin there is, our own first; the arguments are those of `build_registry`."""
     require_installation()
@@ -77,7 +77,7 @@ def sources(
         info = PluginInfo(point.name, *_distribution(point))
         blocked = "" if info.distribution == DISTRIBUTION else reasons(info)
         yield Source(replace(info, blocked=blocked), point.load)
-    for path in (path.expanduser().absolute() for path in [*files_in(LOAD_VARIABLE), *files]):
+    for path in (Path(path).expanduser().absolute() for path in [*files_in(LOAD_VARIABLE), *files]):
         info = PluginInfo(path.stem, str(path), "-", installed=False)
         yield Source(info, functools.partial(load_file, path), required=True)
     for name, plugin in extra:

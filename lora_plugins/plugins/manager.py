@@ -13,6 +13,7 @@ from typing import Any
 
 import pluggy
 
+from lora_plugins.arguments import with_checked_call
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import PluginError, listing, near
 from lora_plugins.plugins import hookspecs
@@ -47,12 +48,13 @@ def registry_of(config: LoraConfig) -> Registry:
     return default_registry(allow, tuple(config.block_plugins))
 
 
+@with_checked_call
 def build_registry(
     extra: Iterable[tuple[str, Any]] = (),
     *,
     allow: Sequence[str] | None = None,
     block: Sequence[str] = (),
-    files: Iterable[Path] = (),
+    files: Iterable[str | Path] = (),
 ) -> Registry:
     """Loads the built-in and the installed plugins, and what each of them registers.
 
@@ -69,6 +71,7 @@ def build_registry(
     Raises:
         PluginError: If two plugins claim one name or one module class, naming both, for each such clash; or if a file
             fails, from its error.
+        ConfigError: If an argument is something else.
     """
     registry, clashes = found_plugins(extra, allow=allow, block=block, files=files)
     if clashes:
@@ -81,7 +84,7 @@ def found_plugins(
     *,
     allow: Sequence[str] | None = None,
     block: Sequence[str] = (),
-    files: Iterable[Path] = (),
+    files: Iterable[str | Path] = (),
 ) -> tuple[Registry, list[str]]:
     """Returns what `build_registry` does, and a sentence for each clash; with one, the registry is only good to list.
 

@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import ConfigError, InitData, LoraConfig, LoraError, LoraModel, PluginError, TargetError
+from lora_plugins import (
+    ConfigError,
+    InitData,
+    LoraConfig,
+    LoraError,
+    LoraModel,
+    PluginError,
+    TargetError,
+    build_registry,
+    calibrate,
+    load_quantized,
+)
 from lora_plugins.words import ARGUMENTS, FUNCTIONS, INITS, MEMBERS, VARIANTS
 
 CONFIG = LoraConfig(r=2, target_modules=["0"])
@@ -116,7 +127,7 @@ VALUES = (
 """What may be given where something else is expected."""
 
 GOOD = {
-    "plan": {"model": net(), "config": CONFIG},
+    "plan": {"model": net(), "config": CONFIG, "registry": None},
     "add_adapter": {"adapter_name": "b", "config": CONFIG},
     "set_adapter": {"adapter_names": "default", "weights": None, "trainable": True},
     "mixed_batch": {"adapter_names": ["default"]},
@@ -158,9 +169,45 @@ def test_an_argument_of_any_other_type_is_no_error_of_python(method, argument, t
             getattr(lora(), method)(**{**copy.deepcopy(GOOD[method]), argument: value})
 
 
+LEARNS = LoraConfig(r=2, target_modules=["0"], init="eva")
+
+FUNCTIONS_OF_OURS = {
+    build_registry: {"extra": [], "allow": None, "block": [], "files": []},
+    calibrate: {"model": net(), "plan": LoraModel.plan(net(), LEARNS), "data": InitData([torch.ones(2, 4)])},
+    load_quantized: {"model": net(), "path": "base", "config": LoraConfig(quantize="nf4"), "registry": None},
+}
+"""By function, arguments that it takes."""
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [
+        pytest.param(function, argument, id=f"{function.__name__}-{argument}")
+        for function, arguments in FUNCTIONS_OF_OURS.items()
+        for argument in arguments
+    ],
+)
+def test_an_argument_of_a_function_of_any_other_type_is_no_error_of_python(function, argument):
+    for value in VALUES:
+        with contextlib.suppress(LoraError):
+            function(**{**copy.copy(FUNCTIONS_OF_OURS[function]), argument: value})
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda: build_registry([object()]), r"build_registry: extra lists pairs .*\[\('mine', MyPlugins\(\)\)\], not"),
+        (lambda: build_registry({"mine": object()}), "extra lists pairs"),
+        (lambda: build_registry(allow="mine"), "allow is a list of names, not 'mine'"),
+        (lambda: build_registry(files="mine.py"), "files is a list of paths, not 'mine.py'"),
+        (lambda: LoraModel(net(), CONFIG, registry=[]), r"registry is what build_registry\(.* returns, not \[\]"),
+        (lambda: calibrate(net(), LEARNS, InitData([])), r"plan is a LoraConfig. Give what LoraModel\.plan\("),
+        (
+            lambda: calibrate(nn.Linear(2, 2), LoraModel.plan(net(), LEARNS), InitData([torch.ones(1, 2)])),
+            "plan is of another model. Linear has no module '0'",
+        ),
+        (lambda: calibrate(net(), LoraModel.plan(net(), LEARNS), []), r"data is a list. Write InitData\(batches\)"),
+        (lambda: load_quantized("base", net(), CONFIG), r"swapped. Write load_quantized\(model, path, config\)"),
         (lambda: lora().set_adapter(3), "LoraModel.set_adapter: adapter_names is a list, not 3"),
         (lambda: lora().set_adapter("default", weights=0.5), "weights is a list, not 0.5"),
         (lambda: lora().set_adapter("default", weights={"default": 0.5}), r"weights is a list, not \{'default': 0.5\}"),

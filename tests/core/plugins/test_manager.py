@@ -306,6 +306,12 @@ class TestFiles:
         LoraModel(model, LoraConfig(r=1, init="from_file"), registry=build_registry())
         assert (model[0].lora_A["default"] == 1).all()
 
+    @pytest.mark.parametrize(
+        "given", [lambda file: [str(file)], lambda file: file.parent.glob("*.py")], ids=["text", "glob"]
+    )
+    def test_they_come_as_texts_and_from_iterators(self, file, given):
+        assert info(build_registry(files=given(file)), "mine").state == "loaded"
+
     def test_it_is_imported_once(self, file):
         first, second = (build_registry(files=[file]).get(INITS, "from_file") for _ in range(2))
         assert type(first) is type(second)
