@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lora_plugins.adapter.attach import activate, adapter_parameters
+from lora_plugins.adapter.attach import activate, named_adapter_parameters
 from lora_plugins.adapter.gradients import require_gradient
 from lora_plugins.adapter.state import ModelState, adapted_among, present_state
 from lora_plugins.inplace import (
@@ -109,5 +109,5 @@ def _apply_gradients(modules: list[NamedModule], state: ModelState) -> None:
         require_gradient(parameter, name in names, state.guards, name)
     for name, layer in adapted_among(modules).items():
         for adapter in state.adapters:
-            for factor in adapter_parameters(layer, adapter):
-                require_gradient(factor, adapter in trained, state.guards, full_name(name, adapter))
+            for key, factor in named_adapter_parameters(layer, adapter):
+                require_gradient(factor, adapter in trained, state.guards, full_name(name, key))

@@ -90,10 +90,16 @@ def _index(layer: nn.Module, active: tuple[str, ...], rows: tuple[str | None, ..
 
 def adapter_parameters(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
     """Yields the tensors of each slot of an adapter on a layer; nothing if the layer does not have it."""
+    return (parameter for _, parameter in named_adapter_parameters(layer, adapter))
+
+
+def named_adapter_parameters(layer: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the same with their names in the layer, such as `lora_A_q.default`."""
     state = state_of(layer)
     if state is not None and adapter in state.adapters:
         for slot in state.adapters[adapter].slots:
-            yield from slot_tensors(layer, adapter, slot).values()
+            for name, parameter in slot_tensors(layer, adapter, slot).items():
+                yield f"lora_{name}{slot.suffix}.{adapter}", parameter
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

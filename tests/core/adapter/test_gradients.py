@@ -1,5 +1,6 @@
 """Tensors that are frozen between a forward and its backward."""
 
+import re
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -30,6 +31,29 @@ def test_no_gradient_of_a_frozen_base_is_lost():
     loss = model(X).sum()
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(StateError, match=r"no gradient to '[01]\.(weight|bias)', which was trained"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "names"),
+    [
+        pytest.param(net, {"target_modules": ["0"], "variant": "dora"}, r"0\.lora_(A|B|magnitude)\.a", id="dora"),
+        pytest.param(
+            lambda: nn.Sequential(nn.Linear(4, 12)).double(),
+            {"fused_parts": {"0": ["q"]}},
+            r"0\.lora_[AB]_q\.a",
+            id="part",
+        ),
+        pytest.param(lambda: nn.Linear(4, 2).double(), {}, r"lora_[AB]\.a", id="the model itself"),
+    ],
+)
+def test_no_gradient_of_a_frozen_adapter_is_lost(make, settings, names):
+    model = make()
+    lora = LoraModel(model, LoraConfig(r=2, **settings), "a")
+    loss = model(X).sum()
+    lora.set_adapter("a", trainable=False)
+    assert any(re.fullmatch(names, name) for name, _ in model.named_parameters())
+    with pytest.raises(StateError, match=f"no gradient to '{names}', which was trained"):
         loss.backward()
 
 
