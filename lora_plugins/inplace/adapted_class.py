@@ -19,7 +19,7 @@ from lora_plugins.inplace.assigned import guards, refuse_assignment
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.called_weight import called_weight, no_dropout
 from lora_plugins.inplace.deltas import effective_weight
-from lora_plugins.inplace.described_tensor import DescribedTensor
+from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, layer_state, own_class, state_of
@@ -152,7 +152,7 @@ def _weight_property(name: str, base: Any) -> property:
     def get(layer: nn.Module) -> Tensor | DescribedTensor:
         state = layer_state(layer)
         if state.rows is not None and not is_shard(layer, name):
-            return DescribedTensor(
+            return described(
                 weight_with_merged(layer, name),
                 f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "
                 "batch cannot have adapters of their own. Run one batch for each adapter, with set_adapter.",
@@ -172,7 +172,7 @@ def _weight_property(name: str, base: Any) -> property:
             return weight  # whoever shards or offloads parameters expects the one that the layer has
         # A tensor of torch without values can be of no other class, and compilers run hooks when they are put on.
         if type(weight) is not Tensor or torch.compiler.is_compiling():
-            return DescribedTensor(weight, no_dropout(state.name), layer)
+            return described(weight, no_dropout(state.name), layer)
         return called_weight(layer, weight)
 
     def set(layer: nn.Module, value: Tensor) -> None:

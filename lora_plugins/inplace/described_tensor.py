@@ -7,8 +7,9 @@ the function of its layer, as in `F.linear(x, layer.weight)`, it computes what t
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
@@ -21,6 +22,10 @@ _TELLING = frozenset(
     }
 )
 """Attributes and methods that say nothing of the values."""
+
+
+_CASTING = (Tensor.to, Tensor.type_as)
+"""Functions of a tensor that take nothing but type and device of another one."""
 
 
 class DescribedTensor:
@@ -51,6 +56,8 @@ class DescribedTensor:
         weight = given.get("weight")
         if isinstance(weight, cls) and weight._layer is not None and is_call(weight._layer, func):
             return call(weight._layer, given)
+        if func in _CASTING and not kwargs:
+            return cast(Tensor, func(args[0], *(each._tensor if type(each) is cls else each for each in args[1:])))
         raise StateError(next(_among((*args, *(kwargs or {}).values())))._refusal)
 
     def _refuse(self, *_: Any) -> NoReturn:
@@ -58,6 +65,19 @@ class DescribedTensor:
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __rmatmul__ = _refuse
     __neg__ = __pow__ = __getitem__ = __iter__ = __bool__ = __float__ = _refuse
+
+
+class _CountedAsTensor(DescribedTensor):
+    """One that `isinstance` takes for a tensor: T5 and Pix2Struct cast to the type of a weight only then."""
+
+    __class__ = property(lambda self: Tensor)
+
+
+def described(tensor: Tensor, refusal: str, layer: nn.Module | None = None) -> DescribedTensor:
+    """Returns the stand-in for a tensor; arguments as in `DescribedTensor`."""
+    # Compilers would look for its attributes in the class that it says it has.
+    kind = DescribedTensor if torch.compiler.is_compiling() else _CountedAsTensor
+    return kind(tensor, refusal, layer)
 
 
 def _among(values: Iterable[Any]) -> Iterator[DescribedTensor]:

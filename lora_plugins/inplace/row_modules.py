@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.described_tensor import DescribedTensor
+from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.layer_state import OWN_CLASS, copy_in_block, own_class
 
 _STATE = "_lora_row_twins"
@@ -165,7 +165,7 @@ def _reduce(module: nn.Module, protocol: Any) -> Any:
 
 def _refusing(name: str) -> property:
     def get(module: nn.Module) -> DescribedTensor:
-        return DescribedTensor(
+        return described(
             _tensors(module)[name],
             f"{name!r} of {module.__dict__[_STATE].name!r} is read without calling it, so the rows of a batch cannot "
             "have their adapters' own values of it. Run one batch for each adapter, with set_adapter.",

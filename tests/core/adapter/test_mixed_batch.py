@@ -438,7 +438,7 @@ class Asking(nn.Module):
             assert not hasattr(weight, "__array_interface__")  # as libraries ask of any object
             assert weight.numel() == 6 * layer.out_features
             assert weight.is_floating_point()
-            x = layer(x.to(device=weight.device, dtype=weight.dtype))
+            x = layer(x.to(device=weight.device, dtype=weight.dtype).to(weight).type_as(weight))
         return x
 
 
@@ -450,6 +450,32 @@ def test_what_a_weight_is_like_can_be_asked(compiled: bool):
         mixed = run(x)
     for at, name in enumerate(["a", None, "b"]):
         torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+
+
+class KeepsFloat(nn.Module):
+    """Casts to the type of a weight if that is a tensor: the MLPs of T5 and Pix2Struct, which keep `wo` in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wi, self.wo = nn.Linear(6, 6, dtype=torch.bfloat16), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wi(x)
+        if isinstance(self.wo.weight, torch.Tensor) and x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight.dtype)
+        return self.wo(x)
+
+
+def test_a_weight_counts_as_a_tensor():
+    model = KeepsFloat().eval()
+    lora, x = LoraModel(model, LoraConfig(r=2, init="none", target_modules=["wo"]), "a"), torch.randn(2, 6).bfloat16()
+    with torch.no_grad():
+        expected = model(x)
+        with lora.mixed_batch(["a", None]):
+            mixed = model(x)
+        torch.testing.assert_close(mixed[0], expected[0])
+        with lora.disable_adapter():
+            torch.testing.assert_close(mixed[1], model(x)[1])
 
 
 @pytest.mark.parametrize(
