@@ -347,7 +347,8 @@ class LoraModel(metaclass=Told):
         Raises:
             ConfigError: If the way or an option is unknown, the numbers of adapters and weights differ, or the name is
                 taken.
-            StateError: If an adapter is unknown, of a variant, or something is merged.
+            StateError: If an adapter is unknown, of a variant, or of an init that changed the base, or something is
+                merged.
         """
         with self._adding(adapter_name):
             result = combine(self.model, self._state, self._registry, adapters, weights, combination_type, options)
@@ -541,7 +542,8 @@ class LoraModel(metaclass=Told):
 
         Raises:
             AdapterFileError: If the file is damaged, belongs to another model, or does not fit into the adapter that is
-                there: a higher rank, other layers, another variant, or an init that changed the base.
+                there: a higher rank, other layers, heads or biases, another variant or one that lacks layers, or an
+                init that changed the base.
             StateError: If there is no such adapter, something is merged, or a block is open.
         """
         state = self._state
