@@ -1,7 +1,7 @@
 """Checks of dropout and of variants: what a branch is there for besides speed."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -43,6 +43,9 @@ _BARELY = 1e-9
 
 _SMALL, _ALIKE = 1e-5, 1e-3
 """The size of an update to whose effect its square adds nothing, and how much effects may differ then."""
+
+_Mask = Callable[[Tensor], Tensor]
+"""Returns what is kept of an input: a tensor of zeros and ones."""
 
 _DRAWS, _AT_ONCE, _OFF = 300, 50, 0.25
 """Of dropout: draws at most, how many before their mean is looked at, and by what share of a branch it may be off."""
@@ -167,16 +170,44 @@ def _update(case: LayerCase, model: Holder, inputs: Sequence[Any]) -> Tensor:
 
 
 def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any]) -> None:
-    """Requires that two elements of an input, all others zero, are dropped each by itself, and scaled if kept."""
-    fed = {at for at, *two in _pairs(inputs) if _reach_others(case, model, slot, [_only(inputs, at, [p]) for p in two])}
-    for at, first, second in _pairs(inputs):
-        if at not in fed:
+    """Requires that two elements of an input, all others zero, are dropped each by itself, and scaled if kept.
+
+    Of a layer that multiplies its inputs, as a bilinear one, nothing is left then. One column of the other inputs is
+    kept there, and the two elements are in different rows, so that whichever input is dropped, each is by itself.
+    """
+    if not _drops_each(case, model, slot, inputs, _zeros, axes=None):
+        _drops_each(case, model, slot, inputs, _first_column, axes=(0,))
+
+
+def _drops_each(
+    case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any], rest: _Mask, axes: Collection[int] | None
+) -> bool:
+    """Requires it of all pairs of elements of which it can be told, and returns whether there were some.
+
+    Args:
+        case: The layer.
+        model: The adapted layer.
+        slot: The slot whose branch drops.
+        inputs: What the layer is called with.
+        rest: What is kept of the other inputs.
+        axes: The dimensions in which the elements of a pair may differ; None for all.
+    """
+    told = False
+    pairs = [*_pairs(inputs)]
+    fed = {
+        at
+        for at, _, *two in pairs
+        if _reach_others(case, model, slot, [_only(inputs, at, [place], rest) for place in two])
+    }
+    for at, axis, first, second in pairs:
+        if at not in fed or (axes is not None and axis not in axes):
             continue  # the branch's input is computed from this one, as between the two layers of a perceptron
-        both = _only(inputs, at, (first, second))
-        one, other = (_update(case, model, _only(inputs, at, (each,))) for each in (first, second))
+        both = _only(inputs, at, (first, second), rest)
+        one, other = (_update(case, model, _only(inputs, at, (each,), rest)) for each in (first, second))
         untouched = _values(call(lawful(case, model, {}), both)).detach()
         if not _add_up(_update(case, model, both), one, other):
-            continue  # the update is no sum over these two, as with the products of a bilinear layer
+            continue  # the update is no sum over these two
+        told = True
         seen = set()
         outcomes = {kept: 2 * (kept[0] * one + kept[1] * other) for kept in product((0, 1), repeat=2)}
         size = max(float(outcome.abs().max()) for outcome in outcomes.values())
@@ -192,6 +223,7 @@ def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: S
             if len(seen) == len(outcomes):
                 break
         require(len(seen) == len(outcomes), "two elements of the input are always dropped together, or never")
+    return told
 
 
 def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Sequence[Any]]) -> bool:
@@ -206,25 +238,36 @@ def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Seq
     return all(entries.any() for entries in reached) and not (reached[0] & reached[1]).any()
 
 
-def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Yields the place of each floating input, and two positions in it that differ in one dimension."""
+def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
+    """Yields the place of each floating input, a dimension, and two positions in it that differ in that dimension."""
     for at, x in enumerate(inputs):
         shape = x.shape if is_values(x) else ()
         for axis, size in enumerate(shape):
             if size > 1:
-                yield at, (0,) * len(shape), tuple(size - 1 if each == axis else 0 for each in range(len(shape)))
+                yield at, axis, (0,) * len(shape), tuple(size - 1 if each == axis else 0 for each in range(len(shape)))
 
 
-def _only(inputs: Sequence[Any], at: int, positions: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
-    """Returns the inputs with zeros everywhere but at some positions of one, as each is dropped by itself."""
+def _only(inputs: Sequence[Any], at: int, positions: Sequence[tuple[int, ...]], rest: _Mask) -> tuple[Any, ...]:
+    """Returns the inputs with zeros everywhere but at some positions of one, and what is to be kept of the others."""
 
     def masked(x: Tensor) -> Tensor:
-        mask = torch.zeros_like(x)
-        for position in positions if x is inputs[at] else ():
+        chosen = x is inputs[at]
+        mask = torch.zeros_like(x) if chosen else rest(x)
+        for position in positions if chosen else ():
             mask[position] = 1
         return x * mask
 
     return mapped(inputs, masked, [is_values(x) for x in inputs])
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def _first_column(x: Tensor) -> Tensor:
+    mask = torch.zeros_like(x)
+    (mask[..., :1] if x.dim() else mask).fill_(1)
+    return mask
 
 
 def _add_up(both: Tensor, one: Tensor, other: Tensor) -> bool:

@@ -126,8 +126,9 @@ def _follows_the_law(case: LayerCase, model: Holder, what: str) -> None:
 def _gradients(case: LayerCase) -> None:
     for parts in case.selections():
         for fields in _SETTINGS:
-            model = case.adapted(fused_parts=parts, **fields).train()
-            compare_gradients(case, model, lawful(case, model))
+            for training in (True, False):
+                model = case.adapted(fused_parts=parts, **fields).train(training)
+                compare_gradients(case, model, lawful(case, model))
 
 
 def compare_gradients(case: LayerCase, model: Holder, reference: Holder, tolerance: float = TIGHT) -> None:
@@ -236,7 +237,7 @@ LAW_CHECKS: tuple[Check[LayerCase], ...] = (
     Check(
         "gradients",
         _gradients,
-        "A, B, biases and inputs get the gradients that the law gives them, not zero for A and B",
+        "in training and eval mode A, B, biases and inputs get the gradients of the law, not zero for A and B",
         "branch detaches something, works in place on a tensor that autograd needs, or has an autograd function with a "
         "wrong backward.",
     ),

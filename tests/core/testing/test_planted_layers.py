@@ -349,6 +349,12 @@ class SwitchesGradientsOff(Complete):
         return y
 
 
+class WithoutGradientsInEvalMode(Complete):
+    def branch(self, layer, base, terms, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and layer.training):
+            return super().branch(layer, base, terms, x)
+
+
 class WritesIntoA(Complete):
     def low_rank(self, term, x):
         y = super().low_rank(term, x)
@@ -451,6 +457,7 @@ PLANTED = {
     MixedInHalf: "mixed",
     MixedReturnsFloat: "mixed",
     DetachedBias: "gradients",
+    WithoutGradientsInEvalMode: "gradients",
     DropsAfterA: "dropout",
     DropsTheUpdate: "dropout",
     OneMaskForAllRows: "dropout",
@@ -539,3 +546,70 @@ def test_nothing_is_found_where_nothing_is_wrong():
 def test_a_planted_defect_is_found(cls):
     with pytest.raises(CheckError, match=f"fails the check '{PLANTED[cls]}'"):
         check(cls(), PLANTED[cls])
+
+
+class DropsTheFirstInput(RowMajorPlugin):
+    """A plugin for a layer that multiplies its inputs, so that each alone, with zeros for the other, gives nothing."""
+
+    name = "product"
+    module_type = nn.Bilinear
+    branch_types = (nn.Bilinear,)
+    branch_use = "always"
+
+    def branch(self, layer, base, terms, x1, x2):
+        y = F.bilinear(x1, x2, base["weight"], layer.bias)
+        for term in terms:
+            y = y + (term.scaling * self.update(term, x1.to(term.A.dtype), x2.to(term.A.dtype))).to(y.dtype)
+        return y
+
+    def update(self, term, x1, x2):
+        return F.linear(self.forms(term, term.drop(x1), x2), term.B)
+
+    def forms(self, term, x1, x2):
+        return F.linear((x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2), term.A)
+
+
+class DropsTheSecondInput(DropsTheFirstInput):
+    def update(self, term, x1, x2):
+        return F.linear(self.forms(term, x1, term.drop(x2)), term.B)
+
+
+class DropsProducts(DropsTheFirstInput):
+    def update(self, term, x1, x2):
+        return F.linear(F.linear(term.drop((x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-2)), term.A), term.B)
+
+
+class DropsForms(DropsTheFirstInput):
+    def update(self, term, x1, x2):
+        return F.linear(term.drop(self.forms(term, x1, x2)), term.B)
+
+
+class DropsOutputs(DropsTheFirstInput):
+    def update(self, term, x1, x2):
+        return term.drop(F.linear(self.forms(term, x1, x2), term.B))
+
+
+class DropsBoth(DropsTheFirstInput):
+    def update(self, term, x1, x2):
+        return F.linear(self.forms(term, term.drop(x1), term.drop(x2)), term.B)
+
+
+class DropsAllRows(DropsTheFirstInput):
+    def update(self, term, x1, x2):
+        return F.linear(self.forms(term, x1 * term.drop(torch.ones_like(x1[:1])), x2), term.B)
+
+
+def check_product(plugin, name):
+    pair = (torch.Size([5, 3]), torch.Size([5, 4]))
+    check_layer_plugin(plugin, lambda: nn.Bilinear(3, 4, 6), lambda layer: tuple(map(torch.randn, pair)), only=[name])
+
+
+@pytest.mark.parametrize("cls", [DropsTheFirstInput, DropsTheSecondInput, DropsProducts], ids=lambda cls: cls.__name__)
+def test_a_layer_that_multiplies_its_inputs_may_drop_any_of_them(cls):
+    check_product(cls(), "dropout")
+
+
+@pytest.mark.parametrize("cls", [DropsForms, DropsOutputs, DropsBoth, DropsAllRows], ids=lambda cls: cls.__name__)
+def test_what_else_it_drops_is_found(cls):
+    with pytest.raises(CheckError, match="fails the check 'dropout'"):
+        check_product(cls(), "dropout")
