@@ -4,8 +4,8 @@ import copy
 import gc
 import random
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -32,6 +32,17 @@ MODES: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     " in inference mode": torch.inference_mode,
 }
 """How a layer is run, by what messages say of it."""
+
+
+@contextmanager
+def double_by_default() -> Iterator[None]:
+    """Makes float64 torch's default type inside the block, as programs of other users do."""
+    given = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(given)
 
 
 class CheckError(AssertionError):

@@ -22,6 +22,7 @@ from lora_plugins.testing.check import (
     Check,
     by_name,
     chosen,
+    double_by_default,
     random_states,
     refuse,
     require,
@@ -156,7 +157,7 @@ def _scaling(case: InitCase) -> None:
 
 
 def _reproducible(case: InitCase) -> None:
-    first, second = case.model(), case.model()
+    first, second, third = case.model(), case.model(), case.model()
     case.adapt(first)
     torch.rand(7)
     random.random()
@@ -164,6 +165,9 @@ def _reproducible(case: InitCase) -> None:
     case.adapt(second)
     require_unmoved(before)
     require_same_state("the same model, started again,", second.state_dict(), first.state_dict())
+    with double_by_default():
+        case.adapt(third)
+    require_same_state("the same model, started where float64 is the default,", third.state_dict(), first.state_dict())
     there, back = _started(case, 0), _started(case, 0, backwards=True)
     for one, other in zip(there, back, strict=True):
         for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
@@ -335,9 +339,10 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "reproducible",
         _reproducible,
-        "the same model starts with the same bits whatever was drawn before and in whatever order its layers are "
-        "started, and the random numbers of the process, Python's and NumPy's stay",
-        "a function is called without generator=context.generator, or the plugin keeps something between calls.",
+        "the same model starts with the same bits whatever was drawn before, in whatever order its layers are started "
+        "and whatever torch's default type is, and the random numbers of the process, Python's and NumPy's stay",
+        "a function is called without generator=context.generator, or makes a tensor without dtype=context.A.dtype; or "
+        "the plugin keeps something between calls.",
     ),
     Check(
         "pure",

@@ -19,6 +19,7 @@ from lora_plugins.testing.check import (
     Named,
     by_name,
     chosen,
+    double_by_default,
     random_states,
     require,
     require_close,
@@ -121,7 +122,9 @@ def _bits(case: StorageCase) -> None:
         finally:
             torch.set_num_threads(threads)
         dense = case.restore(stored, weight.shape)
-        for name, context in MODES.items():
+        with double_by_default():
+            require_same_state("what is stored where float64 is the default", case.store(weight), stored)
+        for name, context in {**MODES, " where float64 is the default": double_by_default}.items():
             with context():
                 require_close(f"the dense weight, made again{name},", case.restore(stored, weight.shape), dense, 0)
     before = random_states()
@@ -226,9 +229,9 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         "bits",
         _bits,
         "the same weight gives the same bits each time, after whatever weights were stored before, with any number of "
-        "threads and no random numbers",
-        "a mean over many values, whose order of summation depends on the machine; or a table that the plugin object "
-        "learns from the weights that it sees.",
+        "threads, any default type of torch and no random numbers",
+        "a mean over many values, whose order of summation depends on the machine; a table that the plugin object "
+        "learns from the weights that it sees; or a tensor that is made without its dtype.",
     ),
     Check(
         "untouched",

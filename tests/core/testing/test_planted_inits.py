@@ -25,6 +25,13 @@ class Plain(InitPlugin):
         return {}
 
 
+class DrawsInTheDefaultType(Plain):
+    def fill(self, context):
+        context.A.copy_(torch.randn(context.A.shape, generator=context.generator, device="cpu"))
+        context.B.zero_()
+        return {}
+
+
 class Changing(Plain):
     """Takes a rank-one piece out of the base and gives it to the adapter."""
 
@@ -258,6 +265,7 @@ PLANTED = {
     TakesHalf: "identity",
     TakesWhatItDoesNotGive: "identity",
     FourRanks: "ranks",
+    DrawsInTheDefaultType: "reproducible",
     DrawsFromPython: "reproducible",
     DrawsFromNumpy: "reproducible",
     MovesPythonsNumbers: "reproducible",

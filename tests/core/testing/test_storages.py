@@ -196,6 +196,26 @@ class WrongRows(NF4Storage):
         return super().rows(tensors, index, torch.Size((shape[0], shape[-1])), options)
 
 
+class ScalesOfDefaultType(StoragePlugin):
+    """Codes and scales in whatever type torch makes a tensor of floats."""
+
+    name = "scales_of_default_type"
+
+    def store(self, weight, options):
+        scale = torch.tensor(float(weight.abs().amax()) / 100, device=weight.device)
+        return {"codes": (weight / scale).round().to(torch.int8), "scale": scale}
+
+    def restore(self, tensors, shape, options):
+        return (tensors["codes"] * tensors["scale"]).view(shape)
+
+
+class DenseOfDefaultType(Int8Storage):
+    name = "dense_of_default_type"
+
+    def restore(self, tensors, shape, options):
+        return super().restore(tensors, shape, options).to(torch.get_default_dtype())
+
+
 class TableOnDefaultDevice(Int8Storage):
     def restore(self, tensors, shape, options):
         return super().restore(tensors, shape, options) * torch.ones(shape)
@@ -228,7 +248,7 @@ VIOLATIONS = {
     "dense": [Shifted, Half, TransposedSquare, KeepsScales, BlocksInAByte, ClampedZero],
     "zeros": [Shift],
     "outliers": [HalfScales, HalfMaxima],
-    "bits": [Noisy, LearnsItsRange, StoresMeans, OtherInInference],
+    "bits": [Noisy, LearnsItsRange, StoresMeans, OtherInInference, ScalesOfDefaultType, DenseOfDefaultType],
     "untouched": [InPlace, View, ChangesOptions],
     "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
