@@ -106,6 +106,7 @@ from lora_plugins.integrations.lightning.training import (
     copy_into_averages,
     drop_averages,
     explain_computed_weight,
+    explain_merged_module,
     keep_base_of_averages,
     needs_data,
     parameters_of,
@@ -446,7 +447,10 @@ class LoraCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""
         explain_computed_weight(exception)
-        if self._run.audit is not None:
+        if self._run.late_changes is not None:  # fit has ended
+            if self.merge_on_fit_end:
+                explain_merged_module(exception)
+        elif self._run.audit is not None:
             self._run.audit.explain(exception)
             with suppress(StateError):  # the exception that there is says more
                 self._run.audit.note_moved()  # takes rounding out of copies that the last batch has moved

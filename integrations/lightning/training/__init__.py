@@ -16,7 +16,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     calibrate_on_train_batches,
     needs_data,
 )
-from lora_plugins.integrations.lightning.training.late_changes import LateChanges
+from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import warn_of_left_out
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
@@ -39,6 +39,7 @@ __all__ = [
     "copy_into_averages",
     "drop_averages",
     "explain_computed_weight",
+    "explain_merged_module",
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",

@@ -1,9 +1,11 @@
 """What is changed after the adapter was saved and merged is said."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
 from lora_plugins import LoraConfig
@@ -102,3 +104,59 @@ def test_each_of_several_targets_is_told_of(tmp_path, late):
     callbacks = [lora(LoraConfig(r=2), target=name, merge_on_fit_end=True) for name in ("net", "second")]
     with pytest.warns(UserWarning, match=f"1 tensors were changed after .*'{late}'"):
         trainer(tmp_path, callbacks).fit(module, loader())
+
+
+class Best(Callback):
+    """Loads values of the training when fit has ended, as the ModelCheckpoint of RF-DETR does."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def on_fit_end(self, trainer, pl_module):
+        pl_module.load_state_dict(self.state)
+
+
+class Teacher(Classifier):
+    """Has a copy, which is not adapted: another error of keys could come of that."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        pytest.param([["net.0", "net.3", "teacher.0", "teacher.3"]], id="all"),
+        pytest.param([["net.0"]], id="not the teacher"),
+        pytest.param([["net.0"], ["net.3"]], id="two callbacks"),
+    ],
+)
+def test_values_of_the_training_that_are_loaded_too_late_are_explained(tmp_path, adapters):
+    callbacks = [
+        lora(LoraConfig(r=2, target_modules=layers), adapter_name=f"of_{number}", merge_on_fit_end=True)
+        for number, layers in enumerate(adapters)
+    ]
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*lora_A") as caught:
+        trainer(tmp_path, [*callbacks, Best()]).fit(Teacher(), loader())
+    (note,) = caught.value.__notes__
+    assert "was saved and merged before this" in note
+    assert "on_train_end" in note
+    assert "merge_on_fit_end=False" in note
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "unmerged"])
+def test_what_follows_the_advice_runs(tmp_path, merge):
+    """The values may be loaded ahead of the merge, or where there is none."""
+    best, module = Best(), Classifier()
+    if merge:
+        best.on_fit_end, module.on_train_end = lambda *_: None, lambda: module.load_state_dict(module.state_dict())
+    trainer(tmp_path, [lora(merge_on_fit_end=merge), best]).fit(module, loader())
+
+
+def test_another_error_after_the_merge_gets_no_note(tmp_path):
+    module = Teacher()
+    module.on_fit_end = lambda: {}["size mismatch"]
+    with pytest.raises(KeyError) as caught:
+        trainer(tmp_path, [lora(ALONE, merge_on_fit_end=True)]).fit(module, loader())
+    assert not getattr(caught.value, "__notes__", [])
