@@ -58,6 +58,8 @@ class MergeReport:
         return max((weight.relative_error for weight in self.weights), default=0.0)
 
     def __str__(self) -> str:
+        if not self.adapters:
+            return "merged nothing: every active adapter is merged already, or none is active"
         return (
             f"merged {listing(self.adapters)} into {len(self.weights)} weights, relative error at most {self.worst:.1e}"
         )

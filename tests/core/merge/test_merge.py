@@ -238,6 +238,12 @@ def test_a_refused_merge_moves_no_statistics():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_merge_of_nothing_says_so():
+    lora = adapt(model_of())
+    assert str(lora.merge_adapter()).startswith("merged 'default' into 2 weights")
+    assert str(lora.merge_adapter()).startswith("merged nothing")
+
+
 def test_unmerging_nothing_is_an_error():
     with pytest.raises(StateError, match="Nothing is merged"):
         adapt(model_of()).unmerge_adapter()
