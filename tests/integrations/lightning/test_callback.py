@@ -84,8 +84,7 @@ class TestTuners:
         assert not differing(watch.start, values(untouched))
         assert LoraModel(module).active_adapters == ("default",)
 
-    @pytest.mark.parametrize("init", ["kaiming", "pissa"])
-    @pytest.mark.parametrize("target", [None, "net"])
+    @pytest.mark.parametrize(("target", "init"), [(None, "pissa"), ("net", "kaiming")], ids=["whole", "part"])
     @pytest.mark.parametrize(
         "finder",
         [

@@ -163,8 +163,9 @@ class Centered(Classifier):
             self.net.center.add_(self.global_step > 4)
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
-@pytest.mark.parametrize("every", [0.5, 1.0], ids=["twice_an_epoch", "once_an_epoch"])
+@pytest.mark.parametrize(
+    ("first", "every"), [(True, 0.5), (False, 1.0)], ids=["lora_first-twice_an_epoch", "lora_last-once_an_epoch"]
+)
 def test_what_the_module_moves_by_hand_is_averaged_as_without_adapters(tmp_path, first, every):
     def fitted(*callbacks):
         run = trainer(tmp_path, [*callbacks], val_check_interval=every)
