@@ -269,7 +269,7 @@ def test_a_part_that_is_replaced_under_adapters_is_refused():
     LoraPipeline(pipe).unload()
 
 
-@pytest.mark.parametrize("format", ["lora_plugins", "diffusers", "kohya"])
+@pytest.mark.parametrize("format", ["lora_plugins", "diffusers", pytest.param("kohya", marks=pytest.mark.slow)])
 def test_a_compiled_part_is_the_part_that_it_compiles(format, tmp_path):
     pipe, other = build("Stable Diffusion"), build("Stable Diffusion")
     lora = moved(LoraPipeline(pipe, config(pipe)))
