@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, LoraModel
-from lora_plugins.adapter import model_state, whole
+from lora_plugins.adapter import adapter_tensors, model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same, versions_told
 from lora_plugins.inplace import named_tensors, own_tensor
@@ -218,8 +218,13 @@ def _attach_or_overwrite(place: _Located) -> list[tuple[nn.Module, str]]:
 
 
 def _put_anew(place: _Located) -> None:
+    """Attaches an adapter in place of the present one; what was frozen of that, as of a copy, stays frozen."""
+    frozen = [name for name, parameter in adapter_tensors(place.target).items() if not parameter.requires_grad]
     LoraModel(place.target).delete_adapter(place.name)
     _attach(place)
+    now = adapter_tensors(place.target)
+    for name in frozen:
+        now[name].requires_grad_(False)
 
 
 def _attach(place: _Located) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +205,16 @@ class TestFollows:
         resumed = Teacher(update, when, **order)
         trainer(tmp_path, [lora(BOTH)], max_epochs=4, **options).fit(resumed, loader(), loader(), ckpt_path=path)
         assert not differing(values(straight), values(resumed))
+
+    def test_its_adapter_stays_frozen_where_a_checkpoint_puts_adapters_on_anew(self, tmp_path):
+        """That of an init which changes the base, cast after it was made: what is rounded has other bits."""
+        config = replace(BOTH, init="pissa")
+        saver = ModelCheckpoint(tmp_path, filename="half")
+        trainer(tmp_path, [lora(config), saver], max_epochs=1, precision="bf16-true").fit(Teacher(), loader(), loader())
+        run, resumed = trainer(tmp_path, [lora(config)], precision="bf16-true"), Teacher()
+        run.fit(resumed, loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
+        trained = {name.partition(".")[0] for name, p in resumed.named_parameters() if p.requires_grad}
+        assert trained == {"net"}
 
     @updates
     def test_merges_and_goes_on(self, tmp_path, update):
