@@ -217,8 +217,9 @@ class CheckpointShims:
         return complete
 
     def _restored(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        complete = restore(self._module, checkpoint, keep_moved=self._keeps_moved)
-        if self._trainer.state.fn != "fit" and "current_model_state" in complete:
+        trains = self._trainer.state.fn == "fit"
+        complete = restore(self._module, checkpoint, keep_moved=self._keeps_moved or not trains)
+        if not trains and "current_model_state" in complete:
             # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
             # that is to be tested. The metric in the file's name is that of the averaged ones.
             complete["current_model_state"] = complete["state_dict"]
