@@ -328,7 +328,6 @@ class LoraCallback(Callback):
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         if trainer.train_dataloader is None:  # else its iterators are there, and have drawn from the restored ones
             self._restore_random_numbers(trainer)
-        self._run.restored = None
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks averages before validation, in which callbacks exchange them with the module.
@@ -347,6 +346,16 @@ class LoraCallback(Callback):
         self._check_averages(trainer, pl_module)
         self._run.expected_warnings.close()
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the random numbers of a checkpoint again, where the first epoch is about to draw its batches anew.
+
+        So it is where Lightning runs what is left of the epoch of the file, which is nothing, before that.
+        """
+        loop = trainer.fit_loop
+        if not (loop.epoch_loop.restarting or getattr(loop, "is_resuming", False)):
+            self._restore_random_numbers(trainer)
+        self._run.restored = None
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the audit, after all hooks of the module in which it may load a teacher; keeps the base frozen.
 
@@ -354,6 +363,7 @@ class LoraCallback(Callback):
             StateError: If an optimizer trains the base.
         """
         first = batch_idx == 0 or self._run.audit is None
+        self._run.restored = None
         if first:
             put_back_marks(pl_module, self._run.marks)
         if first and not is_sharded(trainer):

@@ -17,7 +17,7 @@ class Run:
         module_shims: What stands in for methods of the module.
         strategy_shims: What stands in for methods of the strategy.
         expected_warnings: Holds back warnings about modules in eval mode.
-        restored: The callback's state in a checkpoint, until training starts.
+        restored: The callback's state in a checkpoint, until the first batch.
         marks: Of the base, as it was before the rest of that checkpoint was loaded.
         audit: Watches the training, once it has started.
         sums: Checksums of the frozen base at the end of the training, by name.

@@ -91,6 +91,27 @@ def test_resumed_run_is_the_straight_run(config, options, tmp_path):
     assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
 
 
+RARE_VALIDATION = {
+    "each second epoch": {"check_val_every_n_epoch": 2},
+    "by steps": {"check_val_every_n_epoch": None, "val_check_interval": 8},
+}
+
+
+@pytest.mark.parametrize("options", RARE_VALIDATION.values(), ids=RARE_VALIDATION)
+def test_resume_from_a_file_of_a_validation_that_not_each_epoch_has(options, tmp_path):
+    """Lightning runs the rest of the epoch of the file first, which is empty, and then draws batches once more."""
+    torch.manual_seed(5)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    straight = run(tmp_path, CONFIG, 4, saver, **options)
+    straight.fit(Classifier(dropout=0.2), loader(shuffle=True), loader())
+    straight.save_checkpoint(tmp_path / "straight.ckpt")
+    torch.manual_seed(99)
+    resumed = run(tmp_path, CONFIG, 4, **options)
+    resumed.fit(Classifier(dropout=0.2), loader(shuffle=True), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
+    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+
+
 class CountsSteps(Classifier):
     """Sets up the data before `on_fit_start`, and its iterators draw random numbers."""
 
