@@ -23,6 +23,7 @@ from lora_plugins.tasks.files import (
     decoding,
     image_files,
     open_image,
+    paired,
     read_errors,
     read_list,
     read_text,
@@ -245,8 +246,6 @@ def _of_list(data: Path, flags: Flags) -> Survey:
 def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:
     pictures = {path.stem: path for path in image_files(images)}
     found = {path.stem: path for path in image_files(masks, MASK_SUFFIXES)}
-    if not pictures:
-        problems.append(without_images(images))
     if not found and image_files(masks):
         problems.append(f"the masks in {masks} are no PNG files, and other formats lose what a mask says")
         return []
@@ -257,9 +256,7 @@ def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, P
             f"is {mask.name}. Rename the masks, or write a list, .csv, with the columns image and mask"
         )
         return []
-    problems += [f"{path} has no mask {masks / stem}.png" for stem, path in pictures.items() if stem not in found]
-    problems += [f"{path} has no image in {images}" for stem, path in found.items() if stem not in pictures]
-    return [(pictures[stem], found[stem]) for stem in pictures if stem in found]
+    return paired(images, masks, problems)
 
 
 def _names(folder: Path) -> tuple[str, ...] | None:

@@ -1,6 +1,7 @@
 """Finds, reads and encodes image files."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,6 +65,32 @@ def without_images(folder: Path) -> str:
     """Says that a folder holds no image, and where below it there is one."""
     below = next((path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), None)
     return f"{folder} holds {NO_IMAGE}{f'; {below} does: move them up' if below else ''}"
+
+
+def paired(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:
+    """Pairs the images of a folder with the masks of the same names in another one.
+
+    Args:
+        images: The folder of images.
+        masks: The folder of masks, PNG files.
+        problems: What cannot be paired is added, with the reason.
+
+    Raises:
+        DataError: If a folder is missing, or the name of a file is no text.
+    """
+    pictures, found = image_files(images), image_files(masks, MASK_SUFFIXES)
+    if not pictures:
+        problems.append(without_images(images))
+    repeated: set[str] = set()
+    for paths in (pictures, found):
+        count = Counter(path.stem for path in paths)
+        twice = [path for path in paths if count[path.stem] > 1]
+        problems += [f"{path} is one of several files of one name, so that its mask is ambiguous" for path in twice]
+        repeated |= {path.stem for path in twice}
+    by_stem, shown = ({path.stem: path for path in paths} for paths in (found, pictures))
+    problems += [f"{path} has no mask {masks / path.stem}.png" for path in pictures if path.stem not in by_stem]
+    problems += [f"{path} has no image in {images}" for path in found if path.stem not in shown]
+    return [(path, by_stem[path.stem]) for path in pictures if path.stem in by_stem.keys() - repeated]
 
 
 def named_by_text(paths: Sequence[Path]) -> list[Path]:

@@ -1,6 +1,5 @@
 """Images with one mask each: `images/{train,val}/NAME.jpg` and `masks/{train,val}/NAME.png`."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,13 @@ from PIL import Image
 from lora_plugins.field_checks import Check, check_fields
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import (
-    MASK_SUFFIXES,
     TEST,
     TRAIN,
     VAL,
     Item,
     check_folder,
-    image_files,
     open_image,
-    without_images,
+    paired,
 )
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
@@ -68,20 +65,5 @@ class MaskFolderDataModule(MaskDataModule):
     def _pairs(self, split: str, problems: list[str]) -> list[Item]:
         split_folder = "" if self._flat() else split
         image_folder, mask_folder = (self.root / kind / split_folder for kind in (self.images, self.masks))
-        images = _by_stem(image_files(image_folder), problems)
-        masks = _by_stem(image_files(mask_folder, MASK_SUFFIXES), problems)
-        if not images:
-            problems.append(without_images(image_folder))
-        problems += [f"{p} has no mask {mask_folder / stem}.png" for stem, p in images.items() if stem not in masks]
-        problems += [f"{p} has no image in {image_folder}" for stem, p in masks.items() if stem not in images]
-        return [Item(images[stem], masks[stem], str(masks[stem]), stem) for stem in images if stem in masks]
-
-
-def _by_stem(paths: Sequence[Path], problems: list[str]) -> dict[str, Path]:
-    count = Counter(path.stem for path in paths)
-    problems += [
-        f"{path} is one of several files of one name, so that its mask is ambiguous"
-        for path in paths
-        if count[path.stem] > 1
-    ]
-    return {path.stem: path for path in paths if count[path.stem] == 1}
+        pairs = paired(image_folder, mask_folder, problems)
+        return [Item(image, mask, str(mask), mask.stem) for image, mask in pairs]

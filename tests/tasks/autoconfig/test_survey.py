@@ -270,6 +270,11 @@ def boxes_for_masks(root):
     (root / "labels" / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
 
 
+def two_of_one_name(root):
+    masked(root, [0, 1])
+    write_image(root / "images" / "3.png", noise())
+
+
 def masks_called_otherwise(root):
     for at in range(3):
         write_image(root / "images" / f"{at}.jpg", noise())
@@ -347,6 +352,7 @@ def images_and_a_list(root):
         (val_alone, "none called 'train'"),
         (too_few, "2 images are too few"),
         (without_partner, "3.jpg has no mask"),
+        (two_of_one_name, r"(?s)2 problems.*3\.jpg is one of several files of one name.*3\.png is one"),
         (masks_called_otherwise, r"(?s)1 problem.*0.jpg needs 0.png, and there is 0_mask.png. Rename"),
         (one_value, "All masks hold one value, 0, and"),
         (jpeg_masks, "are no PNG files"),
