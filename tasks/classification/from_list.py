@@ -8,7 +8,7 @@ from PIL import Image
 
 from lora_plugins.field_checks import check_names, optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
-from lora_plugins.tasks.data import ImageDataModule, Item, read_image, read_list, row_split
+from lora_plugins.tasks.data import ImageDataModule, Item, path_key, read_image, read_list, row_split
 from lora_plugins.tasks.errors import unknown
 
 
@@ -72,7 +72,7 @@ class ImageListDataModule(ImageDataModule):
             if first != str(row[label]):
                 problems.append(f"{where}: {path} has the label {str(row[label])!r}, and in row {at} {first!r}")
                 continue
-            item = Item(path, self.class_names.index(str(row[label])), str(path), Path(str(row[image])).as_posix())
+            item = Item(path, self.class_names.index(str(row[label])), str(path), path_key(row[image], self.root))
             items.setdefault(row_split(row, split, where), []).append(item)
         return items, problems
 

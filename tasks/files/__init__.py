@@ -21,7 +21,7 @@ from lora_plugins.tasks.files.image_io import (
     subfolders,
     without_images,
 )
-from lora_plugins.tasks.files.sample_lists import READERS, read_list, read_text, row_split
+from lora_plugins.tasks.files.sample_lists import READERS, path_key, read_list, read_text, row_split
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out, leaves_one
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "named_by_text",
     "open_image",
     "paired",
+    "path_key",
     "read_errors",
     "read_image",
     "read_list",

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -112,3 +114,15 @@ def row_split(row: Row, column: str, where: str) -> str:
     if str(name) not in SPLIT_NAMES:
         raise DataError(f"{where}: {unknown('split', str(name), SPLIT_NAMES)}")
     return SPLIT_NAMES[str(name)]
+
+
+def path_key(value: object, root: Path) -> str:
+    """The name of a listed file within its data, by which splits are made: its path as it is listed.
+
+    An absolute path counts from the folder of the list, so that both can be moved together.
+    """
+    path = Path(str(value))
+    if path.is_absolute():
+        with suppress(ValueError):  # on another drive of Windows
+            path = Path(os.path.relpath(path, root))
+    return path.as_posix()

@@ -7,7 +7,7 @@ from PIL import Image
 
 from lora_plugins.field_checks import optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
-from lora_plugins.tasks.data import Item, open_image, read_list, row_split
+from lora_plugins.tasks.data import Item, open_image, path_key, read_list, row_split
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -51,9 +51,8 @@ class MaskListDataModule(MaskDataModule):
         for number, row in enumerate(read_list(self.file, (image, mask)), 1):
             image_path, mask_path = (self.root / str(row[column]) for column in (image, mask))
             name = row_split(row, split, f"Row {number} of {self.file}")
-            items.setdefault(name, []).append(
-                Item(image_path, mask_path, str(mask_path), Path(str(row[mask])).as_posix())
-            )
+            key = path_key(row[mask], self.root)
+            items.setdefault(name, []).append(Item(image_path, mask_path, str(mask_path), key))
         return items, []
 
     def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:

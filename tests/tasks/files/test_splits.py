@@ -19,11 +19,27 @@ from lora_plugins.tasks import (
 
 from ..conftest import SIZE, loaded, noise, write_image, written
 
+
+def with_absolute_paths(root, name):
+    """Writes a list again with the absolute paths of its files, as scripts make it."""
+    rows = [
+        {"image": f"sorted/{'ab'[i % 2]}/{i}.png", "label": "ab"[i % 2], "mask": f"masks/{i}.png"} for i in range(16)
+    ]
+    paths = [{key: str((root / row[key]).absolute()) for key in ("image", "mask")} for row in rows]
+    return written(root / name, [row | path for row, path in zip(rows, paths, strict=True)])
+
+
 FOUND = {
     "class folders": lambda root, **options: ImageFolderDataModule(str(root / "sorted"), **options),
     "class list": lambda root, **options: ImageListDataModule(str(root / "labels.csv"), **options),
     "mask folders": lambda root, **options: MaskFolderDataModule(str(root), classes=["a", "b"], **options),
     "mask list": lambda root, **options: MaskListDataModule(str(root / "masks.jsonl"), classes=["a", "b"], **options),
+    "class list, absolute": lambda root, **options: ImageListDataModule(
+        with_absolute_paths(root, "absolute.csv"), **options
+    ),
+    "mask list, absolute": lambda root, **options: MaskListDataModule(
+        with_absolute_paths(root, "absolute.csv"), classes=["a", "b"], **options
+    ),
     "rows": lambda root, **options: HubImageDataModule(str(root / "rows"), **options),
 }
 
