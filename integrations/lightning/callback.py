@@ -425,7 +425,7 @@ class LoraCallback(Callback):
         """
         check_trained(trainer)
         set_modes_of_frozen_norms(pl_module, self._modes)
-        if self.merge_source == "best":
+        if self.merge_source == "best" and lora_callbacks(trainer)[0] is self:  # later, it would undo merges
             load_best(trainer, pl_module)
         if self.merge_on_fit_end or self.merge_source == "best":
             drop_averages(trainer)
@@ -621,12 +621,18 @@ class LoraCallback(Callback):
         return [callback for callback in lora_callbacks(trainer) if callback.target == self.target]
 
     def _check_group(self, trainer: Trainer) -> None:
-        for name in ("merge_on_fit_end", "merge_source"):
-            given = {callback.adapter_name: getattr(callback, name) for callback in self._group(trainer)}
-            if len(set(given.values())) > 1:
-                raise ConfigError(
-                    f"LoraCallbacks with one target are merged together, and {name} differs: {given}. Use one value."
-                )
+        given = {callback.adapter_name: callback.merge_on_fit_end for callback in self._group(trainer)}
+        if len(set(given.values())) > 1:
+            raise ConfigError(
+                "LoraCallbacks with one target are merged together, and merge_on_fit_end differs: "
+                f"{given}. Use one value."
+            )
+        sources = [callback.merge_source for callback in lora_callbacks(trainer)]
+        if len(set(sources)) > 1:
+            raise ConfigError(
+                "LoraCallbacks of one trainer leave one module with the weights of one moment, and merge_source "
+                f"differs: {sources}. Use one value."
+            )
         for name in vars(self.rates):
             ratios = [getattr(callback.rates, name) for callback in lora_callbacks(trainer)]
             if len(set(ratios)) > 1:

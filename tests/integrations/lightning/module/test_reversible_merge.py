@@ -125,6 +125,46 @@ def test_best_weights_are_merged_when_asked_for(tmp_path):
     assert found == pytest.approx(float(saver.best_model_score), rel=1e-6)
 
 
+class TwoNets(Classifier):
+    """Computes with a second network after the first."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.second = nn.Sequential(nn.Linear(3, 3))
+        nn.init.eye_(self.second[0].weight)
+        nn.init.zeros_(self.second[0].bias)
+
+    def forward(self, x):
+        return self.second(self.net(x))
+
+
+class TestTwoTargets:
+    def fit(self, tmp_path, names=("net", "second"), sources=("best", "best")):
+        options = {"target_modules": "all", "r": 2}
+        adapters = [
+            LoraCallback(LoraConfig(**options), target=name, merge_source=source, save_adapter_to=str(tmp_path / name))
+            for name, source in zip(names, sources, strict=True)
+        ]
+        saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/loss", save_top_k=-1)
+        run = trainer(tmp_path, [*adapters, saver], max_epochs=3)
+        run.fit(module := TwoNets(lr=0.3), loader(), loader())
+        return run, module, saver
+
+    @pytest.mark.parametrize("names", [("net", "second"), ("second", "net")], ids=" then ".join)
+    def test_the_best_weights_of_both_are_merged(self, tmp_path, names):
+        run, module, saver = self.fit(tmp_path, names)
+        assert [type(m) for m in module.modules()] == [type(m) for m in TwoNets().modules()]
+        assert loss(run, module) == pytest.approx(float(saver.best_model_score), **CLOSE)
+        again = TwoNets()
+        for name in names:
+            LoraModel.load_adapter(getattr(again, name), tmp_path / name).merge_and_unload()
+        assert not differing(values(again), values(module))
+
+    def test_one_module_has_the_weights_of_one_moment(self, tmp_path):
+        with pytest.raises(ConfigError, match=r"one moment, and merge_source differs: \['last', 'best'\]"):
+            self.fit(tmp_path, sources=("last", "best"))
+
+
 class Renames(Classifier):
     """Has keys of its own in files."""
 
