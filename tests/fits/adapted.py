@@ -1,0 +1,96 @@
+"""Our side of a run: a plain module, and a LoraCallback."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+
+from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
+from tests.fits.draw import Fit
+from tests.fits.module import TOWERS, FitModule
+from tests.fits.networks import adapted, heads
+from tests.fits.reference import Start
+
+
+class Starts(Callback):
+    """Takes down what the adapters start from, at the first fit.
+
+    Args:
+        fit: The settings.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
+        self.taken: dict[str, Start] = {}
+
+    def on_fit_start(self, trainer: Trainer, module: FitModule) -> None:
+        if not self.taken:
+            self.taken = dict(self.of(module))
+
+    def of(self, module: FitModule) -> Iterator[tuple[str, Start]]:
+        """The starts of all layers of the towers, by full name."""
+        whole = self.fit.target == "module"
+        for prefix, target in {"": module}.items() if whole else module.towers.items():
+            for plan in LoraModel(target).plans["default"].layers:
+                name = f"{prefix}.{plan.name}".removeprefix(".")
+                layer = module.get_submodule(name)
+                weight = module.state_dict()[f"{name}.weight"].clone()
+                factors = (getattr(layer, key)["default"].detach().clone() for key in ("lora_A", "lora_B"))
+                yield name, Start(weight, *factors, plan.settings.scaling)
+
+
+class Adapted:
+    """Our side of a run.
+
+    Args:
+        fit: The settings.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit, self.starts = fit, Starts(fit)
+
+    def module(self) -> FitModule:
+        """Makes a module."""
+        return FitModule(asdict(self.fit))
+
+    def callbacks(self, folder: Path) -> list[Callback]:
+        """What a trainer gets: a callback for the module, or one for each tower."""
+        towers = TOWERS[: self.fit.towers]
+        if self.fit.target == "tower":
+            return [*(self.lora(folder / name, name, ("",)) for name in towers), self.starts]
+        copies = ("average.",) if self.fit.copies == "average" else ()
+        return [self.lora(folder / "module", None, tuple(f"{name}." for name in towers), copies), self.starts]
+
+    def lora(
+        self, folder: Path, target: str | None, towers: tuple[str, ...], copies: tuple[str, ...] = ()
+    ) -> LoraCallback:
+        """Makes a callback; the names of its layers begin as said."""
+        network, which = self.fit.network, self.fit.heads
+        config = LoraConfig(
+            r=2,
+            init=self.fit.init,
+            variant=self.fit.variant,
+            bias=self.fit.bias,
+            target_modules=[prefix + layer for prefix in towers + copies for layer in adapted(network, which)],
+            modules_to_save=[prefix + head for prefix in towers for head in heads(network, which)],
+        )
+        return LoraCallback(
+            config,
+            target=target,
+            merge_on_fit_end=self.fit.merge,
+            merge_source="best" if self.fit.best else "last",
+            save_adapter_to=folder / "adapter",
+            export_to=folder / "merged.safetensors",
+            print_plan=False,
+            loraplus_lr_ratio=self.fit.b_ratio,
+            heads_lr_ratio=self.fit.head_ratio,
+        )
+
+    def read(self, path: Path) -> FitModule:
+        """Makes a module from a checkpoint, without a trainer."""
+        return load_from_checkpoint(FitModule, path)
+
+    def finish(self, trainer: Trainer, module: FitModule) -> None:
+        """The callback has done what is to be done."""

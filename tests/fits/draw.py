@@ -1,0 +1,260 @@
+"""What a fit is, and draws one: any setting goes with any other, except where `LIMITS` says why not."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from random import Random
+from typing import Any
+
+from tests.fits.networks import NETWORKS
+
+
+@dataclass(frozen=True)
+class Fit:
+    """All settings of a run. The defaults are those of the shortest one.
+
+    Args:
+        network: Its class, of `networks.py`.
+        towers: How many of them the module has; their outputs are added up.
+        target: Whether each tower is a callback's `target`, or the module is adapted as a whole, by one callback.
+        build: Where the module makes its towers: in the constructor, in `setup` or in `configure_model`.
+        loop: Who steps: Lightning, Lightning with a warm-up in `optimizer_step`, or the module, with one or two
+            optimizers.
+        optimizer: Of `optimizers.py`.
+        scheduler: Likewise.
+        groups: How many groups of parameters the optimizer has.
+        init: How A and B start.
+        variant: How they change the weight.
+        heads: What is trained in full: `none`, the `head`, or `two`, the last of the layers as well.
+        bias: Which biases are trained.
+        b_ratio: `loraplus_lr_ratio`.
+        head_ratio: `heads_lr_ratio`.
+        copies: What the module has beside its towers: nothing, an `average` of its own, or a frozen `teacher`.
+        moved_in: The hook in which the module moves its average.
+        precision: Of the trainer.
+        epochs: How many.
+        samples: Of an epoch.
+        batch_size: Of the training data.
+        shuffle: Whether each epoch has its own order.
+        accumulate: Batches of a step.
+        accumulate_by_epoch: Whether a callback says so, and changes it.
+        clip: Largest norm, or value, of a gradient.
+        clip_by: Which of the two.
+        check_interval: `val_check_interval`.
+        check_every: `check_val_every_n_epoch`.
+        sanity: Batches of the sanity check.
+        inference_mode: Of the trainer.
+        reload: After how many epochs loaders are made again.
+        max_steps: Where the fit ends before its epochs do.
+        limit: Batches of an epoch; 1.0 for all.
+        overfit: Batches of `overfit_batches`.
+        averaging: The averaging callback.
+        finder: Whether LearningRateFinder makes trials before the fit.
+        early: Whether there is an EarlyStopping.
+        checkpoints: When they are written.
+        weights_only: Whether they lack the state of optimizers.
+        on_exception: Whether an OnExceptionCheckpoint is there.
+        best: Whether the callback takes the best weights in the end.
+        merge: Whether it merges them.
+        before: What is done with the module before the fit.
+        stop: What a callback does in the middle of it.
+        stop_in: In which hook.
+        stop_at: At which of its calls.
+        goes_on: How a stopped fit goes on: not, by a new module from the newest checkpoint (`resume`), or by the same
+            module and callback (`again`).
+        after: What is done after the fit.
+        seed: Of A and B.
+    """
+
+    network: str = "Mlp"
+    towers: int = 1
+    target: str = "tower"
+    build: str = "init"
+    loop: str = "automatic"
+    optimizer: str = "AdamW"
+    scheduler: str = "none"
+    groups: int = 1
+    init: str = "kaiming"
+    variant: str = "lora"
+    heads: str = "head"
+    bias: str = "none"
+    b_ratio: float = 1.0
+    head_ratio: float = 1.0
+    copies: str = "none"
+    moved_in: str = "on_train_batch_end"
+    precision: str = "64-true"
+    epochs: int = 1
+    samples: int = 24
+    batch_size: int = 8
+    shuffle: bool = False
+    accumulate: int = 1
+    accumulate_by_epoch: bool = False
+    clip: float | None = None
+    clip_by: str = "norm"
+    check_interval: float = 1.0
+    check_every: int = 1
+    sanity: int = 0
+    inference_mode: bool = True
+    reload: int = 0
+    max_steps: int = -1
+    limit: float = 1.0
+    overfit: int = 0
+    averaging: str = "none"
+    finder: bool = False
+    early: bool = False
+    checkpoints: str = "none"
+    weights_only: bool = False
+    on_exception: bool = False
+    best: bool = False
+    merge: bool = True
+    before: str = "nothing"
+    stop: str = "none"
+    stop_in: str = "on_train_batch_end"
+    stop_at: int = 1
+    goes_on: str = "none"
+    after: str = "nothing"
+    seed: int = 0
+
+    def __repr__(self) -> str:
+        plain = Fit()
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = [f"{key}={value!r}" for key, value in given.items() if value != getattr(plain, key)]
+        return f"Fit({', '.join(shown)})"
+
+    @property
+    def steps_itself(self) -> bool:
+        """Whether the module, not Lightning, calls the optimizer."""
+        return self.loop in ("manual", "two optimizers")
+
+
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "network": tuple(NETWORKS),
+    "towers": (1, 1, 1, 2),
+    "target": ("tower", "tower", "module"),
+    "build": ("init", "init", "setup", "configure_model"),
+    "loop": ("automatic",) * 4 + ("warmup", "manual", "two optimizers"),
+    "optimizer": ("AdamW", "AdamW", "SGD", "AMSGrad", "RMSprop", "Adagrad", "NAdam"),
+    "scheduler": ("none", "step", "cosine", "exponential", "lambda", "plateau", "one cycle", "sequence", "restarts"),
+    "groups": (1, 1, 2),
+    "init": ("kaiming", "gaussian", "pissa", "olora"),
+    "variant": ("lora", "lora", "dora"),
+    "heads": ("head", "head", "none", "two"),
+    "b_ratio": (1.0, 1.0, 2.0, 4.0),
+    "head_ratio": (1.0, 1.0, 0.5, 3.0),
+    "copies": ("none", "none", "average", "teacher"),
+    "moved_in": ("on_train_batch_end", "on_before_zero_grad"),
+    "epochs": (1, 2, 3),
+    "samples": (24, 32, 40),
+    "batch_size": (8, 8, 5),
+    "shuffle": (True, False),
+    "accumulate": (1, 1, 2, 3),
+    "accumulate_by_epoch": (False, False, False, True),
+    "clip": (None, None, 0.5),
+    "clip_by": ("norm", "value"),
+    "check_interval": (1.0, 1.0, 0.5),
+    "check_every": (1, 1, 2),
+    "sanity": (0, 2),
+    "inference_mode": (True, False),
+    "reload": (0, 0, 1),
+    "max_steps": (-1, -1, -1, -1, 7),
+    "limit": (1.0, 1.0, 1.0, 1.0, 3),
+    "overfit": (0, 0, 0, 0, 0, 0, 2),
+    "averaging": ("none",) * 6 + ("swa", "ema", "weights"),
+    "finder": (False,) * 6 + (True,),
+    "early": (False, False, True),
+    "checkpoints": ("last", "steps", "epoch", "none"),
+    "weights_only": (False,) * 5 + (True,),
+    "on_exception": (False, False, False, True),
+    "best": (False, False, True),
+    "merge": (True, True, False),
+    "stop": ("none", "raise", "raise", "interrupt", "stop", "save"),
+    "stop_in": (
+        "on_train_start",
+        "on_train_batch_start",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+        "on_validation_end",
+        "on_train_epoch_end",
+    ),
+    "stop_at": (1, 2, 3, 5),
+    "goes_on": ("resume", "again"),
+    "after": ("nothing", "fit", "new trainer", "test", "validate"),
+}
+"""What is drawn, a value as often as it stands here."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Settings that do not go together.
+
+    Args:
+        holds: Whether a fit has them.
+        instead: What it is given in their place.
+    """
+
+    holds: Callable[[Fit], bool]
+    instead: Mapping[str, Any]
+
+
+LIMITS = (
+    # Lightning refuses these in manual optimization, or they would do nothing.
+    Limit(lambda fit: fit.steps_itself, {"accumulate": 1, "accumulate_by_epoch": False, "clip": None}),
+    Limit(lambda fit: fit.steps_itself and fit.averaging == "swa", {"averaging": "none"}),
+    Limit(lambda fit: fit.accumulate_by_epoch, {"accumulate": 1}),
+    # The warm-up sets the rate of all groups itself, and so do the finder and SWA.
+    Limit(lambda fit: fit.loop == "warmup", {"scheduler": "none", "groups": 1}),
+    Limit(lambda fit: fit.loop != "automatic", {"finder": False}),
+    Limit(lambda fit: fit.finder or fit.averaging == "swa", {"b_ratio": 1.0, "head_ratio": 1.0}),
+    # The finder's trials move running statistics of the plain module, which the callback has frozen by then.
+    Limit(lambda fit: fit.finder and fit.network in ("Mlp", "Conv"), {"network": "Twice"}),
+    # Lightning's averaging callbacks copy the module in `setup`, where one that is made later has nothing yet; only
+    # those of 2.6 call `configure_model` themselves before.
+    Limit(lambda fit: fit.averaging != "none" and fit.build == "setup", {"build": "init"}),
+    Limit(lambda fit: fit.averaging == "swa", {"build": "init"}),
+    # SWA moves the average into the module at the end, which only the module's own copies could tell from training.
+    Limit(lambda fit: fit.averaging == "swa", {"copies": "none"}),
+    # A teacher is outside of what is adapted; an average has adapters of its own, moved as those of its tower.
+    Limit(lambda fit: fit.copies == "teacher", {"target": "tower"}),
+    Limit(lambda fit: fit.copies == "average", {"target": "module"}),
+    # An optimizer needs parameters.
+    Limit(lambda fit: fit.loop == "two optimizers" and fit.heads == "none", {"heads": "head"}),
+    Limit(lambda fit: fit.groups == 2 and fit.heads == "none" and fit.variant == "lora", {"groups": 1}),
+    # An exception leaves the parameters of the other optimizer frozen, as `toggle_optimizer` has set them.
+    Limit(lambda fit: fit.loop == "two optimizers" and fit.goes_on == "again", {"goes_on": "resume"}),
+    # Nothing to resume from, to look for the best among, or to write at an exception.
+    Limit(lambda fit: fit.checkpoints == "none", {"best": False, "on_exception": False, "weights_only": False}),
+    Limit(lambda fit: fit.checkpoints == "none" and fit.goes_on == "resume", {"goes_on": "none"}),
+    # Lightning resumes from no file that lacks the state of optimizers.
+    Limit(lambda fit: fit.weights_only and fit.stop not in ("none", "save"), {"weights_only": False}),
+    # What does not stop does not go on, and nothing is trained where the first batch is not reached.
+    Limit(lambda fit: fit.stop in ("none", "save"), {"goes_on": "none"}),
+    Limit(lambda fit: fit.stop == "none", {"stop_in": "on_train_batch_end", "stop_at": 1}),
+    Limit(lambda fit: fit.stop == "stop" and fit.stop_in == "on_train_start", {"stop_in": "on_train_batch_end"}),
+    # EarlyStopping asks for a validation in every epoch.
+    Limit(lambda fit: fit.early, {"check_every": 1}),
+    # Lightning says that it does not shuffle what is overfitted.
+    Limit(lambda fit: fit.overfit > 0, {"shuffle": False}),
+    # What a setting does not act on has one value.
+    Limit(lambda fit: fit.clip is None, {"clip_by": "norm"}),
+    Limit(lambda fit: fit.copies != "average", {"moved_in": "on_train_batch_end"}),
+)
+"""What is left out, with the cause: limits of plain Lightning, and settings that mean nothing together."""
+
+
+def limited(fit: Fit) -> Fit:
+    """Returns the fit with what `LIMITS` puts in place of what does not go together."""
+    for limit in LIMITS:
+        if limit.holds(fit):
+            fit = replace(fit, **limit.instead)
+    return fit
+
+
+def draw_fit(seed: str) -> Fit:
+    """Draws a fit.
+
+    Args:
+        seed: Decides all of it.
+    """
+    random = Random(seed)
+    drawn = {name: random.choice(values) for name, values in CHOICES.items()}
+    return limited(Fit(seed=random.randrange(1000), **drawn))
