@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
@@ -57,7 +59,7 @@ class Adapted:
 
     def callbacks(self, folder: Path) -> list[Callback]:
         """What a trainer gets: a callback for the module, or one for each tower."""
-        towers = TOWERS[: self.fit.towers]
+        self.folder, towers = folder, TOWERS[: self.fit.towers]
         if self.fit.target == "tower":
             return [*(self.lora(folder / name, name, ("",)) for name in towers), self.starts]
         copies = ("average.",) if self.fit.copies == "average" else ()
@@ -94,3 +96,25 @@ class Adapted:
 
     def finish(self, trainer: Trainer, module: FitModule) -> None:
         """The callback has done what is to be done."""
+
+    def exported(self, module: FitModule) -> dict[str, Tensor]:
+        """Reads the files with the update merged."""
+        found = {}
+        for target in self.targets():
+            prefix = f"{target}." if target else ""
+            values = load_file(self.folder / (target or "module") / "merged.safetensors")
+            found |= {prefix + name: value for name, value in values.items()}
+        return found
+
+    def saved(self, module: FitModule) -> FitModule:
+        """Makes a module from the adapter folders."""
+        module = self.module()
+        module.make()
+        for target in self.targets():
+            adapted = getattr(module, target) if target else module
+            LoraModel.load_adapter(adapted, self.folder / (target or "module") / "adapter")
+        return module
+
+    def targets(self) -> tuple[str | None, ...]:
+        """What callbacks are given as `target`."""
+        return TOWERS[: self.fit.towers] if self.fit.target == "tower" else (None,)

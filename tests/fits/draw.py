@@ -132,16 +132,18 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "target": ("tower", "tower", "module"),
     "build": ("init", "init", "setup", "configure_model"),
     "loop": ("automatic",) * 4 + ("warmup", "manual", "two optimizers"),
-    "optimizer": ("AdamW", "AdamW", "SGD", "AMSGrad", "RMSprop", "Adagrad", "NAdam"),
+    "optimizer": ("AdamW", "AdamW", "SGD", "AMSGrad", "RMSprop", "Adagrad", "NAdam", "LBFGS"),
     "scheduler": ("none", "step", "cosine", "exponential", "lambda", "plateau", "one cycle", "sequence", "restarts"),
     "groups": (1, 1, 2),
     "init": ("kaiming", "gaussian", "pissa", "olora"),
     "variant": ("lora", "lora", "dora"),
     "heads": ("head", "head", "none", "two"),
+    "bias": ("none", "none", "all"),
     "b_ratio": (1.0, 1.0, 2.0, 4.0),
     "head_ratio": (1.0, 1.0, 0.5, 3.0),
     "copies": ("none", "none", "average", "teacher"),
     "moved_in": ("on_train_batch_end", "on_before_zero_grad"),
+    "precision": ("64-true",) * 5 + ("32-true",),
     "epochs": (1, 2, 3),
     "samples": (24, 32, 40),
     "batch_size": (8, 8, 5),
@@ -166,6 +168,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "on_exception": (False, False, False, True),
     "best": (False, False, True),
     "merge": (True, True, False),
+    "before": ("nothing", "nothing", "nothing", "validate"),
     "stop": ("none", "raise", "raise", "interrupt", "stop", "save"),
     "stop_in": (
         "on_train_start",
@@ -216,6 +219,16 @@ LIMITS = (
     # A teacher is outside of what is adapted; an average has adapters of its own, moved as those of its tower.
     Limit(lambda fit: fit.copies == "teacher", {"target": "tower"}),
     Limit(lambda fit: fit.copies == "average", {"target": "module"}),
+    # All biases would be those of the average as well, each moved by its own gradient.
+    Limit(lambda fit: fit.copies == "average", {"bias": "none"}),
+    # LBFGS has one group, and a loss that it asks for again; Lightning asks for no accumulation then.
+    Limit(lambda fit: fit.optimizer == "LBFGS", {"groups": 1, "b_ratio": 1.0, "head_ratio": 1.0}),
+    Limit(lambda fit: fit.optimizer == "LBFGS" and fit.steps_itself, {"loop": "automatic"}),
+    Limit(lambda fit: fit.optimizer == "LBFGS", {"accumulate": 1, "accumulate_by_epoch": False}),
+    # DoRA has a magnitude for each output, which the weight of a transposed layer does not have as its first axis.
+    Limit(lambda fit: bool(NETWORKS[fit.network].columns), {"variant": "lora"}),
+    # What is single is rounded more than it is trained where an optimizer divides by what is nearly zero.
+    Limit(lambda fit: fit.precision == "32-true", {"optimizer": "SGD", "finder": False}),
     # An optimizer needs parameters.
     Limit(lambda fit: fit.loop == "two optimizers" and fit.heads == "none", {"heads": "head"}),
     Limit(lambda fit: fit.groups == 2 and fit.heads == "none" and fit.variant == "lora", {"groups": 1}),

@@ -67,15 +67,74 @@ class Tied(Network):
         return self.head(torch.tanh(self.c(torch.tanh(self.b(torch.tanh(self.a(self.stem(x))))))))
 
 
-NETWORKS: Mapping[str, type[Network]] = {kind.__name__: kind for kind in (Mlp, Twice, Conv, Tied)}
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.proj = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.proj(self.norm(x)))
+
+
+class Nested(Network):
+    """Layers deep inside."""
+
+    layers = ("body.0.proj", "body.1.proj")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Linear(FEATURES, 8), nn.Sequential(Block(), Block())
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)))
+
+
+class Table(Network):
+    """A layer that rows are looked up in."""
+
+    columns = ("a",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (2 + x).clamp(0, 4).long()
+        return self.head(torch.tanh(self.b(self.a(tokens).mean(1))))
+
+
+class Upsampler(Network):
+    """A transposed convolution."""
+
+    columns = ("a",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.ConvTranspose1d(2, 4, 3, stride=2), nn.Conv1d(4, 6, 3)
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x.reshape(-1, 2, 3))))).mean(2))
+
+
+KINDS = (Mlp, Twice, Conv, Tied, Nested, Table, Upsampler)
+NETWORKS: Mapping[str, type[Network]] = {kind.__name__: kind for kind in KINDS}
 """The networks by name."""
 
 
 def build(name: str, seed: int, dtype: torch.dtype) -> Network:
-    """Makes a network with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return NETWORKS[name]().to(dtype)
+    """Makes a network with random weights: the same ones inside of Lightning's context for a precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return NETWORKS[name]()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def heads(name: str, which: str) -> tuple[str, ...]:

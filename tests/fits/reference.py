@@ -15,6 +15,7 @@ from tests.fits.module import FitModule, Rules
 from tests.fits.networks import NETWORKS, heads
 from tests.fits.optimizers import Group
 from tests.fits.trainers import best_file
+from tests.fits.weights import effective
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ class Plain:
     def read(self, path: Path) -> FitModule:
         """Makes a module from a checkpoint, without a trainer."""
         module = self.module()
+        module.make()
         module.load_state_dict(torch.load(path, weights_only=False)["state_dict"])
         return module
 
@@ -168,3 +170,12 @@ class Plain:
             stored = torch.load(path, weights_only=False)["state_dict"]
             best = {key: value for key, value in stored.items() if key.startswith(targets)}
             module.load_state_dict({**module.state_dict(), **best})
+
+    def exported(self, module: FitModule) -> dict[str, Tensor]:
+        """What the files with the update merged have to hold: all of what is adapted."""
+        targets = "" if self.fit.target == "module" else tuple(f"{name}." for name in module.towers)
+        return {name: value for name, value in effective(module).items() if name.startswith(targets)}
+
+    def saved(self, module: FitModule) -> FitModule:
+        """Gives what the adapter folders have to be worth."""
+        return module

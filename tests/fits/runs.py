@@ -14,6 +14,7 @@ from tests.fits.draw import Fit
 from tests.fits.module import DTYPES, FitModule
 from tests.fits.networks import FEATURES
 from tests.fits.trainers import Stop, StoppedError, make_trainer
+from tests.fits.weights import effective
 
 Record = dict[str, str | list[float] | Mapping[str, Tensor]]
 """What came out, by what it is."""
@@ -30,18 +31,9 @@ class Side(Protocol):
 
     def finish(self, trainer: Trainer, module: FitModule) -> None: ...
 
+    def exported(self, module: FitModule) -> dict[str, Tensor]: ...
 
-def effective(module: FitModule) -> dict[str, Tensor]:
-    """The weights with which layers compute, and all other tensors, under the names of the plain module."""
-    found = {}
-    for name, part in module.named_modules(remove_duplicate=False):
-        if "lora_" in name or "parametrizations" in name:
-            continue
-        for key in (*part._parameters, *part._buffers, "weight"):
-            tensor = getattr(part, key, None)
-            if isinstance(tensor, Tensor) and "lora_" not in key:
-                found[f"{name}.{key}"] = tensor.detach().clone()
-    return found
+    def saved(self, module: FitModule) -> FitModule: ...
 
 
 def loader(fit: Fit, seed: int, samples: int, batch_size: int, shuffle: bool = False) -> DataLoader:
@@ -73,12 +65,15 @@ class Run:
         self.callbacks = self.side.callbacks(self.folder)
         stop = [] if self.fit.stop == "none" else [Stop(self.fit)]
         self.trainer = make_trainer(self.fit, self.folder, [*self.callbacks, *stop], self.fit.epochs)
+        if self.fit.before == "validate":
+            self.trainer.validate(self.module, loader(self.fit, 2, 16, 8), verbose=False)
+            self.record["validation before"] = list(self.module.validations)
         ended = self.try_to_fit()
         for callback in stop:
             self.trainer.callbacks.remove(callback)
         files = sorted(path.name for path in self.folder.glob("*.ckpt"))
         self.record["checkpoints"] = " ".join(files)
-        if self.fit.build == "init":
+        if self.fit.build != "setup":  # which only a trainer calls
             for name in files:
                 self.record[f"read {name}"] = effective(self.side.read(self.folder / name))
         if self.fit.goes_on != "none" and (not ended or self.fit.stop == "stop"):
@@ -96,6 +91,10 @@ class Run:
             self.trainer.fit(self.module, training, loader(self.fit, 2, 16, 8), ckpt_path=path)
             self.side.finish(self.trainer, self.module)
             self.record[f"{what}: weights"] = effective(self.module)
+            self.record[f"{what}: export"] = self.side.exported(self.module)
+            saved = self.side.saved(self.module)
+            for name, tower in saved.towers.items():
+                self.record[f"{what}: adapter of {name}"] = effective(tower)
         finally:
             self.record[f"{what}: losses"] = list(self.module.losses)
             self.record[f"{what}: validations"] = list(self.module.validations)
