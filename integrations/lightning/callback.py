@@ -113,6 +113,7 @@ from lora_plugins.integrations.lightning.training import (
     put_back_statistics,
     random_numbers,
     set_random_numbers,
+    start_averages_from,
     warn_of_left_out,
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
@@ -427,7 +428,8 @@ class LoraCallback(Callback):
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best" and lora_callbacks(trainer)[0] is self:  # later, it would undo merges
             load_best(trainer, pl_module)
-        if self.merge_on_fit_end or self.merge_source == "best":
+            start_averages_from(trainer, pl_module)
+        if self.merge_on_fit_end:
             drop_averages(trainer)
         group = self._group(trainer)
         held = self._held(trainer, pl_module) if group[-1] is self else {}

@@ -10,6 +10,7 @@ from lora_plugins.integrations.lightning.training.averages import (
     drop_averages,
     keep_base_of_averages,
     put_back_statistics,
+    start_averages_from,
 )
 from lora_plugins.integrations.lightning.training.calibration_data import (
     adapt_after_restoring,
@@ -47,5 +48,6 @@ __all__ = [
     "put_back_statistics",
     "random_numbers",
     "set_random_numbers",
+    "start_averages_from",
     "warn_of_left_out",
 ]

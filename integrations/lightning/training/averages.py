@@ -87,9 +87,18 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def drop_averages(trainer: Trainer) -> None:
-    """Drops the copies of averaging callbacks when `fit` ends: the module has the average, or the best weights."""
+    """Drops the copies of averaging callbacks when `fit` ends with a merge: they are no copies of what is merged."""
     for callback in _averaging(trainer):
         drop_average(callback)
+
+
+def start_averages_from(trainer: Trainer, module: LightningModule) -> None:
+    """Gives averages the module's values, the best ones say: validation exchanges them, and checkpoints hold both."""
+    with torch.no_grad():
+        for average in _averages(trainer):
+            held, new = ([*part.parameters(), *part.buffers()] for part in (average, module))
+            for tensor, value in zip(held, new, strict=True):
+                tensor.copy_(value)
 
 
 def renews_statistics(trainer: Trainer) -> bool:

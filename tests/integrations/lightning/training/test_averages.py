@@ -367,7 +367,7 @@ class TestAfterTheMerge:
     """What comes after a fit that merged sees the merged average, and nothing of the callback's own copy."""
 
     def fitted(self, tmp_path, make, first, width=16, **options):
-        callbacks = [lora(merge_on_fit_end=True, **options), make()]
+        callbacks = [lora(**{"merge_on_fit_end": True, **options}), make()]
         saver = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1)
         run = trainer(tmp_path, [*(callbacks if first else reversed(callbacks)), saver], max_epochs=3)
         module = Classifier(width=width, lr=0.3)
@@ -415,6 +415,21 @@ class TestAfterTheMerge:
         run, module, saver = self.fitted(tmp_path, make, first, merge_source="best")
         found = run.validate(module, loader(), verbose=False)[0]["val/loss"]
         assert found == pytest.approx(float(saver.best_model_score), rel=1e-5)
+
+    def test_goes_on_from_the_best(self, tmp_path, make, first):
+        """What is saved after `fit` has the best weights twice: as those of the module, and as the average."""
+        run, module, _ = self.fitted(tmp_path, make, first, merge_source="best", merge_on_fit_end=False)
+        run.save_checkpoint(path := tmp_path / "fitted.ckpt")
+        checkpoint = torch.load(path, weights_only=False)
+        held = [state.get("average_model_state") for state in checkpoint["callbacks"].values()]
+        stored = [checkpoint["state_dict"], checkpoint.get("current_model_state"), *held]
+        best = values(module)
+        for state in filter(None, stored):
+            assert not differing(state, {key: best[key] for key in state})
+        both = [lora(), make()]
+        resumed = trainer(tmp_path, both if first else both[::-1], max_epochs=4)
+        resumed.fit(Classifier(lr=0.3), loader(), loader(), ckpt_path=path)
+        assert resumed.current_epoch >= 4  # SWA adds one
 
     def test_second_fit(self, tmp_path, make, first):
         """With the same callback, which takes its merge back, as with a new one that finds the adapter."""
