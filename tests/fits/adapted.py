@@ -75,6 +75,8 @@ class Adapted:
             init=self.fit.init,
             variant=self.fit.variant,
             bias=self.fit.bias,
+            memory=self.fit.memory,
+            norm=self.fit.norm,
             target_modules=[prefix + layer for prefix in towers + copies for layer in adapted(network, which)],
             modules_to_save=[prefix + head for prefix in towers for head in heads(network, which)],
         )

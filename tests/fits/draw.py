@@ -28,8 +28,12 @@ class Fit:
         bias: Which biases are trained.
         b_ratio: `loraplus_lr_ratio`.
         head_ratio: `heads_lr_ratio`.
-        copies: What the module has beside its towers: nothing, an `average` of its own, or a frozen `teacher`.
-        moved_in: The hook in which the module moves its average.
+        memory: What is kept for the backward.
+        norm: What running statistics do.
+        copies: What the module has beside what it trains: nothing, an `average` of a tower that it moves by hand, a
+            frozen `teacher`, or a `center` of its outputs that it moves by hand, an `inner center` in a tower.
+        moved_in: The hook in which the module moves what it moves by hand.
+        order: Whether the callback stands before or after all others.
         precision: Of the trainer.
         epochs: How many.
         samples: Of an epoch.
@@ -79,8 +83,11 @@ class Fit:
     bias: str = "none"
     b_ratio: float = 1.0
     head_ratio: float = 1.0
+    memory: str = "normal"
+    norm: str = "freeze"
     copies: str = "none"
     moved_in: str = "on_train_batch_end"
+    order: str = "first"
     precision: str = "64-true"
     epochs: int = 1
     samples: int = 24
@@ -141,7 +148,10 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", "none", "all"),
     "b_ratio": (1.0, 1.0, 2.0, 4.0),
     "head_ratio": (1.0, 1.0, 0.5, 3.0),
-    "copies": ("none", "none", "average", "teacher"),
+    "memory": ("normal", "normal", "low"),
+    "norm": ("freeze", "freeze", "track"),
+    "copies": ("none", "none", "average", "teacher", "center", "inner center"),
+    "order": ("first", "first", "last"),
     "moved_in": ("on_train_batch_end", "on_before_zero_grad"),
     "precision": ("64-true",) * 5 + ("32-true",),
     "epochs": (1, 2, 3),
@@ -181,7 +191,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     ),
     "stop_at": (1, 2, 3, 5),
     "goes_on": ("resume", "again"),
-    "after": ("nothing", "fit", "new trainer", "test", "validate"),
+    "after": ("nothing", "fit", "new trainer", "test", "validate", "resume"),
 }
 """What is drawn, a value as often as it stands here."""
 
@@ -221,6 +231,12 @@ LIMITS = (
     Limit(lambda fit: fit.copies == "average", {"target": "module"}),
     # All biases would be those of the average as well, each moved by its own gradient.
     Limit(lambda fit: fit.copies == "average", {"bias": "none"}),
+    # A module with merged weights has no adapter that a fit could go on with from its checkpoint.
+    Limit(lambda fit: fit.after == "resume", {"merge": False}),
+    # Beside the best weights Lightning would save the last average, which the callback replaces by them.
+    Limit(lambda fit: fit.best and fit.averaging != "none" and fit.after == "resume", {"after": "nothing"}),
+    # A checkpoint from before the first move is refused by a module that has moved since, and says so.
+    Limit(lambda fit: fit.goes_on == "again", {"moved_in": "on_train_batch_end"}),
     # LBFGS has one group, and a loss that it asks for again; Lightning asks for no accumulation then.
     Limit(lambda fit: fit.optimizer == "LBFGS", {"groups": 1, "b_ratio": 1.0, "head_ratio": 1.0}),
     Limit(lambda fit: fit.optimizer == "LBFGS" and fit.steps_itself, {"loop": "automatic"}),
@@ -249,7 +265,7 @@ LIMITS = (
     Limit(lambda fit: fit.overfit > 0, {"shuffle": False}),
     # What a setting does not act on has one value.
     Limit(lambda fit: fit.clip is None, {"clip_by": "norm"}),
-    Limit(lambda fit: fit.copies != "average", {"moved_in": "on_train_batch_end"}),
+    Limit(lambda fit: fit.copies in ("none", "teacher"), {"moved_in": "on_train_batch_end"}),
 )
 """What is left out, with the cause: limits of plain Lightning, and settings that mean nothing together."""
 

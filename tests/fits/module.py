@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import Optimizer
 
 from tests.fits.draw import Fit
-from tests.fits.networks import build
+from tests.fits.networks import CLASSES, build
 from tests.fits.optimizers import OPTIMIZERS, SCHEDULERS, Group
 
 RATE = 0.01
@@ -60,6 +60,9 @@ class FitModule(LightningModule):
             return
         for seed, name in enumerate(TOWERS[: self.setting.towers]):
             setattr(self, name, build(self.setting.network, seed, DTYPES[self.setting.precision]))
+        if "center" in self.setting.copies:
+            place = self.net if self.setting.copies == "inner center" else self
+            place.register_buffer("center", torch.zeros(CLASSES, dtype=DTYPES[self.setting.precision]))
         if self.setting.copies == "teacher":
             self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.rules.adapt(self)
@@ -77,10 +80,19 @@ class FitModule(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         return sum(tower(x) for tower in self.towers.values())
 
+    @property
+    def mean(self) -> Tensor:
+        """The center of the outputs, where there is one."""
+        return self.net.center if self.setting.copies == "inner center" else self.center
+
     def loss(self, batch: list[Tensor]) -> Tensor:
         """The loss that is trained on."""
         x, y = batch
-        loss = cross_entropy(self(x), y)
+        outputs = self(x)
+        loss = cross_entropy(outputs, y)
+        if "center" in self.setting.copies:
+            loss = loss + 0.3 * (outputs.mean(0) - self.mean).square().sum()
+            self.latest = outputs.detach().mean(0)
         if self.setting.copies == "teacher":
             with torch.no_grad():
                 wanted = self.teacher(x)
@@ -134,16 +146,23 @@ class FitModule(LightningModule):
         return self(batch[0])
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.move_average("on_train_batch_end")
+        self.move("on_train_batch_end")
 
     def on_before_zero_grad(self, *_: Any) -> None:
-        self.move_average("on_before_zero_grad")
+        self.move("on_before_zero_grad")
 
     @torch.no_grad()
-    def move_average(self, hook: str) -> None:
-        """Moves the average by hand, in one of the hooks."""
-        if self.setting.copies != "average" or self.setting.moved_in != hook:
+    def move(self, hook: str) -> None:
+        """Moves the center or the average by hand, in one of the hooks."""
+        if self.setting.moved_in != hook:
             return
+        if "center" in self.setting.copies:
+            self.mean.lerp_(self.latest, 0.3)
+        if self.setting.copies == "average":
+            self.move_average()
+
+    def move_average(self) -> None:
+        """Moves the average of the tower."""
         for mean, value in zip(self.average.parameters(), self.net.parameters(), strict=True):
             mean.mul_(0.7).add_(value, alpha=0.3)
         for mean, value in zip(self.average.buffers(), self.net.buffers(), strict=True):

@@ -17,7 +17,7 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
     "RMSprop": optim.RMSprop,
     "Adagrad": optim.Adagrad,
     "NAdam": optim.NAdam,
-    "LBFGS": lambda groups, lr: optim.LBFGS(groups, lr=10 * lr, max_iter=3),
+    "LBFGS": lambda groups, lr: optim.LBFGS(groups, lr=3 * lr, max_iter=3),
 }
 
 

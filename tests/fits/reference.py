@@ -124,7 +124,14 @@ class PlainRules(Rules):
 
 
 class Modes(Callback):
-    """What a plain module has to be told of modes: it is trained, and its running statistics are frozen."""
+    """What a plain module has to be told of modes: it is trained, and its running statistics are frozen.
+
+    Args:
+        fit: The settings.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
 
     def on_fit_start(self, trainer: Trainer, module: FitModule) -> None:
         for tower in module.towers.values():
@@ -132,7 +139,7 @@ class Modes(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
         for part in module.modules():
-            if isinstance(part, _BatchNorm):
+            if isinstance(part, _BatchNorm) and self.fit.norm == "freeze":
                 part.eval()
 
 
@@ -153,7 +160,7 @@ class Plain:
 
     def callbacks(self, folder: Path) -> list[Callback]:
         """What a trainer gets."""
-        return [Modes()]
+        return [Modes(self.fit)]
 
     def read(self, path: Path) -> FitModule:
         """Makes a module from a checkpoint, without a trainer."""
@@ -163,13 +170,10 @@ class Plain:
         return module
 
     def finish(self, trainer: Trainer, module: FitModule) -> None:
-        """Takes the best weights of what is adapted, where the callback does."""
+        """Takes the best weights, where the callback does."""
         path = best_file(trainer) if self.fit.best else ""
         if path:
-            targets = "" if self.fit.target == "module" else tuple(f"{name}." for name in module.towers)
-            stored = torch.load(path, weights_only=False)["state_dict"]
-            best = {key: value for key, value in stored.items() if key.startswith(targets)}
-            module.load_state_dict({**module.state_dict(), **best})
+            module.load_state_dict(torch.load(path, weights_only=False)["state_dict"])
 
     def exported(self, module: FitModule) -> dict[str, Tensor]:
         """What the files with the update merged have to hold: all of what is adapted."""

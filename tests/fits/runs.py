@@ -94,7 +94,7 @@ class Run:
             self.record[f"{what}: export"] = self.side.exported(self.module)
             saved = self.side.saved(self.module)
             for name, tower in saved.towers.items():
-                self.record[f"{what}: adapter of {name}"] = effective(tower)
+                self.record[f"{what}: adapter of {name}"] = without_moved(effective(tower))
         finally:
             self.record[f"{what}: losses"] = list(self.module.losses)
             self.record[f"{what}: validations"] = list(self.module.validations)
@@ -141,6 +141,15 @@ class Run:
         self.record["test"] = list(self.module.validations)
         self.record["predictions"] = {"": torch.cat(self.trainer.predict(self.module, loader(self.fit, 2, 16, 8)))}
 
+    def resume(self) -> None:
+        """Saves the fitted module, and lets a new one go on from there."""
+        path = self.folder / "fitted.ckpt"
+        self.trainer.save_checkpoint(path)
+        self.module, epochs = self.side.module(), self.trainer.current_epoch + 1
+        self.callbacks = self.side.callbacks(self.folder)
+        self.trainer = make_trainer(self.fit, self.folder / "resumed", self.callbacks, epochs)
+        self.fit_on("fit from the fitted", path)
+
     def validate(self) -> None:
         """Validates a new module with the newest checkpoint."""
         path = self.newest()
@@ -150,6 +159,11 @@ class Run:
         trainer = make_trainer(self.fit, self.folder / "validated", callbacks, 1)
         trainer.validate(module, loader(self.fit, 2, 16, 8), ckpt_path=path, verbose=False)
         self.record["validation of the newest"] = list(module.validations)
+
+
+def without_moved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what the module moves by hand inside of a tower: no adapter folder has it, as a warning says."""
+    return {name: tensor for name, tensor in weights.items() if name != "center"}
 
 
 def order(name: str) -> tuple[int]:
@@ -164,5 +178,6 @@ AFTER = {
     "new trainer": Run.fit_anew,
     "test": Run.test,
     "validate": Run.validate,
+    "resume": Run.resume,
 }
 """What comes after the fit."""

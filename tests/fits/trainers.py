@@ -93,6 +93,7 @@ ACTS: Mapping[str, Callable[[Trainer], None]] = {"raise": fail, "interrupt": int
 
 def make_trainer(fit: Fit, folder: Path, callbacks: Sequence[Callback], epochs: int) -> Trainer:
     """Makes a trainer whose files go into a folder."""
+    own = list(own_callbacks(fit, folder))
     return Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -101,7 +102,7 @@ def make_trainer(fit: Fit, folder: Path, callbacks: Sequence[Callback], epochs: 
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=fit.checkpoints != "none",
-        callbacks=[*callbacks, *own_callbacks(fit, folder)],
+        callbacks=[*callbacks, *own] if fit.order == "first" else [*own, *callbacks],
         max_epochs=epochs,
         max_steps=fit.max_steps,
         accumulate_grad_batches=fit.accumulate,

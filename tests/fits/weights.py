@@ -12,5 +12,5 @@ def effective(module: nn.Module) -> dict[str, Tensor]:
         for key in (*part._parameters, *part._buffers, "weight"):
             tensor = getattr(part, key, None)
             if isinstance(tensor, Tensor) and "lora_" not in key:
-                found[f"{name}.{key}"] = tensor.detach().clone()
+                found[f"{name}.{key}".removeprefix(".")] = tensor.detach().clone()
     return found
