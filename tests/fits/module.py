@@ -62,7 +62,8 @@ class FitModule(LightningModule):
             setattr(self, name, build(self.setting.network, seed, DTYPES[self.setting.precision]))
         if "center" in self.setting.copies:
             place = self.net if self.setting.copies == "inner center" else self
-            place.register_buffer("center", torch.zeros(CLASSES, dtype=DTYPES[self.setting.precision]))
+            center = torch.zeros(CLASSES, dtype=DTYPES[self.setting.precision])
+            place.center = nn.Parameter(center, requires_grad=False)
         if self.setting.copies == "teacher":
             self.teacher = copy.deepcopy(self.net).requires_grad_(False).eval()
         self.rules.adapt(self)

@@ -32,10 +32,15 @@ pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 RUNS = 19
 
 FOUND = {
-    "average moved by hand in a finder's trials": Fit(target="module", copies="average", finder=True, network="Twice"),
-    "average moved by hand beside an averaging callback": Fit(target="module", copies="average", averaging="ema"),
+    "average moved by hand in a finder's trials": Fit(
+        network="Twice", target="module", copies="average", finder=True, samples=40, epochs=2
+    ),
+    "center moved by hand in a finder's trials": Fit(network="Twice", copies="center", finder=True),
     "rounding in an average in a finder's trials": Fit(
-        network="Tied", target="module", init="olora", copies="average", finder=True
+        network="Tied", target="module", heads="none", init="pissa", copies="average", finder=True, samples=40, epochs=2
+    ),
+    "average moved by hand beside an averaging callback": Fit(
+        target="module", copies="average", averaging="ema", loop="manual"
     ),
 }
 """What random fits found."""
