@@ -63,20 +63,22 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: boo
     entry = checked_entry(checkpoint)
     added: list[tuple[nn.Module, str]] = []
     replaced: dict[str, Tensor] = {}
+    overwritten: list[tuple[Tensor, Tensor]] = []
     state = {plain_name(key): value for key, value in checkpoint.get("state_dict", {}).items()}  # as the entry has them
     try:
         with entry_errors():
             merged = {**entry.get("base_tensors", {}), **state}
             _put_base(module, entry.get("base", []), entry.get("pretrained", {}), merged, replaced)
             check_no_surplus(module, entry)
+            _check_moved(module, entry, keep=keep_moved)
+            _check_outside(module, entry.get("outside", {}))
             whole = bool(entry.get("whole"))
             # Before one is overwritten.
             located = [_located(module, adapter, state, whole=whole) for adapter in entry["adapters"]]
             for adapter, place in zip(entry["adapters"], located, strict=True):
-                added += _attach_or_overwrite(place)
+                added += _attach_or_overwrite(place, overwritten)
                 _set_active(place.target, place.name, adapter["active"], adapter["weight"])
-            _check_moved(module, entry, keep=keep_moved)
-            _check_outside(module, entry.get("outside", {}))
+            note_built(module, entry.get("outside", {}))
             take_fingerprints(module)
             if not whole:  # by hand, or by training, in the run that wrote it
                 mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(state))
@@ -86,6 +88,8 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: boo
             LoraModel(target).delete_adapter(name)
         for name, value in replaced.items():
             own_tensor(module, name).data.copy_(value)
+        for tensor, value in overwritten:
+            tensor.data.copy_(value)
         raise
 
 
@@ -139,7 +143,6 @@ def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) 
             f"{type(module).__name__} has other values there than the module that was trained had by then. Build it "
             "with the same values: the same pretrained weights, or the same seed if they are random."
         )
-    note_built(module, expected)
 
 
 def _check_moved(module: nn.Module, entry: Mapping[str, Any], *, keep: bool) -> None:
@@ -203,8 +206,16 @@ def _is_rebuilt_alike(own: PackedAdapter, packed: PackedAdapter) -> bool:
     return by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]
 
 
-def _attach_or_overwrite(place: _Located) -> list[tuple[nn.Module, str]]:
-    """Attaches an adapter to its target, or overwrites the values of the present one; returns what was attached."""
+def _attach_or_overwrite(place: _Located, overwritten: list[tuple[Tensor, Tensor]]) -> list[tuple[nn.Module, str]]:
+    """Attaches an adapter to its target, or overwrites the values of the present one.
+
+    Args:
+        place: The adapter.
+        overwritten: Tensors whose values it overwrites are added, each with those that it had.
+
+    Returns:
+        What was attached.
+    """
     if not place.is_present:
         _attach(place)
         return [(place.target, place.name)]
@@ -213,6 +224,7 @@ def _attach_or_overwrite(place: _Located) -> list[tuple[nn.Module, str]]:
         return []
     with torch.no_grad():
         for key, tensor in place.own.tensors.items():
+            overwritten.append((tensor, tensor.clone()))
             tensor.copy_(place.packed.tensors[key])
     return []
 

@@ -168,6 +168,8 @@ def test_a_checkpoint_from_before_the_first_move_is_refused_and_the_best_is_take
     with pytest.warns(UserWarning, match=r"moved 'teacher\.0\.weight' by hand.* They are kept") as warned:
         trainer(tmp_path, [callback, saver]).fit(module, loader(), loader())
     assert len([each for each in warned if "by hand" in str(each.message)]) == 1
+    with torch.no_grad():
+        module.net[0].lora_B["default"].add_(1)
     last = values(module)
     run = trainer(tmp_path, [LoraCallback(config, target=target)])
     with pytest.raises(AdapterFileError, match=r"before this Best moved 'teacher\.0\.weight'.*into a new module"):
@@ -183,8 +185,12 @@ def test_other_values_are_refused(tmp_path):
     path = tmp_path / "run" / "epoch=1.ckpt"
     with pytest.raises(AdapterFileError, match=r"leaves 'teacher\.0\.weight'.*or the same seed"):
         load_from_checkpoint(Parts, path, teacher_seed=6)
+    module = Parts(teacher_seed=6)
+    fitted(tmp_path, module, 1, "other")
+    before = values(module)
     with pytest.raises(AdapterFileError, match=r"leaves 'teacher\.0\.weight'"):
-        trainer(tmp_path, [lora()]).validate(Parts(teacher_seed=6), loader(), ckpt_path=path)
+        trainer(tmp_path, [lora()]).validate(module, loader(), ckpt_path=path)
+    assert not differing(values(module), before)
 
 
 def test_changed_since_it_was_loaded_is_in_the_files(tmp_path):
