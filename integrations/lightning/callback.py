@@ -109,6 +109,7 @@ from lora_plugins.integrations.lightning.training import (
     explain_merged_module,
     keep_base_of_averages,
     needs_data,
+    new_layers_left_out,
     parameters_of,
     put_back_statistics,
     random_numbers,
@@ -118,7 +119,6 @@ from lora_plugins.integrations.lightning.training import (
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
-from lora_plugins.plan import forgotten_layers
 from lora_plugins.utils import within
 
 allow_class_path()
@@ -320,7 +320,7 @@ class LoraCallback(Callback):
         check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
         check_by_writer(trainer, lambda: check_room(self.adapter_files, self.export_to, plan))
-        forgotten = [] if is_sharded(trainer) else forgotten_layers(target, plan)
+        forgotten = [] if is_sharded(trainer) else new_layers_left_out(pl_module, self.target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", forgotten)
         if not is_sharded(trainer):

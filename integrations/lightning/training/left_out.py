@@ -5,8 +5,32 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lora_plugins import Plan
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import kept_copies
+from lora_plugins.inplace import full_name, submodule
+from lora_plugins.integrations.lightning.module import NetworkCopy, find_copies, find_target, kept_copies
+from lora_plugins.plan import forgotten_layers
+from lora_plugins.utils import plain_name, within
+
+
+def new_layers_left_out(module: LightningModule, target: str | None, plan: Plan) -> list[str]:
+    """Returns the names, below the target, of layers that look new and that nothing trains or moves.
+
+    A copy of a part, as a teacher, has the new layers of its original: they follow those, where they are trained.
+
+    Args:
+        module: The module, whole.
+        target: The name of the adapted part; None for the whole.
+        plan: That of its adapter.
+    """
+    forgotten = forgotten_layers(find_target(module, target), plan)
+    copies = find_copies(module) if forgotten else []
+    return [name for name in forgotten if not _follows(module, full_name(plain_name(target or ""), name), copies)]
+
+
+def _follows(module: LightningModule, name: str, copies: Sequence[NetworkCopy]) -> bool:
+    originals = [f"{copy.origin}{name.removeprefix(copy.name)}" for copy in copies if within(name, [copy.name])]
+    return any(p.requires_grad for each in originals for p in submodule(module, each).parameters(recurse=False))
 
 
 def warn_of_left_out(module: LightningModule, forgotten: Sequence[str]) -> None:

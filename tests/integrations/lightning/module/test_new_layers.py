@@ -1,5 +1,7 @@
 """A new head that nobody trains is said; a model that is new altogether, or whose head is trained, says nothing."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,26 @@ def test_forgotten_head_is_named_in_plan_and_warning(tmp_path, capsys, head):
 )
 def test_head_that_is_trained_is_not(tmp_path, head, config, declared):
     fit(tmp_path, Pretrained(head, declared), config)
+
+
+class Averaged(Pretrained):
+    """Keeps an average of its network."""
+
+    def __init__(self):
+        super().__init__(new)
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        for mean, value in zip(self.average.parameters(), self.net.parameters(), strict=True):
+            mean.lerp_(value, 0.5)
+
+
+def test_head_of_a_copy_follows_that_of_its_original_where_it_is_trained(tmp_path):
+    layers = [f"{part}.{at}" for part in ("net", "average") for at in (0, 2)]
+    fit(tmp_path, Averaged(), LoraConfig(r=2, target_modules=layers, modules_to_save=["net.4"]))
+    with pytest.warns(UserWarning, match=r"'average\.4' of Averaged look newly initialized"):
+        fit(tmp_path, Averaged(), LoraConfig(r=2, target_modules=layers))
 
 
 def test_trained_head_is_not(tmp_path):
