@@ -61,7 +61,7 @@ class Stop(Callback):
 
     def count(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
         """Takes note of a call."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self.calls += 1
         if self.calls == self.fit.stop_at:
