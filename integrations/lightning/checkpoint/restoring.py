@@ -1,6 +1,7 @@
 """Restores the adapters of a checkpoint on a module, and completes its state dicts with the base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,13 +29,13 @@ from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
 )
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
+    built_alike,
     frozen_keys,
     lost_layers,
     mark_merged,
     mark_moved,
     merged_weights,
     moved_by_hand,
-    moved_since,
     name_mapper,
     not_as_built,
     note_built,
@@ -61,36 +62,25 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: boo
             module before are removed again.
     """
     entry = checked_entry(checkpoint)
-    added: list[tuple[nn.Module, str]] = []
-    replaced: dict[str, Tensor] = {}
-    overwritten: list[tuple[Tensor, Tensor]] = []
     state = {plain_name(key): value for key, value in checkpoint.get("state_dict", {}).items()}  # as the entry has them
-    try:
-        with entry_errors():
-            merged = {**entry.get("base_tensors", {}), **state}
-            _put_base(module, entry.get("base", []), entry.get("pretrained", {}), merged, replaced)
-            check_no_surplus(module, entry)
-            _check_moved(module, entry, keep=keep_moved)
-            _check_outside(module, entry.get("outside", {}))
-            whole = bool(entry.get("whole"))
-            # Before one is overwritten.
-            located = [_located(module, adapter, state, whole=whole) for adapter in entry["adapters"]]
-            for adapter, place in zip(entry["adapters"], located, strict=True):
-                added += _attach_or_overwrite(place, overwritten)
-                _set_active(place.target, place.name, adapter["active"], adapter["weight"])
-            note_built(module, entry.get("outside", {}))
-            take_fingerprints(module)
-            if not whole:  # by hand, or by training, in the run that wrote it
-                mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(state))
-            return _complete(module, checkpoint, entry)
-    except BaseException:
-        for target, name in reversed(added):
-            LoraModel(target).delete_adapter(name)
-        for name, value in replaced.items():
-            own_tensor(module, name).data.copy_(value)
-        for tensor, value in overwritten:
-            tensor.data.copy_(value)
-        raise
+    with ExitStack() as undo, entry_errors():
+        merged = {**entry.get("base_tensors", {}), **state}
+        _put_base(module, entry.get("base", []), entry.get("pretrained", {}), merged, undo)
+        check_no_surplus(module, entry)
+        _check_left_out(module, entry, keep_moved=keep_moved)
+        whole = bool(entry.get("whole"))
+        # Before one is overwritten.
+        located = [_located(module, adapter, state, whole=whole) for adapter in entry["adapters"]]
+        for adapter, place in zip(entry["adapters"], located, strict=True):
+            _attach_or_overwrite(place, undo)
+            _set_active(place.target, place.name, adapter["active"], adapter["weight"])
+        note_built(module, entry.get("outside", {}))
+        take_fingerprints(module)
+        if not whole:  # by hand, or by training, in the run that wrote it
+            mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(state))
+        complete = _complete(module, checkpoint, entry)
+        undo.pop_all()
+    return complete
 
 
 def _put_base(
@@ -98,9 +88,9 @@ def _put_base(
     keys: list[str],
     pretrained: Mapping[str, dict[str, float]],
     saved: Mapping[str, Tensor],
-    replaced: dict[str, Tensor],
+    undo: ExitStack,
 ) -> None:
-    """Puts the merged weights of a checkpoint into the module, and what they replace into `replaced`."""
+    """Puts the merged weights of a checkpoint into the module; `undo` puts back what they replace."""
     found, own = named_tensors(module, aliases=True), merged_weights(module)
     merged = own.keys() - saved.keys()
     if merged:
@@ -123,7 +113,8 @@ def _put_base(
             f"adapter was merged into before ({len(wrong)} of {len(before)} weights). The checkpoint has the merged "
             "ones, and leaves the rest of that base out: load its own pretrained weights first, unmerged."
         )
-    replaced |= {name: found[name].detach().clone() for name in keys}  # before another name of one is written
+    for name in keys:  # before another name of one is written
+        undo.callback(_put_back_base, module, name, found[name].detach().clone())
     for name in keys:
         found[name].data.copy_(saved[name])
     if keys:
@@ -133,10 +124,12 @@ def _put_base(
                 adapter.fingerprints.clear()  # of the base that was
 
 
-def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) -> None:
-    """Checks that frozen parts outside of the targets have the values that a checkpoint left out."""
-    moved = moved_since(module, expected)
-    wrong = [name for name in not_as_built(module, expected) if name not in moved]
+def _check_left_out(module: nn.Module, entry: Mapping[str, Any], *, keep_moved: bool) -> None:
+    """Checks that what a checkpoint leaves out has the values that it had when the checkpoint was written."""
+    expected = entry.get("outside", {})
+    other, built = not_as_built(module, expected), built_alike(module, expected)
+    _check_moved(module, built.intersection(other) | moved_by_hand(module).intersection(entry["left_out"]), keep_moved)
+    wrong = [name for name in other if name not in built]
     if wrong:
         raise AdapterFileError(
             f"The checkpoint leaves {listing(wrong, 3)} out ({len(wrong)} frozen tensors outside of the target), and "
@@ -145,9 +138,8 @@ def _check_outside(module: nn.Module, expected: Mapping[str, dict[str, float]]) 
         )
 
 
-def _check_moved(module: nn.Module, entry: Mapping[str, Any], *, keep: bool) -> None:
+def _check_moved(module: nn.Module, moved: Set[str], keep: bool) -> None:
     """Names what a checkpoint leaves out since it was frozen, and this very module has moved by hand since."""
-    moved = {*moved_since(module, entry.get("outside", {})), *moved_by_hand(module).intersection(entry["left_out"])}
     if not moved:
         return
     told = (
@@ -206,27 +198,27 @@ def _is_rebuilt_alike(own: PackedAdapter, packed: PackedAdapter) -> bool:
     return by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]
 
 
-def _attach_or_overwrite(place: _Located, overwritten: list[tuple[Tensor, Tensor]]) -> list[tuple[nn.Module, str]]:
-    """Attaches an adapter to its target, or overwrites the values of the present one.
-
-    Args:
-        place: The adapter.
-        overwritten: Tensors whose values it overwrites are added, each with those that it had.
-
-    Returns:
-        What was attached.
-    """
+def _attach_or_overwrite(place: _Located, undo: ExitStack) -> None:
+    """Attaches an adapter to its target, or overwrites the values of the present one, so that it can be undone."""
     if not place.is_present:
         _attach(place)
-        return [(place.target, place.name)]
+        undo.callback(lambda: LoraModel(place.target).delete_adapter(place.name))
+        return
     if place.own is None:
         whole(place.target, lambda: _put_anew(place))
-        return []
+        return
     with torch.no_grad():
         for key, tensor in place.own.tensors.items():
-            overwritten.append((tensor, tensor.clone()))
+            undo.callback(_put_back, tensor, tensor.clone())
             tensor.copy_(place.packed.tensors[key])
-    return []
+
+
+def _put_back(tensor: Tensor, value: Tensor) -> None:
+    tensor.data.copy_(value)
+
+
+def _put_back_base(module: nn.Module, name: str, value: Tensor) -> None:
+    _put_back(own_tensor(module, name), value)
 
 
 def _put_anew(place: _Located) -> None:

@@ -33,8 +33,8 @@ from lora_plugins.integrations.lightning.module.copies import NetworkCopy, find_
 from lora_plugins.integrations.lightning.module.copies_of_weights import kept_copies
 from lora_plugins.integrations.lightning.module.declarations import file_entries, with_declarations
 from lora_plugins.integrations.lightning.module.frozen_parts import (
+    built_alike,
     frozen_as_built,
-    moved_since,
     not_as_built,
     note_built,
     outside,
@@ -88,6 +88,7 @@ __all__ = [
     "add_adapter",
     "add_names",
     "base_pairs",
+    "built_alike",
     "built_since",
     "built_too_late",
     "check_mergeable",
@@ -120,7 +121,6 @@ __all__ = [
     "merged_weights",
     "modes_of_frozen_norms",
     "moved_by_hand",
-    "moved_since",
     "name_mapper",
     "not_as_built",
     "note_built",

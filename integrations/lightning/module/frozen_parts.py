@@ -94,15 +94,14 @@ def not_as_built(module: nn.Module, expected: Mapping[str, Fingerprint]) -> list
     ]
 
 
-def moved_since(module: nn.Module, expected: Mapping[str, Fingerprint]) -> list[str]:
-    """Returns the names of tensors that had the expected fingerprints when they were built, and have changed since."""
+def built_alike(module: nn.Module, expected: Mapping[str, Fingerprint]) -> set[str]:
+    """Returns the names of tensors that had the expected fingerprints when they were built, whatever they have now."""
     found, notes = outside(module), _notes(module)
-    return [
+    return {
         name
         for name, values in expected.items()
         if name in found and name in notes and same(values, notes[name].fingerprint)
-        if not notes[name].has_values_of(found[name])
-    ]
+    }
 
 
 def outside(module: nn.Module) -> dict[str, Tensor]:
