@@ -400,9 +400,9 @@ class LoraCallback(Callback):
         Raises:
             StateError: If one was moved that does not follow the adapter of its origin.
         """
-        if self._run.audit is not None:
-            self._run.audit.before_validation()
         self._keep_base(trainer, pl_module)
+        if self._run.audit is not None:
+            self._run.audit.before_validation()  # last, as it ignores what is changed from now on
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the frozen base exact in averages of the module."""
@@ -428,9 +428,10 @@ class LoraCallback(Callback):
         set_modes_of_frozen_norms(pl_module, self._modes)
         if self.merge_source == "best" and lora_callbacks(trainer)[0] is self:  # later, it would undo merges
             load_best(trainer, pl_module)
-            start_averages_from(trainer, pl_module)
         if self.merge_on_fit_end:
             drop_averages(trainer)
+        elif self.merge_source == "best":
+            start_averages_from(trainer, pl_module)
         group = self._group(trainer)
         held = self._held(trainer, pl_module) if group[-1] is self else {}
         written = set() if self._run.audit is None else self._run.audit.written
