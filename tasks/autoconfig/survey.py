@@ -244,19 +244,25 @@ def _of_list(data: Path, flags: Flags) -> Survey:
 
 
 def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:
+    each: list[str] = []
+    pairs = paired(images, masks, each)
+    problems += each if pairs else _common_cause(images, masks) or each
+    return pairs
+
+
+def _common_cause(images: Path, masks: Path) -> list[str]:
+    """Says why no image has a mask, where one reason holds for all of them."""
     pictures = {path.stem: path for path in image_files(images)}
     found = {path.stem: path for path in image_files(masks, MASK_SUFFIXES)}
     if not found and image_files(masks):
-        problems.append(f"the masks in {masks} are no PNG files, and other formats lose what a mask says")
-        return []
+        return [f"the masks in {masks} are no PNG files, and other formats lose what a mask says"]
     if pictures and found and not pictures.keys() & found.keys():
         image, mask = next(iter(pictures.values())), next(iter(found.values()))
-        problems.append(
+        return [
             f"no mask in {masks} has the name of an image in {images}: {image.name} needs {image.stem}.png, and there "
             f"is {mask.name}. Rename the masks, or write a list, .csv, with the columns image and mask"
-        )
-        return []
-    return paired(images, masks, problems)
+        ]
+    return []
 
 
 def _names(folder: Path) -> tuple[str, ...] | None:
