@@ -25,6 +25,7 @@ from lora_plugins.integrations.lightning.module import (
     frozen_by_others,
     frozen_tensors,
     is_adapted_alike,
+    layers_of_factors,
     mark_moved,
     moved_by_hand,
     trained_parameters,
@@ -79,6 +80,8 @@ class Audit:
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
         self._lost_writes = LostWrites(module)
         self._frozen_by_others: set[str] = set()
+        self._layers = {layer for name, layer in layers_of_factors(module).items() if name in watched}
+        self._untrained = {name: p for name, p in trained.items() if name not in watched}
         self._base: dict[str, nn.Parameter] = {}
         self._thawed: set[str] = set()
         self._late: list[str] = []
@@ -106,6 +109,7 @@ class Audit:
             self._by_hand.forget()  # callbacks may have exchanged the whole module
             self._base = {n: p for n, p in frozen_tensors(self._module).items() if isinstance(p, nn.Parameter)}
             self._name_frozen_adapters()
+            self._name_new_adapters()
         self._freeze_base()
         self._by_hand.before_batch()
 
@@ -138,6 +142,21 @@ class Audit:
                 f"trained while they are: {listing(new)}. on_fit_start or configure_optimizers of the module, or a "
                 "callback such as finetuning-scheduler, does that. If it is meant, leave their layers out with "
                 "exclude_modules."
+            )
+
+    def _name_new_adapters(self) -> None:
+        """Names what was put on layers since their optimizer was made, as `delete_adapter` and `add_adapter` do."""
+        held, layers = parameters_of(self._trainer.optimizers), layers_of_factors(self._module)
+        of_trained = {name for name, layer in layers.items() if layer in self._layers}
+        missing = {n: p for n, p in trained_parameters(self._module).items() if n in of_trained and id(p) not in held}
+        new = sorted(name for name, p in missing.items() if self._untrained.get(name) is not p)
+        self._untrained.update(missing)
+        if new:
+            rank_zero_warn(
+                f"{len(new)} trainable tensors of adapters were put on their layers after the optimizers were made, "
+                f"and are in none of them, so they are not trained: {listing(new)}. Give them to one, with "
+                "optimizer.add_param_group, or make the optimizers anew: "
+                "trainer.strategy.setup_optimizers(trainer)."
             )
 
     def _check_replaced(self) -> None:
@@ -253,6 +272,7 @@ class Audit:
             StateError: If it has.
         """
         self._name_frozen_adapters()
+        self._name_new_adapters()
         if self._first is not None:
             self._lost_writes.check()
             self._lost_writes.stop()

@@ -11,9 +11,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_plugins import LoraConfig, StateError
+from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import load_from_checkpoint
-from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, lora, trainer, values
 from tests.integrations.lightning.training.training_cases import fit, lora_b
 
 
@@ -226,6 +226,50 @@ def test_base_that_an_optimizer_has_is_not_switched_on(tmp_path):
 
     with pytest.raises(StateError, match=r"made trainable.*net\.0\.weight.*only what requires a gradient"):
         fit(tmp_path, HasAll())
+
+
+class PutsOnAnew(Callback):
+    """Puts another adapter on in the middle of the run, as a schedule of ranks or tasks does."""
+
+    def __init__(self, name, follow_up):
+        self.name, self.follow_up = name, follow_up
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            model = LoraModel(pl_module)
+            if self.name in model.adapters:
+                model.delete_adapter(self.name)
+            model.add_adapter(self.name, CONFIG)
+            model.set_adapter(self.name)
+            self.follow_up(trainer, pl_module)
+
+
+def _gives(trainer, module):
+    trainer.optimizers[0].add_param_group({"params": [p for p in module.parameters() if p.requires_grad]})
+
+
+FOLLOW_UPS = {
+    "add_param_group": _gives,
+    "setup_optimizers": lambda trainer, module: trainer.strategy.setup_optimizers(trainer),
+}
+
+
+@pytest.mark.parametrize("name", ["default", "second"])
+class TestAdapterPutOnWithinARun:
+    def test_is_named_once_where_no_optimizer_has_it(self, tmp_path, name):
+        module = Classifier()
+        callback = PutsOnAnew(name, lambda trainer, module: None)
+        with pytest.warns(UserWarning, match=rf"4 trainable tensors.*not trained: 'net\.0\.lora_A\.{name}'") as said:
+            trainer(tmp_path, [lora(), callback], max_epochs=4).fit(module, loader())
+        assert sum("not trained" in str(each.message) for each in said) == 1
+        assert not any(b.any() for b in lora_b(module, name).values())
+
+    @pytest.mark.parametrize("follow_up", FOLLOW_UPS.values(), ids=FOLLOW_UPS)
+    def test_is_trained_as_the_warning_says(self, tmp_path, name, follow_up):
+        module = Classifier()
+        callback = PutsOnAnew(name, follow_up)
+        trainer(tmp_path, [lora(), callback], max_epochs=4).fit(module, loader())
+        assert all(b.any() for b in lora_b(module, name).values())
 
 
 class Writes(Callback):

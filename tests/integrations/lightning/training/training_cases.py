@@ -10,8 +10,8 @@ def fit(tmp_path, module, config=CONFIG, **options):
     return run
 
 
-def lora_b(module):
-    return {name: p for name, p in module.named_parameters() if ".lora_B." in name}
+def lora_b(module, adapter=""):
+    return {name: p for name, p in module.named_parameters() if f".lora_B.{adapter}" in name}
 
 
 def cli(cls, tmp_path, extra=()):
