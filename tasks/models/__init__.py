@@ -6,7 +6,7 @@
 from lora_plugins.tasks.models.checkpointing import enable_checkpointing
 from lora_plugins.tasks.models.installed_weights import INSTALLED, installed_file
 from lora_plugins.tasks.models.lora_targets import default_targets
-from lora_plugins.tasks.models.model_config import AUTO, ModelConfig
+from lora_plugins.tasks.models.model_config import AUTO, ModelConfig, read_model_config
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.new_head import class_dependent_modules
 from lora_plugins.tasks.models.small_images import refusing_small_images
@@ -28,6 +28,7 @@ __all__ = [
     "enable_checkpointing",
     "installed_file",
     "packaged_weights",
+    "read_model_config",
     "refusing_small_images",
     "source_of",
 ]

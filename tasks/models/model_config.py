@@ -3,9 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from lora_plugins import ConfigError
+from lora_plugins.errors import sentence
 from lora_plugins.field_checks import (
     Check,
     check_count,
@@ -17,6 +18,7 @@ from lora_plugins.field_checks import (
     optional,
     shown,
 )
+from lora_plugins.tasks.argument_checks import instance_of
 
 AUTO, TRAIN, NEW = "auto", "train", "new"
 HEADS = (AUTO, TRAIN, NEW)
@@ -65,6 +67,23 @@ class ModelConfig:
             raise ConfigError(
                 f"std is {self.std}: it needs one positive number a channel, as many as mean {self.mean}."
             )
+
+
+def read_model_config(given: object) -> ModelConfig:
+    """Returns the configuration of a model, given as one or, as in a checkpoint, as its fields.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if not isinstance(given, Mapping):
+        instance_of(ModelConfig)("model", given)
+        return cast(ModelConfig, given)
+    try:
+        return ModelConfig(**given)
+    except TypeError as error:
+        raise ConfigError(
+            f"model is {shown(given)}, and has to hold the fields of a ModelConfig: {sentence(error)}"
+        ) from error
 
 
 def _check_channels(name: str, value: Any) -> None:

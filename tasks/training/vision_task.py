@@ -1,7 +1,6 @@
 """The base of all tasks: the network, one step for all stages, metrics, the optimizer."""
 
 import json
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,8 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from lora_plugins import ConfigError, LoraError
-from lora_plugins.errors import listing, sentence
+from lora_plugins import ConfigError
 from lora_plugins.field_checks import (
     Check,
     check_fields,
@@ -26,10 +24,9 @@ from lora_plugins.field_checks import (
     check_whole,
     number_from,
     optional,
-    shown,
 )
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
-from lora_plugins.tasks.argument_checks import check_ignored, instance_of
+from lora_plugins.tasks.argument_checks import check_ignored
 from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.models import (
     ModelConfig,
@@ -37,9 +34,11 @@ from lora_plugins.tasks.models import (
     build_network,
     default_targets,
     enable_checkpointing,
+    read_model_config,
     refusing_small_images,
     source_of,
 )
+from lora_plugins.tasks.training.class_agreement import check_checkpoint, check_class_names, check_data
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights, given_weights
 from lora_plugins.tasks.training.optimization import (
     LR,
@@ -51,6 +50,7 @@ from lora_plugins.tasks.training.optimization import (
     configured_optimizer,
 )
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, Provenance
+from lora_plugins.tasks.training.refused_sizes import ERRORS, is_of_sizes, refused_size
 from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_base
 
 CONFUSION = "confusion"
@@ -65,9 +65,6 @@ _CHECKS: Mapping[str, Check] = {
     "class_names": optional(check_names),
 }
 """What the arguments of a task can be, by name; the others are checked by whoever takes them."""
-
-OF_SIZES = re.compile("height|width|shape|size", re.IGNORECASE)
-"""Is in what libraries say of images that have no size for a network."""
 
 
 class VisionTask(LoraCheckpointMixin):
@@ -152,13 +149,11 @@ class VisionTask(LoraCheckpointMixin):
         check_fields({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
         check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
         # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
-        model = _model_config(model)
+        model = read_model_config(model)
         names = None if class_names is None else list(class_names)
         self.save_hyperparameters({"model": asdict(model), **given, "class_names": names})
-        if names is not None and not len(names) == len({*names}) == model.num_classes:
-            raise ConfigError(
-                f"{len({*names})} different class_names ({', '.join(names)}) for num_classes={model.num_classes}."
-            )
+        if names is not None:
+            check_class_names(names, model.num_classes)
         self.model_config, self.class_names, self.ignore_index, self.ema = model, names, ignore_index, ema
         check_ignored(ignore_index, self.class_labels)
         self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
@@ -241,42 +236,14 @@ class VisionTask(LoraCheckpointMixin):
             if self.class_weights == BALANCED and stage == "fit":
                 raise ConfigError("class_weights is 'balanced', which takes a data module of lora_plugins to count.")
             return
-        names = data.class_names
-        if len(names) != self.model_config.num_classes:
-            raise ConfigError(
-                f"The data has {len(names)} classes ({', '.join(names)}), the model num_classes="
-                f"{self.model_config.num_classes}. Set `model.num_classes` to {len(names)}."
-            )
-        if data.ignore_index not in (None, self.ignore_index):
-            raise ConfigError(
-                f"The data has ignore_index={data.ignore_index}, the task {self.ignore_index}: labels that the data "
-                f"does not count would be trained on. Set `ignore_index` of the task to {data.ignore_index}."
-            )
-        self.class_names = self.class_names or names
-        self._check_places(names)
+        check_data(data, self.class_names, self.model_config.num_classes, self.ignore_index)
+        self.class_names = self.class_names or data.class_names
         self.hparams["class_names"] = list(self.class_names)
         if self.class_weights == BALANCED and (stage == "fit" or TRAIN in data.splits):
             self.weights = balanced_weights(data.class_counts()).to(self.mean)
         if stage == "fit":
             self.image_size = data.size() or self.image_size
             self.interpolation = data.interpolation or self.interpolation
-
-    def _check_places(self, names: Sequence[str]) -> None:
-        """Checks that the classes of the data stand where the task has them; tells of those with another name here.
-
-        Raises:
-            ConfigError: If one stands elsewhere, so that its label would be that of another class.
-        """
-        renamed = {name: own for name, own in zip(names, self.class_labels, strict=True) if name != own}
-        if {*renamed} & {*renamed.values()}:
-            raise ConfigError(
-                f"The data has the classes {', '.join(names)}, in this order, and the task "
-                f"{', '.join(self.class_labels)}: labels would stand for other classes. Give `class_names` of the task "
-                "in the order of the data, or none to a new task; or the data (`classes`) in the order of the task."
-            )
-        if renamed:
-            names_here = f"{listing(renamed, 3)} are {listing(renamed.values(), 3)}"
-            rank_zero_info(f"Classes of the data have other names in the task (`class_names`): {names_here}.")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch."""
@@ -320,12 +287,8 @@ class VisionTask(LoraCheckpointMixin):
             ConfigError: If they are not.
         """
         names = checkpoint.get("hyper_parameters", {}).get("class_names")
-        if names and self.class_names and list(names) != list(self.class_names):
-            raise ConfigError(
-                f"The checkpoint is of the classes {', '.join(names)}, and here they are "
-                f"{', '.join(self.class_names)}. Take the data that it was trained on; or, if they are the same in "
-                "this order under other names, set `class_names` of the task to those of the file."
-            )
+        if names and self.class_names:
+            check_checkpoint(names, self.class_names)
         if self._trainer is None and PROVENANCE_KEY in checkpoint:
             self.adopt_images(checkpoint[PROVENANCE_KEY])
         super().on_load_checkpoint(checkpoint)
@@ -406,16 +369,10 @@ class VisionTask(LoraCheckpointMixin):
         try:
             with self._first_images_checked():
                 return self.logits_for(images, targets)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            if isinstance(error, LoraError | torch.OutOfMemoryError) or not OF_SIZES.search(str(error)):
+        except ERRORS as error:
+            if not is_of_sizes(error):
                 raise
-            height, width = images.shape[-2:]
-            alone = ", a larger data.init_args.batch_size (--batch-size of train)" if len(images) == 1 else ""
-            raise ConfigError(
-                f"{self.model_config.name} fails on images of {height}x{width}: {str(error).strip()} If that is no "
-                f"size for it, choose another data.init_args.image_size (--image-size of train){alone}, or another "
-                "model."
-            ) from error
+            raise refused_size(self.model_config.name, images, error) from error
 
     def _first_images_checked(self) -> AbstractContextManager[None]:
         """Refuses images that are too small, once in each fit; a compiled network would keep the hooks."""
@@ -443,20 +400,3 @@ class VisionTask(LoraCheckpointMixin):
         if value.ndim == 0:
             return {name: value}
         return {f"{name}/{label}": scalar for label, scalar in zip(self.class_labels, value, strict=True)}
-
-
-def _model_config(given: object) -> ModelConfig:
-    """Returns the configuration of a model, given as one or as its fields.
-
-    Raises:
-        ConfigError: If it is something else.
-    """
-    if not isinstance(given, Mapping):
-        instance_of(ModelConfig)("model", given)
-        return cast(ModelConfig, given)
-    try:
-        return ModelConfig(**given)
-    except TypeError as error:
-        raise ConfigError(
-            f"model is {shown(given)}, and has to hold the fields of a ModelConfig: {sentence(error)}"
-        ) from error
