@@ -494,10 +494,11 @@ class LoraCallback(Callback):
         """
         return self._merge.is_kept and self._merge.undo(self._target(module), type(module).__name__)
 
-    def before_save(self) -> None:
-        """Records what the module has changed by hand, which the checkpoint has to hold."""
+    def before_save(self, trainer: Trainer) -> None:
+        """Records what the module has changed by hand, which the checkpoint has to hold; averages have the base."""
         if self._run.audit is not None:
-            self._run.audit.note_moved()
+            self._note_moved()
+            self._keep_base(trainer, trainer.lightning_module)
 
     def restored(self, trainer: Trainer, changed: bool, whole: bool) -> None:
         """Records the module with the adapters of a checkpoint; averages copy it before their own state is loaded."""
@@ -531,7 +532,11 @@ class LoraCallback(Callback):
     def _keep_base(self, trainer: Trainer, module: LightningModule) -> None:
         """Removes rounding errors from what callbacks have averaged, before they exchange it with the module."""
         if trainer.state.fn == "fit" and not is_sharded(trainer):
-            keep_base_of_averages(trainer, module, self.before_save)
+            keep_base_of_averages(trainer, module, self._note_moved)
+
+    def _note_moved(self) -> None:
+        if self._run.audit is not None:
+            self._run.audit.note_moved()
 
     def _adapt_when_built(self, trainer: Trainer, module: LightningModule, shims: MethodShims) -> None:
         before = AdaptBeforeSharding(lambda: self._ensure_adapted(trainer, module)) if is_sharded(trainer) else None

@@ -12,8 +12,9 @@ The last two say how the hyperparameters in the file differ from those of the mo
 earlier adapter was merged into weights, which no pretrained base has, a further part, "base", lists their keys in the
 state dict: they are put into the module first. "base_tensors" has those that the module itself has taken out of the
 state dict. "pretrained" has the fingerprints of those that they are put in place of, since the rest of that base is
-left out. "outside" has the fingerprint of each frozen tensor that was left out and belongs to none of the targets.
-"whole" says that nothing was left out, as in the file that a tuner reads back after its trials.
+left out. "of_callbacks" says where states of callbacks, such as averages, had which tensors of the base: they leave
+them out as well. "outside" has the fingerprint of each frozen tensor that was left out and belongs to none of the
+targets. "whole" says that nothing was left out, as in the file that a tuner reads back after its trials.
 """
 
 from collections.abc import Iterator, Mapping

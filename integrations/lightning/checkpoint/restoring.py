@@ -14,6 +14,7 @@ from lora_plugins.adapter import adapter_tensors, model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same, versions_told
 from lora_plugins.inplace import named_tensors, own_tensor
+from lora_plugins.integrations.lightning.checkpoint.callback_states import with_base_of_callbacks
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
     check_same_adapter,
@@ -273,4 +274,5 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
         named = {rename(key): value for key, value in state.items()}
         return named if named and not named.keys() & current.keys() else {**present, **named}
 
-    return map_state_dicts(checkpoint, completed)
+    of_callbacks = [(path, current[rename(name)]) for path, name in entry.get("of_callbacks", [])]
+    return with_base_of_callbacks(map_state_dicts(checkpoint, completed), of_callbacks)

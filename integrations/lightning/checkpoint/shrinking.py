@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from lora_plugins import LoraModel
-from lora_plugins.inplace import own_tensor
+from lora_plugins.inplace import named_tensors, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.adapted_networks import without_networks
 from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import with_plain_dicts
+from lora_plugins.integrations.lightning.checkpoint.callback_states import without_base_of_callbacks
 from lora_plugins.integrations.lightning.checkpoint.entry import FORMAT, KEY
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import with_line
 from lora_plugins.integrations.lightning.checkpoint.schedulers import without_functions
@@ -49,6 +50,8 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module, *, whole: bool = Fa
         return {key: value for key, value in named.items() if key not in frozen}
 
     small = map_state_dicts(without_functions(checkpoint), without_base)
+    base = {name: tensor for name, tensor in named_tensors(module, aliases=True).items() if name in left_out}
+    small, of_callbacks = without_base_of_callbacks(small, base)
     saved = small.get("state_dict", {})
     adapters = [adapter for path, target in targets.items() for adapter in _adapter_entries(path, target, saved)]
     small, dicts = with_plain_dicts(without_networks(small))
@@ -59,6 +62,7 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module, *, whole: bool = Fa
         "base_tensors": {key: own_tensor(module, key).detach() for key in merged if key not in saved},
         "pretrained": {key: values for key, values in merged.items() if values},
         "outside": {key: values for key, values in parts.items() if key in left_out},
+        "of_callbacks": of_callbacks,
         "whole": whole,
     }
     about = {key: values for key, values in about.items() if values}

@@ -56,7 +56,7 @@ class Owner(Protocol):
     def undo_merge(self, module: nn.Module) -> bool:
         """Undoes a merge, since an adapter is about to be loaded, and returns whether there was one."""
 
-    def before_save(self) -> None:
+    def before_save(self, trainer: Trainer) -> None:
         """Learns that a checkpoint is about to be written."""
 
     def restored(self, trainer: Trainer, changed: bool, whole: bool) -> None:
@@ -124,7 +124,7 @@ class CheckpointShims:
     def save(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint without the frozen base, under a temporary name first."""
         for owner in self._owners:
-            owner.before_save()
+            owner.before_save(self._trainer)
         whole = Path(filepath).name.startswith(_OF_TUNERS) and not is_sharded(self._trainer)
         self._write(shrink(checkpoint, self._module, whole=whole), filepath, storage_options)
         self._written.add(str(filepath))

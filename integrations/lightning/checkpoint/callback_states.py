@@ -1,0 +1,80 @@
+"""The frozen base in the states of callbacks, such as an average of the module: a file leaves it out there as well."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plugins.integrations.lightning.module import checksum
+
+CALLBACKS = "callbacks"
+
+Path = tuple[Any, ...]
+"""The keys that lead to a value in nested states."""
+
+_SMALLEST = 256
+"""Elements of a tensor that is left out: smaller ones save nothing, and may be equal by chance."""
+
+
+def without_base_of_callbacks(
+    checkpoint: Mapping[str, Any], base: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[tuple[list[Any], str]]]:
+    """Returns a checkpoint whose callbacks have nothing of the base, and where they had what of it.
+
+    What they call a tensor is their matter: those are left out that have the very values of one of the base.
+
+    Args:
+        checkpoint: The checkpoint; it is not changed.
+        base: The tensors of the module that the file leaves out, by name.
+    """
+    states = checkpoint.get(CALLBACKS, {})
+    large = [(path, value) for path, value in _tensors(states, ()) if value.numel() >= _SMALLEST]
+    shapes = {value.shape for _, value in large}
+    names = {checksum(tensor): name for name, tensor in base.items() if tensor.shape in shapes}
+    found = [
+        (path, name) for path, value in large if (name := names.get(checksum(value))) and _equal(base[name], value)
+    ]
+    for path, _ in found:
+        states = _without(states, path)
+    return {**checkpoint, CALLBACKS: states} if found else {**checkpoint}, [([*path], name) for path, name in found]
+
+
+def with_base_of_callbacks(
+    checkpoint: Mapping[str, Any], found: Sequence[tuple[Sequence[Any], Tensor]]
+) -> dict[str, Any]:
+    """Returns a checkpoint whose callbacks have copies of the base again, into which they may write.
+
+    Args:
+        checkpoint: The checkpoint; it is not changed.
+        found: Where they had a tensor, and that of the module.
+    """
+    states = checkpoint.get(CALLBACKS, {})
+    present = [(path, tensor) for path, tensor in found if path[0] in states]  # somebody may have removed a state
+    for path, tensor in present:
+        states = _with(states, path, tensor.detach().cpu().clone())
+    return {**checkpoint, CALLBACKS: states} if present else {**checkpoint}
+
+
+def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _tensors(each, (*path, key))
+    elif type(value) in (Tensor, torch.nn.Parameter) and path:
+        yield path, value
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
+
+
+def _without(states: Mapping[Any, Any], path: Path) -> dict[Any, Any]:
+    key, *inner = path
+    if not inner:
+        return {each: value for each, value in states.items() if each != key}
+    return {**states, key: _without(states[key], tuple(inner))}
+
+
+def _with(states: Mapping[Any, Any], path: Sequence[Any], value: Any) -> dict[Any, Any]:
+    key, *inner = path
+    return {**states, key: _with(states[key], inner, value) if inner else value}
