@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
 from lora_plugins.adapter import adapter_parameters
-from lora_plugins.errors import listing
+from lora_plugins.errors import listing, sentence
 from lora_plugins.inplace import foreign_weights, stored_weights
 
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -87,9 +87,9 @@ def check_not_sharded(target: nn.Module, why: object) -> None:
     split += [name for name, module in target.named_modules() if isinstance(module, FullyShardedDataParallel)]
     if split:
         raise StateError(
-            f"The module was sharded before it was adapted ({listing(split, 3)}), and adapters that are added now "
-            "would differ between processes. Build all layers in __init__ or setup(); let configure_model() only shard "
-            f"them: adapters join in between. Before configure_model() it could not be adapted: {why}"
+            f"Before configure_model(), which shards {listing(split, 3)}, the module could not be adapted: "
+            f"{sentence(why)} After it, adapters would differ between processes. If layers were missing, build them in "
+            "__init__ or setup(), and let configure_model() only shard them."
         )
 
 

@@ -234,7 +234,11 @@ REFUSED = {
     "merge": (Sharded, {"merge_on_fit_end": True}, "ModelParallelStrategy splits.*Set 'merge_on_fit_end=False'"),
     "export": (Sharded, {"export_to": "x.safetensors"}, "ModelParallelStrategy splits.*export_to"),
     "best": (Sharded, {"merge_source": "best"}, "ModelParallelStrategy splits.*merge_source"),
-    "sharded before injection": (BuiltLate, {}, "sharded before it was adapted.*'net.0'"),
+    "sharded before injection": (
+        BuiltLate,
+        {},
+        r"which shards .* could not be adapted: .*'net\.0'.*build them in __init__",
+    ),
     "meta device": (OnMeta, {}, "'net.0.weight'.*meta device"),
     "init that changes the base": (
         Sharded,
