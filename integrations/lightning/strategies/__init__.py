@@ -13,6 +13,7 @@ from lora_plugins.integrations.lightning.strategies.sharding import (
     check_not_wrapped,
     check_shardable,
     is_sharded,
+    reshard,
     start_as_first,
     take_type_of_precision,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "follow_building",
     "gather_adapter",
     "is_sharded",
+    "reshard",
     "start_as_first",
     "take_type_of_precision",
     "warn_if_spawned",

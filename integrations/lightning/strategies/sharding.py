@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
@@ -24,6 +24,13 @@ _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 def is_sharded(trainer: Trainer) -> bool:
     """Whether the trainer's strategy splits parameters over processes."""
     return isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy)
+
+
+def reshard(module: nn.Module) -> None:
+    """Splits what a forward without a backward, as that of validation, has left whole: FSDP2's outermost group."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 class AdaptBeforeSharding:

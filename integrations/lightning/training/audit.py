@@ -30,6 +30,7 @@ from lora_plugins.integrations.lightning.module import (
     moved_by_hand,
     trained_parameters,
 )
+from lora_plugins.integrations.lightning.strategies import reshard
 from lora_plugins.integrations.lightning.training.averages import renews_statistics
 from lora_plugins.integrations.lightning.training.first_steps import FirstSteps
 from lora_plugins.integrations.lightning.training.frozen_base import (
@@ -68,6 +69,7 @@ class Audit:
 
     def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Start) -> None:
         self._trainer, self._module = trainer, module
+        reshard(module)  # of which the sanity check may have left a part whole
         start.mark_written(module)
         followers = [name for copy in copies for name in copy.followers]
         written = moved_by_hand(module) - frozen_by_author(module)
@@ -103,6 +105,7 @@ class Audit:
             self._rates = [_rate(group) for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
+            reshard(self._module)
             self._check_replaced()
             self._check_late_layers()
             self.note_moved()
@@ -225,6 +228,7 @@ class Audit:
 
     def note_moved(self) -> None:
         """Records what the module has changed by hand, for the checkpoint that is about to be written."""
+        reshard(self._module)
         self._by_hand.settle()
         moved = changed(self._frozen, self._may_be_moved(frozen_tensors(self._module)))
         mark_moved(self._module, moved, self._fingerprints)
@@ -271,6 +275,7 @@ class Audit:
         Raises:
             StateError: If it has.
         """
+        reshard(self._module)
         self._name_frozen_adapters()
         self._name_new_adapters()
         if self._first is not None:

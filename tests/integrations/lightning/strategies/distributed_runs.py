@@ -155,6 +155,7 @@ STRATEGIES = {
 
 def fsdp2(folder: Path) -> None:
     count_scattered(folder)
+    validated(folder)
     for kind in ("full", "distributed"):
         sharded(folder, kind, Sharded)
 
@@ -174,6 +175,15 @@ def count_scattered(folder: Path) -> None:
     setattr(dist, name, send)
     if trainer.is_global_zero:
         torch.save({"sent": sum(sent), "steps": trainer.global_step}, folder / "scattered.pt")
+
+
+def validated(folder: Path) -> None:
+    """The head is frozen, in the outermost group, which FSDP2 leaves whole after validation."""
+    run(folder, "unvalidated", STRATEGIES["full"](), 2).fit(Sharded(), loader())
+    trainer = run(folder, "validated", STRATEGIES["full"](), 2)
+    trainer.num_sanity_val_steps = 1
+    trainer.fit(Sharded(), loader(), loader())
+    trainer.save_checkpoint(folder / "validated.ckpt")
 
 
 def fsdp(folder: Path) -> None:

@@ -134,6 +134,14 @@ def test_fsdp2_sends_the_gradients_of_the_adapter_only(fsdp2):
     assert counted["sent"] == padded * counted["steps"] > 0
 
 
+def test_validation_changes_nothing_of_what_fsdp2_trains(fsdp2):
+    expected, *found = dump(fsdp2, "unvalidated", 0), *(dump(fsdp2, "validated", rank) for rank in (0, 1))
+    for each in found:
+        assert each.keys() == expected.keys()
+        assert all(torch.equal(tensor, each[name]) for name, tensor in expected.items())
+    assert load(fsdp2 / "validated.ckpt")["state_dict"].keys() == expected.keys()
+
+
 @pytest.mark.parametrize("kind", ["full", "distributed", pytest.param("fsdp", marks=pytest.mark.slow)])
 class TestSharded:
     """`ModelParallelStrategy` (FSDP2), with checkpoints of one file and of one file a process; `FSDPStrategy`."""
