@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import PluginError, StateError
 from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot, Storage
-from lora_plugins.utils import is_dense, shape_or_value
+from lora_plugins.utils import is_dense, shape_or_value, version
 
 
 @contextmanager
@@ -28,17 +28,13 @@ def read_only(weight: Tensor, place: str) -> Iterator[None]:
     Raises:
         PluginError: If it was written to.
     """
-    before = _version(weight)
+    before = version(weight)
     yield
-    if _version(weight) != before:
+    if version(weight) != before:
         raise PluginError(
             f"{place}, wrote into the weight that it is handed to read, which is the model's own. Build the model "
             "again, or load its weights again, and let the plugin work on weight.clone()."
         )
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
 
 
 def check_filled(init: InitPlugin, context: InitContext, r: int, shape: tuple[int, int]) -> None:
