@@ -282,15 +282,4 @@ def trained_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
     They keep the type that the model has them in, so that the model computes with them as it did without.
     """
-    values: dict[str, Tensor] = {}
-    for name in plan.trained:
-        module, key = holder_of(model, name)
-        parameter = module._parameters[key]
-        assert parameter is not None
-        values[name] = parameter.detach().clone()
-    for name in plan.saved_buffers:
-        module, key = holder_of(model, name)
-        buffer = module._buffers[key]
-        assert buffer is not None
-        values[name] = buffer.detach().clone()
-    return values
+    return {name: own_tensor(model, name).detach().clone() for name in (*plan.trained, *plan.saved_buffers)}
