@@ -1,7 +1,6 @@
 """Puts adapters on layers and takes them off again."""
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +61,8 @@ def detach(layer: nn.Module, adapter: str) -> None:
 def activate(
     layer: nn.Module,
     adapters: tuple[str, ...],
-    rows: tuple[str | None, ...] | None = None,
-    weights: Mapping[str, float] = MappingProxyType({}),
+    rows: tuple[str | None, ...] | None,
+    weights: Mapping[str, float],
 ) -> None:
     """Activates, in this order, those of `adapters` that a layer has.
 
