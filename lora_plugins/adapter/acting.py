@@ -12,7 +12,6 @@ from lora_plugins.inplace import (
     NamedModule,
     freeze,
     full_name,
-    holders,
     layer_state,
     mix_rows,
     model_modules,
@@ -40,18 +39,10 @@ def apply_acting(modules: list[NamedModule], state: ModelState) -> None:
         layer_state(layer).meanwhile = "in a block" if state.blocks else "merged" if state.merged else ""
     _apply_norms(modules, state)
     if acting.rows is not None:
-        mix_rows(
-            own_holders(modules, state, acting.adapters), acting.rows, _own_values(modules, state, acting.adapters)
-        )
+        mix_rows(modules, acting.rows, values_by_tensor(modules, state, acting.adapters))
 
 
-def own_holders(modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Returns by name the modules with a tensor of which one of some adapters has a value of its own."""
-    own = _own_values(modules, state, adapters)
-    return holders({entry.name: entry.module for entry in modules}, {key for values in own.values() for key in values})
-
-
-def _own_values(
+def values_by_tensor(
     modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]
 ) -> dict[str | None, dict[int, Tensor]]:
     """Returns the own values of adapters, by the identity of the model's tensors."""

@@ -5,11 +5,11 @@ from functools import partial
 
 from torch import nn
 
-from lora_plugins.adapter.acting import own_holders
+from lora_plugins.adapter.acting import values_by_tensor
 from lora_plugins.adapter.blocks import Within
 from lora_plugins.adapter.state import Block, ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import base_class_of, layer_state, model_modules, own_mode, state_of
+from lora_plugins.inplace import base_class_of, holders, layer_state, model_modules, own_mode, state_of
 from lora_plugins.plugins import LayerPlugin, PlannedLayer
 
 
@@ -35,7 +35,7 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
     modules = model_modules(model)
     shared = [
         name
-        for name, module in own_holders(modules, state, names).items()
+        for name, module in holders(modules, values_by_tensor(modules, state, names)).items()
         if any(state_of(child) is not None for child in module.modules())
     ]
     if shared:

@@ -5,7 +5,7 @@ values. Whoever reads its tensors without calling it would get the base's, and i
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.layer_state import OWN_CLASS, copy_in_block, own_class
+from lora_plugins.inplace.modules import NamedModule
 
 _STATE = "_lora_row_twins"
 _TYPES = "_lora_row_types"
@@ -41,18 +42,18 @@ class _Twins:
     order: Tensor
 
 
-def mix_rows(modules: Mapping[str, nn.Module], rows: Sequence[str | None], values: Mapping[str | None, Values]) -> None:
-    """Gives each row of a batch the values of its adapter in some modules.
+def mix_rows(modules: list[NamedModule], rows: Sequence[str | None], values: Mapping[str | None, Values]) -> None:
+    """Gives each row of a batch the values of its adapter in those modules that hold one.
 
     Args:
-        modules: Those that hold a tensor of which some adapter has its own value, by name.
+        modules: Those of the model.
         rows: The adapter of each row.
         values: The values of each adapter that has some; other rows have those of the base.
     """
-    twins = {name: _twins(name, module, rows, values) for name, module in modules.items()}
-    held = {key for of_adapter in values.values() for key in of_adapter}
-    for name, module in modules.items():
-        names = tuple(key for key, tensor in _tensors(module).items() if id(tensor) in held)
+    mixed = holders(modules, values)
+    twins = {name: _twins(name, module, rows, values) for name, module in mixed.items()}
+    for name, module in mixed.items():
+        names = tuple(_held(module, values))
         module.__dict__[_STATE] = twins[name]
         base: Any = type(module)  # a class can be hashed, though mypy takes `Module.__hash__` for that of its classes
         module.__class__ = _row_class(base, names)
@@ -65,13 +66,14 @@ def unmix_rows(module: nn.Module) -> None:
         module.__class__ = type(plain)
 
 
-def holders(modules: Mapping[str, nn.Module], wanted: Collection[int]) -> dict[str, nn.Module]:
-    """Returns the modules that hold one of some tensors, given by identity, also under another name; by name."""
-    return {
-        name: module
-        for name, module in modules.items()
-        if any(id(tensor) in wanted for tensor in _tensors(module).values())
-    }
+def holders(modules: list[NamedModule], values: Mapping[str | None, Values]) -> dict[str, nn.Module]:
+    """Returns by name the modules that hold a tensor of which an adapter has its own value."""
+    return {entry.name: entry.module for entry in modules if _held(entry.module, values)}
+
+
+def _held(module: nn.Module, values: Mapping[str | None, Values]) -> list[str]:
+    """Returns the attribute names of a module's tensors of which an adapter has its own value."""
+    return [key for key, tensor in _tensors(module).items() if any(id(tensor) in own for own in values.values())]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
