@@ -86,21 +86,6 @@ def terms_of(layer: nn.Module, name: str, adapter: str) -> list[Term]:
     return [term_of(layer, adapter, planned, slot, training=False) for slot in planned.slots if slot.tensor == name]
 
 
-def delta_weight(layer: nn.Module, name: str, adapter: str, shape: torch.Size) -> Tensor | None:
-    """Returns `ΔW` of one adapter, laid out like the weight called `name`; None if it has none there.
-
-    Args:
-        layer: An adapted layer.
-        name: Attribute name of the weight.
-        adapter: Name of the adapter.
-        shape: Shape of the weight.
-    """
-    terms = terms_of(layer, name, adapter)
-    if not terms:
-        return None
-    return layer_state(layer).adapters[adapter].plugin.from_matrix(sum_of_deltas(terms), shape)
-
-
 def effective_weight(layer: nn.Module, name: str) -> Tensor:
     """Returns `W + ΔW` over the active adapters; of a weight that is elsewhere, what is here of `W`.
 
@@ -112,8 +97,9 @@ def effective_weight(layer: nn.Module, name: str) -> Tensor:
         return weight
     with in_full(weight):
         for adapter in state.active:
-            delta = delta_weight(layer, name, adapter, weight.shape)
-            weight = weight if delta is None else add_delta(weight, delta)
+            if terms := terms_of(layer, name, adapter):
+                delta = state.adapters[adapter].plugin.from_matrix(sum_of_deltas(terms), weight.shape)
+                weight = add_delta(weight, delta)
     return weight
 
 
