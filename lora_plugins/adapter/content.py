@@ -23,7 +23,7 @@ from lora_plugins.inplace import (
 )
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration, Storage
-from lora_plugins.utils import in_full, run_seed, single_at_least
+from lora_plugins.utils import in_full, laid_out_like, run_seed, single_at_least
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,7 @@ def _bases(
             before = slot_matrix(layer, slot, original).to("cpu", factor_dtype(original), copy=True)
             new = compute(before, recipe, layer.scaling, plan.init_options)
         slot.cut(matrix).copy_(base_of(plan.init, layer, new, before.shape))
-        laid_out = torch.empty_like(original, dtype=matrix.dtype)  # keeps the memory format
-        changed[name] = laid_out.copy_(layer.plugin.from_matrix(matrix, original.shape))
+        changed[name] = laid_out_like(original, layer.plugin.from_matrix(matrix, original.shape))
     return changed
 
 

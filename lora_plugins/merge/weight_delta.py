@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace import detached_weight, frozen_statistics, full_name, layer_state, terms_of, weight_key
 from lora_plugins.kernels import effective_weight, linear_2d, transposed_product
 from lora_plugins.plugins import LayerPlugin, Slot, Term, add_delta, joined, sum_of_deltas
-from lora_plugins.utils import common_type, in_float64, in_full, single_at_least
+from lora_plugins.utils import common_type, in_float64, in_full, laid_out_like, single_at_least
 
 _SURELY_SMALL = 1e-3
 """Below this bound the loss is not measured, which would take four more passes over the weight."""
@@ -55,8 +55,7 @@ class WeightDelta:
                 matrix = effective_weight(matrix, term.A, term.B, term.scaling, weight.dtype)
             else:
                 matrix = add_delta(matrix, term.delta)
-        laid_out = self.plugin.from_matrix(matrix, weight.shape)
-        return laid_out if laid_out.stride() == weight.stride() else torch.empty_like(weight).copy_(laid_out)
+        return laid_out_like(weight, self.plugin.from_matrix(matrix, weight.shape))
 
     def relative_error(self) -> float:
         """Returns the share of the update that rounding takes, or a bound of it that is surely small."""
