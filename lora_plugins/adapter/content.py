@@ -127,7 +127,7 @@ def _rounding(
     def rounded(values: Tensor) -> Tensor:
         matrix = original.to("cpu", factor_dtype(weight), copy=True)
         slot.cut(matrix).copy_(values)
-        dense = storage.restore(storage.store(layer.plugin.from_matrix(matrix, weight.shape)), weight.shape)
+        dense = storage.rounded(layer.plugin.from_matrix(matrix, weight.shape))
         return slot_matrix(layer, slot, dense.to(weight.dtype)).to(values.dtype)
 
     return rounded
