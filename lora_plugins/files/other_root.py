@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from lora_plugins.errors import AdapterFileError
+from lora_plugins.utils import path_starts
 
 
 def check_root(layers: Collection[str], names: Collection[str]) -> None:
@@ -18,8 +19,7 @@ def check_root(layers: Collection[str], names: Collection[str]) -> None:
     if not layers or any(layer in names for layer in layers):
         return
     first = min(layers, key=len)
-    parts = first.split(".")
-    for above in (".".join(parts[:count]) for count in range(1, len(parts))):
+    for above in reversed(path_starts(first)[1:]):
         if all(layer.startswith(f"{above}.") and layer.removeprefix(f"{above}.") in names for layer in layers):
             raise AdapterFileError(
                 f"The adapter is one of a model that holds this one as {above!r}: its layers are called {first!r} and "

@@ -18,6 +18,7 @@ from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.original_tables import TRANSFORMERS
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import base_class_of, model_modules, submodule
+from lora_plugins.utils import path_starts
 
 _UNET: Mapping[str, str] = {
     "conv_in": "input_blocks.0.0",
@@ -136,8 +137,7 @@ def _of_unet(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """Yields the layers of a UNet and their original names."""
     blocks = {**_UNET, **dict(_on_the_way(names))}
     for name in names:
-        parts = name.split(".")
-        block = next((block for end in range(len(parts), 0, -1) if (block := ".".join(parts[:end])) in blocks), None)
+        block = next((start for start in path_starts(name) if start in blocks), None)
         if block is not None:
             inner = name.removeprefix(block)
             yield name, blocks[block] + _RESNET.get(inner, inner)

@@ -24,7 +24,7 @@ from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import full_name, model_modules, own_tensors
 from lora_plugins.plan import current_name
-from lora_plugins.utils import within
+from lora_plugins.utils import path_starts, within
 
 Entry = TypeVar("Entry")
 
@@ -149,6 +149,4 @@ def _owners(values: Iterable[str]) -> set[str]:
 
 def _saved_around(config: PeftConfig, owner: str) -> list[str]:
     """Returns the modules, of one and those around it, that were trained in full."""
-    parts = owner.split(".")
-    paths = (".".join(parts[: at + 1]) for at in range(len(parts)))
-    return [path for path in paths if path and config.is_saved(path)]
+    return [path for path in reversed(path_starts(owner)) if config.is_saved(path)]

@@ -16,7 +16,7 @@ from lora_plugins.formats.peft_keys import WRAPPER
 from lora_plugins.formats.places import own_values, places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.inplace import NamedModule
-from lora_plugins.utils import within
+from lora_plugins.utils import path_starts, within
 
 _FACTORS = ("lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _INSIDE = (WRAPPER, *_FACTORS, *(f"{factor}.default" for factor in _FACTORS))
@@ -109,5 +109,4 @@ def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn
 
 def _taken_for(module: str, saved: tuple[str, ...]) -> list[str]:
     """Returns those of a module and its parents that PEFT takes for modules to train in full."""
-    parts = module.split(".")
-    return [path for at in range(len(parts)) if (path := ".".join(parts[: at + 1])).endswith(saved)]
+    return [path for path in reversed(path_starts(module)) if path.endswith(saved)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from lora_plugins.plugins import PlannedLayer
+from lora_plugins.utils import path_starts
 
 _NUMBER = re.compile(r"(?<![^. ])(0|[1-9]\d*)(?![^. \[])")
 """A component of a name that is the number of a block."""
@@ -100,9 +101,8 @@ def group_names(names: Iterable[str]) -> Mapping[str, Sequence[str]]:
 
 
 def _owner(tensor: str, modules: Collection[str]) -> str:
-    parts = tensor.split(".")
-    paths = [".".join(parts[:length]) for length in range(1, len(parts))]
-    owners = (path for path in paths if any(f".{path}".endswith(f".{module}") for module in modules))
+    around = reversed(path_starts(tensor)[1:])
+    owners = (path for path in around if any(f".{path}".endswith(f".{module}") for module in modules))
     return next(owners, tensor)
 
 
