@@ -1,7 +1,6 @@
 """Tries the regular expressions of a file in a process of their own first: one may take practically forever."""
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,6 @@ for expression in expressions:
     for name in names:
         re.fullmatch(expression, name)
 """
-
-_REPEAT = re.compile(r"[*+}]")
 
 
 def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
@@ -61,4 +58,4 @@ def _expressions(config: LoraConfig) -> list[str]:
     patterns = [config.target_modules, config.exclude_modules]
     whole = [pattern for pattern in patterns if isinstance(pattern, str)]
     maps: Sequence[Iterable[str]] = (config.rank_pattern, config.alpha_pattern, config.fused_parts)
-    return [*whole, *(f"(?:.*\\.)?(?:{key})" for keys in maps for key in keys if _REPEAT.search(key))]
+    return [*whole, *(f"(?:.*\\.)?(?:{key})" for keys in maps for key in keys)]
