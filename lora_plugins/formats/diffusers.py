@@ -16,11 +16,11 @@ from lora_plugins.formats.diffusers_keys import ALONE, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
-from lora_plugins.formats.peft_config import PeftConfig, config_fields, exact_patterns, exact_targets
+from lora_plugins.formats.peft_config import PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model
 from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
-from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import full_name, submodule
@@ -174,15 +174,7 @@ def _adapter(
 
 
 def _fields(layers: Mapping[str, PortableLayer], adapter: PortableAdapter) -> dict[str, Any]:
-    r, alpha = commonest(layer.r for layer in layers.values()), commonest(layer.alpha for layer in layers.values())
-    fields = config_fields(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=exact_targets(list(layers)),
-        rank_pattern=exact_patterns({name: layer.r for name, layer in layers.items()}, r),
-        alpha_pattern=exact_patterns({name: layer.alpha for name, layer in layers.items()}, alpha),
-        use_dora=any(layer.magnitude is not None for layer in layers.values()),
-    )
+    is_dora = any(layer.magnitude is not None for layer in layers.values())
+    fields = config_fields(layers, lora_dropout=adapter.dropout, use_dora=is_dora)
     del fields["peft_version"]  # which not every version of PEFT takes as a field
     return fields

@@ -17,12 +17,12 @@ from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
 from lora_plugins.files import PICKLED
 from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.peft_attention import with_attention
-from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields, exact_patterns, exact_targets
+from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
 from lora_plugins.formats.peft_model import for_model, saved_modules
 from lora_plugins.formats.peft_values import values_for_peft
 from lora_plugins.formats.places import places_by_name
-from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
+from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_json, read_tensors, write_described_tensors
 from lora_plugins.writable import check_writable_folder
@@ -91,15 +91,9 @@ class PeftFormat(PortableFormat):
         check_writable_folder(path, "path")
         layers = with_attention(adapter)
         values = values_for_peft(adapter, model)
-        r, alpha = commonest(each.r for each in layers.values()), commonest(each.alpha for each in layers.values())
-        targets = {name: layer for name, layer in layers.items() if not layer.in_attention}
         types = {layer.layer_type for layer in layers.values()}
         fields = config_fields(
-            r=r,
-            lora_alpha=alpha,
-            target_modules=exact_targets(list(targets)),
-            rank_pattern=exact_patterns({name: layer.r for name, layer in targets.items()}, r),
-            alpha_pattern=exact_patterns({name: layer.alpha for name, layer in targets.items()}, alpha),
+            layers,
             lora_dropout=adapter.dropout,
             bias=values.bias,
             modules_to_save=list(values.modules) or None,

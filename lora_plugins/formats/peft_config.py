@@ -21,6 +21,7 @@ from lora_plugins.field_checks import (
     map_of,
     shown,
 )
+from lora_plugins.formats.portable import PortableLayer, commonest
 from lora_plugins.utils import path_ends
 
 WRITTEN_FOR = "0.21.2"
@@ -290,8 +291,16 @@ class PeftConfig:
         return found is not None and int(found["at"]) in ([blocks] if isinstance(blocks, int) else blocks)
 
 
-def config_fields(**given: Any) -> dict[str, Any]:
-    """Returns the content of an `adapter_config.json` with the given fields."""
+def config_fields(layers: Mapping[str, PortableLayer], **given: Any) -> dict[str, Any]:
+    """Returns the content of an `adapter_config.json`.
+
+    Args:
+        layers: The adapted layers, which it names in full, but for output projections of attentions: PEFT adapts those
+            with the attention.
+        **given: Further fields.
+    """
+    r, alpha = commonest(each.r for each in layers.values()), commonest(each.alpha for each in layers.values())
+    named = {name: layer for name, layer in layers.items() if not layer.in_attention}
     return {
         "peft_type": "LORA",
         "peft_version": WRITTEN_FOR,
@@ -299,16 +308,16 @@ def config_fields(**given: Any) -> dict[str, Any]:
         "base_model_name_or_path": None,
         "inference_mode": True,
         "init_lora_weights": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": "|".join(map(re.escape, sorted(named))),
+        "rank_pattern": _exact_patterns({name: layer.r for name, layer in named.items()}, r),
+        "alpha_pattern": _exact_patterns({name: layer.alpha for name, layer in named.items()}, alpha),
         **given,
     }
 
 
-def exact_targets(names: Sequence[str]) -> str:
-    """Returns a regular expression that matches these names in full, and no others."""
-    return "|".join(map(re.escape, sorted(names)))
-
-
-def exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+def _exact_patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Returns the values that differ from the default, by patterns.
 
     PEFT lets a pattern match the end of a name, the first one that does counts, and it loses their order when it saves.
