@@ -32,11 +32,11 @@ def convert(
         ConfigError: If one of the formats needs a model.
         AdapterFileError: If the source is damaged, or cannot be expressed in the other format. Nothing is written then.
     """
-    known = isinstance(source_format, PortableFormat) and source_format.full_names
     needed = f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME."
-    if not known or not isinstance(target_format, PortableFormat):
+    if not isinstance(source_format, PortableFormat) or not isinstance(target_format, PortableFormat):
         raise ConfigError(needed)
-    assert isinstance(source_format, PortableFormat)
+    if not source_format.full_names:
+        raise ConfigError(needed)
     adapter = source_format.load(source, None, read_options)
     if any(name.startswith(f"{ORIGINAL}.") for name in adapter.layers):
         raise ConfigError(f"{source} names layers as the original implementation does. {needed}")
