@@ -68,15 +68,12 @@ def _ways(content: CardContent) -> list[tuple[str, str, str]]:
     """Returns how the adapter is loaded in three libraries: a title, a language and code for each."""
     repository = content.repository
     ours = f'from lora_plugins import LoraModel\n\nLoraModel.load_adapter(model, "hf://{repository}")'
-    convert = "lora-plugins convert {source} converted --to {format} --model MODULE:NAME"
-    source = f"hf://{repository}"
+    convert = f"lora-plugins convert hf://{repository} converted --to peft --model MODULE:NAME"
     peft = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "{repository}")'
     diffusers = f'pipe.load_lora_weights("{repository}")'
     return [
         ("With lora_plugins", "python", ours),
-        ("With PEFT", "python", peft)
-        if content.format == "peft"
-        else ("With PEFT, converted", "sh", convert.format(source=source, format="peft")),
+        ("With PEFT", "python", peft) if content.format == "peft" else ("With PEFT, converted", "sh", convert),
         ("With diffusers", "python", diffusers)
         if content.format == "diffusers"
         else ("With plain PyTorch, merged", "python", f"{ours}.merge_and_unload()"),
