@@ -40,12 +40,11 @@ class OwnFormat(AdapterFormat):
 
     def summary(self, path: Path) -> AdapterSummary:
         """Returns what the folder holds."""
-        manifest, tensors = (packed := read(path)).manifest, packed.tensors
-        layers = manifest["layers"]
-        sizes = {
-            name: sum(tensor.numel() for key, tensor in tensors.items() if key.rpartition("/")[0] == f"lora/{name}")
-            for name in layers
-        }
+        packed = read(path)
+        manifest, tensors = packed.manifest, packed.tensors
+        sizes: Counter[str] = Counter()
+        for key, tensor in tensors.items():
+            sizes[key.rpartition("/")[0]] += tensor.numel()
         values = {
             key.removeprefix("value/"): t.numel() for key, t in sorted(tensors.items()) if key.startswith("value/")
         }
@@ -58,7 +57,10 @@ class OwnFormat(AdapterFormat):
             **({"base": _stored(manifest["stored"])} if manifest.get("stored") else {}),
         }
         return AdapterSummary(
-            tuple(LayerSummary(name, each["r"], each["alpha"], sizes[name]) for name, each in layers.items()),
+            tuple(
+                LayerSummary(name, each["r"], each["alpha"], sizes[f"lora/{name}"])
+                for name, each in manifest["layers"].items()
+            ),
             values,
             details,
         )
