@@ -490,7 +490,6 @@ class LoraModel(metaclass=Told):
         return cls.load_packed(model, packed, adapter_name, registry=registry)
 
     @classmethod
-    @outside_inference
     def load_packed(
         cls,
         model: nn.Module,
@@ -553,8 +552,7 @@ class LoraModel(metaclass=Told):
         packed = _read(self.model, path, self._registry, format, format_options)
         with base_in_place(self.model, state):
             unpacked = unpack(self.model, packed, self._registry)
-        new = unpacked.stored
-        swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values, new)
+        swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values, unpacked.stored)
 
     @_changing
     def _add_packed(self, packed: PackedAdapter, adapter_name: str, changed: Mapping[str, Tensor] | None) -> None:
