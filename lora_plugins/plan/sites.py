@@ -3,13 +3,14 @@
 A plan is a function of these records, so it can be made, and tested, without a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lora_plugins.plugins import LayerPlugin, Slot, Storage
+from lora_plugins.utils import within
 
 WeightKey = int | tuple[str, str]
 """Identifies a weight: the same for all layers that share a parameter, of its own where it is computed."""
@@ -126,3 +127,7 @@ class Survey:
     sites: tuple[Site, ...]
     parameters: Mapping[str, OwnParameter]
     buffers: tuple[str, ...] = ()
+
+    def outside(self, saved: Container[str]) -> list[Site]:
+        """Returns the modules that are not trained in full, by the names of those that are."""
+        return [site for site in self.sites if not any(within(name, saved) for name in site.names)]

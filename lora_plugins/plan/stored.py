@@ -8,7 +8,6 @@ from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.sites import Site, Survey, Weight
 from lora_plugins.plugins import Storage
-from lora_plugins.utils import within
 
 
 def stored_weights(
@@ -54,7 +53,7 @@ def stored_weights(
 
 def _chosen(config: LoraConfig, survey: Survey, saved: set[str]) -> list[Site]:
     adaptable = [site for site in survey.sites if site.plugin]
-    free = [site for site in adaptable if not any(within(name, saved) for name in site.names)]
+    free = [site for site in survey.outside(saved) if site.plugin]
     if config.quantize_modules is None or config.quantize_modules == "all":
         return free
     _refuse_trained(config.quantize_modules, adaptable, free)

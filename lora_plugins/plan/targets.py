@@ -56,10 +56,10 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
     Raises:
         TargetError: If a pattern matches nothing, or a layer that no plugin serves.
     """
-    free = [site for site in survey.sites if not any(within(name, saved) for name in site.names)]
+    free = survey.outside(saved)
     handled = {name for site in free if site.plugin for name in site.names}
     chosen = _targeted(config, survey.sites, free, handled, registry)
-    chosen -= _excluded(config, survey.sites, free, handled)
+    chosen -= _excluded(config, survey.sites, free)
     if config.layers_to_transform is not None:
         keep = BlockFilter(config.layers_to_transform, config.layers_pattern, sorted(chosen & handled))
         chosen = {name for name in chosen if keep(name)}
@@ -110,9 +110,7 @@ def _targeted(
 def _of_others(matches: Sequence[str], free: Sequence[Site]) -> str:
     """What to do where matched modules are wrappers of another library, with its adapter below them."""
     adapters = [name for site in free if site.foreign_adapter for name in site.names]
-    if not any(within(name, matches) for name in adapters):
-        return ""
-    return _ADAPTED_BY_OTHERS
+    return _ADAPTED_BY_OTHERS if any(within(name, matches) for name in adapters) else ""
 
 
 def _means_all(config: LoraConfig) -> bool:
@@ -129,8 +127,8 @@ def left_out(config: LoraConfig, survey: Survey, saved: set[str]) -> tuple[LeftO
     """
     if not _means_all(config) or config.layers_to_transform is not None:
         return ()
-    free = [site for site in survey.sites if not any(within(name, saved) for name in site.names)]
-    excluded = _excluded(config, survey.sites, free, {name for site in free if site.plugin for name in site.names})
+    free = survey.outside(saved)
+    excluded = _excluded(config, survey.sites, free)
     found: dict[tuple[str, str], list[str]] = {}
     free = [site for site in free if not excluded & set(site.names)]
     adapted = _weights_of_layers(free, survey)
@@ -167,12 +165,13 @@ def _reason(site: Site, adapted: Mapping[str, str]) -> str:
     return f"no plugin adapts this type, which has {listing(site.matrices, 3)}{reads}"
 
 
-def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], handled: set[str]) -> set[str]:
+def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site]) -> set[str]:
     everywhere = [name for site in sites for name in site.names]
     names: set[str] = set()
     for pattern, matches in patterns.select("exclude_modules", config.exclude_modules, everywhere).items():
         excluded = [site for site in free if set(site.names) & set(matches)]
         if not any(site.plugin or site.has_parameters for site in excluded):
+            handled = {name for site in free if site.plugin for name in site.names}
             raise TargetError(
                 f"exclude_modules: {quoted(pattern)} matches {listing(matches)}, which is no layer and excludes none. "
                 f"Name the layers in it, or write a regular expression. {patterns.nearest(pattern, handled)}"
