@@ -1,7 +1,6 @@
 """One walk over a model, which records all that planning needs to know of it; see `sites`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -117,23 +116,20 @@ def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
 
 
 def _weight(entry: NamedModule, plugin: LayerPlugin[Any], tensor: str) -> Weight:
-    key, stored = weight_key(entry.module, tensor), stored_weight(entry.module, tensor)
+    own, stored = weight_key(entry.module, tensor), stored_weight(entry.module, tensor)
     if stored is not None:
         shape = matrix_shape(plugin, torch.empty(stored.shape, device="meta"), tensor)
         on_meta = stored.device.type == "meta"
         return Weight(id(stored), shape, stored.dtype, on_meta=on_meta, stored=stored.storage)
     kind = foreign_kind(entry.module._parameters.get(tensor))
-    foreign = "" if kind is None else kind.title
+    foreign, key = "" if kind is None else kind.title, own or (entry.name, tensor)
     if problem := foreign_problem(entry.module, tensor):
-        return Weight(
-            key or (entry.name, tensor), (1, 1), problem=problem, foreign=foreign, breaks=bool(kind and kind.breaks)
-        )
+        return Weight(key, (1, 1), problem=problem, foreign=foreign, breaks=bool(kind and kind.breaks))
     weight = weight_of(entry.module, tensor, detached_weight)
     problem = _problem(weight)
     shape = (1, 1) if problem else matrix_shape(plugin, weight, tensor)
-    found = Weight(key or (entry.name, tensor), shape, weight.dtype, key is None, weight.is_meta)
     problem = problem or _shared(entry.module, tensor) or _read_as_another(entry.module, tensor)
-    return replace(found, problem=problem, foreign=foreign)
+    return Weight(key, shape, weight.dtype, own is None, weight.is_meta, problem, foreign=foreign)
 
 
 def _problem(weight: Tensor) -> str:
