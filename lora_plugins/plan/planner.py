@@ -54,7 +54,7 @@ def make_plan(
     registry = registry or registry_of(config)
     init, variant, storage = named_plugins(config, registry, restoring=restoring)
     found = survey(model, registry)
-    current = with_current_names(model, config, [name for site in found.sites for name in site.names])
+    current = with_current_names(model, config)
     plan = planned(found, current, registry, init, variant, storage, restoring=restoring)
     return plan if current is config else replace(plan, config=config)
 
@@ -71,7 +71,7 @@ def weights_to_store(model: nn.Module, config: LoraConfig, registry: Registry) -
         TargetError: As `make_plan` does.
     """
     found = survey(model, registry)
-    current = with_current_names(model, config, [name for site in found.sites for name in site.names])
+    current = with_current_names(model, config)
     saved = saved_modules(current, found)
     targets = target_sites(current, found, registry, saved)
     return stored_weights(current, found, targets, saved, storage_of(current, registry), loading=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing, quoted
-from lora_plugins.inplace import full_name, model_modules
+from lora_plugins.inplace import full_name, model_modules, modules_by_name
 from lora_plugins.plan.patterns import ends_with, matcher, matches
 from lora_plugins.utils import within
 
@@ -49,19 +49,13 @@ def current_name(model: nn.Module) -> Callable[[str], str]:
     return current
 
 
-def with_current_names(model: nn.Module, config: LoraConfig, names: Iterable[str]) -> LoraConfig:
-    """Returns a config whose `target_modules` uses a model's present names, and warns where it did not.
-
-    Args:
-        model: The model.
-        config: The configuration.
-        names: Names of the model's modules.
-    """
+def with_current_names(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Returns a config whose `target_modules` uses a model's present names, and warns where it did not."""
     if config.target_modules in (None, "all"):
         return config
     targets = config.target_modules
     assert targets is not None
-    names = list(names)
+    names = list(modules_by_name(model))
     lost = [pattern for pattern, matched in matches("target_modules", targets, names).items() if not matched]
     former = former_names(model) if lost else {}
     found = {pattern: _meant(pattern, targets, former, names) for pattern in lost}
