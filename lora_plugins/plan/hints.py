@@ -1,10 +1,10 @@
 """What a pattern that matches no module may have meant, from the habits of other libraries and of shells."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from lora_plugins.errors import listing
-from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky, nearest, shortest_ends
+from lora_plugins.errors import ConfigError, listing
+from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky, matches, nearest, shortest_ends
 from lora_plugins.plan.sites import Site
 
 _PART_NAMES = {
@@ -135,10 +135,9 @@ def _parts(patterns: Sequence[str]) -> list[str]:
 
 def _matched(expression: str, names: Sequence[str]) -> list[str]:
     try:
-        test: Callable[[str], object] = re.compile(expression).fullmatch
-    except (re.error, OverflowError, RecursionError):
+        return matches("target_modules", expression, names)[expression]
+    except ConfigError:
         return []
-    return [name for name in names if test(name)]
 
 
 def _counted(names: Sequence[str]) -> str:
