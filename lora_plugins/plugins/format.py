@@ -140,6 +140,5 @@ FORMATS = PluginKind[AdapterFormat](
         "file_names": (are_patterns, "a list of names or shell patterns"),
     },
     claims={"format": lambda plugin: plugin.name},
-    contradiction=lambda plugin: "",
 )
 """Formats of adapter files."""

@@ -51,7 +51,7 @@ class PluginKind(Generic[P]):
     base: type[Any]
     rules: Mapping[str, Rule]
     claims: Mapping[str, Callable[[P], str]]
-    contradiction: Callable[[P], str]
+    contradiction: Callable[[P], str] = lambda plugin: ""
     reserved: Sequence[str] = ()
     words: Mapping[str, str] = field(default_factory=dict)
 

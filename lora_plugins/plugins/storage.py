@@ -177,7 +177,6 @@ STORAGES = PluginKind[StoragePlugin](
         ),
     },
     claims={"storage": lambda plugin: plugin.name},
-    contradiction=lambda plugin: "",
     words=words.STORAGES,
 )
 """Storages of weights, chosen by `LoraConfig(quantize=...)`."""
