@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
+from lora_plugins.field_checks import check_flag, number_from
 from lora_plugins.inits.factors import fill_rest
 from lora_plugins.inits.pissa import check_niter
 from lora_plugins.plugins import InitContext, InitPlugin, InputMoments, RankRequest
@@ -35,11 +36,8 @@ class EvaInit(InitPlugin):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses a `rho` below 1, and what is no flag or no count."""
         check_niter(self.name, options["niter"])
-        rho, whiten = options["rho"], options["whiten"]
-        if not isinstance(rho, int | float) or isinstance(rho, bool) or not 1 <= rho < float("inf"):
-            raise ConfigError(f"init_options: rho of eva is a number of at least 1, not {rho!r}.")
-        if not isinstance(whiten, bool):
-            raise ConfigError(f"init_options: whiten of eva is True or False, not {whiten!r}.")
+        number_from(1)("init_options: rho of eva", options["rho"])
+        check_flag("init_options: whiten of eva", options["whiten"])
 
     def allocate(self, requests: Sequence[RankRequest], options: Mapping[str, Any]) -> Mapping[str, int]:
         """Gives the ranks to the directions that explain most, over all layers."""

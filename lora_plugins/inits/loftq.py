@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
+from lora_plugins.field_checks import check_count
 from lora_plugins.inits.factors import without_product
 from lora_plugins.plugins import InitContext, InitPlugin
 from lora_plugins.utils import BITS, low_rank, quantize_dequantize
@@ -34,8 +35,7 @@ class LoftQInit(InitPlugin):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses widths that no quantizer has, and counts below one."""
         for key, value in options.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"init_options: {key} of loftq is a whole number of at least 1, not {value!r}.")
+            check_count(f"init_options: {key} of loftq", value)
         if options["bits"] not in BITS:
             raise ConfigError(f"init_options: loftq has {BITS} bits, not {options['bits']!r}.")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError, TargetError, near
+from lora_plugins.field_checks import check_factor
 from lora_plugins.inits.factors import TakenOut, recipe_of
 from lora_plugins.inits.pissa import check_niter
 from lora_plugins.plugins import InitContext
@@ -59,9 +60,7 @@ class LoraGaInit(TakenOut):
                 raise ConfigError(
                     f"init_options: {key} of lora_ga is {options[key]!r}. {near(str(options[key]), known)}"
                 )
-        gamma = options["stable_gamma"]
-        if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 < gamma < float("inf"):
-            raise ConfigError(f"init_options: stable_gamma of lora_ga is a positive number, not {gamma!r}.")
+        check_factor("init_options: stable_gamma of lora_ga", options["stable_gamma"])
 
     def fill(self, context: InitContext) -> Mapping[str, Tensor]:
         """Fills A and B with singular vectors of the gradient.

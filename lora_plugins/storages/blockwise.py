@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
+from lora_plugins.field_checks import check_flag
 from lora_plugins.plugins import StoragePlugin
 from lora_plugins.utils import blocks_of, nearest_levels
 
@@ -55,10 +56,7 @@ class BlockwiseStorage(StoragePlugin):
             raise ConfigError(
                 f"quantize_options: block_size of {self.name} is an even count up to {LARGEST_BLOCK}, not {size!r}."
             )
-        if not isinstance(options["double_quant"], bool):
-            raise ConfigError(
-                f"quantize_options: double_quant of {self.name} is True or False, not {options['double_quant']!r}."
-            )
+        check_flag(f"quantize_options: double_quant of {self.name}", options["double_quant"])
 
     def store(self, weight: Tensor, options: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Returns the codes and the scales."""
