@@ -8,7 +8,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_plugins.errors import ConfigError, near
 
@@ -61,7 +61,7 @@ def finite(what: str, value: Any) -> float:
 
 def check_rank(name: str, value: Any) -> None:
     """A rank."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_RANK:
+    if not is_whole(value) or not 1 <= value <= MAX_RANK:
         raise ConfigError(f"{name} is a rank, a whole number from 1 to {MAX_RANK}, not {shown(value)}.")
 
 
@@ -104,7 +104,7 @@ def whole_from(least: float) -> Check:
     """A whole number, at least one."""
 
     def check_whole_number(name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not is_whole(value) or value < least:
             raise ConfigError(f"{name} is a whole number{_from(least)}, not {shown(value)}.")
 
     return check_whole_number
@@ -202,7 +202,7 @@ def check_patterns(name: str, value: Any) -> None:
 def check_blocks(name: str, value: Any) -> None:
     """Numbers or paths of blocks, one or several; None for all."""
     for block in value if isinstance(value, list | tuple) else [] if value is None else [value]:
-        index = isinstance(block, int) and not isinstance(block, bool) and 0 <= block <= sys.maxsize
+        index = is_whole(block) and 0 <= block <= sys.maxsize
         if not index and not (isinstance(block, str) and block):
             raise ConfigError(
                 f"{name} holds {shown(block)}. A block is a number from 0 on, or a path such as 'blocks.2'."
@@ -226,6 +226,11 @@ def check_kept_options(name: str, value: Any) -> None:
                 f"{name}: {key!r} is {shown(entry)}, which no adapter file can hold. Options are texts, numbers, True, "
                 "False, None, and lists and dictionaries of such; a path is str(path)."
             )
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Whether a value is a whole number; True and False, which Python takes for such, are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_plain(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_plugins.adapter import ADAPTER_NAME
 from lora_plugins.errors import AdapterFileError
-from lora_plugins.field_checks import MAX_RANK
+from lora_plugins.field_checks import MAX_RANK, is_whole
 from lora_plugins.files.fingerprint import KEYS
 from lora_plugins.plugins import PlannedLayer, Slot
 
@@ -68,7 +68,7 @@ def is_as_written(manifest: Mapping[str, Any]) -> bool:
 def checked_manifest(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     """Refuses a manifest of a newer format, and one that lacks an entry or has one of another type."""
     version = manifest.get("format")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+    if not is_whole(version) or version < 1:
         raise AdapterFileError(f"The manifest has the format version {version!r}; it is not one of lora_plugins.")
     if version > FORMAT:
         raise AdapterFileError(
@@ -98,7 +98,7 @@ def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RANK
+    return is_whole(value) and 0 <= value <= MAX_RANK
 
 
 def _is_fingerprint(value: Any) -> bool:

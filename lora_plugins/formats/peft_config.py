@@ -18,6 +18,7 @@ from lora_plugins.field_checks import (
     check_patterns,
     check_rank,
     choice_of,
+    is_whole,
     map_of,
     shown,
 )
@@ -54,7 +55,7 @@ def _check_expressions(name: str, value: Any) -> None:
 def _check_numbers(name: str, value: Any) -> None:
     """The numbers of blocks, one or several."""
     for each in value if isinstance(value, list) else [value]:
-        if not isinstance(each, int) or isinstance(each, bool):
+        if not is_whole(each):
             raise ConfigError(f"{name} holds {shown(each)}, which is not the number of a block.")
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
+from lora_plugins.field_checks import is_whole
 from lora_plugins.inits.factors import TakenOut, fill_rest, recipe_of
 from lora_plugins.plugins import InitContext
 from lora_plugins.utils import low_rank
@@ -38,7 +39,7 @@ class PissaInit(TakenOut):
 
 def check_niter(init: str, value: Any) -> None:
     """Raises a ConfigError for what is neither None nor a count of iterations."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+    if value is not None and (not is_whole(value) or value < 0):
         raise ConfigError(
             f"init_options: niter of {init} is a count of iterations, or None for what is exact, not {value!r}."
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_plugins import words
 from lora_plugins.errors import ConfigError, PluginError, near, noted
-from lora_plugins.field_checks import is_plain
+from lora_plugins.field_checks import is_plain, is_whole
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
 from lora_plugins.utils import in_full, is_dense, shape_or_value
 
@@ -88,7 +88,7 @@ def storage_options(plugin: StoragePlugin, given: Mapping[str, Any]) -> dict[str
             raise ConfigError(f"quantize_options: {plugin.name!r} has no option {key!r}. {near(key, options)}")
     options.update(given)
     size = options["min_size"]
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+    if not is_whole(size) or size < 0:
         raise ConfigError(f"quantize_options: min_size is a number of elements, not {size!r}.")
     with noted(f"check_options() of the storage {plugin.name!r}"):
         plugin.check_options(options)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import check_flag
+from lora_plugins.field_checks import check_flag, is_whole
 from lora_plugins.plugins import StoragePlugin
 from lora_plugins.utils import blocks_of, nearest_levels
 
@@ -52,7 +52,7 @@ class BlockwiseStorage(StoragePlugin):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses blocks of an odd size or longer than most weights, and what is no flag."""
         size = options["block_size"]
-        if not isinstance(size, int) or isinstance(size, bool) or not 2 <= size <= LARGEST_BLOCK or size % 2:
+        if not is_whole(size) or not 2 <= size <= LARGEST_BLOCK or size % 2:
             raise ConfigError(
                 f"quantize_options: block_size of {self.name} is an even count up to {LARGEST_BLOCK}, not {size!r}."
             )
