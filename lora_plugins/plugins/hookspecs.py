@@ -15,8 +15,7 @@ What holds for every hook:
 - What it raises makes the plugin fail as a whole: nothing of it is registered, and its error is shown to whoever asks
   for something that is missing.
 
-There is one hook for each kind of plugins. `PluginKind.hook` makes a function here the hook of its kind, and everything
-that loops over the kinds finds it.
+There is one hook for each kind of plugins: `lora_plugins_register_` and the name of the kind. `KINDS` lists them.
 """
 
 from typing import Any
@@ -32,6 +31,7 @@ from lora_plugins.plugins.storage import STORAGES, StoragePlugin
 from lora_plugins.plugins.variant import VARIANTS, VariantPlugin
 
 hookimpl = pluggy.HookimplMarker(GROUP)
+hookspec = pluggy.HookspecMarker(GROUP)
 
 LayerRegistrar = Registrar[LayerPlugin[Any]]
 """What the hook for layer types is handed."""
@@ -49,7 +49,7 @@ StorageRegistrar = Registrar[StoragePlugin]
 """What the hook for storages is handed."""
 
 
-@LAYERS.hook
+@hookspec
 def lora_plugins_register_layers(registrar: LayerRegistrar) -> None:
     """Called once for each registry, before any model is seen, to add layer types.
 
@@ -61,7 +61,7 @@ def lora_plugins_register_layers(registrar: LayerRegistrar) -> None:
     """
 
 
-@INITS.hook
+@hookspec
 def lora_plugins_register_inits(registrar: InitRegistrar) -> None:
     """Called once for each registry, after the layer types of the same plugin, to add inits.
 
@@ -73,7 +73,7 @@ def lora_plugins_register_inits(registrar: InitRegistrar) -> None:
     """
 
 
-@VARIANTS.hook
+@hookspec
 def lora_plugins_register_variants(registrar: VariantRegistrar) -> None:
     """Called once for each registry, after the inits of the same plugin, to add variants of LoRA.
 
@@ -85,7 +85,7 @@ def lora_plugins_register_variants(registrar: VariantRegistrar) -> None:
     """
 
 
-@FORMATS.hook
+@hookspec
 def lora_plugins_register_formats(registrar: FormatRegistrar) -> None:
     """Called once for each registry, after the variants of the same plugin, to add formats of adapter files.
 
@@ -97,7 +97,7 @@ def lora_plugins_register_formats(registrar: FormatRegistrar) -> None:
     """
 
 
-@STORAGES.hook
+@hookspec
 def lora_plugins_register_storages(registrar: StorageRegistrar) -> None:
     """Called once for each registry, after the formats of the same plugin, to add storages of weights.
 
@@ -109,7 +109,5 @@ def lora_plugins_register_storages(registrar: StorageRegistrar) -> None:
     """
 
 
-KINDS: tuple[PluginKind[Any], ...] = tuple(
-    value.kind for name, value in list(globals().items()) if isinstance(getattr(value, "kind", None), PluginKind)
-)
+KINDS: tuple[PluginKind[Any], ...] = (LAYERS, INITS, VARIANTS, FORMATS, STORAGES)
 """All kinds of plugins, in the order in which a plugin's hooks are called."""

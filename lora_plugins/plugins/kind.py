@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-import pluggy
 from torch import nn
 
 GROUP = "lora_plugins"
@@ -25,7 +24,6 @@ class Named(Protocol):
 
 
 P = TypeVar("P", bound=Named)
-Hook = TypeVar("Hook", bound=Callable[..., None])
 
 Rule = tuple[Callable[[Any], bool], str]
 """Whether the value of an attribute is proper, and what a proper one is."""
@@ -59,17 +57,6 @@ class PluginKind(Generic[P]):
     def hook_name(self) -> str:
         """Name of the hook by which plugins register objects of this kind."""
         return HOOK_PREFIX + self.name
-
-    def hook(self, function: Hook) -> Hook:
-        """Makes a function the specification of the kind's hook.
-
-        Raises:
-            ValueError: If its name is not that of the hook.
-        """
-        if function.__name__ != self.hook_name:
-            raise ValueError(f"The hook of {self.name!r} is called {self.hook_name!r}, not {function.__name__!r}.")
-        function.__dict__["kind"] = self
-        return pluggy.HookspecMarker(GROUP)(function)
 
 
 def class_path(module_type: type | str) -> str:
