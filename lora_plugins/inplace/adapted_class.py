@@ -22,7 +22,7 @@ from lora_plugins.inplace.deltas import effective_weight
 from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
-from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, layer_state, own_class, state_of
+from lora_plugins.inplace.layer_state import base_class_of, constructor, generated_class, layer_state, state_of
 from lora_plugins.inplace.library_kinds import Foreign
 from lora_plugins.inplace.library_weights import foreign_weights
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
@@ -91,10 +91,8 @@ def adapted_class(
         base = stored_class(base, stored)
     namespace: dict[str, Any] = {name: _weight_property(name, base) for name in weights} | {"__init__": init}
     namespace |= {"__reduce_ex__": _reduce, "extra_repr": _extra_repr, "_apply": _apply_to(base)}
-    namespace[OWN_CLASS] = own_class(base)
     # torch.fx takes modules of torch whole, by this. What it traces inside of a layer would be constants.
     namespace["__module__"] = base.__module__ if base.__module__.startswith("torch.nn") else "torch.nn"
-    namespace["__doc__"] = base.__doc__
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *weights]
     namespace |= guards(base, weights)
     if hasattr(base, "__deepcopy__"):  # which may copy the weight that is meant, and no adapter
@@ -107,9 +105,7 @@ def adapted_class(
         namespace |= holding(base, weights)
     if foreign is not None:
         namespace["forward"] = _quantized_forward(base, foreign, has_branch)
-    # With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
-    # class has a base without __dict__, as abstract ones often do, would have another layout.
-    return type(f"Lora{name}", (base,), namespace)
+    return generated_class(f"Lora{name}", base, namespace)
 
 
 def _quantized_forward(base: Any, foreign: Foreign, has_branch: bool) -> Any:

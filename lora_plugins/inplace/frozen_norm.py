@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor, own_class, remade
+from lora_plugins.inplace.layer_state import base_class_of, constructor, generated_class, remade
 from lora_plugins.plugins import class_path
 
 _POWER_ITERATION = "torch.nn.utils.parametrizations._SpectralNorm"
@@ -86,11 +86,10 @@ def set_class(module: nn.Module, cls: Any) -> None:
 
 @functools.cache
 def _frozen_class(base: Any) -> type[nn.Module]:
-    namespace: dict[str, Any] = {"__module__": base.__module__, "__doc__": base.__doc__, OWN_CLASS: own_class(base)}
-    namespace |= {"__init__": constructor(base), "train": _train, "__reduce_ex__": _reduce}
+    namespace: dict[str, Any] = {"__init__": constructor(base), "train": _train, "__reduce_ex__": _reduce}
     if hasattr(base, "reset_running_stats"):
         namespace["reset_running_stats"] = _keep_statistics
-    return type(f"Frozen{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
+    return generated_class(f"Frozen{base.__name__}", base, namespace)
 
 
 def _rebuild(make: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:

@@ -148,6 +148,16 @@ def base_class_of(layer: nn.Module) -> type[nn.Module]:
     return own_class(type(layer))
 
 
+def generated_class(name: str, base: Any, namespace: Mapping[str, Any]) -> type[nn.Module]:
+    """Generates a class that extends that of a layer, of the same module: torch.fx tells those of torch by it.
+
+    With any other base beside it, such as a mixin of ours, Python could refuse to give a layer the class: one whose
+    class has a base without __dict__, as abstract ones often do, would have another layout.
+    """
+    of_base = {"__module__": base.__module__, "__doc__": base.__doc__, OWN_CLASS: own_class(base)}
+    return type(name, (base,), {**of_base, **namespace})
+
+
 def constructor(own: Any) -> Callable[..., None]:
     """Returns the `__init__` of a generated class: what `type(module)(...)` makes anew has nothing of ours.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.described_tensor import DescribedTensor, described
-from lora_plugins.inplace.layer_state import OWN_CLASS, copy_in_block, own_class
+from lora_plugins.inplace.layer_state import copy_in_block, generated_class
 from lora_plugins.inplace.modules import NamedModule
 
 _STATE = "_lora_row_twins"
@@ -151,9 +151,8 @@ def _cast_along(part: nn.Module, own: nn.Module) -> None:
 @functools.cache
 def _row_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _refusing(name) for name in names}
-    namespace |= {"__module__": base.__module__, "__doc__": base.__doc__, "forward": _run}
-    namespace |= {"extra_repr": _extra_repr, "__reduce_ex__": _reduce, OWN_CLASS: own_class(base)}
-    return type(f"Rows{base.__name__}", (base,), namespace)  # no base beside it, as for adapted layers
+    namespace |= {"forward": _run, "extra_repr": _extra_repr, "__reduce_ex__": _reduce}
+    return generated_class(f"Rows{base.__name__}", base, namespace)
 
 
 def _extra_repr(module: nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.layer_state import OWN_CLASS, base_class_of, constructor
+from lora_plugins.inplace.layer_state import base_class_of, constructor, generated_class
 from lora_plugins.inplace.made_again import made_again
 from lora_plugins.inplace.stored_weight import stored_weight, stored_weights
 
@@ -33,14 +33,12 @@ def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         names: Attribute names of the stored weights.
     """
     namespace: dict[str, Any] = {name: _dense(name) for name in names}
-    namespace |= {"__init__": constructor(base), "__reduce_ex__": _reduce, "extra_repr": _extra_repr, OWN_CLASS: base}
-    namespace["__module__"] = base.__module__  # torch.fx tells leaf modules of torch by it
-    namespace["__doc__"] = base.__doc__
+    namespace |= {"__init__": constructor(base), "__reduce_ex__": _reduce, "extra_repr": _extra_repr}
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *names]
     namespace["_load_from_state_dict"] = _load_into(base)
     namespace["__setattr__"] = _set
     namespace["forward"] = making_again(_look_up if base is nn.Embedding else base.forward)
-    cls = type(f"Stored{base.__name__}", (base,), namespace)
+    cls = generated_class(f"Stored{base.__name__}", base, namespace)
     setattr(cls, _AT_REST, cls)
     return cls
 
