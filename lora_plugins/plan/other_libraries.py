@@ -29,16 +29,15 @@ def foreign_names(modules: Sequence[NamedModule]) -> set[str]:
     Args:
         modules: The modules of a model, without our own adapters.
     """
+    of_peft = [entry for entry in modules if hasattr(type(entry.module), _CHILDREN)]
     roots = {
         full_name(name, child)
-        for entry in modules
-        for child in (*getattr(type(entry.module), _CHILDREN, ()), _UNUSED)
-        if hasattr(type(entry.module), _CHILDREN)
+        for entry in of_peft
+        for child in (*getattr(type(entry.module), _CHILDREN), _UNUSED)
         for name in entry.names
     }
-    wrappers = [entry for entry in modules if hasattr(type(entry.module), _CHILDREN) and _BASE in entry.module._modules]
-    inner = {name for entry in modules for name in entry.names if _is_of_adapter(name) or within(name, roots)}
-    return inner | {name for entry in wrappers for name in entry.names}
+    wrappers = {name for entry in of_peft if _BASE in entry.module._modules for name in entry.names}
+    return wrappers | {name for entry in modules for name in entry.names if _is_of_adapter(name) or within(name, roots)}
 
 
 def _is_of_adapter(name: str) -> bool:
