@@ -68,9 +68,7 @@ def refuse_keys(keys: Collection[str]) -> None:
 def _other_method(key: str) -> str:
     """Returns the method that a tensor is of, by the end of its key; empty if it is unknown."""
     ends = {".".join(key.split(".")[-length:]) for length in (1, 2)}
-    found = (name for word, name in _OTHER_METHODS.items() for end in ends if end == word or _starts(end, word))
-    return next(found, "")
-
-
-def _starts(end: str, word: str) -> bool:
-    return word.endswith("_") and end.startswith(word)
+    for word, method in _OTHER_METHODS.items():
+        if word in ends or (word.endswith("_") and any(end.startswith(word) for end in ends)):
+            return method
+    return ""

@@ -51,10 +51,9 @@ def current_name(model: nn.Module) -> Callable[[str], str]:
 
 def with_current_names(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Returns a config whose `target_modules` uses a model's present names, and warns where it did not."""
-    if config.target_modules in (None, "all"):
-        return config
     targets = config.target_modules
-    assert targets is not None
+    if targets is None or targets == "all":
+        return config
     names = list(modules_by_name(model))
     lost = [pattern for pattern, matched in matches("target_modules", targets, names).items() if not matched]
     former = former_names(model) if lost else {}
