@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -12,6 +13,7 @@ from lora_plugins.adapter import (
     Calibration,
     InitData,
     ModelState,
+    NewAdapter,
     add,
     allocated,
     base_in_place,
@@ -178,7 +180,7 @@ class LoraModel(metaclass=Told):
         calibration = calibration_for(self.model, plan, init_data)
         plan = allocated(plan, calibration)
         with self._adding(adapter_name):
-            add(self.model, adapter_name, plan, initialize(self.model, plan, calibration))
+            add(self.model, adapter_name, NewAdapter(plan, initialize(self.model, plan, calibration)))
 
     @_changing
     def set_adapter(
@@ -351,9 +353,9 @@ class LoraModel(metaclass=Told):
                 merged.
         """
         with self._adding(adapter_name):
-            result = combine(self.model, self._state, self._registry, adapters, weights, combination_type, options)
-            add(self.model, adapter_name, result.plan, result.content, result.values)
-        return result.relative_error
+            new, error = combine(self.model, self._state, self._registry, adapters, weights, combination_type, options)
+            add(self.model, adapter_name, new)
+        return error
 
     @_whole
     def save_adapter(
@@ -551,17 +553,16 @@ class LoraModel(metaclass=Told):
         state.adapter(adapter_name)
         packed = _read(self.model, path, self._registry, format, format_options)
         with base_in_place(self.model, state):
-            unpacked = unpack(self.model, packed, self._registry)
-        swap(self.model, state, adapter_name, unpacked.plan, unpacked.content, unpacked.values, unpacked.stored)
+            other = unpack(self.model, packed, self._registry)
+        swap(self.model, state, adapter_name, other)
 
     @_changing
     def _add_packed(self, packed: PackedAdapter, adapter_name: str, changed: Mapping[str, Tensor] | None) -> None:
         with self._adding(adapter_name):
-            unpacked = unpack(self.model, packed, self._registry)
+            new = unpack(self.model, packed, self._registry)
             if changed is None:
-                changed = rebuilt_bases(self.model, unpacked, packed)
-            plan, content, values = unpacked.plan, unpacked.content, unpacked.values
-            add(self.model, adapter_name, plan, content, values, changed, unpacked.stored)
+                changed = rebuilt_bases(self.model, new, packed, self._registry)
+            add(self.model, adapter_name, replace(new, changed=changed))
 
     @_whole
     def pack(self, adapter_name: str) -> PackedAdapter:

@@ -8,7 +8,7 @@ from lora_plugins.adapter.acting import apply_state, base_in_place, freeze_new_n
 from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate, calibration_for
-from lora_plugins.adapter.combine import Combination, combine
+from lora_plugins.adapter.combine import combine
 from lora_plugins.adapter.content import (
     AdapterContent,
     SlotTensors,
@@ -24,6 +24,7 @@ from lora_plugins.adapter.integrity import check_complete, check_in_place, check
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.mixed_batch import mixed_batch
 from lora_plugins.adapter.moved_base import moved_base
+from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.opening import check_not_nested, close_state
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
@@ -48,9 +49,9 @@ __all__ = [
     "Adapter",
     "AdapterContent",
     "Calibration",
-    "Combination",
     "InitData",
     "ModelState",
+    "NewAdapter",
     "SlotTensors",
     "adapted_layers",
     "adapter_parameters",

@@ -4,7 +4,6 @@ Trained heads and biases are combined by the weighted sum of their differences f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter.combinations import Update, check_options, combined_update
 from lora_plugins.adapter.content import SlotTensors, factor_dtype
 from lora_plugins.adapter.integrity import check_in_place
+from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing
@@ -20,24 +20,6 @@ from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry, Slot
 from lora_plugins.utils import in_float64
-
-
-@dataclass(frozen=True)
-class Combination:
-    """The result of a combination, ready to be attached.
-
-    Args:
-        plan: What the new adapter adapts.
-        content: Its factors by layer name and slot suffix.
-        values: Its heads, biases and statistics by full name.
-        relative_error: The largest relative error of a layer's update against the exact combination.
-    """
-
-    plan: Plan
-    content: Mapping[tuple[str, str], SlotTensors]
-    values: Mapping[str, Tensor]
-    relative_error: float
-
 
 _VARIANCE = "running_var"
 """What normalization layers of torch call their running variance."""
@@ -51,8 +33,12 @@ def combine(
     weights: Sequence[float],
     combination_type: str,
     options: Mapping[str, float],
-) -> Combination:
-    """Computes a new adapter from others; touches nothing. Arguments as in `LoraModel.add_weighted_adapter`."""
+) -> tuple[NewAdapter, float]:
+    """Computes a new adapter from others; touches nothing. Arguments as in `LoraModel.add_weighted_adapter`.
+
+    Returns:
+        The adapter, and the largest relative error of a layer's update against the exact combination.
+    """
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
     check_options(combination_type, options)
@@ -82,7 +68,7 @@ def combine(
             results[layer.name, slot.suffix] = (A, B)
             error = max(error, relative)
     plan = make_plan(model, _config(model, sources, layers, results), registry)
-    return Combination(plan, _padded(results, plan), _values(model, state, adapters, weights), error)
+    return NewAdapter(plan, _padded(results, plan), _values(model, state, adapters, weights)), error
 
 
 def _check_source(name: str, plan: Plan) -> None:

@@ -11,35 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from lora_plugins.adapter.content import AdapterContent, SlotTensors
+from lora_plugins.adapter.content import SlotTensors
 from lora_plugins.adapter.integrity import check_in_place
+from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.inplace import StoredWeight, own_tensor, slot_tensors, submodule
+from lora_plugins.inplace import own_tensor, slot_tensors, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import PLAIN, PlannedLayer
 from lora_plugins.utils import in_float64
 
 
-def swap(
-    model: nn.Module,
-    state: ModelState,
-    adapter: str,
-    plan: Plan,
-    content: AdapterContent,
-    values: Mapping[str, Tensor],
-    stored: Mapping[str, StoredWeight],
-) -> None:
+def swap(model: nn.Module, state: ModelState, adapter: str, other: NewAdapter) -> None:
     """Gives an adapter the tensors of another one.
 
     Args:
         model: The model.
         state: Its adapters.
         adapter: The adapter that is there; it keeps its name, its configuration and its ranks.
-        plan: What the other one adapts.
-        content: Its factors.
-        values: Its heads, biases and statistics.
-        stored: The base weights that it needs stored in fewer bytes and that are not.
+        other: The other one.
 
     Raises:
         AdapterFileError: If the other one does not fit into the shapes that are there. Nothing has changed then.
@@ -49,16 +39,16 @@ def swap(
     state.check("swap_adapter")
     own = state.adapter(adapter).plan
     check_in_place(model, state, adapter)
-    if stored:
-        raise _unfit(f"it was trained on {listing(stored)} stored in fewer bytes")
-    _check(own, plan, values)
-    given = {layer.name: layer for layer in plan.layers}
+    if other.stored:
+        raise _unfit(f"it was trained on {listing(other.stored)} stored in fewer bytes")
+    _check(own, other.plan, other.values)
+    given = {layer.name: layer for layer in other.plan.layers}
     new: list[tuple[Tensor, Tensor]] = []
     for layer, slot, _ in own.slots():
         tensors = slot_tensors(submodule(model, layer.name), adapter, slot)
-        fitted = _fitted(tensors, layer, given.get(layer.name), content.get((layer.name, slot.suffix)))
+        fitted = _fitted(tensors, layer, given.get(layer.name), other.content.get((layer.name, slot.suffix)))
         new += [(tensor, fitted[name]) for name, tensor in tensors.items()]
-    for name, value in values.items():
+    for name, value in other.values.items():
         present = state.values.value(model, adapter, name)
         target = own_tensor(model, name) if state.values.owner.get(name) == adapter else present
         new.append((target, value.to(present.device, present.dtype, copy=True)))

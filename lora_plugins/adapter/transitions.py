@@ -6,15 +6,14 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_plugins.adapter.acting import apply_state
 from lora_plugins.adapter.attach import attach, detach
 from lora_plugins.adapter.base_state_dict import accept_base_of_part
 from lora_plugins.adapter.content import (
-    AdapterContent,
     changed_bases,
     new_stored_weights,
     to_store,
@@ -22,6 +21,7 @@ from lora_plugins.adapter.content import (
     with_own_tensors,
 )
 from lora_plugins.adapter.moved_base import base_marks
+from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.same_start import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
@@ -31,7 +31,6 @@ from lora_plugins.errors import ConfigError, StateError, TargetError, listing
 from lora_plugins.field_checks import finite
 from lora_plugins.inplace import (
     RESERVED,
-    StoredWeight,
     all_stored,
     holder_of,
     layer_state,
@@ -42,7 +41,6 @@ from lora_plugins.inplace import (
     unwrapped,
     watch_loading,
 )
-from lora_plugins.plan import Plan
 from lora_plugins.utils import without_collection
 
 ADAPTER_NAME = re.compile(r"\w[\w-]*")
@@ -109,36 +107,20 @@ def check_names(state: ModelState, adapters: Sequence[str]) -> None:
         raise ConfigError(f"{listing(repeated)} is named more than once; name each adapter once.")
 
 
-def add(
-    model: nn.Module,
-    adapter: str,
-    plan: Plan,
-    content: AdapterContent,
-    values: Mapping[str, Tensor] | None = None,
-    changed: Mapping[str, Tensor] | None = None,
-    stored: Mapping[str, StoredWeight] | None = None,
-) -> None:
-    """Puts a finished adapter on a model; everything that can fail happens before the first change.
-
-    Args:
-        model: The model.
-        adapter: The adapter's name.
-        plan: What it adapts.
-        content: Its tensors.
-        values: Its heads, biases and statistics, where they were saved.
-        changed: The base weights that its init replaces, where they were rebuilt.
-        stored: The base weights that are stored in fewer bytes from now on, where they were made before.
+def add(model: nn.Module, adapter: str, new: NewAdapter) -> None:
+    """Puts a new adapter on a model, under a name; everything that can fail happens before the first change.
 
     Raises:
         MergeError: If its init or its storage would change a weight that a layer uses too which it does not adapt.
         TargetError: If it would store a weight of which another adapter has a value of its own, or its init makes
             weights larger than their types can hold.
     """
+    plan, content, stored, changed = new.plan, new.content, new.stored, new.changed
     if plan.init.changes_base:
         check_shared(model, plan.weights())
-    if new := to_store(model, plan):
-        check_shared(model, by_layer(new), to="store")
-        check_not_owned(model, new)
+    if names := to_store(model, plan):
+        check_shared(model, by_layer(names), to="store")
+        check_not_owned(model, names)
     if stored is None:
         stored = new_stored_weights(model, plan, content)
     if changed is None:
@@ -147,7 +129,7 @@ def add(
         content = with_own_tensors(model, plan, content, changed, stored)
     own = trained_values(model, plan)
     # A saved value takes the type that training has on this model, which may be another than where it was saved.
-    own |= {key: value.to(own[key].dtype, copy=True) for key, value in (values or {}).items()} | dict(changed)
+    own |= {key: value.to(own[key].dtype, copy=True) for key, value in new.values.items()} | dict(changed)
     base = base_marks(model, plan)
     state = open_state(model)
     first = not state.adapters

@@ -12,7 +12,7 @@ from lora_plugins.files.origins import versions_told
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
-from lora_plugins.files.unpacked import UnpackedAdapter, planned_again, rebuilt_bases, unpack
+from lora_plugins.files.unpacked import planned_again, rebuilt_bases, unpack
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
 
@@ -22,7 +22,6 @@ __all__ = [
     "PICKLED",
     "TENSOR_FILE",
     "PackedAdapter",
-    "UnpackedAdapter",
     "by_same_plugins",
     "checksum",
     "described",

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.adapter import AdapterContent, SlotTensors, changed_bases
+from lora_plugins.adapter import NewAdapter, SlotTensors, changed_bases
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing, sentence
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
@@ -16,32 +15,13 @@ from lora_plugins.files.manifest import checked_manifest, recipe_prefix, recipes
 from lora_plugins.files.origins import check_origins, versions_told
 from lora_plugins.files.other_root import check_root
 from lora_plugins.files.stored_base import new_checked, with_stored
-from lora_plugins.inplace import StoredWeight, model_modules, own_tensor
+from lora_plugins.inplace import model_modules, own_tensor
 from lora_plugins.plan import Plan, make_plan
 from lora_plugins.plugins import PackedAdapter, Registry, registry_of
 
 
-@dataclass(frozen=True)
-class UnpackedAdapter:
-    """An adapter that was found to fit a model.
-
-    Args:
-        plan: What it adapts.
-        content: Its factors by layer name and slot suffix.
-        values: Its heads, biases and statistics by full name.
-        stored: The base weights that are stored in fewer bytes with it, by full name.
-        registry: The plugins that it was read with.
-    """
-
-    plan: Plan
-    content: AdapterContent
-    values: Mapping[str, Tensor]
-    stored: Mapping[str, StoredWeight]
-    registry: Registry
-
-
-def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -> UnpackedAdapter:
-    """Checks an adapter against a model; touches nothing.
+def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -> NewAdapter:
+    """Checks an adapter against a model, and returns it as one that fits; touches nothing.
 
     Args:
         model: The model, with the base's own values in place.
@@ -62,7 +42,7 @@ def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -
         return _unpacked(model, packed, config, registry)
 
 
-def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, registry: Registry) -> UnpackedAdapter:
+def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, registry: Registry) -> NewAdapter:
     manifest = packed.manifest
     with _misfit_told():
         names = [name for entry in model_modules(model) for name in entry.names]
@@ -85,7 +65,7 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
     }
     values = {name: packed.tensors[value_key(name)] for name in (*plan.trained, *plan.saved_buffers)}
     stored = new_checked(model, plan, content, manifest.get("stored") or {})
-    return UnpackedAdapter(plan, content, values, stored, registry)
+    return NewAdapter(plan, content, values, stored=stored)
 
 
 def planned_again(model: nn.Module, manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> Plan:
@@ -115,17 +95,19 @@ def _misfit_told() -> Iterator[None]:
         raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
 
 
-def rebuilt_bases(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
+def rebuilt_bases(
+    model: nn.Module, unpacked: NewAdapter, packed: PackedAdapter, registry: Registry | None
+) -> dict[str, Tensor]:
     """Computes by full name the weights that the adapter's init replaces, bit for bit as in its training.
 
     Raises:
         AdapterFileError: If a recipe is damaged, or a weight differs in a bit.
     """
-    with versions_told(packed.manifest, unpacked.registry):
-        return _rebuilt(model, unpacked, packed)
+    with versions_told(packed.manifest, registry or registry_of(unpacked.plan.config)):
+        return _rebuilt(model, unpacked, packed.manifest["changed"])
 
 
-def _rebuilt(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter) -> dict[str, Tensor]:
+def _rebuilt(model: nn.Module, unpacked: NewAdapter, sums: Mapping[str, Any]) -> dict[str, Tensor]:
     try:
         changed = changed_bases(model, unpacked.plan, unpacked.content)
     except Exception as error:  # an init may trip over a damaged recipe in any way
@@ -133,7 +115,6 @@ def _rebuilt(model: nn.Module, unpacked: UnpackedAdapter, packed: PackedAdapter)
             f"The init {unpacked.plan.init.name!r} could not compute the changed base from what is stored with the "
             f"adapter: {type(error).__name__}: {sentence(error)} Copy the adapter again."
         ) from error
-    sums = packed.manifest["changed"]
     _difference("changed base", sums, changed, "the manifest", "what the init changes")
     wrong = [name for name, tensor in changed.items() if not has_checksum(tensor, str(sums.get(name)))]
     if wrong:
