@@ -57,8 +57,8 @@ class Commands:
 
 def _of_the_core(module: str) -> Callable[[list[str]], int]:
     def run(arguments: list[str]) -> int:
-        PARSERS[arguments[0]]().parse_args(arguments[1:])  # before torch is imported
-        code: int = importlib.import_module(f"lora_plugins.cli.{module}").run(arguments[1:])
+        given = PARSERS[arguments[0]]().parse_args(arguments[1:])  # before torch is imported
+        code: int = importlib.import_module(f"lora_plugins.cli.{module}").run(given)
         return code
 
     return run

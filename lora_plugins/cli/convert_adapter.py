@@ -4,6 +4,7 @@ import importlib
 import os
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel
-from lora_plugins.cli.command_lines import convert_parser
 from lora_plugins.errors import ConfigError, listing, nothing_there, sentence
 from lora_plugins.files import format_of, options_of
 from lora_plugins.formats import convert
@@ -23,14 +23,13 @@ from lora_plugins.plugins import FORMATS, OWN_FORMAT, default_registry
 from lora_plugins.writable import check_writable_place
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(given: Namespace) -> int:
     """Converts a file.
 
     Raises:
         AdapterFileError: If the source is damaged, does not fit the model, or cannot be expressed in the other format.
         ConfigError: If the model cannot be made, or is needed and was not named.
     """
-    given = convert_parser().parse_args(arguments)
     if given.weights is not None and given.model is None:
         raise ConfigError(
             "--weights are those of the base model, which --model does not name. Say --model MODULE:NAME."

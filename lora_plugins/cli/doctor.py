@@ -3,7 +3,8 @@
 import platform
 import shutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Literal
 import torch
 
 import lora_plugins
-from lora_plugins.cli.command_lines import doctor_parser
 from lora_plugins.cli.commands import GROUP as COMMANDS
 from lora_plugins.cli.commands import installed_commands
 from lora_plugins.cli.requirements import Requirement, requirements
@@ -50,9 +50,8 @@ class Finding:
     advice: str = ""
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(_: Namespace) -> int:
     """Prints what was found; returns 1 if there is a problem."""
-    doctor_parser().parse_args(arguments)
     require_installation()
     problems = 0
     for title, check in CHECKS.items():

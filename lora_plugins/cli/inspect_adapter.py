@@ -1,22 +1,21 @@
 """`lora-plugins inspect PATH`: what is in an adapter file of any format, without a model."""
 
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
-from lora_plugins.cli.command_lines import inspect_parser
 from lora_plugins.cli.text import table
 from lora_plugins.files import format_of
 from lora_plugins.hub import located
 from lora_plugins.plugins import AdapterSummary
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(given: Namespace) -> int:
     """Prints what is in a file.
 
     Raises:
         AdapterFileError: If it is damaged, or of no format.
     """
-    path = located(inspect_parser().parse_args(arguments).path)
+    path = located(given.path)
     found = format_of(path)
     print(described(path, found.name, found.summary(path)))
     return 0

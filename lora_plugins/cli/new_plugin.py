@@ -3,12 +3,11 @@
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from argparse import Namespace
 from importlib import resources
 from pathlib import Path
 from string import Template
 
-from lora_plugins.cli.command_lines import new_plugin_parser
 from lora_plugins.errors import ConfigError
 from lora_plugins.plugins import KINDS, build_registry
 from lora_plugins.writable import check_writable_folder
@@ -26,9 +25,8 @@ FILES = {
 """The files of a package, and the templates they are made from."""
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(given: Namespace) -> int:
     """Writes a package, and prints what to do with it."""
-    given = new_plugin_parser().parse_args(arguments)
     folder = write(given.name, given.into)
     print(f"Wrote {folder}. Next:\n\n  cd {folder}\n  pip install -e '.[test]'\n  pytest\n  lora-plugins plugins")
     return 0

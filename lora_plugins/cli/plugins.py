@@ -1,21 +1,19 @@
 """`lora-plugins plugins`: every plugin with its distribution, version, what it provides, and its state."""
 
-from collections.abc import Sequence
+from argparse import Namespace
 
-from lora_plugins.cli.command_lines import plugins_parser
 from lora_plugins.cli.text import table
 from lora_plugins.errors import PluginError
 from lora_plugins.plugins import PluginInfo, Registry, found_plugins
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(_: Namespace) -> int:
     """Prints all plugins.
 
     Raises:
         PluginError: If two plugins claim one name or module class, naming all that do, after the table; or a file that
             was asked for fails.
     """
-    plugins_parser().parse_args(arguments)
     print("Plugins of lora_plugins\n")
     registry, clashes = found_plugins()
     print(listed(registry))
