@@ -24,9 +24,8 @@ def levels(bits: int) -> Tensor:
     if bits == 8:
         return torch.arange(-127, 128, dtype=torch.float64, device="cpu") / 127
     count = 2**bits
-    quantile = torch.tensor(_OUTERMOST_QUANTILE, dtype=torch.float64, device="cpu")
-    positive = torch.special.ndtri(_linspace(quantile, count // 2 + 1))
-    negative = -torch.special.ndtri(_linspace(quantile, count // 2))
+    positive = torch.special.ndtri(_quantiles(count // 2 + 1))
+    negative = -torch.special.ndtri(_quantiles(count // 2))
     table = torch.cat([negative, torch.zeros(1, dtype=torch.float64, device="cpu"), positive.flip(0)])
     # Rounded once, so that no platform's last bit of ndtri matters.
     return (table / table.abs().max()).float().to(torch.float64)
@@ -65,6 +64,6 @@ def quantize_dequantize(weight: Tensor, bits: int, block_size: int) -> Tensor:
     return values.flatten()[: weight.numel()].view(weight.shape)
 
 
-def _linspace(outermost: Tensor, steps: int) -> Tensor:
+def _quantiles(steps: int) -> Tensor:
     """Quantiles from the outermost down to, not including, the median."""
-    return torch.linspace(float(outermost), 0.5, steps, dtype=torch.float64, device="cpu")[:-1]
+    return torch.linspace(_OUTERMOST_QUANTILE, 0.5, steps, dtype=torch.float64, device="cpu")[:-1]
