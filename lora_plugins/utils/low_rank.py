@@ -7,7 +7,7 @@ from lora_plugins.utils.randomness import seeded
 
 
 def truncated_svd(
-    matrix: Tensor, rank: int, niter: int | None = None, generator: torch.Generator | None = None
+    matrix: Tensor, rank: int, niter: int | None, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the leading singular vectors and values of a matrix: U `(out, k)`, S `(k,)` and Vh `(k, in)`.
 
