@@ -139,7 +139,7 @@ def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict
     A weight that is stored in fewer bytes is not the adapter's but the model's; see `new_stored_weights`.
     """
     names = {full_name(layer.name, slot.tensor) for layer, slot, _ in plan.slots()} - plan.stored.keys()
-    return _bases(model, plan, content, names, plan.init.changed_base)
+    return _bases(model, plan, content, names, {}, stored=False)
 
 
 def to_store(model: nn.Module, plan: Plan) -> dict[str, Storage]:
@@ -168,7 +168,7 @@ def new_stored_weights(
         PluginError: If the storage does not restore the smallest of them.
     """
     new = to_store(model, plan)
-    changed = _bases(model, plan, content, set(new), plan.init.base_to_store, dtypes, wide=True)
+    changed = _bases(model, plan, content, set(new), dtypes, stored=True)
     made: dict[int, StoredWeight] = {}
     for name, storage in new.items():
         parameter = own_tensor(model, name)
@@ -199,10 +199,9 @@ def _bases(
     plan: Plan,
     content: AdapterContent,
     names: set[str],
-    compute: Callable[..., Tensor],
-    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    dtypes: Mapping[str, torch.dtype],
     *,
-    wide: bool = False,
+    stored: bool,
 ) -> dict[str, Tensor]:
     """Computes what an init puts in place of base weights, by full name; empty for most inits.
 
@@ -211,12 +210,12 @@ def _bases(
         plan: What is adapted.
         content: The adapter's tensors.
         names: Full names of the weights that are wanted.
-        compute: What the init computes, as `InitPlugin.changed_base`.
         dtypes: The types that weights had when that was computed before, by full name.
-        wide: Whether in the type of the factors, in place of the weight's.
+        stored: Whether that is stored in fewer bytes; it is wanted in the type of the factors then, not of the weight.
     """
     if not plan.init.changes_base:
         return {}
+    compute = plan.init.base_to_store if stored else plan.init.changed_base
     changed: dict[str, Tensor] = {}
     for layer, slot, _ in plan.slots():
         name = full_name(layer.name, slot.tensor)
@@ -224,7 +223,7 @@ def _bases(
             continue
         original = detached_weight(submodule(model, layer.name), slot.tensor)
         original = original.to(dtypes.get(name, original.dtype))
-        weight = changed.get(name, original.to(factor_dtype(original)) if wide else original)
+        weight = changed.get(name, original.to(factor_dtype(original)) if stored else original)
         matrix = layer.plugin.to_matrix(weight).clone()
         recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}
         place = f"the init {plan.init.name!r}, computing the base of {layer.name!r}"
