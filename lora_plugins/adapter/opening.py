@@ -1,6 +1,5 @@
 """Prepares a model for adapters, with an empty set of them and its hooks, and undoes it."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def open_state(model: nn.Module) -> ModelState:
         model.__dict__[MODEL_STATE] = state
         model.register_load_state_dict_pre_hook(accept_base)  # type: ignore[no-untyped-call]
         model.register_forward_pre_hook(_check_training)
-        warn_on_save(model, partial(_acting_names, state))
+        warn_on_save(model, state)
         for module in model.modules():
             pin_attributes(module)
     return state
@@ -83,10 +82,6 @@ def check_not_nested(model: nn.Module) -> None:
             "LoraModel of the whole model; unload() takes its adapters off. For a copy that can be changed, copy the "
             "whole model and take the part of that."
         )
-
-
-def _acting_names(state: ModelState) -> tuple[str, ...]:
-    return state.acting.adapters
 
 
 def _check_training(model: nn.Module, _: Any) -> None:

@@ -7,12 +7,12 @@ adapters.
 """
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from lora_plugins.adapter.attach import adapter_tensors
+from lora_plugins.adapter.state import ModelState
 
 SAVE = "save_pretrained"
 
@@ -24,12 +24,11 @@ class WarnedSave:
 
     Args:
         module: The module.
-        acting: Returns the names of the adapters that act in the model and are not merged.
+        state: The adapters of the model that it is, or is in.
     """
 
-    def __init__(self, module: nn.Module, acting: Callable[[], tuple[str, ...]]) -> None:
-        self._module = module
-        self._acting = acting
+    def __init__(self, module: nn.Module, state: ModelState) -> None:
+        self._module, self._state = module, state
 
     @property
     def __wrapped__(self) -> Any:
@@ -41,7 +40,7 @@ class WarnedSave:
         written = set(adapter_tensors(self._module))
         if (given := kwargs.get("state_dict")) is not None:
             written &= set(given)
-        if self._acting() and written:
+        if self._state.acting.adapters and written:
             warnings.warn(
                 f"{type(self._module).__name__}.save_pretrained writes base and adapter apart, and from_pretrained "
                 "drops the adapter: what was trained would be lost. Save the adapter with LoraModel(model)."
@@ -52,16 +51,11 @@ class WarnedSave:
         return self.__wrapped__(*args, **kwargs)
 
 
-def warn_on_save(model: nn.Module, acting: Callable[[], tuple[str, ...]]) -> None:
-    """Lets `save_pretrained` warn, of a model and of the models in it; an attribute of the user's stays.
-
-    Args:
-        model: The model.
-        acting: As in `WarnedSave`; it is copied and pickled with the model.
-    """
+def warn_on_save(model: nn.Module, state: ModelState) -> None:
+    """Lets `save_pretrained` warn, of a model and of the models in it; an attribute of the user's stays."""
     for module in model.modules():
         if SAVE not in vars(module) and callable(getattr(type(module), SAVE, None)):
-            vars(module)[SAVE] = WarnedSave(module, acting)
+            vars(module)[SAVE] = WarnedSave(module, state)
 
 
 def restore_save(model: nn.Module) -> None:
