@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from lora_plugins.errors import ConfigError, TargetError, near, quoted
 from lora_plugins.utils import path_ends, plain_name
@@ -76,14 +75,6 @@ def exact_expression(name: str) -> str:
     return name.replace(".", r"\.") if is_literal(name) else re.escape(name)
 
 
-def matcher(field: str, patterns: Sequence[str] | str) -> dict[str, Callable[[str], bool]]:
-    """Returns a test of full names for each pattern of a `target_modules`-like field."""
-    if isinstance(patterns, str):
-        expression = compiled(field, patterns)
-        return {patterns: lambda name: expression.fullmatch(name) is not None}
-    return {pattern: partial(ends_with, pattern) for pattern in patterns}
-
-
 def select(
     field: str, patterns: Sequence[str] | str, names: Iterable[str], hint: Callable[[str], str] | None = None
 ) -> dict[str, list[str]]:
@@ -110,7 +101,7 @@ def select(
 def matches(field: str, patterns: Sequence[str] | str, names: Sequence[str]) -> dict[str, list[str]]:
     """Returns the names that each pattern of a `target_modules`-like field matches, in their order."""
     if isinstance(patterns, str):
-        return {pattern: [*filter(test, names)] for pattern, test in matcher(field, patterns).items()}
+        return {patterns: [*filter(compiled(field, patterns).fullmatch, names)]}
     by_end: dict[str, dict[str, None]] = {}  # so that a model of many layers may be given a list of as many names
     for name in names:
         for end in path_ends(name):

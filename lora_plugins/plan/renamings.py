@@ -17,7 +17,7 @@ from torch import nn
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import listing, quoted
 from lora_plugins.inplace import full_name, model_modules, modules_by_name
-from lora_plugins.plan.patterns import ends_with, matcher, matches
+from lora_plugins.plan.patterns import ends_with, matches
 from lora_plugins.utils import within
 
 _TENSOR = ".weight"
@@ -69,8 +69,9 @@ def with_current_names(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 def _meant(pattern: str, targets: list[str] | str, former: Mapping[str, str], names: list[str]) -> list[str]:
     """Returns the modules that a pattern meant by former names: as path ends, where these are unambiguous."""
-    test = matcher("target_modules", targets if isinstance(targets, str) else [pattern])[pattern]
-    meant = [name for name, old in former.items() if test(old)]
+    asked = targets if isinstance(targets, str) else [pattern]
+    found = set(matches("target_modules", asked, list(former.values()))[pattern])
+    meant = [name for name, old in former.items() if old in found]
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in meant))
     matched = [name for name in names if any(ends_with(end, name) for end in ends)]
     return ends if sorted(matched) == sorted(meant) else meant
