@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from lora_plugins.plan.patterns import ends_with
 from lora_plugins.plugins import PlannedLayer
 from lora_plugins.utils import path_starts
 
@@ -102,7 +103,7 @@ def group_names(names: Iterable[str]) -> Mapping[str, Sequence[str]]:
 
 def _owner(tensor: str, modules: Collection[str]) -> str:
     around = reversed(path_starts(tensor)[1:])
-    owners = (path for path in around if any(f".{path}".endswith(f".{module}") for module in modules))
+    owners = (path for path in around if any(ends_with(module, path) for module in modules))
     return next(owners, tensor)
 
 
