@@ -7,7 +7,7 @@ import math
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from lora_plugins.errors import ConfigError, near
@@ -215,6 +215,13 @@ def check_options(name: str, value: Any) -> None:
         raise ConfigError(f"{name} maps names to values; it is not {shown(value)}.")
     for key in value:
         check_name(name, key)
+
+
+def check_known_options(owner: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Names of options that their owner has."""
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{owner} has no option {key!r}. {near(key, known)}")
 
 
 def check_kept_options(name: str, value: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.errors import ConfigError, near
-from lora_plugins.field_checks import finite
+from lora_plugins.field_checks import check_known_options, finite
 from lora_plugins.utils import low_rank
 
 Merge = Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
@@ -89,9 +89,7 @@ def check_options(kind: str, options: Mapping[str, float]) -> None:
     if kind not in COMBINATIONS:
         raise ConfigError(f"There is no combination {kind!r}. {near(kind, COMBINATIONS)}")
     known = COMBINATIONS[kind]
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"{kind!r} has no option {key!r}. {near(key, known)}")
+    check_known_options(repr(kind), options, known)
     numbers = {key: finite(key, value) for key, value in options.items()}
     if "density" in known and not 0 < numbers.get("density", -1) <= 1:
         raise ConfigError(f"{kind!r} needs a density: the share of elements to keep, above 0 and at most 1.")

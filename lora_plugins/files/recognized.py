@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_plugins.errors import AdapterFileError, ConfigError, listing, near, noted, nothing_there
+from lora_plugins.errors import AdapterFileError, listing, noted, nothing_there
+from lora_plugins.field_checks import check_known_options
 from lora_plugins.plugins import FORMATS, AdapterFormat, Registry, default_registry
 
 PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
@@ -64,7 +65,5 @@ def options_of(chosen: AdapterFormat, given: Mapping[str, Any] | None) -> dict[s
     Raises:
         ConfigError: If the format has no option of a name.
     """
-    for key in given or {}:
-        if key not in chosen.options:
-            raise ConfigError(f"The format {chosen.name!r} has no option {key!r}. {near(key, chosen.options)}")
+    check_known_options(f"The format {chosen.name!r}", given or {}, chosen.options)
     return {**chosen.options, **(given or {})}

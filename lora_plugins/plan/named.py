@@ -1,7 +1,8 @@
 """The plugins that a config names, with the options that it gives them: what can be wrong before there is a model."""
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, listing, near, noted
+from lora_plugins.errors import ConfigError, listing, noted
+from lora_plugins.field_checks import check_known_options
 from lora_plugins.plugins import (
     INITS,
     PLAIN,
@@ -51,9 +52,7 @@ def storage_of(config: LoraConfig, registry: Registry) -> Storage | None:
 
 def _init_of(config: LoraConfig, registry: Registry) -> InitPlugin:
     init = registry.get(INITS, config.init)
-    for key in config.init_options:
-        if key not in init.options:
-            raise ConfigError(f"init_options: {config.init!r} has no option {key!r}. {near(key, init.options)}")
+    check_known_options(f"init_options: {config.init!r}", config.init_options, init.options)
     with noted(f"check_options() of the init {init.name!r}"):
         init.check_options({**init.options, **config.init_options})
     return init

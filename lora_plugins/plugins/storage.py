@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_plugins import words
-from lora_plugins.errors import ConfigError, PluginError, near, noted
-from lora_plugins.field_checks import is_plain, is_whole
+from lora_plugins.errors import ConfigError, PluginError, noted
+from lora_plugins.field_checks import check_known_options, is_plain, is_whole
 from lora_plugins.plugins.kind import A_NAME, PluginKind, are_options
 from lora_plugins.utils import in_full, is_dense, shape_or_value
 
@@ -83,9 +83,7 @@ def storage_options(plugin: StoragePlugin, given: Mapping[str, Any]) -> dict[str
         ConfigError: If one that is given is unknown or wrong.
     """
     options = {**COMMON_OPTIONS, **plugin.options}
-    for key in given:
-        if key not in options:
-            raise ConfigError(f"quantize_options: {plugin.name!r} has no option {key!r}. {near(key, options)}")
+    check_known_options(f"quantize_options: {plugin.name!r}", given, options)
     options.update(given)
     size = options["min_size"]
     if not is_whole(size) or size < 0:
