@@ -171,6 +171,11 @@ class LoraConfig:
         return cls(**values)
 
 
+def rank_divisor(r: float, *, use_rslora: bool) -> float:
+    """Returns what alpha is divided by at a rank, to give the scaling; of a ratio of ranks, the ratio of these."""
+    return math.sqrt(r) if use_rslora else r
+
+
 @dataclass(frozen=True)
 class LayerSettings:
     """The settings of one layer that follow from a config.
@@ -192,7 +197,7 @@ class LayerSettings:
     @classmethod
     def of(cls, config: LoraConfig, r: int, alpha: float) -> "LayerSettings":
         """Returns the settings of a layer that has its own rank and alpha."""
-        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+        scaling = alpha / rank_divisor(r, use_rslora=config.use_rslora)
         return cls(r, alpha, scaling, config.dropout, config.memory == "low")
 
 

@@ -1,7 +1,6 @@
 """Adapters of diffusers: a `.safetensors` file with the parts of a pipeline, and PEFT's configs as metadata."""
 
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read
 from lora_plugins.formats.diffusers_keys import ALONE, placed_key
@@ -144,7 +144,7 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) 
     if config is not None:
         said = config.rank(name, factors["A"], factors["B"])
         config.check_magnitude(name, present=not factors.keys().isdisjoint(("magnitude", "scale")))
-        alpha = config.alpha(name) * r / (math.sqrt(said) if config.fields.get("use_rslora") else said)
+        alpha = config.alpha(name) * r / rank_divisor(said, use_rslora=config.fields.get("use_rslora", False))
     magnitude = magnitude_of(name, factors["scale"], len(factors["B"])) if "scale" in factors else None
     return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude", magnitude))
 

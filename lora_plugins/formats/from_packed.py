@@ -1,6 +1,5 @@
 """Converts one of our adapters to the terms that foreign formats share, and refuses by name what has no such terms."""
 
-import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.config import LoraConfig
+from lora_plugins.config import LoraConfig, rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.files import planned_again, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.formats.places import places_by_name, tensor_names
@@ -158,12 +157,12 @@ def _layer(source: _Source, layer: PlannedLayer) -> PortableLayer:
     weight = detached_weight(submodule(source.model, layer.name), layer.slots[0].tensor)
     if layer.plugin.name.startswith("conv"):
         A, B = A.reshape(len(A), *weight.shape[1:]), B.reshape(*B.shape, *(1 for _ in weight.shape[2:]))
-    power = 0.5 if source.plan.config.use_rslora else 1.0
+    grown = rank_divisor(len(A) / layer.r, use_rslora=source.plan.config.use_rslora)
     path, _, own_name = layer.name.rpartition(".")
     return PortableLayer(
         A=A,
         B=B,
-        alpha=layer.alpha * math.pow(len(A) / layer.r, power),  # the same scaling at the new rank
+        alpha=layer.alpha * grown,  # the same scaling at the new rank
         magnitude=torch.cat(magnitudes) if magnitudes else None,
         layer_type=layer.plugin.name,
         in_attention=own_name == "out_proj" and isinstance(submodule(source.model, path), nn.MultiheadAttention),

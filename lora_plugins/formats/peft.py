@@ -4,7 +4,6 @@ PEFT up to 0.21.2 applies the update of an attention's `out_proj` twice where th
 (huggingface/peft#3774): such a file means twice its product, which is read and written so.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 from packaging.version import InvalidVersion, Version
 from torch import Tensor, nn
 
+from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
 from lora_plugins.files import PICKLED
 from lora_plugins.formats.layer_tensors import check_factors
@@ -150,7 +150,7 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
     A, B = factors["A"], factors["B"]
     config.check_magnitude(name, present="magnitude" in factors)
     share = len(A) / config.rank(configured, A, B)
-    alpha = config.alpha(configured) * (math.sqrt(share) if config.fields.get("use_rslora") else share)
+    alpha = config.alpha(configured) * rank_divisor(share, use_rslora=config.fields.get("use_rslora", False))
     return PortableLayer(A, B, alpha, factors.get("magnitude"))
 
 

@@ -4,12 +4,13 @@ PEFT adapts `in_proj_weight` and `out_proj` together or not at all. Where we ada
 a B of zeros; where ranks or scalings differ, A and B are padded and scaled to one.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from lora_plugins.config import rank_divisor
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 
 _APPLIED = 2
@@ -21,7 +22,7 @@ _OUT = "out_proj"
 def with_attention(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:
     """Returns the layers of an adapter with both projections of each attention, as PEFT has them."""
     layers = dict(adapter.layers)
-    power = 0.5 if adapter.use_rslora else 1.0
+    divisor = partial(rank_divisor, use_rslora=adapter.use_rslora)
     for name in _attentions(layers):
         inner, outer = layers.get(name), layers.get(f"{name}.{_OUT}")
         known = inner or outer
@@ -29,9 +30,9 @@ def with_attention(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:
         inner = inner or _idle(known, 3 * known.A.shape[1])
         outer = outer or _idle(known, known.A.shape[1])
         r = max(inner.r, outer.r)
-        scaling = inner.alpha / math.pow(inner.r, power)
-        factor = outer.alpha / math.pow(outer.r, power) / scaling
-        alpha = inner.alpha if inner.r == r else scaling * math.pow(r, power)
+        scaling = inner.alpha / divisor(inner.r)
+        factor = outer.alpha / divisor(outer.r) / scaling
+        alpha = inner.alpha if inner.r == r else scaling * divisor(r)
         layers[name] = replace(_padded(inner, r), alpha=alpha, layer_type="multihead_attention", in_attention=False)
         outer = _padded(outer, r)
         B = outer.B if factor == 1 else outer.B * factor

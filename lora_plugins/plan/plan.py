@@ -1,11 +1,10 @@
 """What would be adapted, as plain data: which layers, by which plugin, with which rank and scaling."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_plugins.config import LoraConfig
+from lora_plugins.config import LoraConfig, rank_divisor
 from lora_plugins.errors import listing
 from lora_plugins.plan.groups import LayerGroup, group_layers, group_tensors, layer_label
 from lora_plugins.plan.targets import LeftOut
@@ -70,9 +69,8 @@ class Plan:
         Args:
             ranks: Ranks by layer name; others keep theirs.
         """
-        power = 0.5 if self.config.use_rslora else 1.0
         layers = tuple(
-            layer.with_settings(r=r, alpha=layer.scaling * math.pow(r, power))
+            layer.with_settings(r=r, alpha=layer.scaling * rank_divisor(r, use_rslora=self.config.use_rslora))
             if (r := ranks.get(layer.name, layer.r)) != layer.r
             else layer
             for layer in self.layers
