@@ -11,26 +11,24 @@ from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.formats.second_path import LAYERS
 from lora_plugins.inplace import base_class_of, model_modules, own_tensor, own_tensors
-from lora_plugins.plan import former_names
 from lora_plugins.utils import path_starts
 
 _ADAPTED = (*LAYERS, nn.MultiheadAttention)
 """The layers that PEFT adapts where its config names them; `Conv1D` of transformers is recognized by its name."""
 
 
-def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, *, renamed: bool) -> None:
+def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, former: Mapping[str, str]) -> None:
     """Checks that an adapter has all layers of a model that its config targets.
 
     Args:
         model: The model.
         layers: Names of the layers that it has.
         config: The config.
-        renamed: Whether the config speaks of the modules by their former names.
+        former: The names by which the config speaks of modules, where these are former ones.
 
     Raises:
         AdapterFileError: If some are missing.
     """
-    former = former_names(model) if renamed else {}
     places = places_by_name(model)
     present = {places[name].name for name in layers if name in places}
     lacking = [
@@ -48,19 +46,18 @@ def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, 
         )
 
 
-def check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, *, renamed: bool) -> None:
+def check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, former: Mapping[str, str]) -> None:
     """Checks that every module that the config trains in full has a value in the file.
 
     Args:
         model: The model.
         adapter: The adapter.
         config: The config.
-        renamed: Whether the config speaks of the modules by their former names.
+        former: The names by which the config speaks of modules, where these are former ones.
 
     Raises:
         AdapterFileError: If one has none.
     """
-    former = former_names(model) if renamed else {}
     around = {start for value in adapter.values for start in path_starts(value)[1:]}
     lacking = [
         entry.name

@@ -23,7 +23,7 @@ from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
 from lora_plugins.inplace import full_name, model_modules, own_tensors
-from lora_plugins.plan import current_name
+from lora_plugins.plan import current_name, former_names
 from lora_plugins.utils import path_starts, within
 
 Entry = TypeVar("Entry")
@@ -56,8 +56,9 @@ def for_model(
     )
     untrained = _untrained(model, adapter)
     adapter = replace(adapter, values={name: each for name, each in adapter.values.items() if name not in untrained})
-    check_complete(model, adapter.layers, config, renamed=_differ(names))
-    check_heads(model, adapter, config, renamed=_differ(names))
+    former = _former(model, names)
+    check_complete(model, adapter.layers, config, former)
+    check_heads(model, adapter, config, former)
     check_biases(model, adapter)
     check_untied(model, adapter, config)
     check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()} | untrained)
@@ -81,7 +82,7 @@ def in_model(
     names = _present_names(model, layers)
     found = _renamed_all(layers, names.__getitem__)
     if config is not None:
-        check_complete(model, found, config, renamed=_differ(names))
+        check_complete(model, found, config, _former(model, names))
     return found
 
 
@@ -110,9 +111,9 @@ def _present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return {name: name if name in known else current(name) for name in names}
 
 
-def _differ(names: Mapping[str, str]) -> bool:
-    """Whether a file uses former names of modules."""
-    return any(old != new for old, new in names.items())
+def _former(model: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Returns the former names of modules where a file uses some; empty for most files."""
+    return former_names(model) if any(old != new for old, new in names.items()) else {}
 
 
 def _renamed_all(entries: Mapping[str, Entry], rename: Callable[[str], str]) -> dict[str, Entry]:
