@@ -149,7 +149,8 @@ class LoraTrainer(Trainer):
             LoraModel(self.model).save_adapter(folder, self.adapter_name)
             source = str(getattr(getattr(self.model, "config", None), "_name_or_path", None) or "")
             base = kwargs.get("finetuned_from") or (None if Path(source).exists() else source)  # a path says nothing
-            name, best = self.hub_model_id or folder.name, self.args.load_best_model_at_end
+            name = self.hub_model_id or self.args.hub_model_id or folder.name  # the first is set by a push alone
+            best = self.args.load_best_model_at_end
             write_card(folder, name, base, kwargs.get("license"), self.state, best=best)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -17,6 +17,11 @@ def test_without_a_hub_it_names_what_there_is(tmp_path):
     assert LoraModel.load_adapter(vit(), tmp_path / "flowers").active_adapters == ("default",)
 
 
+def test_before_a_push_it_names_the_repository_of_the_arguments(tmp_path):
+    trainer(tmp_path, hub_model_id="owner/flowers").create_model_card()
+    assert 'LoraModel.load_adapter(model, "hf://owner/flowers")' in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
 def test_it_has_the_numbers_of_the_model_that_is_there(tmp_path, best):
     """On all sets; what compute_metrics returns can hold more than numbers, as that of mean IoU does."""
