@@ -16,7 +16,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
-from lora_plugins.adapter import check_same, model_state
+from lora_plugins.adapter import adapter_tensors, check_same, model_state
 from lora_plugins.arguments import check_config
 from lora_plugins.errors import listing, no_folder
 from lora_plugins.field_checks import Check, check_fields, check_flag, check_name, check_share
@@ -162,9 +162,10 @@ class LoraTrainer(Trainer):
         decayed: list[str] = super().get_decay_parameter_names(model)
         if super().get_decay_parameter_names(nn.ParameterDict({self.adapter_name: nn.Parameter(torch.zeros(1))})):
             return decayed
-        layers = {_layer(name) for name in decayed}
-        places = {name: name.removesuffix(f".{self.adapter_name}") for name, _ in model.named_parameters()}
-        return decayed + [name for name, place in places.items() if place != name and _layer(place) in layers]
+        layers = {_holder(name) for name in decayed}
+        factors = {id(tensor) for tensor in adapter_tensors(model).values()}
+        named = [name for name, parameter in model.named_parameters() if id(parameter) in factors]
+        return decayed + [name for name in named if _holder(_holder(name)) in layers]
 
     def _declare(self, model: Any) -> None:
         """Lets the Trainer's constructor accept a quantized model: it knows no adapters but PEFT's."""
@@ -263,6 +264,6 @@ class LoraTrainer(Trainer):
         self.optimizer, self.lr_scheduler = None, None  # made again when training starts
 
 
-def _layer(name: str) -> str:
-    """Returns the module that holds a tensor."""
+def _holder(name: str) -> str:
+    """Returns the module that holds a tensor or another module."""
     return name.rpartition(".")[0]

@@ -314,6 +314,22 @@ def test_weight_decay_reaches_both_factors_of_an_adapter_of_any_name(tmp_path, n
     assert all(id(parameter) in decayed for parameter in factors)
 
 
+class Scaled(Plain):
+    """Has a parameter beside its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+def test_what_an_adapter_is_called_decays_no_bias_of_the_model(tmp_path):
+    config = LoraConfig(r=2, target_modules=["conv"], modules_to_save=["head", "scale"])
+    run = LoraTrainer(Scaled(), arguments(tmp_path, weight_decay=0.1), lora_config=config, adapter_name="bias")
+    group, rest = run.create_optimizer().param_groups
+    assert {id(parameter) for parameter in rest["params"]} == {id(run.model.head.bias)}
+    assert any(parameter is run.model.scale for parameter in group["params"])
+
+
 def test_the_start_is_that_of_the_seed(tmp_path):
     one = trainer(tmp_path)
     torch.manual_seed(1234)
