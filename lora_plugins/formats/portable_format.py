@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,11 +128,22 @@ def _wrong(adapter: Any) -> str:
     for name, layer in adapter.layers.items():
         if not isinstance(layer, PortableLayer):
             return f"{shown(layer)} for {name!r}, which is no PortableLayer"
-        for factor in ("A", "B"):
-            if not _is_dense_tensor(getattr(layer, factor)):
-                return f"{shown(getattr(layer, factor))} for {factor} of {name!r}, which is no dense tensor"
+        if wrong := _wrong_part(name, layer):
+            return wrong
     odd = [name for name, value in adapter.values.items() if not _is_dense_tensor(value)]
     return f"{shown(adapter.values[odd[0]])} for {odd[0]!r}, which is no dense tensor" if odd else ""
+
+
+def _wrong_part(name: str, layer: PortableLayer) -> str:
+    """Says what a layer was given that it cannot have; empty if there is nothing such."""
+    factors = {"A": layer.A, "B": layer.B}
+    for part, value in (factors if layer.magnitude is None else {**factors, "magnitude": layer.magnitude}).items():
+        if not _is_dense_tensor(value):
+            return f"{shown(value)} for {part} of {name!r}, which is no dense tensor"
+    for part, factor in factors.items():
+        if factor.dim() < 2:
+            return f"{tuple(factor.shape)} for {part} of {name!r}, which is no matrix"
+    return "" if isinstance(layer.alpha, Real) else f"{shown(layer.alpha)} for alpha of {name!r}, which is no number"
 
 
 def _is_dense_tensor(value: Any) -> bool:
