@@ -1,7 +1,7 @@
 """The conformance kit for formats of adapter files."""
 
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -33,6 +33,9 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 }
 """Adapters that have more than an A and a B for each layer, by what that is."""
 
+ALPHAS = (10 / 3, 13 / 3)
+"""The alphas of the adapter that is checked: a text of six digits does not hold them."""
+
 
 class Block(nn.Module):
     """Two layers with names of several components, and one that no adapter touches."""
@@ -46,6 +49,53 @@ class Block(nn.Module):
         """Computes `(n, 2)` from `(n, width)`."""
         y: Tensor = self.last(self.attn["to_out"](self.attn["to_q"](x).tanh()).tanh())
         return y
+
+
+class Pair(nn.Module):
+    """Two layers of one shape, whose names end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.ModuleDict({"proj": nn.Linear(4, 4)}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes `(n, 4)` from `(n, 4)`."""
+        y: Tensor = self.down["proj"](self.up["proj"](x).tanh())
+        return y
+
+
+class Single(nn.Module):
+    """One layer that is no linear one.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleDict({"layer": layer})
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Computes what the layer does."""
+        y = self.inner["layer"](*inputs)
+        return torch.as_tensor(y[0] if isinstance(y, tuple) else y)
+
+
+def _images() -> list[Tensor]:
+    return [torch.randn(2, 3, 5, 4, dtype=torch.float64)]
+
+
+LAYERS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Sequence[Tensor]]]] = {
+    "two layers whose names end alike": (Pair, lambda: [torch.randn(5, 4, dtype=torch.float64)]),
+    "a convolution": (lambda: Single(nn.Conv2d(3, 4, 3)), _images),
+    "a convolution with kernels of one pixel": (lambda: Single(nn.Conv2d(3, 4, 1)), _images),
+    "an embedding": (lambda: Single(nn.Embedding(7, 4)), lambda: [torch.arange(7)]),
+    "an nn.MultiheadAttention": (
+        lambda: Single(nn.MultiheadAttention(4, 2)),
+        lambda: [torch.randn(3, 2, 4, dtype=torch.float64)] * 3,
+    ),
+}
+"""Models of layers that other libraries adapt too, and what they are called with."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +129,17 @@ class FormatCase:
 
     def trained(self, **fields: Any) -> LoraModel:
         """An adapted model, its layers of different ranks and scalings, that computes something of its own."""
-        layers = {"target_modules": ["to_q", "to_out"], "rank_pattern": {"to_out": 3}, "alpha_pattern": {"to_q": 4.3}}
-        config = LoraConfig(**{"r": 2, "alpha": 3.3, **layers, **fields})
-        lora = LoraModel(self.model(), config, registry=self.registry())
+        layers = {
+            "target_modules": ["to_q", "to_out"],
+            "rank_pattern": {"to_out": 3},
+            "alpha_pattern": {"to_q": ALPHAS[1]},
+        }
+        return self.adapted(self.model(), **{**layers, **fields})
+
+    def adapted(self, model: nn.Module, **fields: Any) -> LoraModel:
+        """Adapts a model so that it computes something of its own."""
+        config = LoraConfig(**{"r": 2, "alpha": ALPHAS[0], **fields})
+        lora = LoraModel(model, config, registry=self.registry())
         with torch.no_grad(), own_randomness(1):
             for parameter in lora.model.parameters():
                 if parameter.requires_grad:
@@ -190,18 +248,46 @@ def _stopped_write(case: FormatCase, new: LoraModel, size: int, old: LoraModel |
 
 def _whole(case: FormatCase) -> None:
     for what, fields in ADAPTERS.items():
-        lora, model = case.trained(**fields), case.model()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                path = case.write(lora, Path(folder))
-            except AdapterFileError:
-                left = [each.name for each in Path(folder).iterdir()]
-                require(not left, f"an adapter with {what} was refused, and {left} was written")
-                continue
-            case.load(model, path)
-        require_close(
-            f"the output of the loaded model, of an adapter with {what},", case.run(model), case.run(lora.model)
-        )
+        model = case.model()
+        if _travels(case, f"with {what}", lora := case.trained(**fields), model):
+            _require_same_output(f"with {what}", case.run(model), case.run(lora.model))
+
+
+def _layers(case: FormatCase) -> None:
+    for (what, (build, inputs)), r in product(LAYERS.items(), (2, 1)):
+        with own_randomness(0):
+            trained, model, given = build().double(), build().double(), inputs()
+        model.load_state_dict(trained.state_dict())
+        lora, of = case.adapted(trained, r=r, target_modules="all"), f"of rank {r} of {what}"
+        if _travels(case, of, lora, model):
+            _require_same_output(of, model(*given), trained(*given))
+
+
+def _travels(case: FormatCase, what: str, lora: LoraModel, model: nn.Module) -> bool:
+    """Loads the adapter of one model into another, and returns whether the format can write it.
+
+    Args:
+        case: What is checked.
+        what: What adapter it is, for messages.
+        lora: The adapted model.
+        model: Its base.
+
+    Raises:
+        MismatchError: If it was refused, and something was written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            path = case.write(lora, Path(folder))
+        except AdapterFileError:
+            left = [each.name for each in Path(folder).iterdir()]
+            require(not left, f"an adapter {what} was refused, and {left} was written")
+            return False
+        case.load(model, path)
+    return True
+
+
+def _require_same_output(what: str, found: Tensor, expected: Tensor) -> None:
+    require_close(f"the output of the loaded model, of an adapter {what},", found, expected)
 
 
 def _untouched(case: FormatCase) -> None:
@@ -246,11 +332,13 @@ def _damaged(case: FormatCase) -> None:
 
 def _surplus(case: FormatCase) -> None:
     with case.written() as (_, path):
-        files = [file for file in (path, *path.rglob("*")) if file.suffix == ".safetensors" and file.is_file()]
-        for file in files:
+        for file in (path, *path.rglob("*")):
+            try:
+                with safe_open(file, "pt") as opened:
+                    metadata = opened.metadata()
+            except Exception:  # a folder, or a file of another kind
+                continue
             data = file.read_bytes()
-            with safe_open(file, "pt") as opened:
-                metadata = opened.metadata()
             save_file({**load(data), "surplus": torch.ones(2)}, file, metadata)
             _refused(case, path, case.model(), f"{file.name} with a tensor 'surplus'")
             file.write_bytes(data)
@@ -259,7 +347,8 @@ def _surplus(case: FormatCase) -> None:
 def _summary(case: FormatCase) -> None:
     with case.written() as (_, path):
         found = {(layer.r, layer.alpha / layer.r) for layer in case.elsewhere.summary(path).layers}
-        require(found == {(2, 4.3 / 2), (3, 3.3 / 3)}, f"its layers have these ranks and scalings: {sorted(found)}")
+        expected = {(2, ALPHAS[1] / 2), (3, ALPHAS[0] / 3)}
+        require(found == expected, f"its layers have these ranks and scalings: {sorted(found)}")
 
 
 _CHECKS: tuple[Check[FormatCase], ...] = (
@@ -303,6 +392,13 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "an adapter that is more than an A and a B for each layer (use_rslora, a variant, a head, biases, a part of a "
         "layer, a changed base) is written whole, or refused with an AdapterFileError before anything is written",
         "what the format has no place for is left out, as refusals() names nothing.",
+    ),
+    Check(
+        "layers",
+        _layers,
+        "an adapter of convolutions, an embedding, an nn.MultiheadAttention, layers whose names end alike, or of rank "
+        "1, is written whole, or refused with an AdapterFileError before anything is written",
+        "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name.",
     ),
     Check(
         "untouched",
@@ -349,7 +445,7 @@ def check_format_plugin(
     only: Collection[str] | None = None,
     skip: Collection[str] = (),
 ) -> None:
-    """Checks a format with an adapter of two linear layers; it need not be registered or installed.
+    """Checks a format with adapters of small models; it need not be registered or installed.
 
     Args:
         plugin: The format.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from lora_plugins import AdapterFileError, ConfigError
@@ -90,6 +91,14 @@ class WholeAlphas(PeftFormat):
     def save(self, path, adapter, model, options):
         whole = changed(adapter, lambda layer: replace(layer, alpha=float(int(layer.alpha))))
         return super().save(path, whole, model, options)
+
+
+class AlphasAsText(PeftFormat):
+    """Of six digits."""
+
+    def save(self, path, adapter, model, options):
+        text = changed(adapter, lambda layer: replace(layer, alpha=float(f"{layer.alpha:g}")))
+        return super().save(path, text, model, options)
 
 
 class Scaled(PeftFormat):
@@ -205,6 +214,58 @@ def test_all_files_or_none_pass_on_a_full_disk():
     check_format_plugin(AllOrNone(), only=["full disk", "output", "replaced"])
 
 
+class InOneFile(PortableFormat):
+    """A file of any name, whose tensors are asked for by theirs; alphas are in its header."""
+
+    name = "in_one_file"
+
+    def recognizes(self, path):
+        try:
+            with safe_open(path, "pt") as file:
+                return "alphas" in (file.metadata() or {})
+        except Exception:
+            return False
+
+    def load(self, path, model, options):
+        with safe_open(path, "pt") as file:
+            alphas = json.loads(file.metadata()["alphas"])
+            layers = {
+                name: PortableLayer(file.get_tensor(f"{name}.A"), file.get_tensor(f"{name}.B"), alpha)
+                for name, alpha in alphas.items()
+            }
+        return PortableAdapter(layers)
+
+    def save(self, path, adapter, model, options):
+        alphas = {name: each.alpha for name, each in adapter.layers.items()}
+        tensors = {f"{name}.A": each.A for name, each in adapter.layers.items()}
+        tensors |= {f"{name}.B": each.B for name, each in adapter.layers.items()}
+        save_file(tensors, path, {"alphas": json.dumps(alphas)})
+        return path
+
+
+class TurnsKernels(PeftFormat):
+    def load(self, path, model, options):
+        adapter = super().load(path, model, options)
+        return changed(adapter, lambda layer: replace(layer, A=layer.A.mT if layer.A.dim() == 4 else layer.A))
+
+
+class Squeezes(InOneFile):
+    def save(self, path, adapter, model, options):
+        squeezed = changed(adapter, lambda layer: replace(layer, A=layer.A.squeeze(), B=layer.B.squeeze()))
+        return super().save(path, squeezed, model, options)
+
+
+class ByLastName(InOneFile):
+    def save(self, path, adapter, model, options):
+        layers = {name.rpartition(".")[2]: layer for name, layer in adapter.layers.items()}
+        return super().save(path, replace(adapter, layers=layers), model, options)
+
+    def load(self, path, model, options):
+        adapter = super().load(path, model, options)
+        full = {name.rpartition(".")[2]: name for name, _ in model.named_modules()}
+        return replace(adapter, layers={full[name]: layer for name, layer in adapter.layers.items()})
+
+
 class Silent(PeftFormat):
     def summary(self, path):
         return AdapterSummary(())
@@ -213,15 +274,16 @@ class Silent(PeftFormat):
 VIOLATIONS = {
     "registration": [Unnamed],
     "recognized": [KnowsEverything, KnowsNothing, RaisesForStrangers],
-    "output": [OneAlpha, KeepsAlphas, WholeAlphas],
+    "output": [OneAlpha, KeepsAlphas, WholeAlphas, AlphasAsText],
     "bits": [Scaled],
     "replaced": [WhateverLiesThere],
     "full disk": [WhateverLiesThere, AlphasLast],
     "whole": [LeavesOut, WritesFirst],
+    "layers": [TurnsKernels, Squeezes, ByLastName],
     "untouched": [InPlace],
     "other model": [Skips],
     "damaged": [PassesErrorsOn],
-    "surplus": [WhateverLiesThere],
+    "surplus": [WhateverLiesThere, InOneFile],
     "summary": [Silent],
 }
 
