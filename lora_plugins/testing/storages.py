@@ -63,6 +63,13 @@ class StorageCase:
             with own_randomness(seed):
                 yield (mean + deviation * torch.randn(shape)).to(self.device)
 
+    def scaled(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the first weight small, large, and with rows that grow, by what it is."""
+        weight = next(self.weights())
+        yield "of small values", weight * 1e-5
+        yield "of large values", weight * 1e4
+        yield "whose rows grow", weight * torch.logspace(-3, 0, len(weight), device=self.device)[:, None]
+
     def store(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns what is stored of a weight."""
         return Named("store() gives", self.plugin.store(weight, self.options))
@@ -91,11 +98,12 @@ def _names(case: StorageCase) -> None:
 
 
 def _dense(case: StorageCase) -> None:
-    for weight in case.weights():
+    shapes = ((f"of shape {tuple(weight.shape)}", weight) for weight in case.weights())
+    for what, weight in (*shapes, *case.scaled()):
         dense = case.restore(case.store(weight), weight.shape)
-        require_close("the type and shape of the dense weight", dense * 0, weight * 0)
+        require_close("the type and shape of the dense weight", torch.zeros_like(dense), torch.zeros_like(weight))
         error = float(torch.linalg.vector_norm(dense - weight) / torch.linalg.vector_norm(weight))
-        require(error < 0.5, f"the dense weight of shape {tuple(weight.shape)} is off by {error:.0%}")
+        require(error < 0.5, f"the dense weight {what} is off by {error:.0%}")
 
 
 def _zeros(case: StorageCase) -> None:
@@ -216,7 +224,8 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         "dense",
         _dense,
         "restore gives float32 in the shape of the weight, off by less than half of its norm, of what is stored alone",
-        "sizes that the blocks do not divide are cut or filled at the wrong end; or the plugin object keeps something.",
+        "sizes that the blocks do not divide are cut or filled at the wrong end; values have no scale of their own, or "
+        "that of other rows; or the plugin object keeps something.",
     ),
     Check("zeros", _zeros, "zeros stay zeros", "a block is divided by its largest value, which is zero."),
     Check(

@@ -45,6 +45,22 @@ class Half(NF4Storage):
         return super().restore(tensors, shape, options).half()
 
 
+class Flushes(Int8Storage):
+    def store(self, weight, options):
+        return super().store(torch.where(weight.abs() < 1e-3, 0, weight), options)
+
+
+class Clamps(Int8Storage):
+    def store(self, weight, options):
+        return super().store(weight.clamp(-1e3, 1e3), options)
+
+
+class ScaleOfTheFirstRow(Int8Storage):
+    def store(self, weight, options):
+        largest = weight[0].abs().max() * 2
+        return super().store(weight.clamp(-largest, largest), options)
+
+
 class Shift(Int8Storage):
     def restore(self, tensors, shape, options):
         return super().restore(tensors, shape, options) + 1e-3
@@ -245,7 +261,17 @@ class Unpacked(NF4Storage):
 VIOLATIONS = {
     "registration": [Unnamed, OwnMinSize],
     "names": [TakenName, FloatingCodes],
-    "dense": [Shifted, Half, TransposedSquare, KeepsScales, BlocksInAByte, ClampedZero],
+    "dense": [
+        Shifted,
+        Half,
+        TransposedSquare,
+        KeepsScales,
+        BlocksInAByte,
+        ClampedZero,
+        Flushes,
+        Clamps,
+        ScaleOfTheFirstRow,
+    ],
     "zeros": [Shift],
     "outliers": [HalfScales, HalfMaxima],
     "bits": [Noisy, LearnsItsRange, StoresMeans, OtherInInference, ScalesOfDefaultType, DenseOfDefaultType],
