@@ -34,7 +34,7 @@ class Holder(nn.Module):
 
     Args:
         layer: The layer.
-        keywords: The names by which it takes its inputs; none for one that takes them by position.
+        keywords: The names by which it is given its inputs; none for one that is given them by position.
     """
 
     def __init__(self, layer: nn.Module, keywords: Sequence[str] = ()) -> None:
@@ -60,7 +60,7 @@ class LayerCase:
         plugin: The plugin.
         build: Makes a layer, called with `options` as keywords.
         inputs: Makes what the layer is called with, given the layer: one input, or several in a tuple; by name for a
-            layer that takes keywords alone.
+            layer that takes some by keyword alone.
         options: The layer's options.
         backend: The backend of torch.compile; None leaves compiling out.
         device: Where layer and inputs are; their values are drawn on the CPU, the same for every device.
@@ -92,15 +92,22 @@ class LayerCase:
         return model
 
     def keywords(self, layer: nn.Module) -> tuple[str, ...]:
-        """Returns the names of the inputs of a layer whose forward takes them by keyword alone; none for others."""
+        """Returns the names of the inputs of a layer whose forward has some by keyword alone; none for others."""
         parameters = [*signature(base_class_of(layer).forward).parameters.values()][1:]
-        if not parameters or any(parameter.kind is not Parameter.KEYWORD_ONLY for parameter in parameters):
+        keywords = [parameter for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
+        if not keywords:
             return ()
         with own_randomness(0):
             made = self.inputs(layer)
-        by_name = isinstance(made, Mapping)
-        require(by_name, "the layer takes keywords alone, and its inputs have no names; give them in a dictionary")
-        return tuple(made)
+        if isinstance(made, Mapping) and made.keys() <= {parameter.name for parameter in parameters}:
+            return tuple(made)
+        needed = [keyword.name for keyword in keywords if keyword.default is Parameter.empty]
+        require(
+            not needed and len(keywords) < len(parameters),
+            f"the layer takes {', '.join(needed) or 'all'} by keyword alone, and its inputs have no names; give them "
+            "all in a dictionary",
+        )
+        return ()
 
     def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
         """Makes inputs in the type of a layer, the same for the same seed."""

@@ -40,8 +40,8 @@ def check_layer_plugin(
     Args:
         plugin: The plugin.
         build: Makes an untouched layer, small, called with each of the options as keywords; often its class.
-        inputs: Makes what the layer is called with: a tensor or a tuple of arguments, given the layer. Floating tensors
-            are cast to the layer's type.
+        inputs: Makes what the layer is called with, given the layer: a tensor, a tuple of arguments, or all of them by
+            name for a layer that takes some by keyword alone. Floating tensors are cast to the layer's type.
         options: The options of the layer to check, one after another.
         only: Names of the checks to run; all of `LAYER_CHECKS` by default.
         skip: Names of checks not to run.

@@ -20,6 +20,7 @@ from lora_plugins import (
     build_registry,
     hookimpl,
 )
+from lora_plugins.variants.dora import DoraVariant
 
 
 class Start(InitPlugin):
@@ -347,6 +348,45 @@ def test_an_update_that_is_no_tensor_is_told():
     lora, _ = adapted(NoUpdate())
     with pytest.raises(PluginError, match=r"variant 'gate' gives None for '0', where the weight is \(3, 4\)"):
         lora.model(torch.randn(2, 4))
+
+
+class OtherDora(DoraVariant):
+    name = "other_dora"
+
+
+class Rescales(OtherDora):
+    def __init__(self, factors):
+        self.factors = factors
+
+    def row_factors(self, direction, own):
+        return self.factors
+
+
+@pytest.mark.parametrize(
+    ("factors", "shown"),
+    [(torch.ones(1), r"\(1,\)"), (torch.ones(3, 1), r"\(3, 1\)"), (torch.ones(()), r"\(\)"), (2.0, "2.0")],
+    ids=["one", "a column", "a scalar", "a number"],
+)
+def test_row_factors_of_another_shape_are_not_broadcast(factors, shown):
+    lora, _ = adapted(Rescales(factors))
+    message = rf"row_factors\(\) of the variant 'other_dora' gives {shown} for '0', where the matrix has 3 rows"
+    with torch.no_grad(), pytest.raises(PluginError, match=message):
+        lora.model(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "place"),
+    [
+        (failing(Gate, "delta_weight"), "delta_weight() of the variant 'gate', for '0'"),
+        (failing(OtherDora, "row_factors"), "branch() of the layer type 'linear', for '0'"),
+    ],
+    ids=["delta_weight", "row_factors"],
+)
+def test_an_error_of_a_variant_in_a_forward_is_told_with_its_place(plugin, place):
+    lora, _ = adapted(plugin)
+    with pytest.raises(ValueError, match="no license server") as caught:
+        lora.model(torch.randn(2, 4))
+    assert caught.value.__notes__[0] == f"It was raised in {place}."
 
 
 def test_a_base_that_is_changed_in_place_comes_back():

@@ -402,8 +402,29 @@ class TestRefusals:
         self.refused(LoraConfig(r=2, init="eva"), data, TargetError, "'qkv' saw no input", untouched, Reader())
         LoraModel(Reader(), LoraConfig(r=2, init="lora_ga"), init_data=data)  # its gradient is there all the same
 
-    @pytest.mark.parametrize("given", [lambda x: x[:, :3], lambda x: x[None]], ids=["narrow", "three dimensions"])
+    @pytest.mark.parametrize(
+        "given", [lambda x: x[:, :3], lambda x: x[None], lambda x: None], ids=["narrow", "three dimensions", "none"]
+    )
     def test_inputs_that_do_not_fit_the_weight(self, given, untouched):
+        model, registry = self.odd(given)
+        data = InitData([torch.ones(9, 4)])
+        match = r"'0': its inputs came as .*, where its weight needs \(n, 4\)"
+        with untouched(model), pytest.raises(TargetError, match=match):
+            LoraModel(model, LoraConfig(r=2, init="eva"), registry=registry, init_data=data)
+
+    def test_an_error_of_inputs_is_told_with_its_place(self, untouched):
+        def fail(x):
+            raise ValueError("no license server")
+
+        model, registry = self.odd(fail)
+        with untouched(model), pytest.raises(ValueError, match="license") as caught:
+            LoraModel(model, LoraConfig(r=2, init="eva"), registry=registry, init_data=InitData([torch.ones(9, 4)]))
+        assert caught.value.__notes__ == ["It was raised in inputs() of the layer type 'odd', for '0'."]
+
+    @staticmethod
+    def odd(given):
+        """A model of one layer, and a plugin for it whose `inputs` is this function of `x`."""
+
         class Odd(nn.Linear):
             pass
 
@@ -419,11 +440,7 @@ class TestRefusals:
             def lora_plugins_register_layers(self, registrar):
                 registrar.add(OddPlugin())
 
-        model, registry = nn.Sequential(Odd(4, 4)), build_registry([("odds", Odds())])
-        data = InitData([torch.ones(9, 4)])
-        match = r"'0': its inputs came as .*, where its weight needs \(n, 4\)"
-        with untouched(model), pytest.raises(TargetError, match=match):
-            LoraModel(model, LoraConfig(r=2, init="eva"), registry=registry, init_data=data)
+        return nn.Sequential(Odd(4, 4)), build_registry([("odds", Odds())])
 
     def test_lookups_have_no_inputs(self, untouched):
         model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5))

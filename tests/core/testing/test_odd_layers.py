@@ -210,8 +210,63 @@ def test_a_layer_of_keywords_alone_is_checked():
 
 @pytest.mark.parametrize("inputs", [torch.ones(5, 4), (torch.ones(5, 4),)], ids=["tensor", "tuple"])
 def test_inputs_of_a_layer_of_keywords_alone_need_names(inputs):
-    with pytest.raises(CheckError, match="takes keywords alone, and its inputs have no names; give them in a dict"):
+    with pytest.raises(CheckError, match="takes x by keyword alone, and its inputs have no names; give them all in"):
         check_layer_plugin(ByKeywordPlugin(), ByKeyword, lambda layer: inputs)
+
+
+class HalfByKeyword(ByKeyword):
+    def forward(self, x, *, scale, shift=0.0):
+        return super().forward(x=x * scale)["y"] + shift
+
+
+class HalfByKeywordPlugin(ByKeywordPlugin):
+    name = "half_by_keyword"
+    module_type = HalfByKeyword
+    branch_types = (HalfByKeyword,)
+
+    def inputs(self, layer, slot, x, *, scale, shift=0.0):
+        return x * scale
+
+    def branch(self, layer, base, terms, x, *, scale, shift=0.0):
+        return super().branch(layer, base, terms, x=x * scale)["y"] + shift
+
+
+class LosesTheShift(HalfByKeywordPlugin):
+    def branch(self, layer, base, terms, x, *, scale, shift=0.0):
+        return super().branch(layer, base, terms, x, scale=scale)
+
+
+def half_by_keyword(layer):
+    return {"x": torch.randn(5, 4), "scale": torch.rand(5, 1), "shift": 0.5}
+
+
+def test_a_layer_of_some_keywords_passes():
+    check_layer_plugin(HalfByKeywordPlugin(), HalfByKeyword, half_by_keyword)
+
+
+def test_a_layer_of_some_keywords_is_checked():
+    with pytest.raises(CheckError, match="the check 'law'"):
+        check_layer_plugin(LosesTheShift(), HalfByKeyword, half_by_keyword)
+
+
+def test_inputs_of_a_layer_of_some_keywords_need_names():
+    with pytest.raises(CheckError, match="takes scale by keyword alone, and its inputs have no names"):
+        check_layer_plugin(HalfByKeywordPlugin(), HalfByKeyword, lambda layer: torch.randn(5, 4))
+
+
+class KeywordsThatNeedNotBe(HalfByKeyword):
+    def forward(self, x, *, scale=1.0, shift=0.0):
+        return super().forward(x, scale=scale, shift=shift)
+
+
+def test_a_layer_whose_keywords_have_defaults_takes_inputs_without_names():
+    class OfDefaults(ByKeywordPlugin):
+        name = "of_defaults"
+        module_type = KeywordsThatNeedNotBe
+        branch_use = "never"
+        inputs = RowMajorPlugin.inputs
+
+    check_layer_plugin(OfDefaults(), KeywordsThatNeedNotBe, lambda layer: torch.randn(5, 4), skip=["pickle"])
 
 
 class Counting(nn.Module):
