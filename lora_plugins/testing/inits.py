@@ -300,6 +300,7 @@ def _ranks(case: InitCase) -> None:
         for name, tensor in model.state_dict().items():
             require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite, at r={r}")
         _trainable(replace(case, r=r))
+        _identity(replace(case, r=r))
 
 
 _CHECKS: tuple[Check[InitCase], ...] = (
@@ -396,8 +397,8 @@ _CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "ranks",
         _ranks,
-        "r=1, and an r larger than the weight has, start with finite values and ranks that learn, or are refused by a "
-        "TargetError",
+        "r=1, and an r larger than the weight has, start with finite values, as near to the untouched model as other "
+        "ranks do, and with ranks that learn, or are refused by a TargetError",
         "the decomposition of an (out, in) matrix has min(out, in) ranks at most; the others need a start too.",
     ),
 )

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_parameters
 from lora_plugins.devices import usable_device
@@ -31,6 +31,9 @@ from lora_plugins.testing.check import (
     require_unmoved,
 )
 from lora_plugins.testing.variant_case import LAYERS, VariantCase, deltas, move
+
+_BELOW_FLOAT32 = 2.0**-30
+"""A relative change that float64 shows and float32 does not, nor does it for twice as much."""
 
 
 def _registration(case: VariantCase) -> None:
@@ -274,6 +277,24 @@ def _dtype(case: VariantCase) -> None:
         require(output.dtype == dtype, f"the output is of {output.dtype} on a base of {dtype}")
         wrong = {k: v.dtype for k, v in lora.model.state_dict().items() if "lora_" in k and v.dtype != torch.float32}
         require(not wrong, f"on a base of {dtype}, {wrong}")
+    _computes_in_float64(case)
+
+
+def _computes_in_float64(case: VariantCase) -> None:
+    """Requires that the update depends on what only float64 shows of each tensor."""
+    lora = case.trained()
+    for name, tensor in _tensors(lora):
+        before = _updates(lora)
+        # Each value by another factor: a softmax does not see a common one.
+        each = torch.linspace(1, 2, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view_as(tensor)
+        with torch.no_grad():
+            tensor.mul_(1 + _BELOW_FLOAT32 * each)
+        same = torch.equal(_updates(lora), before)
+        require(not same, f"in float64 the update is the same for a change of {name!r} that float32 does not show")
+
+
+def _updates(lora: LoraModel) -> Tensor:
+    return torch.cat([term.delta_weight().detach().flatten() for term in deltas(lora).values()])
 
 
 _CHECKS: tuple[Check[VariantCase], ...] = (
@@ -364,8 +385,9 @@ _CHECKS: tuple[Check[VariantCase], ...] = (
     Check(
         "dtype",
         _dtype,
-        "A, B and own tensors are float32 on a base in half precision, whose type the output keeps",
-        "a constant of a fixed type, as torch.ones(n) where A.new_ones(n) is meant.",
+        "A, B and own tensors are float32 on a base in half precision, whose type the output keeps; on one in float64, "
+        "the update is computed in that",
+        "a fixed type, as torch.ones(n) where A.new_ones(n) is meant, or .float().",
     ),
 )
 

@@ -179,14 +179,14 @@ ALSO = {
         "identity",
         "scaling",
     },
-    # A start that is no identity is none at any scaling, and a base that changed unnoticed is not the one on file.
-    "identity": {"scaling"},
-    "base": {"identity", "scaling", "files", "pure", "stored"},
+    # A start that is no identity is none at any scaling or rank. A base that changed unnoticed is not the one on file.
+    "identity": {"scaling", "ranks"},
+    "base": {"identity", "scaling", "ranks", "files", "pure", "stored"},
     "trainable": {"ranks"},
     "recipe": {"files", "stored"},
     "files": {"stored"},
     # The start is compared in float64.
-    "dtype": {"identity", "scaling", "device"},
+    "dtype": {"identity", "scaling", "ranks", "device"},
     # Numbers of the process are others each time, and an index is made like any tensor.
     "reproducible": {"device"},
     "ranks": {"device"},

@@ -84,6 +84,14 @@ class FourRanks(Plain):
         return {}
 
 
+class TakesFourRanks(Changing):
+    """Takes no more than four of the ranks out of the base."""
+
+    def changed_base(self, weight, recipe, scaling, options):
+        four = {"A": recipe["A"][:4], "B": recipe["B"][:, :4]}
+        return super().changed_base(weight, four, scaling, options)
+
+
 class DrawsFromPython(Plain):
     def fill(self, context):
         super().fill(context)
@@ -265,6 +273,7 @@ PLANTED = {
     TakesHalf: "identity",
     TakesWhatItDoesNotGive: "identity",
     FourRanks: "ranks",
+    TakesFourRanks: "ranks",
     DrawsInTheDefaultType: "reproducible",
     DrawsFromPython: "reproducible",
     DrawsFromNumpy: "reproducible",

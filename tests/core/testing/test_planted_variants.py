@@ -118,6 +118,17 @@ class OnDefaultDevice(DoraVariant):
         return super().delta_weight(weight, A, B, scaling, own) * torch.ones(weight.shape, dtype=weight.dtype)
 
 
+class InFloat32(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        single = {name: tensor.float() for name, tensor in own.items()}
+        return super().delta_weight(weight.float(), A.float(), B.float(), scaling, single).to(weight.dtype)
+
+
+class OneTensorInFloat32(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B.float().to(B.dtype), scaling, own)
+
+
 class OtherGradient(DoraVariant):
     """Differentiates the norm, which row_factors holds constant."""
 
@@ -198,6 +209,8 @@ PLANTED = {
     KeepsTensors: "pure",
     DetachedA: "gradients",
     OnDefaultDevice: "device",
+    InFloat32: "dtype",
+    OneTensorInFloat32: "dtype",
     OtherGradient: "gradients",
     HalfAGradient: "gradients",
 }
