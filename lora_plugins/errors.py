@@ -46,11 +46,15 @@ def noted(place: str) -> Iterator[None]:
     """
     try:
         yield
-    except LoraError:
-        raise
     except Exception as error:
-        error.add_note(f"It was raised in {place}.")
+        add_place(error, place)
         raise
+
+
+def add_place(error: Exception, place: str) -> None:
+    """Says of an error where it was raised, as `noted` does, where a block would cost more than what is in it."""
+    if not isinstance(error, LoraError):
+        error.add_note(f"It was raised in {place}.")
 
 
 ALIKE, BEHIND = 0.5, 0.15

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lora_plugins.adapter.content import factor_dtype, slot_matrix
-from lora_plugins.errors import ConfigError, TargetError, listing, sentence
+from lora_plugins.errors import ConfigError, TargetError, listing, noted, sentence
+from lora_plugins.field_checks import shown
 from lora_plugins.inplace import base_class_of, by_position, is_frozen, positional_names, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import InputMoments, PlannedLayer, Slot, SlotCalibration
@@ -69,21 +70,24 @@ class _Sums:
 
     def add(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         args, kwargs = by_position(positional_names(base_class_of(module)), args, kwargs)
-        x = self._seen(module, args, kwargs).detach()
-        if x.dim() != 2 or x.shape[1] != self.width:
+        x = self._seen(module, args, kwargs)
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != self.width:
+            came = list(x.shape) if isinstance(x, Tensor) else shown(x)
             raise TargetError(
-                f"{self.layer.name!r}: its inputs came as {list(x.shape)}, where its weight needs (n, {self.width}). "
+                f"{self.layer.name!r}: its inputs came as {came}, where its weight needs (n, {self.width}). "
                 "Add it to exclude_modules, or choose another init."
             )
-        x = in_float64(x)
+        x = in_float64(x.detach())
         total, gram = x.sum(0), x.T @ x
         self.count += len(x)
         self.total = total if self.total is None else self.total + total
         self.gram = gram if self.gram is None else self.gram + gram
 
-    def _seen(self, module: nn.Module, args: Any, kwargs: Any) -> Tensor:
+    def _seen(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        plugin = self.layer.plugin
         try:
-            return self.layer.plugin.inputs(module, self.slot, *args, **kwargs)
+            with noted(f"inputs() of the layer type {plugin.name!r}, for {self.layer.name!r}"):
+                return plugin.inputs(module, self.slot, *args, **kwargs)
         except NotImplementedError as error:
             raise TargetError(
                 f"{self.layer.name!r}: the plugin {self.layer.plugin.name!r} does not say what {self.slot.tensor!r} of "

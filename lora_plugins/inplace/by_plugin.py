@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError
+from lora_plugins.errors import StateError, add_place
 from lora_plugins.inplace.deltas import rescaled_term, stacked_adapters, term_of
 from lora_plugins.inplace.frozen_norm import own_mode
 from lora_plugins.inplace.layer_state import Branch, layer_state
@@ -42,8 +42,16 @@ def by_plugin(
                 "first."
             )
         first = args[0] if args else next(kwargs[name] for name in order if name in kwargs)
-        adapters = stacked_adapters(layer, state, state.rows, first)
-        return as_one_operation(functools.partial(branch.plugin.mixed, shown, weights, adapters), *args, **kwargs)
-    term = rescaled_term if branch.rescales else term_of
-    terms = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
-    return as_one_operation(functools.partial(branch.plugin.branch, shown, weights, terms), *args, **kwargs)
+        what: Any = stacked_adapters(layer, state, state.rows, first)
+        method = "mixed"
+    else:
+        term = rescaled_term if branch.rescales else term_of
+        what = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
+        method = "branch"
+    try:
+        return as_one_operation(
+            functools.partial(getattr(branch.plugin, method), shown, weights, what), *args, **kwargs
+        )
+    except Exception as error:
+        add_place(error, f"{method}() of the layer type {branch.plugin.name!r}, for {state.name!r}")
+        raise

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import PluginError, StateError
+from lora_plugins.errors import PluginError, StateError, add_place
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import LayerState, layer_state
 from lora_plugins.inplace.weights import is_shard, raw_weight, weight_with_merged
@@ -41,7 +41,13 @@ def rescaled_term(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: S
     names = tuple(own)
 
     def row_factors(direction: Tensor, *tensors: Tensor) -> Tensor:
-        return variant.row_factors(direction, dict(zip(names, tensors, strict=True)))
+        found = variant.row_factors(direction, dict(zip(names, tensors, strict=True)))
+        if not isinstance(found, Tensor) or found.shape != direction.shape[:1]:
+            raise PluginError(
+                f"row_factors() of the variant {variant.name!r} gives {shape_or_value(found)!r} for {planned.name!r}, "
+                f"where the matrix has {len(direction)} rows."
+            )
+        return found
 
     rescaling = Rescaling(tuple(own.values()), row_factors)
     return Term(slot, *factors(layer, adapter, slot), planned.settings, training, rescaling=rescaling)
@@ -70,8 +76,12 @@ def variant_delta(planned: PlannedLayer, weight: Tensor, A: Tensor, B: Tensor, o
         PluginError: If that is no matrix of the weight's shape.
     """
     assert planned.variant is not None
-    with in_full(weight):
-        delta = planned.variant.delta_weight(weight, A, B, planned.scaling, own)
+    try:
+        with in_full(weight):
+            delta = planned.variant.delta_weight(weight, A, B, planned.scaling, own)
+    except Exception as error:
+        add_place(error, f"delta_weight() of the variant {planned.variant.name!r}, for {planned.name!r}")
+        raise
     if not isinstance(delta, Tensor) or delta.shape != weight.shape:
         raise PluginError(
             f"delta_weight() of the variant {planned.variant.name!r} gives {shape_or_value(delta)!r} for "
