@@ -15,7 +15,8 @@ from lora_plugins.inplace import (
     layer_state,
     mix_rows,
     model_modules,
-    own_tensors,
+    own_buffers,
+    own_parameters,
     thaw,
     unmix_rows,
 )
@@ -46,7 +47,7 @@ def values_by_tensor(
     modules: list[NamedModule], state: ModelState, adapters: tuple[str, ...]
 ) -> dict[str | None, dict[int, Tensor]]:
     """Returns the own values of adapters, by the identity of the model's tensors."""
-    tensors = own_tensors(modules, "_parameters") | own_tensors(modules, "_buffers")
+    tensors = own_parameters(modules) | own_buffers(modules)
     own = {name: state.values.of(name) for name in adapters}
     return {
         name: {id(tensors[key]): values[key].to(tensors[key].device) for key in values}
@@ -96,7 +97,7 @@ def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
 def _apply_gradients(modules: list[NamedModule], state: ModelState) -> None:
     trained = state.unmerged if state.trainable else ()
     names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
-    for name, parameter in own_tensors(modules, "_parameters").items():
+    for name, parameter in own_parameters(modules).items():
         require_gradient(parameter, name in names, state.guards, name)
     for name, layer in adapted_among(modules).items():
         for adapter in state.adapters:

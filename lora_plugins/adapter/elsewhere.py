@@ -12,7 +12,7 @@ from torch import nn
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.state import adapted_layers
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensors
+from lora_plugins.inplace import holder_of, is_shard, model_modules, own_parameters
 
 _FUSED = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"})
 """The layers of an attention of diffusers that are not called once they are fused."""
@@ -29,7 +29,7 @@ def check_here(model: nn.Module, call: str) -> None:
         StateError: If parameters of the model are split over processes, on the meta device, or on the disk.
     """
     modules = model_modules(model)
-    own = own_tensors(modules, "_parameters")
+    own = own_parameters(modules)
     _check_whole(model, own, call)
     if away := [name for name, parameter in own.items() if parameter.is_meta]:
         raise StateError(
@@ -85,7 +85,7 @@ def check_not_sharded(model: nn.Module, call: str) -> None:
     Raises:
         StateError: If parameters of the model are split over processes.
     """
-    _check_whole(model, own_tensors(model_modules(model), "_parameters"), call)
+    _check_whole(model, own_parameters(model_modules(model)), call)
 
 
 def _check_whole(model: nn.Module, names: Iterable[str], call: str) -> None:

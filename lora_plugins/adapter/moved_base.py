@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter.state import ModelState, model_state
-from lora_plugins.inplace import model_modules, own_tensors, persistent_buffers
+from lora_plugins.inplace import model_modules, own_parameters, persistent_buffers
 from lora_plugins.plan import Plan
 from lora_plugins.utils import is_dense
 
@@ -45,7 +45,7 @@ def _left_to_the_base(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tenso
     modules, state = model_modules(model), model_state(model)
     still = set(plan.frozen_norms)
     buffers = {n: t for n, t in persistent_buffers(modules).items() if n.rpartition(".")[0] not in still}
-    for name, tensor in (own_tensors(modules, "_parameters") | buffers).items():
+    for name, tensor in (own_parameters(modules) | buffers).items():
         is_plain = type(tensor) in (Tensor, nn.Parameter) and is_dense(tensor)
         if is_plain and name not in plan.trained and name not in plan.saved_buffers:
             yield name, state.values.base_value(model, name) if state else tensor

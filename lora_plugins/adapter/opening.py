@@ -14,7 +14,7 @@ from lora_plugins.inplace import (
     let_load,
     model_modules,
     own_mode,
-    own_tensors,
+    own_parameters,
     pin_attributes,
     state_of,
     thaw,
@@ -33,7 +33,7 @@ def open_state(model: nn.Module) -> ModelState:
     state = model_state(model)
     if state is None:
         check_not_nested(model)
-        parameters = own_tensors(model_modules(model), "_parameters")
+        parameters = own_parameters(model_modules(model))
         state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
         model.__dict__[MODEL_STATE] = state
         model.register_load_state_dict_pre_hook(accept_base)  # type: ignore[no-untyped-call]
@@ -58,7 +58,7 @@ def close_state(model: nn.Module) -> None:
     for module in model.modules():
         unpin_attributes(module)
         let_load(module)
-    for name, parameter in own_tensors(modules, "_parameters").items():
+    for name, parameter in own_parameters(modules).items():
         required = state.requires_grad.get(name, parameter.requires_grad)
         require_gradient(parameter, required, state.guards, name)
     del model.__dict__[MODEL_STATE]

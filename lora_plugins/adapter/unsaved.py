@@ -7,7 +7,7 @@ from torch import nn
 from lora_plugins.adapter.moved_base import moved_base
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.errors import listing
-from lora_plugins.inplace import model_modules, own_tensors, slot_tensors, submodule
+from lora_plugins.inplace import model_modules, own_parameters, slot_tensors, submodule
 from lora_plugins.plan import Plan
 
 _STACKLEVEL = 7
@@ -65,5 +65,5 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 def _trained_besides(model: nn.Module, state: ModelState) -> list[str]:
     """Returns the names of parameters that require a gradient and belong to no adapter."""
     held = {name for adapter in state.adapters.values() for name in adapter.plan.trained}
-    own = own_tensors(model_modules(model), "_parameters")
+    own = own_parameters(model_modules(model))
     return [name for name, parameter in own.items() if parameter.requires_grad and name not in held]

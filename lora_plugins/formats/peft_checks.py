@@ -10,7 +10,7 @@ from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.formats.second_path import LAYERS
-from lora_plugins.inplace import base_class_of, model_modules, own_tensor, own_tensors
+from lora_plugins.inplace import base_class_of, model_modules, own_parameters, own_tensor
 from lora_plugins.utils import path_starts
 
 _ADAPTED = (*LAYERS, nn.MultiheadAttention)
@@ -84,7 +84,7 @@ def check_biases(model: nn.Module, adapter: PortableAdapter) -> None:
         return
     trained = {f"{name}.bias" for name, layer in adapter.layers.items() if not layer.in_attention}
     trained -= adapter.values.keys()
-    lacking = [name for name in own_tensors(model_modules(model), "_parameters") if name in trained]
+    lacking = [name for name in own_parameters(model_modules(model)) if name in trained]
     if lacking:
         raise AdapterFileError(
             f"The adapter trained the biases of its layers (bias = 'lora_only') and has no values of "

@@ -22,7 +22,7 @@ from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
-from lora_plugins.inplace import full_name, model_modules, own_tensors
+from lora_plugins.inplace import full_name, model_modules, own_buffers
 from lora_plugins.plan import current_name, former_names
 from lora_plugins.utils import path_starts, within
 
@@ -139,7 +139,7 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 def _untrained(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tensor]:
     """Returns the values that nothing trained: buffers called bias, which PEFT saves with the biases of a model."""
     first, saved = tensor_names(model), set(adapter.saved_modules)
-    buffers = own_tensors(model_modules(model), "_buffers")
+    buffers = own_buffers(model_modules(model))
     values = adapter.values.items()
     return {name: value for name, value in values if first.get(name) in buffers and not within(name, saved)}
 

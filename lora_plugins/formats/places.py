@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.portable import PortableLayer
-from lora_plugins.inplace import NamedModule, full_name, model_modules, own_tensors, persistent_buffers
+from lora_plugins.inplace import NamedModule, full_name, model_modules, own_buffers, own_parameters, persistent_buffers
 
 Entry = TypeVar("Entry")
 
@@ -41,8 +41,8 @@ def tensor_names(model: nn.Module) -> dict[str, str]:
     """Returns the first name of each parameter and buffer of a model by each of its names."""
     modules = model_modules(model)
     found: dict[str, str] = {}
-    for kind in ("_parameters", "_buffers"):
-        first = {id(tensor): name for name, tensor in own_tensors(modules, kind).items()}
+    for kind, own in (("_parameters", own_parameters(modules)), ("_buffers", own_buffers(modules))):
+        first = {id(tensor): name for name, tensor in own.items()}
         for entry in modules:
             for key, tensor in getattr(entry.module, kind).items():
                 if tensor is not None:
@@ -53,7 +53,7 @@ def tensor_names(model: nn.Module) -> dict[str, str]:
 def own_values(model: nn.Module) -> dict[str, Tensor]:
     """Returns what a state dict of the untouched model has, a tied tensor once."""
     modules = model_modules(model)
-    tensors = {**own_tensors(modules, "_parameters"), **persistent_buffers(modules)}
+    tensors = {**own_parameters(modules), **persistent_buffers(modules)}
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 

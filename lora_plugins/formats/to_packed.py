@@ -14,7 +14,7 @@ from lora_plugins.errors import AdapterFileError, LoraError, TargetError, listin
 from lora_plugins.files import checksum, described, fingerprints, manifest_of, recipe_prefix, tensor_key, value_key
 from lora_plugins.formats.places import placed_layers, placed_values, places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
-from lora_plugins.inplace import detached_weight, model_modules, own_tensors, submodule
+from lora_plugins.inplace import detached_weight, model_modules, own_parameters, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PackedAdapter, PlannedLayer, Registry, registry_of
 from lora_plugins.utils import path_runs, within
@@ -86,7 +86,7 @@ def _plan_of_words(model: nn.Module, adapter: PortableAdapter, registry: Registr
     if {*plan.trained, *plan.saved_buffers} == adapter.values.keys():
         return plan
     saved = set(adapter.saved_modules)
-    parameters = own_tensors(model_modules(model), "_parameters")
+    parameters = own_parameters(model_modules(model))
     single = [name for name in adapter.values if name in parameters and not within(name, saved)]
     return make_plan(model, _config(adapter, "none", [*adapter.saved_modules, *single]), registry)
 

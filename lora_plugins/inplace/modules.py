@@ -128,20 +128,24 @@ def named_tensors(module: nn.Module, aliases: bool = False) -> dict[str, Tensor]
     return {**named_parameters(module, aliases), **{plain_name(name): tensor for name, tensor in buffers}}
 
 
-def own_tensors(modules: list[NamedModule], kind: str) -> dict[str, Tensor]:
-    """Returns the model's own parameters or buffers by full name, a tied one under its first name only.
+def own_parameters(modules: list[NamedModule]) -> dict[str, Tensor]:
+    """Returns the model's own parameters by full name, a tied one under its first name only."""
+    return _named_once({entry.name: entry.module._parameters for entry in modules})
 
-    Args:
-        modules: The model's modules.
-        kind: `_parameters` or `_buffers`.
-    """
+
+def own_buffers(modules: list[NamedModule]) -> dict[str, Tensor]:
+    """Returns the model's own buffers, as `own_parameters` does."""
+    return _named_once({entry.name: entry.module._buffers for entry in modules})
+
+
+def _named_once(held: Mapping[str, Mapping[str, Tensor | None]]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for entry in modules:
-        for key, tensor in getattr(entry.module, kind).items():
+    for module, tensors in held.items():
+        for key, tensor in tensors.items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[full_name(entry.name, key)] = tensor
+                found[full_name(module, key)] = tensor
     return found
 
 
@@ -153,7 +157,7 @@ def persistent_buffers(modules: list[NamedModule]) -> dict[str, Tensor]:
         for key in entry.module._buffers.keys()  # noqa: SIM118  # a TorchScript module cannot be iterated over
         if key not in entry.module._non_persistent_buffers_set
     }
-    return {name: tensor for name, tensor in own_tensors(modules, "_buffers").items() if name in keys}
+    return {name: tensor for name, tensor in own_buffers(modules).items() if name in keys}
 
 
 def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -18,7 +18,7 @@ from lora_plugins.inplace import (
     full_name,
     has_statistics,
     model_modules,
-    own_tensors,
+    own_parameters,
     persistent_buffers,
     state_of,
     stored_weight,
@@ -39,7 +39,7 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
         registry: The layer types there are.
     """
     modules = model_modules(model)
-    parameters = own_tensors(modules, "_parameters")
+    parameters = own_parameters(modules)
     aliases: dict[int, list[str]] = {}
     for entry in modules:
         for key, parameter in entry.module._parameters.items():

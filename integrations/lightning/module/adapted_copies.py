@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_tensors
-from lora_plugins.inplace import full_name, model_modules, named_parameters, own_tensors, submodule
+from lora_plugins.inplace import full_name, model_modules, named_parameters, own_parameters, submodule
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
     state_of_adapters,
@@ -89,9 +89,9 @@ def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[se
 
 def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yields what neither a copy nor its origin trains: the full name, the parameter, and that of the origin."""
-    parameters = own_tensors(model_modules(module), "_parameters")
+    parameters = own_parameters(model_modules(module))
     in_place = {id(parameters[name]) for name in trained_in_place(module) & parameters.keys()}
-    own, origin = (own_tensors(model_modules(submodule(module, p)), "_parameters") for p in (copy.name, copy.origin))
+    own, origin = (own_parameters(model_modules(submodule(module, p))) for p in (copy.name, copy.origin))
     for name, tensor in own.items():
         if in_place.isdisjoint((id(tensor), id(origin[name]))):
             yield full_name(copy.name, name), tensor, origin[name]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
-from lora_plugins.inplace import full_name, model_modules, own_tensors, state_of, submodule
+from lora_plugins.inplace import full_name, model_modules, own_parameters, state_of, submodule
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
     state_of_adapters,
@@ -169,13 +169,13 @@ def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
 
 def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | None:
     """Returns the second part as a copy of the first, or the reverse if the author froze that of the first."""
-    tensors = [own_tensors(model_modules(submodule(module, part)), "_parameters") for part in (first, second)]
+    tensors = [own_parameters(model_modules(submodule(module, part))) for part in (first, second)]
     layouts = [[(name, _shape(t), t.dtype) for name, t in own.items()] for own in tensors]
     pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
     if layouts[0] != layouts[1] or any(None in entry for entry in layouts[0]) or not 0 < len(pairs) < len(layouts[0]):
         return None
     required = _required_by_author(module)
-    needed = {id(tensor): required[name] for name, tensor in own_tensors(model_modules(module), "_parameters").items()}
+    needed = {id(tensor): required[name] for name, tensor in own_parameters(model_modules(module)).items()}
     learns = [any(needed[id(pair[part])] for pair in pairs) for part in (0, 1)]
     if learns[1] and not learns[0]:
         first, second = second, first
@@ -191,7 +191,7 @@ def _shape(tensor: Tensor) -> torch.Size | None:
 def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
     """Returns all parts of a module that have parameters, outer ones first."""
     modules = model_modules(module)
-    parameters = own_tensors(modules, "_parameters")
+    parameters = own_parameters(modules)
     required, trained = _required_by_author(module), trained_in_place(module)
     members: dict[str, list[str]] = {}
     for name in parameters:
@@ -218,7 +218,7 @@ def _is_left_out(part: nn.Module, held: Collection[int] | None) -> bool:
 
 def _required_by_author(module: nn.Module) -> dict[str, bool]:
     """Returns by name which parameters required a gradient before there were adapters."""
-    required = {name: p.requires_grad for name, p in own_tensors(model_modules(module), "_parameters").items()}
+    required = {name: p.requires_grad for name, p in own_parameters(model_modules(module)).items()}
     for path, target in adapted_targets(module).items():
         before = state_of_adapters(target).requires_grad
         required.update({full_name(path, name): needed for name, needed in before.items()})

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.files import fingerprint, same
-from lora_plugins.inplace import model_modules, named_tensors, own_tensors
+from lora_plugins.inplace import model_modules, named_tensors, own_buffers, own_parameters
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.moved_tensors import moved_by_hand
@@ -109,7 +109,7 @@ def outside(module: nn.Module) -> dict[str, Tensor]:
     inside: set[int] = set()
     for target in adapted_targets(module).values():
         modules = model_modules(target)
-        own = [*own_tensors(modules, "_parameters").values(), *own_tensors(modules, "_buffers").values()]
+        own = [*own_parameters(modules).values(), *own_buffers(modules).values()]
         inside |= {id(tensor) for tensor in (*own, *adapter_tensors(target).values())}
     named = named_tensors(module, aliases=True).items()
     return {name: t.detach() for name, t in named if id(t) not in inside and not (is_lazy(t) or t.is_meta)}

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraModel
 from lora_plugins.adapter import adapted_layers, adapter_tensors
-from lora_plugins.inplace import StoredWeight, full_name, model_modules, named_parameters, named_tensors, own_tensors
+from lora_plugins.inplace import (
+    StoredWeight,
+    full_name,
+    model_modules,
+    named_parameters,
+    named_tensors,
+    own_buffers,
+    own_parameters,
+)
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights, state_of_adapters
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 from lora_plugins.integrations.lightning.module.moved_tensors import moved_by_hand
@@ -98,10 +106,10 @@ def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
     norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
     modules = model_modules(target)
     late = _built_since(target)
-    for name, tensor in own_tensors(modules, "_parameters").items():
+    for name, tensor in own_parameters(modules).items():
         if name not in changing and name not in late:
             yield tensor
-    for name, tensor in own_tensors(modules, "_buffers").items():
+    for name, tensor in own_buffers(modules).items():
         if name.rpartition(".")[0] in norms and name not in changing:
             yield tensor
 
@@ -122,5 +130,5 @@ def _built_since(target: nn.Module) -> list[str]:
     known, adapted = state_of_adapters(target).requires_grad, adapted_layers(target)
     modules = model_modules(target)
     ours = adapted.keys() | {entry.name for entry in modules if isinstance(entry.module, StoredWeight)}
-    own = own_tensors(modules, "_parameters")
+    own = own_parameters(modules)
     return [name for name in own if name not in known and name.rpartition(".")[0] not in ours]
