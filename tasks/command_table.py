@@ -33,7 +33,7 @@ def _predict(arguments: list[str]) -> int:
         from lora_plugins.tasks.inference import predict_main
 
     with quiet():
-        return int(predict_main(arguments[1:]))
+        return predict_main(given)
 
 
 def _is_complete() -> bool:
@@ -53,7 +53,7 @@ def _export(arguments: list[str]) -> int:
         from lora_plugins.tasks.inference import export_main
 
     with quiet():
-        return int(export_main(arguments[1:]))
+        return export_main(given)
 
 
 def _report(arguments: list[str]) -> int:
@@ -63,19 +63,19 @@ def _report(arguments: list[str]) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
-    generate_parser().parse_args(arguments[1:])
+    given = generate_parser().parse_args(arguments[1:])
     with importing():
         from lora_plugins.tasks.diffusion import generate_main
 
     with quiet():
-        return int(generate_main(arguments[1:]))
+        return generate_main(given)
 
 
 def _train(arguments: list[str]) -> int:
     from lora_plugins.tasks.autoconfig import train_main
 
     with quiet():
-        return int(train_main(arguments[1:]))
+        return train_main(arguments[1:])
 
 
 def _serve(arguments: list[str]) -> int:
@@ -86,7 +86,7 @@ def _serve(arguments: list[str]) -> int:
         from lora_plugins.tasks.serving import serve_main
 
     with quiet():
-        return int(serve_main(arguments[1:]))
+        return serve_main(given)
 
 
 _OF_DIFFUSION = ("diffusers", "transformers", "lightning", "PIL", "torchvision")

@@ -1,7 +1,7 @@
 """`lora-plugins generate`: pictures from a pipeline and adapters, a checkpoint, or a merged pipeline."""
 
-import argparse
 import json
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,7 +16,6 @@ from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
-from lora_plugins.tasks.command_lines import generate_parser
 from lora_plugins.tasks.data import as_png
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
@@ -28,7 +27,7 @@ from lora_plugins.writable import check_writable_folder
 SHEET = "sheet.png"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(given: Namespace) -> int:
     """Draws, and writes pictures and a contact sheet; returns the exit code.
 
     Raises:
@@ -36,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AdapterFileError: For an adapter that is damaged or of another base.
         WeightsError: For a checkpoint that is none of ours.
     """
-    given = generate_parser().parse_args(arguments)
     _check(given)
     sampling = Sampling(
         steps=given.steps,
@@ -57,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(given: argparse.Namespace) -> None:
+def _check(given: Namespace) -> None:
     """Checks the arguments before anything is loaded."""
     if any(not prompt.strip() for prompt in given.prompt):
         raise ConfigError("A prompt is empty. Say what is to be seen.")
@@ -77,7 +75,7 @@ def _check(given: argparse.Namespace) -> None:
     check_writable_folder(Path(given.out), "--out")
 
 
-def _from_adapters(given: argparse.Namespace) -> Any:
+def _from_adapters(given: Namespace) -> Any:
     """A pipeline with adapters, all of them active."""
     paths = [located(path) for path in given.adapter]
     for path in paths:
@@ -128,7 +126,7 @@ def _base(pipe: Any) -> AbstractContextManager[Any]:
     return LoraModel(parts).disable_adapter()
 
 
-def _drawn(pipe: Any, given: argparse.Namespace, sampling: Sampling, label: str) -> dict[str, list[Image]]:
+def _drawn(pipe: Any, given: Namespace, sampling: Sampling, label: str) -> dict[str, list[Image]]:
     prompts = [prompt for prompt in given.prompt for _ in range(given.pictures)]
     seeds = [given.seed + number for _ in given.prompt for number in range(given.pictures)]
     drawn = sample(pipe, prompts, seeds, sampling)

@@ -8,9 +8,9 @@ ONNX, and among the extra files of `torch.export.load`.
 
 import io
 import json
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_plugins import ConfigError
-from lora_plugins.cli import exit_on_closed_output
-from lora_plugins.errors import LoraError, listing, sentence
+from lora_plugins.errors import listing, sentence
 from lora_plugins.field_checks import Check, check_fields, optional
 from lora_plugins.integrations.lightning.module import plain_state_dict, write_safetensors
 from lora_plugins.tasks.argument_checks import check_path, check_size, instance_of
-from lora_plugins.tasks.command_lines import check_ending, check_runtime, export_parser
+from lora_plugins.tasks.command_lines import check_ending, check_runtime
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
@@ -128,18 +127,16 @@ def _write_program(task: VisionTask, path: Path, size: Size | None) -> float:
     return difference
 
 
-@exit_on_closed_output
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    options = export_parser().parse_args(arguments)
-    size = None if options.size is None else (options.size[0], options.size[1])
-    try:
-        _checked(options.out)
-        difference = export_task(merged_task(options.model, options.weights), options.out, size)
-    except LoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.out}: logits as the task's, within {difference:.1e} of the largest")
+def main(given: Namespace) -> int:
+    """Runs the command; returns the exit code.
+
+    Raises:
+        LoraError: As `export_task` and `merged_task` do.
+    """
+    size = None if given.size is None else (given.size[0], given.size[1])
+    _checked(given.out)
+    difference = export_task(merged_task(given.model, given.weights), given.out, size)
+    print(f"{given.out}: logits as the task's, within {difference:.1e} of the largest")
     return 0
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import os
 import re
-import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -22,12 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from lora_plugins.cli import exit_on_closed_output
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import ConfigError, LoraError, nothing_there
+from lora_plugins.errors import ConfigError, nothing_there
 from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of, number_from, optional
 from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
-from lora_plugins.tasks.command_lines import predict_parser
 from lora_plugins.tasks.data import (
     ERROR,
     IMAGE_SUFFIXES,
@@ -112,25 +110,23 @@ def predict_folder(
     return [_write_labels(task, paths, out / LABELS, flips)]
 
 
-@exit_on_closed_output
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    options = predict_parser().parse_args(arguments)
-    try:
-        device = usable_device(options.device, "--device")
-        files = predict_folder(
-            load_task(options.model, options.weights).to(device),
-            options.images,
-            options.out,
-            window=None if options.window is None else (options.window[0], options.window[1]),
-            overlap=options.overlap,
-            flips=options.flips,
-            on_problem=SKIP if options.skip else ERROR,
-        )
-    except LoraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(_told(files, Path(options.out)))
+def main(given: Namespace) -> int:
+    """Runs the command; returns the exit code.
+
+    Raises:
+        LoraError: As `predict_folder` and `load_task` do.
+    """
+    device = usable_device(given.device, "--device")
+    files = predict_folder(
+        load_task(given.model, given.weights).to(device),
+        given.images,
+        given.out,
+        window=None if given.window is None else (given.window[0], given.window[1]),
+        overlap=given.overlap,
+        flips=given.flips,
+        on_problem=SKIP if given.skip else ERROR,
+    )
+    print(_told(files, Path(given.out)))
     return 0
 
 

@@ -80,12 +80,12 @@ def _plan(arguments: list[str]) -> int:
 def _merged_file(arguments: list[str]) -> int:
     from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser  # noqa: PLC0415
 
-    merged_file_parser(arguments[0]).parse_args(arguments[1:])  # before Lightning is imported
+    given = merged_file_parser(arguments[0]).parse_args(arguments[1:])  # before Lightning is imported
     with importing():
         from lora_plugins.integrations.lightning.cli import merged_files  # noqa: PLC0415
 
     with _given_arguments():
-        merged_files.run(arguments)
+        merged_files.run(arguments[0], given)
     return 0
 
 

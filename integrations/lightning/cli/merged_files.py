@@ -2,6 +2,7 @@
 
 import importlib
 import io
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,6 @@ from lightning.pytorch import LightningModule
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near, sentence
 from lora_plugins.integrations.lightning.checkpoint import KEY, Global, load_from_checkpoint, read_checkpoint
-from lora_plugins.integrations.lightning.cli.merged_file_parser import merged_file_parser
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     file_entries,
@@ -33,10 +33,9 @@ _OF_TRAINING = (
 """Entries of a checkpoint that belong to the adapter's training; the others still hold, and modules may read them."""
 
 
-def run(arguments: list[str]) -> None:
-    """Runs `export` or `merge` from the arguments of the command line, the command included."""
-    given = merged_file_parser(arguments[0]).parse_args(arguments[1:])
-    write = {"export": export_checkpoint, "merge": merge_checkpoint}[arguments[0]]
+def run(command: str, given: Namespace) -> None:
+    """Runs `export` or `merge`."""
+    write = {"export": export_checkpoint, "merge": merge_checkpoint}[command]
     values, module_class = dict(map(_argument, given.argument)), _import_class(given.model)
     if not Path(given.checkpoint).exists():
         raise ConfigError(f"There is no {given.checkpoint}. Give a checkpoint with an adapter.")
