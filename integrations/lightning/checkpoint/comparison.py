@@ -12,10 +12,7 @@ from lora_plugins.files import PackedAdapter, differing_base, differing_config
 from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import as_saved, state_key
-from lora_plugins.integrations.lightning.module import (
-    adapted_targets,
-    state_of_adapters,
-)
+from lora_plugins.integrations.lightning.module import adapters_by_place
 
 
 def check_adapters(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
@@ -128,15 +125,12 @@ def check_no_surplus(module: nn.Module, entry: Mapping[str, Any]) -> None:
         AdapterFileError: If it has some, naming them.
     """
     known = {(adapter["target"], adapter["manifest"]["adapter_name"]) for adapter in entry["adapters"]}
-    surplus = [
-        f"{name} on {path or 'the module'}"
-        for path, target in adapted_targets(module).items()
-        for name in state_of_adapters(target).adapters
-        if (path, name) not in known
-    ]
+    surplus = [place for place in adapters_by_place(module) if place not in known]
     if surplus:
-        there = [f"{name} on {path or 'the module'}" for path, name in sorted(known)]
+        here, there = (
+            [f"{name} on {path or 'the module'}" for path, name in each] for each in (surplus, sorted(known))
+        )
         raise AdapterFileError(
-            f"The module has adapters that the checkpoint does not have: {listing(surplus)}. The checkpoint has "
+            f"The module has adapters that the checkpoint does not have: {listing(here)}. The checkpoint has "
             f"{listing(there)}. Use the adapter_name and target it was trained with."
         )

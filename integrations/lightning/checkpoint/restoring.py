@@ -29,7 +29,7 @@ from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
     with_hidden,
 )
 from lora_plugins.integrations.lightning.module import (
-    adapted_targets,
+    adapters_by_place,
     built_alike,
     frozen_keys,
     lost_layers,
@@ -41,7 +41,6 @@ from lora_plugins.integrations.lightning.module import (
     not_as_built,
     note_built,
     outside,
-    state_of_adapters,
     take_fingerprints,
 )
 from lora_plugins.plugins import registry_of
@@ -120,9 +119,8 @@ def _put_base(
         found[name].data.copy_(saved[name])
     if keys:
         mark_merged(module, {name: pretrained.get(name, {}) for name in keys})
-        for target in adapted_targets(module).values():
-            for adapter in state_of_adapters(target).adapters.values():
-                adapter.fingerprints.clear()  # of the base that was
+        for adapter in adapters_by_place(module).values():
+            adapter.fingerprints.clear()  # of the base that was
 
 
 def _check_left_out(module: nn.Module, entry: Mapping[str, Any], *, keep_moved: bool) -> None:

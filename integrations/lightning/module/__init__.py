@@ -22,6 +22,7 @@ from lora_plugins.integrations.lightning.module.adapted_copies import (
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
     adapted_weights,
+    adapters_by_place,
     layers_of_factors,
     state_of_adapters,
 )
@@ -85,6 +86,7 @@ __all__ = [
     "adapted_layers_moved",
     "adapted_targets",
     "adapted_weights",
+    "adapters_by_place",
     "add_adapter",
     "add_names",
     "base_pairs",

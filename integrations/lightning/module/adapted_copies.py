@@ -7,11 +7,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import full_name, model_modules, named_parameters, own_parameters, submodule
-from lora_plugins.integrations.lightning.module.adapted_parts import (
-    adapted_targets,
-    state_of_adapters,
-    trained_in_place,
-)
+from lora_plugins.integrations.lightning.module.adapted_parts import adapters_by_place, trained_in_place
 from lora_plugins.integrations.lightning.module.copies import NetworkCopy
 from lora_plugins.utils import plain_name
 
@@ -52,8 +48,7 @@ def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str
         adapter: Name of the adapter.
         but: The factor that the copy keeps, such as "lora_B".
     """
-    states = [state_of_adapters(target) for target in adapted_targets(module).values()]
-    if any(a.plan.init.changes_base for state in states for name, a in state.adapters.items() if name == adapter):
+    if any(each.plan.init.changes_base for (_, name), each in adapters_by_place(module).items() if name == adapter):
         return
     own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
     with torch.no_grad():

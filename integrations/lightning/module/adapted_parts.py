@@ -3,7 +3,7 @@
 from torch import nn
 
 from lora_plugins import LoraError
-from lora_plugins.adapter import ModelState, adapted_layers, adapter_tensors, model_state
+from lora_plugins.adapter import Adapter, ModelState, adapted_layers, adapter_tensors, model_state
 from lora_plugins.inplace import full_name, model_modules, submodule
 
 
@@ -22,6 +22,15 @@ def state_of_adapters(target: nn.Module) -> ModelState:
     if state is None:
         raise LoraError("The module lost its adapters while they were read.")
     return state
+
+
+def adapters_by_place(module: nn.Module) -> dict[tuple[str, str], Adapter]:
+    """Returns the adapters of all adapted targets, by the path of the target and the adapter's name."""
+    return {
+        (path, name): adapter
+        for path, target in adapted_targets(module).items()
+        for name, adapter in state_of_adapters(target).adapters.items()
+    }
 
 
 def adapted_weights(module: nn.Module) -> list[str]:
@@ -48,7 +57,6 @@ def trained_in_place(module: nn.Module) -> set[str]:
     """Returns the names of the parameters that adapters train in place: heads and biases."""
     return {
         full_name(path, name)
-        for path, target in adapted_targets(module).items()
-        for adapter in state_of_adapters(target).adapters.values()
+        for (path, _), adapter in adapters_by_place(module).items()
         for name in adapter.plan.trained
     }

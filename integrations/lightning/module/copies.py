@@ -22,6 +22,7 @@ from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import full_name, model_modules, own_parameters, state_of, submodule
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
+    adapters_by_place,
     state_of_adapters,
     trained_in_place,
 )
@@ -122,8 +123,7 @@ def _of_pretrained(module: nn.Module) -> dict[str, Fingerprint]:
     """Returns the fingerprints of what weights were that hold an earlier merge, or were moved by hand since."""
     kept = {
         full_name(path, name): values
-        for path, target in adapted_targets(module).items()
-        for adapter in state_of_adapters(target).adapters.values()
+        for (path, _), adapter in adapters_by_place(module).items()
         for name, values in adapter.kept.items()
     }
     return {**kept, **merged_weights(module)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_plugins.adapter import adapted_layers
-from lora_plugins.inplace import named_parameters, own_tensor
+from lora_plugins.inplace import full_name, named_parameters, own_tensor
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 
@@ -49,7 +49,7 @@ def _collections(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
         for name, value in vars(part).items():
             if name in _OF_LIGHTNING:
                 continue
-            full = f"{path}.{name}" if path else name
+            full = full_name(path, name)
             yield full, list(_tensors(value))
             if _is_helper(value):
                 yield from ((f"{full}.{own}", list(_tensors(each))) for own, each in vars(value).items())

@@ -10,7 +10,12 @@ from torch import nn
 
 from lora_plugins import LoraModel
 from lora_plugins.inplace import full_name
-from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights, state_of_adapters
+from lora_plugins.integrations.lightning.module.adapted_parts import (
+    adapted_targets,
+    adapted_weights,
+    adapters_by_place,
+    state_of_adapters,
+)
 
 Fingerprints = Mapping[str, Mapping[str, float]]
 """Of tensors, by full name."""
@@ -44,12 +49,11 @@ def mark_moved(module: nn.Module, names: Iterable[str], before: Fingerprints = M
     moved = moved_by_hand(module) | frozenset(names)
     if moved:
         module.__dict__[_MOVED] = moved
-    for path, target in adapted_targets(module).items():
-        for adapter in state_of_adapters(target).adapters.values():
-            known = {full_name(path, name): (name, values) for name, (_, values) in adapter.fingerprints.items()}
-            for full, (name, values) in known.items():
-                if full in moved or any(_computes(source, full) for source in moved):
-                    adapter.kept.setdefault(name, dict(before.get(full, values)))
+    for (path, _), adapter in adapters_by_place(module).items():
+        for name, (_, values) in adapter.fingerprints.items():
+            full = full_name(path, name)
+            if full in moved or any(_computes(source, full) for source in moved):
+                adapter.kept.setdefault(name, dict(before.get(full, values)))
 
 
 def known_fingerprints(module: nn.Module) -> Fingerprints:
@@ -59,8 +63,7 @@ def known_fingerprints(module: nn.Module) -> Fingerprints:
     """
     return {
         full_name(path, name): values
-        for path, target in adapted_targets(module).items()
-        for adapter in state_of_adapters(target).adapters.values()
+        for (path, _), adapter in adapters_by_place(module).items()
         for name, (_, values) in adapter.fingerprints.items()
     }
 
@@ -82,18 +85,13 @@ def marks_of_base(module: nn.Module) -> Marks:
 
     Loading a whole state dict makes them forget it. That of a checkpoint has the same base, and what has moved since.
     """
-    return {
-        (path, name): dict(adapter.base)
-        for path, target in adapted_targets(module).items()
-        for name, adapter in state_of_adapters(target).adapters.items()
-    }
+    return {place: dict(adapter.base) for place, adapter in adapters_by_place(module).items()}
 
 
 def put_back_marks(module: nn.Module, marks: Marks) -> None:
     """Lets adapters know again what `marks_of_base` returned."""
-    for path, target in adapted_targets(module).items():
-        for name, adapter in state_of_adapters(target).adapters.items():
-            adapter.base.update(marks.get((path, name), {}))
+    for place, adapter in adapters_by_place(module).items():
+        adapter.base.update(marks.get(place, {}))
 
 
 def _computes(source: str, weight: str) -> bool:
