@@ -49,14 +49,14 @@ from lora_plugins.integrations.lightning.module import (
     find_copies,
     find_target,
     freeze_alike,
-    marks_of_base,
+    known_bases,
     merge_as_bytes,
     merge_from_bytes,
     merge_reversibly,
     merged_weights,
     modes_of_frozen_norms,
     note_built,
-    put_back_marks,
+    put_back_known_bases,
     reuse_adapter,
     set_modes_of_frozen_norms,
     set_training_mode,
@@ -366,7 +366,7 @@ class LoraCallback(Callback):
         first = batch_idx == 0 or self._run.audit is None
         self._run.restored = None
         if first:
-            put_back_marks(pl_module, self._run.marks)
+            put_back_known_bases(pl_module, self._run.known_bases)
         if first and not is_sharded(trainer):
             put_back_statistics(trainer, pl_module)
         if self._run.audit is None:
@@ -505,7 +505,7 @@ class LoraCallback(Callback):
         module = trainer.lightning_module
         self._modes = modes_of_frozen_norms(module)
         if trainer.state.fn == "fit":
-            self._run.marks = marks_of_base(module)
+            self._run.known_bases = known_bases(module)
             if not whole:  # else the base becomes again what it was
                 self._start = Start.of(module)
         if changed:

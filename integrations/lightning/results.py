@@ -18,10 +18,10 @@ from lora_plugins.integrations.lightning.adapter_files import AdapterFile
 from lora_plugins.integrations.lightning.module import (
     adapted_layers_moved,
     file_entries,
-    marks_of_base,
+    known_bases,
     moved_by_hand,
     plain_state_dict,
-    put_back_marks,
+    put_back_known_bases,
     temporarily_merged,
     write_safetensors,
 )
@@ -126,11 +126,11 @@ def load_best(trainer: Trainer, module: LightningModule) -> None:
     """Loads the best checkpoint into the module; without one, the last weights stay."""
     path = trainer.strategy.broadcast(best_checkpoint(trainer))  # a monitored metric may differ between processes
     if path:
-        marks = marks_of_base(module)
+        known = known_bases(module)
         checkpoint = CheckpointShims.load_own(trainer, path)
         module.on_load_checkpoint(checkpoint)  # as Lightning does: what the module's own hook leaves out is its matter
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
-        put_back_marks(module, marks)
+        put_back_known_bases(module, known)
     elif not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which saves none
         rank_zero_warn(
             "merge_source='best', and no checkpoint was written: nothing was trained, or the monitor of the "

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_plugins.integrations.lightning.module import Marks
+from lora_plugins.integrations.lightning.module import KnownBases
 from lora_plugins.integrations.lightning.shims import MethodShims
 from lora_plugins.integrations.lightning.training import Audit, LateChanges
 
@@ -18,7 +18,7 @@ class Run:
         strategy_shims: What stands in for methods of the strategy.
         expected_warnings: Holds back warnings about modules in eval mode.
         restored: The callback's state in a checkpoint, until the first batch.
-        marks: Of the base, as it was before the rest of that checkpoint was loaded.
+        known_bases: What adapters knew of the base before the rest of that checkpoint was loaded.
         audit: Watches the training, once it has started.
         sums: Checksums of the frozen base at the end of the training, by name.
         late_changes: What was trained, as it is saved and merged.
@@ -28,7 +28,7 @@ class Run:
     strategy_shims: MethodShims | None = None
     expected_warnings: ExitStack = field(default_factory=ExitStack)
     restored: dict[str, Any] | None = None
-    marks: Marks = field(default_factory=dict)
+    known_bases: KnownBases = field(default_factory=dict)
     audit: Audit | None = None
     sums: dict[str, int] = field(default_factory=dict)
     late_changes: LateChanges | None = None

@@ -52,12 +52,12 @@ from lora_plugins.integrations.lightning.module.modes import (
     set_training_mode,
 )
 from lora_plugins.integrations.lightning.module.moved_tensors import (
-    Marks,
+    KnownBases,
     adapted_layers_moved,
+    known_bases,
     mark_moved,
-    marks_of_base,
     moved_by_hand,
-    put_back_marks,
+    put_back_known_bases,
     take_fingerprints,
 )
 from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, whole_state_dict, write_safetensors
@@ -80,7 +80,7 @@ from lora_plugins.integrations.lightning.module.tensors import (
 
 __all__ = [
     "KeptMerge",
-    "Marks",
+    "KnownBases",
     "NetworkCopy",
     "Start",
     "adapted_layers_moved",
@@ -111,12 +111,12 @@ __all__ = [
     "frozen_tensors",
     "is_adapted_alike",
     "kept_copies",
+    "known_bases",
     "layers_of_factors",
     "local",
     "lost_layers",
     "mark_merged",
     "mark_moved",
-    "marks_of_base",
     "merge_as_bytes",
     "merge_from_bytes",
     "merge_reversibly",
@@ -128,7 +128,7 @@ __all__ = [
     "note_built",
     "outside",
     "plain_state_dict",
-    "put_back_marks",
+    "put_back_known_bases",
     "reuse_adapter",
     "set_modes_of_frozen_norms",
     "set_training_mode",

@@ -26,7 +26,7 @@ _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 Sums = dict[torch.dtype, int]
 """The checksums of a weight by type."""
 
-Marks = dict[str, dict[str, tuple[Sums, Fingerprint]]]
+MergeMarks = dict[str, dict[str, tuple[Sums, Fingerprint]]]
 """By the name of a layer, the checksums of each of its merged weights, and the fingerprint of the pretrained one."""
 
 
@@ -48,12 +48,12 @@ def merged_weights(target: nn.Module) -> dict[str, Fingerprint]:
     Returns:
         By name, the fingerprints of the pretrained ones.
     """
-    marks = {full_name(name, key): mark for name, own in marks_of(target).items() for key, mark in own.items()}
+    marks = {full_name(name, key): mark for name, own in merge_marks(target).items() for key, mark in own.items()}
     weights = named_tensors(target, aliases=True) if marks else {}
     return {name: values for name, (sums, values) in marks.items() if name in weights and _has(weights[name], sums)}
 
 
-def marks_of(target: nn.Module) -> Marks:
+def merge_marks(target: nn.Module) -> MergeMarks:
     """Returns the marks of the layers of a module, as they are now."""
     marks = {entry.name: entry.module.__dict__.get(_MERGED, {}) for entry in model_modules(target)}
     return {name: dict(own) for name, own in marks.items() if own}
@@ -74,7 +74,7 @@ def _has(weight: Tensor, sums: Sums) -> bool:
     return any(torch.equal(cast.to(own), own) and checksum(cast) == sums[dtype] for dtype, cast in casts.items())
 
 
-def set_marks(target: nn.Module, marks: Marks) -> None:
+def set_merge_marks(target: nn.Module, marks: MergeMarks) -> None:
     """Gives the layers of a module these marks and no others."""
     for layer in target.modules():
         layer.__dict__.pop(_MERGED, None)

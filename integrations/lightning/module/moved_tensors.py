@@ -20,7 +20,7 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
 Fingerprints = Mapping[str, Mapping[str, float]]
 """Of tensors, by full name."""
 
-Marks = Mapping[tuple[str, str], Mapping[str, tuple[float, float]]]
+KnownBases = Mapping[tuple[str, str], Mapping[str, tuple[float, float]]]
 """Of tensors, by path and name of an adapter, and by name below that path."""
 
 _MOVED = "_lora_moved"
@@ -80,7 +80,7 @@ def take_fingerprints(module: nn.Module) -> None:
                 LoraModel(target).pack(name)
 
 
-def marks_of_base(module: nn.Module) -> Marks:
+def known_bases(module: nn.Module) -> KnownBases:
     """Returns what adapters know of the base that they were added to, by path and name.
 
     Loading a whole state dict makes them forget it. That of a checkpoint has the same base, and what has moved since.
@@ -88,10 +88,10 @@ def marks_of_base(module: nn.Module) -> Marks:
     return {place: dict(adapter.base) for place, adapter in adapters_by_place(module).items()}
 
 
-def put_back_marks(module: nn.Module, marks: Marks) -> None:
-    """Lets adapters know again what `marks_of_base` returned."""
+def put_back_known_bases(module: nn.Module, known: KnownBases) -> None:
+    """Lets adapters know again what `known_bases` returned."""
     for place, adapter in adapters_by_place(module).items():
-        adapter.base.update(marks.get(place, {}))
+        adapter.base.update(known.get(place, {}))
 
 
 def _computes(source: str, weight: str) -> bool:

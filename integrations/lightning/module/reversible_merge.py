@@ -34,11 +34,11 @@ from lora_plugins.integrations.lightning.module.adapted_parts import state_of_ad
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.merged_adapters import MergedAdapter, adapters_to_merge
 from lora_plugins.integrations.lightning.module.merged_base import (
-    Marks,
+    MergeMarks,
     mark_merged,
-    marks_of,
+    merge_marks,
     merged_weights,
-    set_marks,
+    set_merge_marks,
 )
 from lora_plugins.integrations.lightning.module.weight_norm import normed_weights, sources, unload_with_norms
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
@@ -71,7 +71,7 @@ class ReversibleMerge:
     active: dict[str, float]
     merged: dict[str, int]
     target: "weakref.ref[nn.Module]"
-    marks: Marks
+    marks: MergeMarks
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     def replaced(self, target: nn.Module) -> list[str]:
@@ -114,7 +114,7 @@ class ReversibleMerge:
             lora = adapter.put(target, name)
         if lora.active_weights != self.active:
             lora.set_adapter([*self.active], weights=[*self.active.values()])
-        set_marks(target, self.marks)
+        set_merge_marks(target, self.marks)
         if self.target() is target:
             self._put_parameters(target)
 
@@ -183,7 +183,7 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
         unload_with_norms(lora, effective, normed, state.values.base)
     else:
         lora.merge_and_unload(dequantize=dequantize)
-    merged, marks = checksums({name: own_tensor(target, name) for name in before}), marks_of(target)
+    merged, marks = checksums({name: own_tensor(target, name) for name in before}), merge_marks(target)
     mark_merged(target, {name: pretrained.get(name, {}) for name in sorted(before) if merged[name] != before[name]})
     return ReversibleMerge(
         base, stored, foreign, quantizers, adapters, active, merged, weakref.ref(target), marks, parameters
