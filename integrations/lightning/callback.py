@@ -72,10 +72,12 @@ from lora_plugins.integrations.lightning.run import Run
 from lora_plugins.integrations.lightning.shims import (
     MethodShims,
     begin_run,
+    callbacks_of,
     carried,
     carry,
     end_run,
     expecting_eval_mode,
+    is_fast_dev_run,
     starts_by_multiprocessing,
 )
 from lora_plugins.integrations.lightning.strategies import (
@@ -435,7 +437,7 @@ class LoraCallback(Callback):
         group = self._group(trainer)
         held = self._held(trainer, pl_module) if group[-1] is self else {}
         written = set() if self._run.audit is None else self._run.audit.written
-        files = {} if trainer.fast_dev_run else self._results().write(trainer, pl_module, written)  # type: ignore[attr-defined]
+        files = {} if is_fast_dev_run(trainer) else self._results().write(trainer, pl_module, written)
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             self._merge_adapters(trainer, pl_module)
@@ -611,7 +613,7 @@ class LoraCallback(Callback):
     def _merge_adapters(self, trainer: Trainer, module: LightningModule) -> None:
         """Merges all adapters of the target; a process that was started for the run hands the merge on."""
         # A debugging run of a few batches is not stopped by what they did not learn.
-        max_error = math.inf if trainer.fast_dev_run else self.max_error  # type: ignore[attr-defined]
+        max_error = math.inf if is_fast_dev_run(trainer) else self.max_error
         prefix = f"{self.target}." if self.target else ""
         sums = {name.removeprefix(prefix): total for name, total in self._run.sums.items() if name.startswith(prefix)}
         merge = merge_reversibly(self._target(module), max_error, dequantize=self.dequantize, base_sums=sums)
@@ -670,7 +672,7 @@ class LoraCallback(Callback):
         """Returns what of the target is not to change after its results: the base only where files leave it out."""
         if is_sharded(trainer):
             return {}
-        writes = places_of_results(trainer) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        writes = places_of_results(trainer) and not is_fast_dev_run(trainer)
         tensors = tensors_beside_merges(module) if writes else trained_parameters(module)
         return {name: tensor for name, tensor in tensors.items() if within(name, [self.target or ""])}
 
@@ -684,7 +686,7 @@ class LoraCallback(Callback):
 
 def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:
     """Returns the LoraCallbacks of a trainer, in their order."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, LoraCallback)]  # type: ignore[attr-defined]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, LoraCallback)]
 
 
 def places_of_results(trainer: Trainer) -> list[str]:

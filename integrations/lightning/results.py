@@ -25,6 +25,7 @@ from lora_plugins.integrations.lightning.module import (
     temporarily_merged,
     write_safetensors,
 )
+from lora_plugins.integrations.lightning.shims import is_fast_dev_run
 from lora_plugins.integrations.lightning.strategies import CheckpointShims, gather_adapter, is_sharded
 from lora_plugins.utils import plain_name
 
@@ -131,7 +132,7 @@ def load_best(trainer: Trainer, module: LightningModule) -> None:
         module.on_load_checkpoint(checkpoint)  # as Lightning does: what the module's own hook leaves out is its matter
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
         put_back_known_bases(module, known)
-    elif not trainer.fast_dev_run:  # type: ignore[attr-defined]  # which saves none
+    elif not is_fast_dev_run(trainer):  # which saves none
         rank_zero_warn(
             "merge_source='best', and no checkpoint was written: nothing was trained, or the monitor of the "
             "ModelCheckpoint was never logged, as without validation. The last weights are taken."

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from lightning.pytorch import Trainer
 
 from lora_plugins import LoraError
+from lora_plugins.integrations.lightning.shims import is_fast_dev_run
 
 
 def writes_files(trainer: Trainer) -> bool:
     """Returns whether this process writes the files of a run."""
-    return bool(trainer.is_global_zero and not trainer.fast_dev_run)  # type: ignore[attr-defined]
+    return trainer.is_global_zero and not is_fast_dev_run(trainer)
 
 
 def check_by_writer(trainer: Trainer, check: Callable[[], None]) -> None:

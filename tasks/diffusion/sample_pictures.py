@@ -17,7 +17,7 @@ from lora_plugins.adapter import model_state
 from lora_plugins.field_checks import check_count, optional
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
 from lora_plugins.integrations.lightning.console import tell_written
-from lora_plugins.integrations.lightning.writer import check_by_writer
+from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
 from lora_plugins.tasks.data import as_png
@@ -99,10 +99,9 @@ class SamplePictures(Callback):
         if trainer.is_global_zero and (trainer.current_epoch + 1) % self.every == 0:
             self._add(trainer, cast(TextToImageTask, pl_module), f"epoch {trainer.current_epoch + 1}")
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Samples, and writes the files, where something was trained."""
-        if cast(Any, trainer).fast_dev_run or BEFORE not in self._sheets:  # an attribute that its types lack
+        if not writes_files(trainer) or BEFORE not in self._sheets:
             return
         seconds = time.perf_counter() - self._start
         self._add(trainer, cast(TextToImageTask, pl_module), AFTER)

@@ -1,16 +1,15 @@
 """A callback that leaves a pipeline folder with the trained weights in it."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_plugins import ConfigError
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
-from lora_plugins.integrations.lightning.writer import check_by_writer
+from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.writable import check_writable_folder
@@ -48,14 +47,13 @@ class SavePipeline(Callback):
             raise ConfigError(_NOT_MERGED)
         check_by_writer(trainer, lambda: check_writable_folder(self.folder, "folder of SavePipeline"))
 
-    @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes the folder, now that every callback has ended the fit, whatever their order.
 
         Raises:
             ConfigError: If an adapter is not merged: its layers would be written without it.
         """
-        if stage != "fit" or cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+        if stage != "fit" or not writes_files(trainer):
             return
         task = cast(TextToImageTask, pl_module)
         if model_state(task.parts) is not None:

@@ -1,7 +1,6 @@
 """The metrics of the val split before and after a fit, as a table."""
 
 import math
-from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,6 +8,7 @@ from rich.table import Table
 
 from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.console import plain_console
+from lora_plugins.integrations.lightning.shims import is_fast_dev_run
 
 PREFIX = "val/"
 
@@ -33,8 +33,7 @@ class BeforeAfter(Callback):
         if stage != "fit":
             return
         self.before, self.after = {}, {}
-        fast_dev_run = cast(Any, trainer).fast_dev_run  # an attribute that its types lack
-        if trainer.num_sanity_val_steps != math.inf and not fast_dev_run:
+        if trainer.num_sanity_val_steps != math.inf and not is_fast_dev_run(trainer):
             raise ConfigError(
                 f"BeforeAfter compares the whole val split before and after training, but the trainer validates on "
                 f"{trainer.num_sanity_val_steps} batches before training. Set num_sanity_val_steps to -1."

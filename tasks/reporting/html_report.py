@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -20,7 +19,7 @@ from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
-from lora_plugins.integrations.lightning.writer import check_by_writer
+from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
@@ -166,13 +165,12 @@ class HtmlReport(Callback):
         """Stops the clock."""
         self._took = time.perf_counter() - self._start
 
-    @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes the page and its numbers.
 
         Every callback has ended the fit by now, whatever their order: weights and files are those that it leaves.
         """
-        if stage != "fit" or cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+        if stage != "fit" or not writes_files(trainer):
             return
         if not has_validated(trainer, "report"):
             return

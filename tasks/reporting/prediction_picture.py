@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_count, check_fields
 from lora_plugins.integrations.lightning.console import tell_written
-from lora_plugins.integrations.lightning.writer import check_by_writer
+from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.tasks.argument_checks import check_indices, check_png, instance_of
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
@@ -94,10 +93,9 @@ class PredictionPicture(Callback):
         if stage == "fit":
             check_by_writer(trainer, lambda: check_writable_file(Path(self.path), "path of PredictionPicture"))
 
-    @rank_zero_only
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes the picture for samples of the first val loader, by the weights that the callbacks leave."""
-        if stage != "fit" or cast(Any, trainer).fast_dev_run or not has_validated(trainer, "picture of predictions"):
+        if stage != "fit" or not writes_files(trainer) or not has_validated(trainer, "picture of predictions"):
             return
         task, loader = cast(SemanticSegmentationTask, pl_module), first_val_loader(trainer)
         indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)

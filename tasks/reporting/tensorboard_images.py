@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count
+from lora_plugins.integrations.lightning.shims import is_fast_dev_run
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.reporting.figures import (
     confusion_figure,
@@ -49,7 +50,7 @@ class TensorBoardImages(Callback):
             raise ConfigError(f"TensorBoardImages draws tasks of lora_plugins; {type(pl_module).__name__} is not one.")
         # Without any logger (`logger: false`) nothing is to be logged; with only other loggers, images would be lost.
         others = trainer.loggers and not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
-        if others and not cast(Any, trainer).fast_dev_run:  # an attribute that its types lack
+        if others and not is_fast_dev_run(trainer):
             raise ConfigError("TensorBoardImages needs a TensorBoardLogger among the trainer's loggers.")
         self._validations = 0
 

@@ -4,14 +4,14 @@ import pickle
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_plugins.integrations.lightning.console.bar import Bar, is_terminal
 from lora_plugins.integrations.lightning.console.main_metric import as_text, shown_metrics
 from lora_plugins.integrations.lightning.console.plan_table import print_lines
-from lora_plugins.integrations.lightning.shims import carried, carry, starts_by_multiprocessing
+from lora_plugins.integrations.lightning.shims import callbacks_of, carried, carry, starts_by_multiprocessing
 
 _WRITTEN = "written"
 """Under which a process that multiprocessing has started sends what its callbacks have written."""
@@ -194,7 +194,7 @@ def tell_written(trainer: Trainer, files: Mapping[str, Path], to_paste: Sequence
         files: Paths by what they are, such as `Report`.
         to_paste: Lines of Python that load them.
     """
-    console = next((each for each in cast(Any, trainer).callbacks if isinstance(each, FitConsole)), None)
+    console = next((each for each in callbacks_of(trainer) if isinstance(each, FitConsole)), None)
     if console is not None:
         console.written.update(files)
         console.to_paste.extend(to_paste)

@@ -1,9 +1,11 @@
 """Which of the metrics that a module logs is the main one."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Trainer
+
+from lora_plugins.integrations.lightning.shims import callbacks_of
 
 
 def shown_metrics(trainer: Trainer) -> dict[str, float]:
@@ -13,8 +15,7 @@ def shown_metrics(trainer: Trainer) -> dict[str, float]:
     the val split, one of the train split, its loss.
     """
     metrics: Mapping[str, Any] = trainer.progress_bar_metrics or trainer.callback_metrics
-    callbacks = cast(Any, trainer).callbacks  # an attribute that its types lack
-    monitored = {getattr(callback, "monitor", None) for callback in callbacks}
+    monitored = {getattr(callback, "monitor", None) for callback in callbacks_of(trainer)}
     found = {name: float(value) for name, value in metrics.items()}
 
     def order(name: str) -> tuple[bool, bool, bool]:

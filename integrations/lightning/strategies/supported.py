@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.shims import saves_shards, starts_by_multiprocessing
+from lora_plugins.integrations.lightning.shims import callbacks_of, saves_shards, starts_by_multiprocessing
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
 
 
@@ -33,7 +33,7 @@ def check_callbacks(trainer: Trainer) -> None:
     Raises:
         StateError: If one does, naming it.
     """
-    pruning = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, ModelPruning)]  # type: ignore[attr-defined]
+    pruning = [type(callback).__name__ for callback in callbacks_of(trainer) if isinstance(callback, ModelPruning)]
     if pruning:
         raise StateError(
             f"{pruning[0]} puts masked weights in place of those that adapters act on, and of A and B. Prune in a run "

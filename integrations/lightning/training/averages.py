@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
@@ -19,7 +19,7 @@ from lora_plugins.integrations.lightning.module import (
     moved_by_hand,
     outside,
 )
-from lora_plugins.integrations.lightning.shims import Averaging, averaged_module, drop_average
+from lora_plugins.integrations.lightning.shims import Averaging, averaged_module, callbacks_of, drop_average
 from lora_plugins.utils import plain_name
 
 
@@ -75,7 +75,7 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         StateError: If one was made before.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         for name, value in vars(callback).items():
             if any(_is_plain_copy(copy, module) for copy in _averaged_by(value)):
                 raise StateError(
@@ -103,8 +103,7 @@ def start_averages_from(trainer: Trainer, module: LightningModule) -> None:
 
 def renews_statistics(trainer: Trainer) -> bool:
     """Whether the epoch trains nothing: after averaging, SWA passes over the data only for the statistics of norms."""
-    found = trainer.callbacks  # type: ignore[attr-defined]
-    swa = [callback for callback in found if isinstance(callback, StochasticWeightAveraging)]
+    swa = [callback for callback in callbacks_of(trainer) if isinstance(callback, StochasticWeightAveraging)]
     return any(trainer.current_epoch == callback.swa_end + 1 for callback in swa)
 
 
@@ -139,9 +138,9 @@ def _averaged_by(value: Any) -> Iterator[nn.Module]:
 
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:
     """Returns the averages of adapted parts that third-party callbacks hold, each with the name of its part."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    held = [value for callback in callbacks for value in vars(callback).values() if isinstance(value, AveragedModel)]
-    found = [(each.module, _name_of_original(each.module, module)) for each in held]
+    values = [value for callback in callbacks_of(trainer) for value in vars(callback).values()]
+    held = [value.module for value in values if isinstance(value, AveragedModel)]
+    found = [(average, _name_of_original(average, module)) for average in held]
     return [(average, name) for average, name in found if name is not None]
 
 
@@ -172,5 +171,4 @@ def _averages(trainer: Trainer) -> list[nn.Module]:
 
 
 def _averaging(trainer: Trainer) -> list[Averaging]:
-    found = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in found if isinstance(callback, WeightAveraging | StochasticWeightAveraging)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, Averaging)]

@@ -28,8 +28,8 @@ ARROWS = {
     "checkpoint": {"module"},
     "strategies": {"checkpoint", "module", "shims"},
     "training": {"module", "shims", "strategies"},
-    "writer": set(),
-    "results": {"adapter_files", "module", "strategies"},
+    "writer": {"shims"},
+    "results": {"adapter_files", "module", "shims", "strategies"},
     "run": {"module", "shims", "training"},
     "callback": {
         "adapter_files",
