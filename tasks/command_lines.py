@@ -161,7 +161,7 @@ def generate_parser() -> Parser:
     add("--checkpoint", help="a checkpoint of a TextToImageTask, in place of a model and adapters")
     add("--compare", action="store_true", help="the same pictures of the base model beside")
     add("--seed", type=int, default=0, help="seed of the first picture of each prompt; each next one has the next")
-    add("--pictures", type=int, default=4, help="how many pictures of each prompt")
+    add("--pictures", type=whole, default=4, help="how many pictures of each prompt")
     add("--out", default="generated", help="the folder")
     add("--steps", type=whole, default=30)
     add("--guidance", type=float, default=5.0, help="scale of classifier-free guidance; at most 1 for none")

@@ -14,10 +14,11 @@ from lora_plugins.adapter import model_state
 from lora_plugins.devices import usable_device
 from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
-from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of, sample
+from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.tasks.data import as_png
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
+from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
 from lora_plugins.tasks.errors import WeightsError, unknown
 from lora_plugins.tasks.training import PROVENANCE_KEY
@@ -59,8 +60,6 @@ def _check(given: Namespace) -> None:
     """Checks the arguments before anything is loaded."""
     if any(not prompt.strip() for prompt in given.prompt):
         raise ConfigError("A prompt is empty. Say what is to be seen.")
-    if given.pictures < 1:
-        raise ConfigError(f"--pictures is {given.pictures}; it is at least 1.")
     if given.dtype is not None and given.dtype not in DTYPES:
         raise unknown("dtype", given.dtype, DTYPES)
     if given.checkpoint and (given.model or given.adapter):
@@ -127,15 +126,9 @@ def _base(pipe: Any) -> AbstractContextManager[Any]:
 
 
 def _drawn(pipe: Any, given: Namespace, sampling: Sampling, label: str) -> dict[str, list[Image]]:
-    prompts = [prompt for prompt in given.prompt for _ in range(given.pictures)]
-    seeds = [given.seed + number for _ in given.prompt for number in range(given.pictures)]
-    drawn = sample(pipe, prompts, seeds, sampling)
-    return {
-        " ".join(part for part in (label, f"{number + 1}:", prompt) if part): drawn[
-            number * given.pictures : (number + 1) * given.pictures
-        ]
-        for number, prompt in enumerate(given.prompt)
-    }
+    rows = sample_rows(pipe, given.prompt, given.pictures, sampling, given.seed)
+    names = [f"{label} {number}: {prompt}".lstrip() for number, prompt in enumerate(given.prompt, 1)]
+    return dict(zip(names, rows, strict=True))
 
 
 def _write(folder: Path, rows: dict[str, list[Image]], seed: int) -> None:

@@ -15,12 +15,13 @@ from PIL.Image import Image
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.field_checks import check_count, optional
-from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
+from lora_plugins.integrations.diffusers import Sampling, contact_sheet
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
 from lora_plugins.tasks.data import as_png
+from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.tasks.pages import SampleRecord, render_samples
 from lora_plugins.utils import replace_file
@@ -112,15 +113,9 @@ class SamplePictures(Callback):
         tell_written(trainer, {"Samples and report": self.folder})
 
     def _add(self, trainer: Trainer, task: TextToImageTask, name: str) -> None:
-        prompts = [prompt for prompt in self.prompts for _ in range(self.pictures)]
-        seeds = [seed for _ in self.prompts for seed in range(self.pictures)]
         with task.on_device() as pipe:
-            sampled = sample(pipe, prompts, seeds, self.sampling)
-        rows = {
-            prompt: sampled[number * self.pictures : (number + 1) * self.pictures]
-            for number, prompt in enumerate(self.prompts)
-        }
-        self._sheets[name] = contact_sheet(rows)
+            rows = sample_rows(pipe, self.prompts, self.pictures, self.sampling)
+        self._sheets[name] = contact_sheet(dict(zip(self.prompts, rows, strict=True)))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 pixels = np.asarray(self._sheets[name])

@@ -131,7 +131,7 @@ def test_bad_input_is_named(run, capsys):
         "There is no folder": ["--prompt", "a", "--model", "nowhere"],
         "base": ["--prompt", "a", *adapter, "--model", str(other)],
         "Unknown dtype 'half'": ["--prompt", "a", *base, "--dtype", "half"],
-        "--pictures is 0": ["--prompt", "a", *base, "--pictures", "0"],
+        "argument --pictures: '0' is not a whole number of at least 1": ["--prompt", "a", *base, "--pictures", "0"],
         "nowhere does not exist": ["--prompt", "a", "--adapter", "nowhere"],
         "--device is 'cuda:77', which torch cannot use here": ["--prompt", "a", *base, "--device", "cuda:77"],
         "run.ckpt, which is a file. Name a folder": ["--prompt", "a", *base, f"--out={run / 'run.ckpt'}"],
