@@ -631,24 +631,19 @@ class LoraCallback(Callback):
         return [callback for callback in lora_callbacks(trainer) if callback.target == self.target]
 
     def _check_group(self, trainer: Trainer) -> None:
-        given = {callback.adapter_name: callback.merge_on_fit_end for callback in self._group(trainer)}
-        if len(set(given.values())) > 1:
-            raise ConfigError(
-                "LoraCallbacks with one target are merged together, and merge_on_fit_end differs: "
-                f"{given}. Use one value."
-            )
-        sources = [callback.merge_source for callback in lora_callbacks(trainer)]
-        if len(set(sources)) > 1:
-            raise ConfigError(
-                "LoraCallbacks of one trainer leave one module with the weights of one moment, and merge_source "
-                f"differs: {sources}. Use one value."
-            )
-        for name in vars(self.rates):
-            ratios = [getattr(callback.rates, name) for callback in lora_callbacks(trainer)]
-            if len(set(ratios)) > 1:
-                raise ConfigError(
-                    f"LoraCallbacks of one trainer share its optimizers, and {name} differs: {ratios}. Use one value."
-                )
+        """Checks that callbacks have the same options for what they share."""
+        group, every = self._group(trainer), lora_callbacks(trainer)
+        shared = {
+            "merge_on_fit_end": (group, "with one target are merged together"),
+            "merge_source": (every, "of one trainer leave one module with the weights of one moment"),
+            **dict.fromkeys(vars(self.rates), (every, "of one trainer share its optimizers")),
+        }
+        for option, (callbacks, why) in shared.items():
+            given = [(vars(each) | vars(each.rates))[option] for each in callbacks]
+            if len({*given}) > 1:
+                names = [each.adapter_name for each in callbacks]
+                told = ", ".join(f"{value!r} of {name!r}" for value, name in zip(given, names, strict=True))
+                raise ConfigError(f"LoraCallbacks {why}, and {option} differs: {told}. Use one value.")
 
     def _remove_names(self) -> None:
         names, self._names = self._names, []

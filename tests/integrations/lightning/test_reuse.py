@@ -249,7 +249,7 @@ class TestTwoAdapters:
     def test_options_that_contradict_each_other_are_refused(self, tmp_path):
         first, second = self.callbacks(tmp_path)
         second.merge_on_fit_end = False
-        with pytest.raises(ConfigError, match=r"merge_on_fit_end differs: {'a': True, 'b': False}"):
+        with pytest.raises(ConfigError, match=r"merge_on_fit_end differs: True of 'a', False of 'b'"):
             trainer(tmp_path, [first, second]).fit(Classifier(), loader())
 
 

@@ -161,7 +161,9 @@ class TestTwoTargets:
         assert not differing(values(again), values(module))
 
     def test_one_module_has_the_weights_of_one_moment(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"one moment, and merge_source differs: \['last', 'best'\]"):
+        with pytest.raises(
+            ConfigError, match=r"one moment, and merge_source differs: 'last' of 'default', 'best' of 'default'"
+        ):
             self.fit(tmp_path, sources=("last", "best"))
 
 
