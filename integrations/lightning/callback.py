@@ -271,13 +271,7 @@ class LoraCallback(Callback):
         self._end_run()
         begin_run(trainer, stage)
         self._modes = modes_of_frozen_norms(pl_module)
-        check_trainer(trainer)
-        check_strategy(trainer, vars(self))
-        if stage == "fit":
-            check_callbacks(trainer)
-            check_distinct(places_of_results(trainer))
-            check_by_writer(trainer, lambda: check_places(self.adapter_files, self.export_to))
-        self._check_group(trainer)
+        self._check_trainer(trainer, stage)
         CheckpointShims.install(trainer, self)
         shims = self._run.module_shims = MethodShims(pl_module)
         if not is_sharded(trainer):
@@ -286,10 +280,6 @@ class LoraCallback(Callback):
             self._merge.keep(merge_from_bytes(data, self._target(pl_module)))
         if stage != "fit" and not is_sharded(trainer):
             return  # an adapter comes with the checkpoint then, if one is given
-        if stage == "fit" and self.merge_source == "best":
-            best_checkpoint(trainer)
-        if stage == "fit" and not self.merge_on_fit_end:
-            warn_if_spawned(trainer)
         if needs_data(self.config):
             self._run.strategy_shims = adapt_after_restoring(
                 trainer,
@@ -516,6 +506,20 @@ class LoraCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without what belongs to a run."""
         return {**self.__dict__, "_merge": KeptMerge(self.adapter_name), "_run": Run()}
+
+    def _check_trainer(self, trainer: Trainer, stage: str) -> None:
+        """Checks that a trainer can do what this callback is to do with it."""
+        check_trainer(trainer)
+        check_strategy(trainer, vars(self))
+        if stage == "fit":
+            check_callbacks(trainer)
+            check_distinct(places_of_results(trainer))
+            check_by_writer(trainer, lambda: check_places(self.adapter_files, self.export_to))
+            if self.merge_source == "best":
+                best_checkpoint(trainer)
+            if not self.merge_on_fit_end:
+                warn_if_spawned(trainer)
+        self._check_group(trainer)
 
     def _restore_random_numbers(self, trainer: Trainer) -> None:
         """Sets those of the checkpoint, also ahead of `estimated_stepping_batches`, which sets up the data."""
