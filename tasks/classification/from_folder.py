@@ -7,18 +7,9 @@ from PIL import Image
 
 from lora_plugins.errors import no_folder
 from lora_plugins.tasks.argument_checks import check_path
-from lora_plugins.tasks.data import (
-    TEST,
-    TRAIN,
-    VAL,
-    ImageDataModule,
-    Item,
-    image_files,
-    read_image,
-    subfolders,
-    without_images,
-)
+from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, image_files, read_image, subfolders, without_images
 
 
 class ImageFolderDataModule(ImageDataModule):

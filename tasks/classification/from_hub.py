@@ -7,7 +7,8 @@ from PIL import Image
 
 from lora_plugins.field_checks import check_fields
 from lora_plugins.tasks.argument_checks import check_columns
-from lora_plugins.tasks.data import HUB_CHECKS, HubDataset, ImageDataModule, Item, as_rgb
+from lora_plugins.tasks.data import HUB_CHECKS, HubDataset, ImageDataModule, Item
+from lora_plugins.tasks.files import as_rgb
 
 
 class HubImageDataModule(ImageDataModule):

@@ -8,8 +8,9 @@ from PIL import Image
 
 from lora_plugins.field_checks import check_names, optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
-from lora_plugins.tasks.data import ImageDataModule, Item, path_key, read_image, read_list, row_split
+from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.files import path_key, read_image, read_list, row_split
 
 
 class ImageListDataModule(ImageDataModule):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_plugins.tasks.data import image_files, read_errors, read_image, read_list
 from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.files import image_files, read_errors, read_image, read_list
 
 CAPTION_SUFFIX = ".txt"
 IMAGE, PROMPT = "image", "prompt"

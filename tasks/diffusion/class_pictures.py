@@ -11,9 +11,9 @@ from typing import Any
 from lora_plugins.field_checks import check_count, check_flag, whole_from
 from lora_plugins.integrations.diffusers import Sampling, sample
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
-from lora_plugins.tasks.data import as_png, image_files
 from lora_plugins.tasks.diffusion.captions import CAPTION_SUFFIX, Captioned, captioned_folder
 from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import as_png, image_files
 from lora_plugins.utils import replace_files
 
 NAME = "class-"

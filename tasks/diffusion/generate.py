@@ -16,11 +16,11 @@ from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
-from lora_plugins.tasks.data import as_png
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
 from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.files import as_png
 from lora_plugins.tasks.training import PROVENANCE_KEY
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_folder

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count, check_fields, check_flag, optional, whole_from
 from lora_plugins.tasks.argument_checks import check_path, instance_of
-from lora_plugins.tasks.data import Size, read_image
+from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.diffusion.buckets import BucketBatchSampler, bucket_sizes, fit, nearest_bucket
 from lora_plugins.tasks.diffusion.captions import Captioned, captioned_folder, captioned_list
 from lora_plugins.tasks.diffusion.class_pictures import ClassPictures
+from lora_plugins.tasks.files import read_image
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lora_plugins.tasks.data import TRAIN, VAL
 from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
+from lora_plugins.tasks.files import TRAIN, VAL
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KNOWN_DIGITS = tuple(range(8))

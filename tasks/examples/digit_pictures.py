@@ -9,9 +9,9 @@ from PIL import Image
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count, whole_from
 from lora_plugins.tasks.argument_checks import check_digit
-from lora_plugins.tasks.data import TEST, as_png
 from lora_plugins.tasks.diffusion import PicturesDataModule
 from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
+from lora_plugins.tasks.files import TEST, as_png
 from lora_plugins.utils import replace_file
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from lora_plugins.tasks.data import TRAIN, VAL
 from lora_plugins.tasks.examples.handwritten_digits import load_digit_splits
+from lora_plugins.tasks.files import TRAIN, VAL
 
 SIDE = 8
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.tasks.argument_checks import check_digits
-from lora_plugins.tasks.data import TEST, TRAIN, VAL
+from lora_plugins.tasks.files import TEST, TRAIN, VAL
 
 SHARES = ((TRAIN, 0.0, 0.6), (VAL, 0.6, 0.8), (TEST, 0.8, 1.0))
 MAX_INK = 16

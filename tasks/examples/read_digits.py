@@ -16,9 +16,9 @@ from lora_plugins.adapter import model_state
 from lora_plugins.field_checks import Check, check_count, check_fields, check_name, check_whole, map_of, optional
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, sample
 from lora_plugins.tasks.argument_checks import check_path, instance_of
-from lora_plugins.tasks.data import as_png
 from lora_plugins.tasks.diffusion import TextToImageTask, pipeline_source
 from lora_plugins.tasks.examples.digit_reader import DigitReader
+from lora_plugins.tasks.files import as_png
 from lora_plugins.utils import replace_file
 
 BEFORE, AFTER, RESET = "before", "after", "reset"

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_count, check_fields, check_flag, check_whole, whole_from
 from lora_plugins.tasks.argument_checks import check_digits, check_sides
-from lora_plugins.tasks.data import TEST, TRAIN, VAL, Size, TensorSamples, VisionDataModule
+from lora_plugins.tasks.data import Size, TensorSamples, VisionDataModule
 from lora_plugins.tasks.examples.handwritten_digits import DigitSamples, load_digit_splits
+from lora_plugins.tasks.files import TEST, TRAIN, VAL
 
 BACKGROUND = 0
 INK_THRESHOLD = 0.35

@@ -26,20 +26,17 @@ from lora_plugins.devices import usable_device
 from lora_plugins.errors import ConfigError, nothing_there
 from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of, number_from, optional
 from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
-from lora_plugins.tasks.data import (
-    ERROR,
+from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size
+from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     NO_IMAGE,
-    PROBLEM_POLICIES,
-    SKIP,
-    Size,
     as_png,
     image_files,
     named_by_text,
     read_errors,
     read_image,
 )
-from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_image

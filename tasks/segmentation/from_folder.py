@@ -8,15 +8,8 @@ from PIL import Image
 
 from lora_plugins.field_checks import Check, check_fields
 from lora_plugins.tasks.argument_checks import check_path
-from lora_plugins.tasks.data import (
-    TEST,
-    TRAIN,
-    VAL,
-    Item,
-    check_folder,
-    open_image,
-    paired,
-)
+from lora_plugins.tasks.data import Item
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_folder, open_image, paired
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 _CHECKS: Mapping[str, Check] = dict.fromkeys(("root", "images", "masks"), check_path)

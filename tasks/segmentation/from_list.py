@@ -7,7 +7,8 @@ from PIL import Image
 
 from lora_plugins.field_checks import optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
-from lora_plugins.tasks.data import Item, open_image, path_key, read_list, row_split
+from lora_plugins.tasks.data import Item
+from lora_plugins.tasks.files import open_image, path_key, read_list, row_split
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 

@@ -9,8 +9,8 @@ from PIL import Image
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_flag, check_names, check_options, check_whole, optional
 from lora_plugins.tasks.argument_checks import check_ignored
-from lora_plugins.tasks.data import as_rgb
 from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import as_rgb
 
 INDEX_MODES = frozenset({"L", "P"})
 Labels = np.ndarray[Any, np.dtype[np.int64]]

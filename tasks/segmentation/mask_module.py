@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_plugins.tasks.data import ImageDataModule, Item, as_rgb
+from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import as_rgb
 from lora_plugins.tasks.segmentation.mask_decoder import MaskDecoder
 
 

@@ -27,7 +27,8 @@ from lora_plugins.field_checks import (
 )
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.argument_checks import check_ignored
-from lora_plugins.tasks.data import BALANCED, TRAIN, Batch, VisionDataModule, check_targets
+from lora_plugins.tasks.data import BALANCED, Batch, VisionDataModule, check_targets
+from lora_plugins.tasks.files import TRAIN
 from lora_plugins.tasks.models import (
     ModelConfig,
     Source,

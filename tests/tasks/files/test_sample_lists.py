@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from lora_plugins.tasks.data import read_list, row_split
 from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import read_list, row_split
 
 from ..conftest import written
 
