@@ -9,7 +9,7 @@ from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.pictures_module import PicturesDataModule
 from lora_plugins.tasks.diffusion.sample_pictures import SamplePictures
 from lora_plugins.tasks.diffusion.save_pipeline import SavePipeline
-from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
+from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask, without_adapters
 
 __all__ = [
     "ClassPictures",
@@ -19,4 +19,5 @@ __all__ = [
     "TextToImageTask",
     "generate_main",
     "pipeline_source",
+    "without_adapters",
 ]

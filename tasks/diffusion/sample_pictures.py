@@ -2,7 +2,6 @@
 
 import time
 from base64 import b64encode
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from lora_plugins.integrations.lightning.writer import check_by_writer, writes_f
 from lora_plugins.plan import LayerGroup
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
 from lora_plugins.tasks.diffusion.picture_rows import sample_rows
-from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
+from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask, without_adapters
 from lora_plugins.tasks.files import as_png
 from lora_plugins.tasks.pages import SampleRecord, render_samples
 from lora_plugins.utils import replace_file
@@ -83,12 +82,11 @@ class SamplePictures(Callback):
         task = cast(TextToImageTask, pl_module)
         self._total = sum(p.numel() for p in task.parts.parameters())
         self._trained = sum(p.numel() for p in task.parts.parameters() if p.requires_grad)
-        state = model_state(task.parts)
-        if state is not None:
+        if model_state(task.parts) is not None:
             plans = LoraModel(task.parts).plans.values()
             self._plan = [group for plan in plans for group in plan.groups()]
             self._summary = " ".join(plan.summary() for plan in plans)
-        with nullcontext() if state is None else LoraModel(task.parts).disable_adapter():
+        with without_adapters(task.parts):
             self._add(trainer, task, BEFORE)
         self._start = time.perf_counter()
 

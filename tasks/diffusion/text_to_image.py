@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -213,16 +213,9 @@ class TextToImageTask(LoraCheckpointMixin):
             )
         if data.class_pictures is not None:
             if self.trainer.is_global_zero:
-                with self.on_device():
-                    self._draw_class(data.class_pictures)
+                with self.on_device() as pipe, without_adapters(self.parts):
+                    data.class_pictures.draw_missing(pipe)
             self.trainer.strategy.barrier()
-
-    def _draw_class(self, class_pictures: Any) -> None:
-        if model_state(self.parts) is None:
-            class_pictures.draw_missing(self.pipe)
-            return
-        with LoraModel(self.parts).disable_adapter():
-            class_pictures.draw_missing(self.pipe)
 
     @contextmanager
     def on_device(self) -> Iterator[Any]:
@@ -359,6 +352,11 @@ class TextToImageTask(LoraCheckpointMixin):
 
     def _datamodule(self) -> Any:
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+
+def without_adapters(parts: nn.Module) -> AbstractContextManager[object]:
+    """Lets the trained parts of a pipeline compute as those of the base model inside a `with` block."""
+    return nullcontext() if model_state(parts) is None else LoraModel(parts).disable_adapter()
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A callback that reports what a classifier reads in samples, before a fit, after it, and after a reset."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -11,12 +10,10 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.table import Table
 
-from lora_plugins import LoraModel
-from lora_plugins.adapter import model_state
 from lora_plugins.field_checks import Check, check_count, check_fields, check_name, check_whole, map_of, optional
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, sample
 from lora_plugins.tasks.argument_checks import check_path, instance_of
-from lora_plugins.tasks.diffusion import TextToImageTask, pipeline_source
+from lora_plugins.tasks.diffusion import TextToImageTask, pipeline_source, without_adapters
 from lora_plugins.tasks.examples.digit_reader import DigitReader
 from lora_plugins.tasks.files import as_png
 from lora_plugins.utils import replace_file
@@ -77,7 +74,7 @@ class ReadDigits(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Samples the base model."""
         task = cast(TextToImageTask, pl_module)
-        with nullcontext() if model_state(task.parts) is None else LoraModel(task.parts).disable_adapter():
+        with without_adapters(task.parts):
             self._before = self._sampled(task)
 
     @rank_zero_only
