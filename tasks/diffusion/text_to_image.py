@@ -1,15 +1,11 @@
 """The task of text-to-image diffusion."""
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError, LoraModel
@@ -27,7 +23,6 @@ from lora_plugins.field_checks import (
     optional,
 )
 from lora_plugins.integrations.diffusers import default_targets, family_of, in_eval_mode, load_pipeline, parts_of
-from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
 from lora_plugins.tasks.diffusion.memory import Memory, Tensors
@@ -35,12 +30,11 @@ from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Obj
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.pictures_module import PictureBatch, PicturesDataModule
 from lora_plugins.tasks.training import (
-    PROVENANCE_KEY,
+    BaseTask,
     OptimizerCallable,
     SchedulerCallable,
     check_optimizer,
     check_scheduler,
-    configured_optimizer,
 )
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -70,7 +64,7 @@ _CHECKS: Mapping[str, Check] = {
 """What the arguments can be, by name; the others are checked by whoever takes them."""
 
 
-class TextToImageTask(LoraCheckpointMixin):
+class TextToImageTask(BaseTask):
     """Fine-tunes a text-to-image pipeline of diffusers, by itself or with a `LoraCallback(target="parts")`.
 
     Args:
@@ -185,10 +179,6 @@ class TextToImageTask(LoraCheckpointMixin):
     def multiple(self) -> int:
         """What height and width of pictures have to be multiples of."""
         return int(self.pipe.vae_scale_factor) * self.conditioning.multiple(self.pipe)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """The moving average, if there is one."""
-        return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
 
     def setup(self, stage: str) -> None:
         """Checks the sizes of pictures, and lets the base model draw pictures of the class that are missing.
@@ -318,12 +308,6 @@ class TextToImageTask(LoraCheckpointMixin):
             return {"mean": encoded.latent_dist.mean.float(), "deviation": encoded.latent_dist.std.float()}
         return {"mean": encoded.latents.float(), "deviation": torch.zeros_like(encoded.latents).float()}
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of the parameters that require gradients, and its scheduler, if there is one."""
-        return configured_optimizer(
-            self, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, lr_scheduler=self.lr_scheduler
-        )
-
     def next_commands(self, trainer: Any) -> dict[str, str]:
         """Commands that can be pasted, by what they do: pictures from what a run has left."""
         adapters = [
@@ -334,24 +318,6 @@ class TextToImageTask(LoraCheckpointMixin):
         left += [f"--checkpoint {shlex.quote(stored)}"] if stored else []
         prompts = [picture.prompt for picture in getattr(self._datamodule(), "pictures", [])] or ["PROMPT"]
         return {"Draw pictures": f"lora-plugins generate {left[0]} --prompt {shlex.quote(prompts[0])}"} if left else {}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the provenance into a checkpoint."""
-        checkpoint[PROVENANCE_KEY] = self.provenance()
-
-    def file_entries(self, target: str) -> dict[str, Any]:
-        """What a `LoraCallback` writes into the files of an adapter of `target`: the provenance."""
-        return {PROVENANCE_KEY: {**self.provenance(), "target": target or None}}
-
-    def provenance(self) -> dict[str, Any]:
-        """Which task this is, in plain types: class and arguments, the base model among them."""
-        return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "arguments": json.loads(json.dumps(dict(self.hparams))),
-        }
-
-    def _datamodule(self) -> Any:
-        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
 
 def without_adapters(parts: nn.Module) -> AbstractContextManager[object]:

@@ -3,13 +3,13 @@
 From that provenance, `inference` loads a task again.
 """
 
+from lora_plugins.tasks.training.base_task import BaseTask
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, SMP_LOSSES, Objective, balanced_weights
 from lora_plugins.tasks.training.optimization import (
     OptimizerCallable,
     SchedulerCallable,
     check_optimizer,
     check_scheduler,
-    configured_optimizer,
     warmup_cosine,
 )
 from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance
@@ -22,6 +22,7 @@ __all__ = [
     "METADATA_KEY",
     "PROVENANCE_KEY",
     "SMP_LOSSES",
+    "BaseTask",
     "Objective",
     "OptimizerCallable",
     "Provenance",
@@ -30,7 +31,6 @@ __all__ = [
     "balanced_weights",
     "check_optimizer",
     "check_scheduler",
-    "configured_optimizer",
     "next_steps",
     "warmup_cosine",
 ]

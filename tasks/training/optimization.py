@@ -1,4 +1,4 @@
-"""How a task is optimized: its default optimizer, what replaces it, and a schedule with warm-up."""
+"""How a task is optimized: the numbers of its default optimizer, what may replace it, and a schedule with warm-up."""
 
 import inspect
 import math
@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import cast
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lora_plugins import ConfigError
@@ -57,32 +55,6 @@ def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float = 0.1) -> LRSc
         return 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
-
-
-def configured_optimizer(
-    module: LightningModule,
-    optimizer: OptimizerCallable | None,
-    *,
-    lr: float,
-    weight_decay: float,
-    lr_scheduler: SchedulerCallable | None,
-) -> OptimizerLRScheduler:
-    """The optimizer of a module's parameters that require gradients, AdamW by default, and its scheduler, if any.
-
-    Raises:
-        ConfigError: If a scheduler is to follow a training without end.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    made = (optimizer or partial(AdamW, lr=lr, weight_decay=weight_decay))(parameters)
-    if lr_scheduler is None:
-        return made
-    steps = module.trainer.estimated_stepping_batches
-    if math.isinf(steps):
-        raise ConfigError("lr_scheduler needs to know the number of steps. Set max_epochs or max_steps.")
-    return {
-        "optimizer": made,
-        "lr_scheduler": {"scheduler": lr_scheduler(made, int(steps)), "interval": "step"},
-    }
 
 
 def check_scheduler(name: str, value: object) -> None:

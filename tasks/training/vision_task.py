@@ -1,6 +1,5 @@
 """The base of all tasks: the network, one step for all stages, metrics, the optimizer."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,10 +7,8 @@ from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -25,7 +22,6 @@ from lora_plugins.field_checks import (
     number_from,
     optional,
 )
-from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.argument_checks import check_ignored
 from lora_plugins.tasks.data import BALANCED, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.files import TRAIN
@@ -39,6 +35,7 @@ from lora_plugins.tasks.models import (
     refusing_small_images,
     source_of,
 )
+from lora_plugins.tasks.training.base_task import BaseTask
 from lora_plugins.tasks.training.class_agreement import check_checkpoint, check_class_names, check_data
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights, given_weights
 from lora_plugins.tasks.training.optimization import (
@@ -48,7 +45,6 @@ from lora_plugins.tasks.training.optimization import (
     SchedulerCallable,
     check_optimizer,
     check_scheduler,
-    configured_optimizer,
 )
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, Provenance
 from lora_plugins.tasks.training.refused_sizes import ERRORS, is_of_sizes, refused_size
@@ -68,7 +64,7 @@ _CHECKS: Mapping[str, Check] = {
 """What the arguments of a task can be, by name; the others are checked by whoever takes them."""
 
 
-class VisionTask(LoraCheckpointMixin):
+class VisionTask(BaseTask):
     """A network, trained with a loss by name, with metrics over whole splits.
 
     Images are expected in [0, 1] and are normalized here, as the network expects. Metrics are logged as `train/NAME`,
@@ -221,10 +217,6 @@ class VisionTask(LoraCheckpointMixin):
         """The loss over all labels but `ignore_index`; zero, not nan, if there are no others."""
         return self.objective(logits, targets, self.weights)
 
-    def configure_callbacks(self) -> list[Callback]:
-        """The moving average, if there is one."""
-        return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
-
     def setup(self, stage: str) -> None:
         """Checks that data and model agree on the classes; adopts their names and, in a fit, what images are like.
 
@@ -275,10 +267,6 @@ class VisionTask(LoraCheckpointMixin):
         """Logs and resets the metrics of the test split."""
         self._log(self.test_metrics)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the provenance into a checkpoint."""
-        checkpoint[PROVENANCE_KEY] = self.provenance()
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the classes of a checkpoint are those of the data: another order would be another label.
 
@@ -306,20 +294,6 @@ class VisionTask(LoraCheckpointMixin):
         if note := note_on_the_base(self.trainer, self.model_config):
             rank_zero_info(note)
 
-    def file_entries(self, target: str) -> dict[str, Any]:
-        """What a `LoraCallback` writes into the files of an adapter of `target`: the provenance."""
-        return {PROVENANCE_KEY: {**self.provenance(), "target": target or None}}
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of the parameters that require gradients, and its scheduler, if there is one.
-
-        Raises:
-            ConfigError: If a scheduler is to follow a training without end.
-        """
-        return configured_optimizer(
-            self, self.optimizer, lr=self.lr, weight_decay=self.weight_decay, lr_scheduler=self.lr_scheduler
-        )
-
     def mixup(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The images and (soft) targets to train on: by default unchanged."""
         return images, targets
@@ -332,8 +306,7 @@ class VisionTask(LoraCheckpointMixin):
     def provenance(self) -> dict[str, Any]:
         """Which task this is, in plain types: class, arguments, names of the classes, what images are like."""
         return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "arguments": json.loads(json.dumps(dict(self.hparams))),
+            **super().provenance(),
             "image_size": None if self.image_size is None else list(self.image_size),
             "interpolation": self.interpolation,
             "mean": self.mean.flatten().tolist(),
@@ -344,10 +317,6 @@ class VisionTask(LoraCheckpointMixin):
     def next_commands(self, trainer: Trainer) -> dict[str, str]:
         """Commands that go on with what a fit has left, by what they do; the command line prints them at its end."""
         return next_commands(trainer, self.model_config)
-
-    def _datamodule(self) -> Any:
-        """The data module of the trainer, if there are both."""
-        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
 
     def _step(self, batch: Any, stage: str, metrics: MetricCollection) -> Tensor:
         read = Batch.read(batch)

@@ -1,0 +1,65 @@
+"""What all tasks have in common: how they are optimized, and that their files say which task they are of."""
+
+import json
+import math
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import AdamW
+
+from lora_plugins import ConfigError
+from lora_plugins.integrations.lightning import LoraCheckpointMixin
+from lora_plugins.tasks.training.optimization import OptimizerCallable, SchedulerCallable
+from lora_plugins.tasks.training.provenance import PROVENANCE_KEY
+
+
+class BaseTask(LoraCheckpointMixin):
+    """A task that is optimized as its arguments say, and writes its provenance into its files."""
+
+    optimizer: OptimizerCallable | None
+    lr: float
+    weight_decay: float
+    lr_scheduler: SchedulerCallable | None
+    ema: float
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average, if there is one."""
+        return [EMAWeightAveraging(decay=self.ema)] if self.ema else []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer of the parameters that require gradients, AdamW by default, and its scheduler, if there is one.
+
+        Raises:
+            ConfigError: If a scheduler is to follow a training without end.
+        """
+        make = self.optimizer or partial(AdamW, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = make([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ConfigError("lr_scheduler needs to know the number of steps. Set max_epochs or max_steps.")
+        scheduler = self.lr_scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Writes the provenance into a checkpoint."""
+        checkpoint[PROVENANCE_KEY] = self.provenance()
+
+    def file_entries(self, target: str) -> dict[str, Any]:
+        """What a `LoraCallback` writes into the files of an adapter of `target`: the provenance."""
+        return {PROVENANCE_KEY: {**self.provenance(), "target": target or None}}
+
+    def provenance(self) -> dict[str, Any]:
+        """Which task this is, in plain types: class and arguments."""
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "arguments": json.loads(json.dumps(dict(self.hparams))),
+        }
+
+    def _datamodule(self) -> Any:
+        """The data module of the trainer, if there are both."""
+        return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
