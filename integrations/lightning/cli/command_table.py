@@ -31,20 +31,37 @@ def _prepared(arguments: list[str], *, adapts: bool, writes: bool = False) -> li
 
 
 def _trainer(arguments: list[str]) -> int:
-    if {"-h", "--help"} & {*arguments}:
-        from lora_plugins.integrations.lightning.cli.help_page import help_page  # noqa: PLC0415
-
-        print(help_page(_named_command(arguments)))
-        return 0
+    if _asks_for_help(arguments):
+        return _print_help(_named_command(arguments))
     fits = "fit" in arguments and not _prints(arguments)
-    prepared = _prepared(arguments, adapts=fits, writes=fits)
+    return _run_cli(_prepared(arguments, adapts=fits, writes=fits))
+
+
+def _plan(arguments: list[str]) -> int:
+    if _asks_for_help(arguments):
+        return _print_help("plan")
+    return _run_cli(_prepared(["fit", *arguments[1:]], adapts=not _prints(arguments)), plans=True)
+
+
+def _run_cli(prepared: list[str], *, plans: bool = False) -> int:
     with quiet(), importing():
         from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
-        from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI  # noqa: PLC0415
+        from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI, PlanCLI  # noqa: PLC0415
 
     with _given_arguments(), explained_run():
-        cli = LoraCLI(args=prepared)
+        cli = (PlanCLI if plans else LoraCLI)(args=prepared)
     return INTERRUPTED if cli.interruption.asked else 0
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def _print_help(command: str) -> int:
+    from lora_plugins.integrations.lightning.cli.help_page import help_page  # noqa: PLC0415
+
+    print(help_page(command))
+    return 0
 
 
 def _named_command(arguments: list[str]) -> str:
@@ -59,22 +76,6 @@ def _named_command(arguments: list[str]) -> str:
 
 def _prints(arguments: list[str]) -> bool:
     return any(argument.startswith("--print_config") for argument in arguments)
-
-
-def _plan(arguments: list[str]) -> int:
-    if {"-h", "--help"} & {*arguments}:
-        from lora_plugins.integrations.lightning.cli.help_page import help_page  # noqa: PLC0415
-
-        print(help_page("plan"))
-        return 0
-    prepared = _prepared(["fit", *arguments[1:]], adapts=not _prints(arguments))
-    with quiet(), importing():
-        from lora_plugins.integrations.lightning.cli.explained import explained_run  # noqa: PLC0415
-        from lora_plugins.integrations.lightning.cli.lora_cli import PlanCLI  # noqa: PLC0415
-
-    with _given_arguments(), explained_run():
-        PlanCLI(args=prepared)
-    return 0
 
 
 def _merged_file(arguments: list[str]) -> int:
