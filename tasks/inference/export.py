@@ -133,9 +133,8 @@ def main(given: Namespace) -> int:
     Raises:
         LoraError: As `export_task` and `merged_task` do.
     """
-    size = None if given.size is None else (given.size[0], given.size[1])
     _checked(given.out)
-    difference = export_task(merged_task(given.model, given.weights), given.out, size)
+    difference = export_task(merged_task(given.model, given.weights), given.out, given.size)
     print(f"{given.out}: logits as the task's, within {difference:.1e} of the largest")
     return 0
 

@@ -118,7 +118,7 @@ def main(given: Namespace) -> int:
         load_task(given.model, given.weights).to(device),
         given.images,
         given.out,
-        window=None if given.window is None else (given.window[0], given.window[1]),
+        window=given.window,
         overlap=given.overlap,
         flips=given.flips,
         on_problem=SKIP if given.skip else ERROR,
