@@ -99,15 +99,13 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         if config is not None:
             options = self._section("lora_callback")
             callback = LoraCallback(config, **(options.as_dict() if isinstance(options, Namespace) else options))
-            section = self._section("trainer")
-            others = section.get("callbacks") or []
-            others = others if isinstance(others, list) else [others]
+            others = self._given_callbacks()
             if callback.state_key in {other.state_key for other in others}:
                 raise ConfigError(
                     "There are a `lora:` section and a LoraCallback of the same target and adapter_name among "
                     "trainer.callbacks. Leave one of them out; for a second adapter, give it a name of its own."
                 )
-            section["callbacks"] = [callback, *others]
+            self._section("trainer")["callbacks"] = [callback, *others]
         try:
             return super().instantiate_trainer(**(self._shown() if self.subcommand else {}), **kwargs)
         except LoraError:
@@ -152,8 +150,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
     def _shown(self) -> dict[str, Any]:
         """Arguments of the trainer for what a command shows, where the configuration does not say otherwise."""
         section = self._section("trainer")
-        callbacks = section.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        callbacks = self._given_callbacks()
         own = section.get("enable_progress_bar") is None and not any(isinstance(c, ProgressBar) for c in callbacks)
         self.console = FitConsole(shows=own)
         # Last, so that what other callbacks say at the end of a stage is said before the line is left.
@@ -163,6 +160,11 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         if section.get("enable_model_summary") is None:
             shown["enable_model_summary"] = False
         return shown
+
+    def _given_callbacks(self) -> list[Any]:
+        """Returns those of the section `trainer:`, which may hold one or a list."""
+        given = self._section("trainer").get("callbacks") or []
+        return given if isinstance(given, list) else [given]
 
     def _section(self, name: str) -> Any:
         """Returns a section of the instantiated configuration, which lies below the subcommand where there is one."""
