@@ -95,9 +95,8 @@ class ReadDigits(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, pictures in found.items():
             replace_file(self.folder / f"digits-{name}.png", as_png(contact_sheet(self._rows(pictures))))
-        self._print(self.shares, RESET in found and [p.tobytes() for p in found[RESET]] == [
-            p.tobytes() for p in self._before
-        ])  # fmt: skip
+        before, reset = ([p.tobytes() for p in pictures] for pictures in (self._before, found.get(RESET, ())))
+        self._print(same=before == reset)
 
     def _prompts(self) -> list[str]:
         return [prompt for prompt, count in self.counts.items() for _ in range(count)]
@@ -127,15 +126,15 @@ class ReadDigits(Callback):
         subject, others = (sum(hits) / max(1, len(hits)) for hits in shares)
         return subject, others
 
-    def _print(self, shares: Mapping[str, tuple[float, float]], same: bool) -> None:
+    def _print(self, *, same: bool) -> None:
         table = Table(title="Share of samples that a classifier reads as asked")
         for heading in ("", self.subject, "the other digits"):
             table.add_column(heading, justify="right" if heading else "left")
-        for name, (subject, others) in shares.items():
+        for name, (subject, others) in self.shares.items():
             table.add_row(name, f"{subject:.2f}", f"{others:.2f}")
         console = Console()
         console.print(table)
-        if RESET in shares:
+        if RESET in self.shares:
             console.print(
                 f"After reset, samples are {'the same as' if same else 'NOT those from'} before, bit for bit."
             )
