@@ -6,38 +6,26 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lora_plugins import LoraModel, StateError
-from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     Start,
-    adapted_targets,
     adapted_weights,
-    built_since,
-    built_too_late,
-    check_not_replaced,
     checksums,
     frozen_by_author,
-    frozen_by_others,
     frozen_tensors,
     is_adapted_alike,
-    layers_of_factors,
     mark_moved,
     moved_by_hand,
     trained_parameters,
 )
 from lora_plugins.integrations.lightning.strategies import reshard
 from lora_plugins.integrations.lightning.training.averages import renews_statistics
+from lora_plugins.integrations.lightning.training.changes_within_run import ChangesWithinRun
 from lora_plugins.integrations.lightning.training.first_steps import FirstSteps
-from lora_plugins.integrations.lightning.training.frozen_base import (
-    changed,
-    check_in_no_optimizer,
-    check_unchanged,
-)
+from lora_plugins.integrations.lightning.training.frozen_base import changed, check_unchanged
 from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
@@ -81,12 +69,7 @@ class Audit:
         watched = {name: p for name, p in trained.items() if id(p) in held}
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
         self._lost_writes = LostWrites(module)
-        self._frozen_by_others: set[str] = set()
-        self._layers = {layer for name, layer in layers_of_factors(module).items() if name in watched}
-        self._untrained = {name: p for name, p in trained.items() if name not in watched}
-        self._base: dict[str, nn.Parameter] = {}
-        self._thawed: set[str] = set()
-        self._late: list[str] = []
+        self._changes = ChangesWithinRun(trainer, module, self._copies)
         self._objects = frozen_tensors(module)  # no weak references, with which `nn.Module.to` cannot swap a tensor
         self._frozen = checksums(self._objects)
         self._stepped = False
@@ -106,83 +89,12 @@ class Audit:
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
             reshard(self._module)
-            self._check_replaced()
-            self._check_late_layers()
+            self._changes.check_layers()
             self.note_moved()
             self._by_hand.forget()  # callbacks may have exchanged the whole module
-            self._base = {n: p for n, p in frozen_tensors(self._module).items() if isinstance(p, nn.Parameter)}
-            self._name_frozen_adapters()
-            self._name_new_adapters()
-        self._freeze_base()
+            self._changes.before_epoch()
+        self._changes.freeze_base()
         self._by_hand.before_batch()
-
-    def _freeze_base(self) -> None:
-        """Freezes what was made trainable since, as GANs switch the gradients of their parts, and names it once."""
-        thawed = {name: p for name, p in self._base.items() if p.requires_grad}
-        if not thawed:
-            return
-        check_in_no_optimizer(thawed, parameters_of(self._trainer.optimizers))
-        for parameter in thawed.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None  # nobody else would, and clip_grad_norm_ of all parameters counts it
-        new = sorted(thawed.keys() - self._thawed)
-        self._thawed.update(new)
-        if new:
-            rank_zero_warn(
-                f"{len(new)} tensors of the frozen base were made trainable, as by a GAN that switches the gradients "
-                f"of its parts: {listing(new)}. No optimizer has them, so they are frozen again ahead of each batch. "
-                "If they are to be trained, list their modules in modules_to_save, or leave them out of `target`."
-            )
-
-    def _name_frozen_adapters(self) -> None:
-        ours = [copy.name for copy in self._copies if copy.frozen and copy.began_equal]
-        frozen = {name for name in frozen_by_others(self._module) if not within(name, ours)}
-        new = sorted(frozen - self._frozen_by_others)
-        self._frozen_by_others.update(new)
-        if new:
-            rank_zero_warn(
-                f"{len(new)} tensors of adapters were frozen (requires_grad=False) after they were added, and are not "
-                f"trained while they are: {listing(new)}. on_fit_start or configure_optimizers of the module, or a "
-                "callback such as finetuning-scheduler, does that. If it is meant, leave their layers out with "
-                "exclude_modules."
-            )
-
-    def _name_new_adapters(self) -> None:
-        """Names what was put on layers since their optimizer was made, as `delete_adapter` and `add_adapter` do."""
-        held, layers = parameters_of(self._trainer.optimizers), layers_of_factors(self._module)
-        of_trained = {name for name, layer in layers.items() if layer in self._layers}
-        missing = {n: p for n, p in trained_parameters(self._module).items() if n in of_trained and id(p) not in held}
-        new = sorted(name for name, p in missing.items() if self._untrained.get(name) is not p)
-        self._untrained.update(missing)
-        if new:
-            rank_zero_warn(
-                f"{len(new)} trainable tensors of adapters were put on their layers after the optimizers were made, "
-                f"and are in none of them, so they are not trained: {listing(new)}. Give them to one, with "
-                "optimizer.add_param_group, or make the optimizers anew: "
-                "trainer.strategy.setup_optimizers(trainer)."
-            )
-
-    def _check_replaced(self) -> None:
-        for target in adapted_targets(self._module).values():
-            for name in LoraModel(target).adapters:
-                check_not_replaced(target, name)
-
-    def _check_late_layers(self) -> None:
-        late = [name for name in built_since(self._module) if name not in self._late]
-        if not late:
-            return
-        self._late += late
-        built = "built after the module was adapted, as in its first step or a later epoch"
-        way = "Build them in __init__, setup or configure_model, or run the module once before fit"
-        if meant := built_too_late(self._module):
-            raise StateError(
-                f"{listing(meant, 3)} were {built}. The configuration means them as well, so no checkpoint with them "
-                f"could be loaded. {way}; or let target_modules name the layers that are to be adapted."
-            )
-        rank_zero_warn(
-            f"{listing(late, 3)} were {built}: they have no adapter, and are trained only if they were given to the "
-            f"optimizer. {way}, if they are to be adapted."
-        )
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Notes in the first steps what has a gradient, and which optimizer makes the step.
@@ -210,8 +122,7 @@ class Audit:
         if self._first is None:
             return
         self._lost_writes.check()
-        self._check_replaced()
-        self._check_late_layers()
+        self._changes.check_layers()
         stepped, self._stepped = self._stepped, False  # not `global_step`, which counts what a module left out as well
         without_loss = self._module.automatic_optimization and not outputs  # `training_step` returned None
         overflow = loss_scale(self._trainer) < self._scale  # in float16
@@ -276,8 +187,7 @@ class Audit:
             StateError: If it has.
         """
         reshard(self._module)
-        self._name_frozen_adapters()
-        self._name_new_adapters()
+        self._changes.name_adapters()
         if self._first is not None:
             self._lost_writes.check()
             self._lost_writes.stop()

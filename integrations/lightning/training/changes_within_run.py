@@ -1,0 +1,133 @@
+"""What is changed of adapters and their base while a module is trained: by itself, or by another callback."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lora_plugins import LoraModel, StateError
+from lora_plugins.errors import listing
+from lora_plugins.integrations.lightning.module import (
+    NetworkCopy,
+    adapted_targets,
+    built_since,
+    built_too_late,
+    check_not_replaced,
+    frozen_by_others,
+    frozen_tensors,
+    layers_of_factors,
+    trained_parameters,
+)
+from lora_plugins.integrations.lightning.training.frozen_base import check_in_no_optimizer
+from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
+from lora_plugins.utils import within
+
+
+class ChangesWithinRun:
+    """Names each change once, and takes back those of the frozen base.
+
+    Args:
+        trainer: The trainer, which has its optimizers.
+        module: Its module, adapted.
+        copies: The copies of adapted networks that are adapted alike.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy]) -> None:
+        self._trainer, self._module, self._copies = trainer, module, copies
+        held, trained = parameters_of(trainer.optimizers), trained_parameters(module)
+        self._untrained = {name: p for name, p in trained.items() if id(p) not in held}
+        held_names = trained.keys() - self._untrained.keys()
+        self._layers = {layer for name, layer in layers_of_factors(module).items() if name in held_names}
+        self._frozen_by_others: set[str] = set()
+        self._base: dict[str, nn.Parameter] = {}
+        self._thawed: set[str] = set()
+        self._late: list[str] = []
+
+    def before_epoch(self) -> None:
+        """Notes the frozen base, and names changes of adapters."""
+        self._base = {n: p for n, p in frozen_tensors(self._module).items() if isinstance(p, nn.Parameter)}
+        self.name_adapters()
+
+    def check_layers(self) -> None:
+        """Names layers that were built since.
+
+        Raises:
+            StateError: If they have to be adapted, or adapted layers were replaced.
+        """
+        for target in adapted_targets(self._module).values():
+            for name in LoraModel(target).adapters:
+                check_not_replaced(target, name)
+        self._check_late_layers()
+
+    def freeze_base(self) -> None:
+        """Freezes what was made trainable since, as GANs switch the gradients of their parts, and names it once.
+
+        Raises:
+            StateError: If an optimizer trains it.
+        """
+        thawed = {name: p for name, p in self._base.items() if p.requires_grad}
+        if not thawed:
+            return
+        check_in_no_optimizer(thawed, parameters_of(self._trainer.optimizers))
+        for parameter in thawed.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None  # nobody else would, and clip_grad_norm_ of all parameters counts it
+        new = sorted(thawed.keys() - self._thawed)
+        self._thawed.update(new)
+        if new:
+            rank_zero_warn(
+                f"{len(new)} tensors of the frozen base were made trainable, as by a GAN that switches the gradients "
+                f"of its parts: {listing(new)}. No optimizer has them, so they are frozen again ahead of each batch. "
+                "If they are to be trained, list their modules in modules_to_save, or leave them out of `target`."
+            )
+
+    def name_adapters(self) -> None:
+        """Names what was frozen of adapters, and what was put on, since there are optimizers."""
+        self._name_frozen_adapters()
+        self._name_new_adapters()
+
+    def _name_frozen_adapters(self) -> None:
+        ours = [copy.name for copy in self._copies if copy.frozen and copy.began_equal]
+        frozen = {name for name in frozen_by_others(self._module) if not within(name, ours)}
+        new = sorted(frozen - self._frozen_by_others)
+        self._frozen_by_others.update(new)
+        if new:
+            rank_zero_warn(
+                f"{len(new)} tensors of adapters were frozen (requires_grad=False) after they were added, and are not "
+                f"trained while they are: {listing(new)}. on_fit_start or configure_optimizers of the module, or a "
+                "callback such as finetuning-scheduler, does that. If it is meant, leave their layers out with "
+                "exclude_modules."
+            )
+
+    def _name_new_adapters(self) -> None:
+        """Names what was put on layers since their optimizer was made, as `delete_adapter` and `add_adapter` do."""
+        held, layers = parameters_of(self._trainer.optimizers), layers_of_factors(self._module)
+        of_trained = {name for name, layer in layers.items() if layer in self._layers}
+        missing = {n: p for n, p in trained_parameters(self._module).items() if n in of_trained and id(p) not in held}
+        new = sorted(name for name, p in missing.items() if self._untrained.get(name) is not p)
+        self._untrained.update(missing)
+        if new:
+            rank_zero_warn(
+                f"{len(new)} trainable tensors of adapters were put on their layers after the optimizers were made, "
+                f"and are in none of them, so they are not trained: {listing(new)}. Give them to one, with "
+                "optimizer.add_param_group, or make the optimizers anew: "
+                "trainer.strategy.setup_optimizers(trainer)."
+            )
+
+    def _check_late_layers(self) -> None:
+        late = [name for name in built_since(self._module) if name not in self._late]
+        if not late:
+            return
+        self._late += late
+        built = "built after the module was adapted, as in its first step or a later epoch"
+        way = "Build them in __init__, setup or configure_model, or run the module once before fit"
+        if meant := built_too_late(self._module):
+            raise StateError(
+                f"{listing(meant, 3)} were {built}. The configuration means them as well, so no checkpoint with them "
+                f"could be loaded. {way}; or let target_modules name the layers that are to be adapted."
+            )
+        rank_zero_warn(
+            f"{listing(late, 3)} were {built}: they have no adapter, and are trained only if they were given to the "
+            f"optimizer. {way}, if they are to be adapted."
+        )
