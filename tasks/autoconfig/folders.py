@@ -20,6 +20,18 @@ def holds_folders_alone(folder: Path) -> bool:
     return has_folders(folder) and not image_files(folder)
 
 
+def holds_images(folder: Path) -> bool:
+    """Whether there is an image in a folder or below it."""
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return any(not path.name.startswith(".") for path in files)
+
+
+def beside(folder: Path, read: Iterable[str]) -> list[Path]:
+    """What lies beside the folders of classes or splits and is not read: images, and other folders with images."""
+    others = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith("."))
+    return [*image_files(folder), *(path for path in others if path.name not in {*read} and holds_images(path))]
+
+
 def left_out(folders: Iterable[Path]) -> list[Path]:
     """The files in folders of images that are not read."""
     found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))

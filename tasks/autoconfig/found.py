@@ -39,7 +39,7 @@ class Survey:
         found: In words, what the task was told from.
         size: Height and width for images with masks.
         coding: How masks are read.
-        left_out: What lies among the images and is none: other files, and folders.
+        left_out: What lies among the images, or beside their folders, and is not read.
     """
 
     task: str

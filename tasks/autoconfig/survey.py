@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from lora_plugins.errors import listing, nothing_there
-from lora_plugins.tasks.autoconfig.folders import has_folders, holds_folders_alone, left_out, splits_in
+from lora_plugins.tasks.autoconfig.folders import beside, has_folders, holds_folders_alone, left_out, splits_in
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name, hub_survey
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
@@ -143,7 +143,11 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         tuple(classes),
         counts,
         "a folder for each class",
-        left_out=left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
+        left_out=[
+            *(beside(data, splits) if splits else ()),
+            *(path for folder in folders.values() for path in image_files(folder)),
+            *left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
+        ],
     )
 
 
@@ -185,6 +189,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
     coding = mask_coding([mask for _, mask in flat], flags.classes or _names(data), flags.ignore_index)
     found = {split: len(members) for split, members in pairs.items()}
     share, counts = shared(found, [found[TRAIN]], flags)
+    unread = left_out(images_folder / split for split in splits or [""]) if nested else []
     folders = {"images": IMAGES_FOLDER if nested else ".", "masks": str(masks_folder.absolute())}
     return Survey(
         MASKS,
@@ -200,7 +205,7 @@ def _of_mask_folders(data: Path, flags: Flags) -> Survey:
         f"images with masks in {masks_folder}",
         common_size([_image_size(image) for image, _ in flat]),
         coding,
-        left_out(images_folder / split for split in splits or [""]) if nested else (),
+        [*(beside(images_folder, splits) if nested and splits else ()), *unread],
     )
 
 

@@ -452,6 +452,30 @@ def test_what_is_not_read_is_said(kind, request, tmp_path):
     assert survey(root, Flags()).left_out == [folder / "0.gif", folder / "more"]
 
 
+@pytest.mark.parametrize("split", ["", "train"], ids=["classes", "splits"])
+def test_images_beside_the_classes_are_said_to_be_left_out(tmp_path, split):
+    write_images(tmp_path / split, *(f"{name}/{at}.jpg" for name in "ab" for at in range(5)), "stray.jpg")
+    found = survey(tmp_path, Flags())
+    assert (sum(found.counts.values()), found.left_out) == (10, [tmp_path / split / "stray.jpg"])
+
+
+@pytest.mark.parametrize("kind", ["class_folders", "masks"])
+def test_folders_beside_the_splits_are_said_to_be_left_out(kind, request, tmp_path):
+    """As a val split of a name that is not known, which the user thinks is validated on."""
+    if kind == "masks":
+        root = masked(tmp_path / "data", [0, 1])
+        for folder in (root / "masks", root / "images"):
+            folder.rename(tmp_path / "train")
+            folder.mkdir()
+            (tmp_path / "train").rename(folder / "train")
+    else:
+        root = folder = request.getfixturevalue(kind)
+    write_images(folder, "dev/cat/0.jpg", "dev.jpg")
+    write_images(folder, "__MACOSX/._0.jpg")
+    (folder / "notes").mkdir()
+    assert survey(root, Flags()).left_out == [folder / "dev.jpg", folder / "dev"]
+
+
 def test_looking_needs_nothing_heavy():
     code = "import sys, lora_plugins.tasks.autoconfig; print({'lightning', 'torchvision', 'timm'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)

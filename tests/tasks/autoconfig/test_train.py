@@ -279,12 +279,17 @@ def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
     }
 
 
-def test_files_that_are_not_read_are_counted(folders, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("cat/0.gif", "is no image file here"), ("stray.png", "lies beside the folders"), ("dog/more/0.png", "")],
+    ids=["another format", "beside the classes", "in a folder of its own"],
+)
+def test_files_that_are_not_read_are_counted(folders, tmp_path, capsys, name, why):
     given = folders("labels")
-    (tmp_path / "photos" / "cat" / "0.gif").write_bytes(b"")
-    (tmp_path / "photos" / "dog" / "more").mkdir()
+    write_image(tmp_path / "photos" / name, noise())
     assert main(["train", *given, "--plan"]) == 0, capsys.readouterr().err
-    assert "(0.2 of all); 2 left out, such as photos/cat/0.gif, which is no image file here" in capsys.readouterr().out
+    left = f"photos/{name}, which {why}" if why else "photos/dog/more, which is a folder"
+    assert f"(0.2 of all); 1 left out, such as {left}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(7, 1), (3, 3), (8, 1)], ids=["one image left", "two left", "none left"])
