@@ -32,12 +32,6 @@ def beside(folder: Path, read: Iterable[str]) -> list[Path]:
     return [*image_files(folder), *(path for path in others if path.name not in {*read} and holds_images(path))]
 
 
-def left_out(folders: Iterable[Path]) -> list[Path]:
-    """The files in folders of images that are not read."""
-    found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
-    return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
-
-
 def splits_in(folder: Path) -> list[str]:
     """The folders of splits in a folder; none if its files are to be split.
 

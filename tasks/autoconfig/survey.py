@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from lora_plugins.errors import listing, nothing_there
-from lora_plugins.tasks.autoconfig.folders import beside, has_folders, holds_folders_alone, left_out, splits_in
+from lora_plugins.tasks.autoconfig.folders import beside, has_folders, holds_folders_alone, splits_in
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name, hub_survey
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
@@ -22,6 +22,7 @@ from lora_plugins.tasks.files import (
     check_folder,
     decoding,
     image_files,
+    left_out,
     open_image,
     paired,
     read_errors,

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
@@ -59,6 +59,12 @@ def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list
     """
     files = check_folder(folder).iterdir()
     return named_by_text(sorted(p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")))
+
+
+def left_out(folders: Iterable[Path]) -> list[Path]:
+    """The files in folders of images that are not read."""
+    found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
 def without_images(folder: Path) -> str:

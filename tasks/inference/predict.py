@@ -33,6 +33,7 @@ from lora_plugins.tasks.files import (
     NO_IMAGE,
     as_png,
     image_files,
+    left_out,
     named_by_text,
     read_errors,
     read_image,
@@ -124,6 +125,10 @@ def main(given: Namespace) -> int:
         on_problem=SKIP if given.skip else ERROR,
     )
     print(_told(files, Path(given.out)))
+    unread = left_out(folder for folder in map(Path, given.images) if folder.is_dir())
+    if unread:
+        kind = "a folder" if unread[0].is_dir() else "no image file here"
+        print(f"Left out: {len(unread)}, such as {unread[0]}, which is {kind}")
     return 0
 
 

@@ -291,6 +291,17 @@ class TestWhatIsPredicted:
         assert written == {f"{kind}/{name}" for kind in ("masks", "overlays") for name in ("new/a.png", "old/b.png")}
         assert Path("old/b.png").read_bytes() == before
 
+    def test_what_of_a_folder_is_not_read_is_said(self, fitted, tmp_path, capsys):
+        write_image(tmp_path / "images" / "x.png", noise())
+        for name in ("b.heic", "c.gif", "more/d.png"):
+            write_image((tmp_path / "images" / name).with_suffix(".png"), noise())
+            (tmp_path / "images" / name).with_suffix(".png").rename(tmp_path / "images" / name)
+        (tmp_path / "images" / ".DS_Store").write_bytes(b"")
+        given = str(fitted["labels"][1]["merged"]), str(tmp_path / "images")
+        assert predict([*given, "--out", str(tmp_path / "out")]) == 0
+        left = f"Left out: 3, such as {tmp_path / 'images' / 'b.heic'}, which is no image file here"
+        assert capsys.readouterr().out.splitlines()[-1] == left
+
     def test_a_folder_of_folders(self, fitted, tmp_path, capsys):
         write_image(tmp_path / "images" / "x" / "a.png", noise())
         assert predict([str(fitted["labels"][1]["merged"]), str(tmp_path / "images")]) == 1
