@@ -9,9 +9,18 @@ from typing import Any
 from PIL import Image
 
 from lora_plugins.errors import listing, nothing_there
-from lora_plugins.tasks.autoconfig.folders import beside, has_folders, holds_folders_alone, splits_in
+from lora_plugins.tasks.autoconfig.folders import beside, has_folders, splits_in
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name, hub_survey
+from lora_plugins.tasks.autoconfig.lookalikes import (
+    IMAGES_FOLDER,
+    MASKS_FOLDER,
+    check_are_classes,
+    check_has_classes,
+    images_elsewhere,
+    list_in,
+    without_masks,
+)
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import (
@@ -33,15 +42,12 @@ from lora_plugins.tasks.files import (
     without_images,
 )
 
-IMAGES_FOLDER, MASKS_FOLDER, NAMES_FILE = "images", "masks", "classes.txt"
+NAMES_FILE = "classes.txt"
 
 ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"})
 
 OF_ADDRESSES = re.compile(r"\w{2,}:/")
 """Begins an address; a path of Windows has one letter there."""
-
-OF_IMAGES, OF_MASKS = (re.compile(words, re.IGNORECASE) for words in ("image|img", "mask|label|annotation|segment"))
-"""What names of folders hold that are no classes."""
 
 ORIENTATION, UPRIGHT = 0x0112, 1
 """Where EXIF says how an image is turned, and the value by which it is not."""
@@ -76,27 +82,8 @@ def survey(data: Path | str, flags: Flags) -> Survey:
     if flags.masks is not None or (data / MASKS_FOLDER).is_dir():
         return _of_mask_folders(data, flags)
     if (data / IMAGES_FOLDER).is_dir():
-        raise _without_masks(data)
+        raise without_masks(data)
     return _of_class_folders(data, flags)
-
-
-def _without_masks(data: Path) -> DataError:
-    """Returns what to say of a folder of images with no masks beside it."""
-    others = [data / name for name in subfolders(data) if name != IMAGES_FOLDER]
-    masks = [folder for folder in others if image_files(folder) or has_folders(folder)]
-    hint = f" Masks in a folder of another name: --masks {masks[0]}." if masks else ""
-    if others and not masks:
-        hint = f" {others[0]} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
-    return DataError(
-        f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
-        f"make a folder for each class.{_list_in(data)}"
-    )
-
-
-def _list_in(data: Path) -> str:
-    """Names a list of images that lies in a folder, if there is one."""
-    found = sorted(path for path in data.iterdir() if path.suffix in READERS)
-    return f" To take what a list says of them, train on that: {found[0]}." if found else ""
 
 
 def _of_class_folders(data: Path, flags: Flags) -> Survey:
@@ -109,16 +96,19 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
         raise DataError(
             f"{data} holds {what}. Make a folder of images for each class, {data}/CLASS/NAME.jpg; or put masks beside "
             f"the images, {data}/{IMAGES_FOLDER}/NAME.jpg and {data}/{MASKS_FOLDER}/NAME.png (or --masks DIR)."
+            f"{list_in(data)}"
         )
     splits = splits_in(data)
     folders = {split: data / split for split in splits} or {TRAIN: data}
     if splits and not has_folders(folders[TRAIN]) and image_files(folders[TRAIN]):
         raise DataError(
             f"{folders[TRAIN]} is taken for the train split, and holds images, no folder for each class. If {TRAIN!r} "
-            "is a class, give its folder another name."
+            f"is a class, give its folder another name.{list_in(data) or list_in(folders[TRAIN])}"
         )
+    for split in splits[1:]:
+        check_has_classes(data, split)
     classes = subfolders(folders[TRAIN])
-    _check_are_classes(data, folders[TRAIN], classes, TRAIN if splits else "")
+    check_are_classes(data, folders[TRAIN], classes, TRAIN if splits else "")
     problems: list[str] = []
     images: dict[str, dict[str, list[Path]]] = {}
     for split, folder in folders.items():
@@ -130,7 +120,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
     if len(classes) < 2:
         raise DataError(
             f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
-            f"images for each class, at least two.{_list_in(data)}"
+            f"images for each class, at least two.{list_in(data)}"
         )
     share, counts = shared(
         {split: sum(map(len, members.values())) for split, members in images.items()},
@@ -152,32 +142,13 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
     )
 
 
-def _check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: str) -> None:
-    """Refuses folders that are taken for classes and look like something else.
-
-    Args:
-        data: The data.
-        folder: Where they are.
-        classes: Their names.
-        split: The name of their split; empty where there are none.
-    """
-    if len(classes) == 1 and holds_folders_alone(inner := folder / classes[0]):
-        way = "Move these up" if split else f"Train on {inner}"
-        raise DataError(f"{folder} holds one folder, {classes[0]!r}, with folders in it. {way}.")
-    of_images = [name for name in classes if not OF_MASKS.search(name)]
-    if len(classes) == 2 and len(of_images) == 1 and OF_IMAGES.search(of_images[0]):
-        raise DataError(
-            f"{folder} holds {listing(classes)}, which look like images with masks, not like two classes. "
-            f"They are expected in {data / IMAGES_FOLDER / split} and {data / MASKS_FOLDER / split}, with equal names; "
-            "or in a list, .csv or .jsonl, with the columns image and mask. If they are classes, rename one."
-        )
-
-
 def _of_mask_folders(data: Path, flags: Flags) -> Survey:
     masks_folder = check_folder(flags.masks or data / MASKS_FOLDER)
     nested = (data / IMAGES_FOLDER).is_dir()
     images_folder = data / IMAGES_FOLDER if nested else data
     splits = splits_in(images_folder)
+    if not nested and not splits and not image_files(data):
+        raise images_elsewhere(data, masks_folder)
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     problems: list[str] = []
     for split in splits or [TRAIN]:

@@ -11,7 +11,7 @@ from typing import IO, TypeVar
 
 from PIL import Image, ImageOps
 
-from lora_plugins.errors import no_folder
+from lora_plugins.errors import listing, no_folder
 from lora_plugins.tasks.errors import DataError, listed
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -68,9 +68,12 @@ def left_out(folders: Iterable[Path]) -> list[Path]:
 
 
 def without_images(folder: Path) -> str:
-    """Says that a folder holds no image, and where below it there is one."""
+    """Says that a folder holds no image, and where below it there is one, or what else it holds."""
     below = next((path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), None)
-    return f"{folder} holds {NO_IMAGE}{f'; {below} does: move them up' if below else ''}"
+    if below is not None:
+        return f"{folder} holds {NO_IMAGE}; {below} does: move them up"
+    others = [path.name for path in left_out([folder])]
+    return f"{folder} holds {NO_IMAGE}{f', but {listing(others, 2)}' if others else ''}"
 
 
 def paired(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:

@@ -46,15 +46,15 @@ class TestLabels:
 
     @pytest.mark.parametrize("split", ["", "train"])
     @pytest.mark.parametrize(
-        "names", [("Images", "Masks"), ("image", "image_label"), ("JPEGImages", "SegmentationClass")], ids="-".join
+        "names",
+        [("Images", "Masks"), ("image", "image_label"), ("JPEGImages", "SegmentationClass"), ("imgs", "gt")],
+        ids="-".join,
     )
     def test_images_and_masks_are_no_classes(self, tmp_path, split, names):
         for name in names:
             write_image(tmp_path / split / name / "1.png", noise())
         expected = tmp_path / "images" / split, tmp_path / "masks" / split
-        with pytest.raises(
-            DataError, match=rf"not like two classes. They are expected in {expected[0]} and {expected[1]}"
-        ):
+        with pytest.raises(DataError, match=rf"not like classes. They are expected in {expected[0]} and {expected[1]}"):
             survey(tmp_path, Flags())
 
     @pytest.mark.parametrize("names", [("mask", "no mask"), ("images with mask", "images without mask")], ids=", ".join)
@@ -331,10 +331,73 @@ def images_and_a_list(root):
     (root / "labels.csv").write_text("image,label\n")
 
 
+def boxes_by_split(root):
+    write_images(root, "images/train/0.jpg")
+    (root / "labels" / "train").mkdir(parents=True)
+    (root / "labels" / "train" / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
+
+
+def boxes_within_a_split(root):
+    write_images(root, "train/images/0.jpg")
+    (root / "train" / "labels").mkdir()
+
+
+def many_folders_of_one_set(root):
+    write_images(root, "JPEGImages/0.jpg", "SegmentationClass/0.png", "SegmentationObject/0.png")
+    (root / "ImageSets").mkdir()
+
+
+def classes_within_images(root):
+    write_images(root, "images/a/0.jpg", "images/b/0.jpg")
+
+
+def splits_of_other_names(root):
+    write_images(root, *(f"{split}/{name}/0.jpg" for split in ("training_set", "test_set") for name in "ab"))
+
+
+def a_split_without_labels(root):
+    write_images(root, "train/a/0.jpg", "train/b/0.jpg", "test/0.jpg")
+
+
+def masks_alone(root):
+    write_images(root, "masks/0.png")
+
+
+def images_called_otherwise(root):
+    write_images(root, "masks/0.png", "photos/0.jpg")
+
+
+def other_formats(root):
+    write_images(root, "a/0.jpg", "b/0.jpg")
+    (root / "b" / "0.jpg").rename(root / "b" / "0.heic")
+
+
+def images_beside_a_list(root):
+    write_images(root, "0.jpg")
+    (root / "labels.csv").write_text("image,label\n")
+
+
+def images_of_a_split_beside_lists(root):
+    write_images(root, "train/0.jpg")
+    for name in ("sample.csv", "train.csv"):
+        (root / name).write_text("image,label\n")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda root: None, "There is no folder"),
+        (boxes_by_split, "labels holds no images: boxes and polygons"),
+        (boxes_within_a_split, r"not like classes.*train/labels holds no images: boxes and polygons"),
+        (many_folders_of_one_set, "holds 'ImageSets', 'JPEGImages', .* look like images with masks, not like classes"),
+        (classes_within_images, r"To classify, train on .*data/images\."),
+        (splits_of_other_names, "'test_set', 'training_set', with folders in them.* call them train, val and test"),
+        (a_split_without_labels, r"test is taken for the test split.* move them out of .*data, and ask .*predict"),
+        (masks_alone, r"data holds no images for the masks in .*masks\. They are expected in .*images\. If the"),
+        (images_called_otherwise, r"expected in .*data/images\. Those in .*data/photos: call it so"),
+        (other_formats, r"b holds no image \(.*\), but '0\.heic'"),
+        (images_beside_a_list, r"nothing says what is on them.*train on that: .*labels\.csv"),
+        (images_of_a_split_beside_lists, r"train on that: .*data/sample\.csv or .*data/train\.csv"),
         (one_class, "holds one class, 'cat', and there is nothing to tell apart"),
         (boxes_for_masks, "labels holds no images: boxes and polygons"),
         (no_masks, r"has no masks beside it.*--masks .*labels"),

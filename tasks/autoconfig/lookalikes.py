@@ -1,0 +1,93 @@
+"""Folders that look like classes or like images with masks, and are something else: what to say of them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_plugins.errors import listing
+from lora_plugins.tasks.autoconfig.folders import SPLIT_NAMES, has_folders, holds_folders_alone, holds_images
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import READERS, TEST, TRAIN, VAL, image_files, subfolders
+
+IMAGES_FOLDER, MASKS_FOLDER = "images", "masks"
+
+OF_IMAGES, OF_MASKS = (
+    re.compile(words, re.IGNORECASE) for words in ("image|img", "mask|label|annotation|segment|^gt|ground.?truth")
+)
+"""What names of folders hold that are no classes."""
+
+
+def without_masks(data: Path) -> DataError:
+    """Returns what to say of a folder of images with no masks beside it."""
+    others = [data / name for name in subfolders(data) if name != IMAGES_FOLDER]
+    masks = [folder for folder in others if holds_images(folder)]
+    hint = f" Masks in a folder of another name: --masks {masks[0]}." if masks else ""
+    if others and not masks:
+        hint = _boxes(others[0])
+    are_classes = holds_folders_alone(data / IMAGES_FOLDER) and not SPLIT_NAMES.keys() & {
+        *subfolders(data / IMAGES_FOLDER)
+    }
+    way = f"train on {data / IMAGES_FOLDER}" if are_classes else "make a folder for each class"
+    return DataError(
+        f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
+        f"{way}.{list_in(data)}"
+    )
+
+
+def check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: str) -> None:
+    """Refuses folders that are taken for classes and look like something else.
+
+    Args:
+        data: The data.
+        folder: Where they are.
+        classes: Their names.
+        split: The name of their split; empty where there are none.
+    """
+    if len(classes) == 1 and holds_folders_alone(inner := folder / classes[0]):
+        way = "Move these up" if split else f"Train on {inner}"
+        raise DataError(f"{folder} holds one folder, {classes[0]!r}, with folders in it. {way}.")
+    masks = [name for name in classes if OF_MASKS.search(name)]
+    images = [name for name in classes if OF_IMAGES.search(name) and name not in masks]
+    if images and masks and (len(classes) == 2 or any(not image_files(folder / name) for name in classes)):
+        are_drawn = any(holds_images(folder / name) for name in masks)
+        boxes = "" if are_drawn else _boxes(folder / masks[0])
+        raise DataError(
+            f"{folder} holds {listing(classes)}, which look like images with masks, not like classes. "
+            f"They are expected in {data / IMAGES_FOLDER / split} and {data / MASKS_FOLDER / split}, with equal names; "
+            f"or in a list, .csv or .jsonl, with the columns image and mask.{boxes} If they are classes, rename one."
+        )
+    if not split and all(holds_folders_alone(folder / name) for name in classes):
+        raise DataError(
+            f"{folder} holds {listing(classes)}, with folders in them and no images. If they are splits, call them "
+            f"{TRAIN}, {VAL} and {TEST}, with the folders of the classes in them; if they are classes, move the images "
+            "in them up."
+        )
+
+
+def check_has_classes(data: Path, split: str) -> None:
+    """Refuses a split that has no folder for each class."""
+    if not has_folders(folder := data / split):
+        raise DataError(
+            f"{folder} is taken for the {split} split, and holds no folder for each class. Images without labels are "
+            f"no split: move them out of {data}, and ask lora-plugins predict for their labels.{list_in(folder)}"
+        )
+
+
+def images_elsewhere(data: Path, masks: Path) -> DataError:
+    """Returns what to say of a folder of masks with no images beside it."""
+    others = [data / name for name in subfolders(data) if data / name != masks] if has_folders(data) else []
+    named = next((f" Those in {folder}: call it so." for folder in others if holds_images(folder)), "")
+    return DataError(
+        f"{data} holds no images for the masks in {masks}. They are expected in {data / IMAGES_FOLDER}.{named} If the "
+        "folders are classes, rename that of the masks."
+    )
+
+
+def list_in(data: Path) -> str:
+    """Names the lists of images that lie in a folder, if there are some."""
+    found = [str(path) for path in sorted(data.iterdir()) if path.suffix in READERS]
+    return f" To take what a list says of them, train on that: {' or '.join(found[:3])}." if found else ""
+
+
+def _boxes(folder: Path) -> str:
+    return f" {folder} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
