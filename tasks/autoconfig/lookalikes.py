@@ -1,5 +1,6 @@
 """Folders that look like classes or like images with masks, and are something else: what to say of them."""
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.folders import SPLIT_NAMES, has_folders, holds_folders_alone, holds_images
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import READERS, TEST, TRAIN, VAL, image_files, subfolders
+from lora_plugins.tasks.files import IMAGE_SUFFIXES, READERS, TEST, TRAIN, VAL, image_files, subfolders
 
 IMAGES_FOLDER, MASKS_FOLDER = "images", "masks"
 
@@ -80,6 +81,24 @@ def images_elsewhere(data: Path, masks: Path) -> DataError:
     return DataError(
         f"{data} holds no images for the masks in {masks}. They are expected in {data / IMAGES_FOLDER}.{named} If the "
         "folders are classes, rename that of the masks."
+    )
+
+
+def images_of_list_elsewhere(data: Path, first: str) -> DataError:
+    """Returns what to say of a list of which no image exists.
+
+    Args:
+        data: The list.
+        first: The first image that it names.
+    """
+    folder, name = data.parent, re.split(r"[\\/]", first)[-1]
+    suffixes = IMAGE_SUFFIXES | {""}
+    alike = (path for path in folder.rglob(f"{glob.escape(name)}*") if path.suffix.lower() in suffixes)
+    there = next((path for path in alike if name in (path.name, path.stem)), None)
+    hint = f" For {there}, it is {there.relative_to(folder).as_posix()!r}." if there else ""
+    return DataError(
+        f"None of the images in {data} exists; the first is {first!r}. A path counts from the folder of the list, and "
+        f"has its ending.{hint}"
     )
 
 

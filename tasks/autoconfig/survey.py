@@ -18,6 +18,7 @@ from lora_plugins.tasks.autoconfig.lookalikes import (
     check_are_classes,
     check_has_classes,
     images_elsewhere,
+    images_of_list_elsewhere,
     list_in,
     without_masks,
 )
@@ -198,7 +199,11 @@ def _of_list(data: Path, flags: Flags) -> Survey:
     if TRAIN not in splits:
         raise DataError(f"No row of {data} is of the split {TRAIN!r}.")
     images = [data.parent / str(row["image"]) for row in rows]
+    if not any(path.exists() for path in images):
+        raise images_of_list_elsewhere(data, str(rows[0]["image"]))
     _refuse(_unreadable(images))
+    unread = sorted({name for row in rows for name in row if name} - {"image", column, "split"})
+    found = f"a list of {column}s{f', without its {listing(unread)}' if unread else ''}"
     counts = {split: len(members) for split, members in splits.items()}
     arguments: dict[str, Any] = {"file": str(data.absolute())}
     if column == "mask":
@@ -208,7 +213,7 @@ def _of_list(data: Path, flags: Flags) -> Survey:
         share, counts = shared(counts, [counts[TRAIN]], flags)
         arguments |= {**coding.arguments(), **share}
         size = common_size([_image_size(image) for image in images])
-        return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, "a list of masks", size, coding)
+        return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, found, size, coding)
     if flags.ignore_index is not None:
         raise DataError(f"--ignore-index is for masks; {data} has labels.")
     labels = [str(row[column]) for row in splits[TRAIN]]
@@ -217,7 +222,7 @@ def _of_list(data: Path, flags: Flags) -> Survey:
         raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
     share, counts = shared(counts, [labels.count(name) for name in classes], flags)
     chosen = {} if flags.classes is None else {"classes": [*classes]}
-    return Survey(LABELS, "ImageListDataModule", {**arguments, **chosen, **share}, classes, counts, "a list of labels")
+    return Survey(LABELS, "ImageListDataModule", {**arguments, **chosen, **share}, classes, counts, found)
 
 
 def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:

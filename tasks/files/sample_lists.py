@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lora_plugins.errors import near
+from lora_plugins.errors import listing, near
 from lora_plugins.field_checks import shown
 from lora_plugins.tasks.errors import DataError, unknown
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL
@@ -71,6 +71,12 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
     rows = READERS[path.suffix](read_text(path), path)
     if not rows:
         raise DataError(f"{path} holds no row.")
+    absent = next((column for column in columns if not any(column in row for row in rows)), None)
+    if absent is not None:
+        raise DataError(
+            f"{path} has no column {absent!r}. It has {listing(rows[0])}, of which the one that is meant has to be "
+            f"called {absent!r}{', in the first line' if path.suffix == '.csv' else ''}."
+        )
     for number, row in enumerate(rows, 1):
         for column in columns:
             if column in row and row[column] in (None, ""):

@@ -471,6 +471,28 @@ def test_a_first_row_without_a_label_is_told_as_that(tmp_path):
         survey(written(tmp_path / "list.jsonl", rows), Flags())
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("photos/{}", "photos/0.jpg"), ("{}.jpg", "photos/0.jpg"), ("photos\\{}.jpg", "photos/0.jpg"), ("x{}.jpg", None)],
+    ids=["no ending", "no folder", "of Windows", "nowhere"],
+)
+def test_where_the_images_of_a_list_are(tmp_path, name, hint):
+    write_images(tmp_path / "photos", "0.jpg", "1.jpg")
+    rows = [{"image": name.format(at), "label": "ab"[at]} for at in range(2)]
+    said = f"For {tmp_path}/photos/0.jpg, it is {hint!r}" if hint else "has its ending"
+    with pytest.raises(DataError, match=rf"None of the images in .*list\.csv exists.*{said}\.$"):
+        survey(written(tmp_path / "list.csv", rows), Flags())
+
+
+@pytest.mark.parametrize("column", ["label", "mask"])
+def test_columns_that_are_not_read_are_said(tmp_path, column):
+    """As of a column of splits that has another name."""
+    data = masked(tmp_path, [0, 1], count=10)
+    value = {"label": lambda at: "ab"[at % 2], "mask": lambda at: f"masks/{at}.png"}[column]
+    rows = [{"": at, "image": f"images/{at}.jpg", column: value(at), "set": "train"} for at in range(10)]
+    assert survey(written(data / "list.csv", rows), Flags()).found == f"a list of {column}s, without its 'set'"
+
+
 def test_a_list_that_is_not_there(tmp_path):
     (tmp_path / "labels.csv").write_text("image,label\n")
     with pytest.raises(DataError, match=r"There is no list .*lables.csv: .* Did you mean 'labels.csv'"):

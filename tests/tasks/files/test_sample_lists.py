@@ -41,10 +41,26 @@ def test_columns_that_other_signs_separate_are_refused(tmp_path, separator):
         read_list(tmp_path / "list.csv", ("image", "label"))
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path):
-    (tmp_path / "list.csv").write_text("file,label\na.jpg,cat\n")
-    with pytest.raises(DataError, match=r"Row 1 of .*list\.csv has no column 'image'\. There is 'file', 'label'\."):
-        read_list(tmp_path / "list.csv", ("image", "label"))
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("list.csv", "path,target\na.jpg,cat\n", ", in the first line"),
+        ("list.jsonl", '{"path": "a.jpg", "target": 1}\n', ""),
+    ],
+    ids=["csv", "jsonl"],
+)
+def test_what_a_list_has_instead_of_a_column_is_said(tmp_path, name, content, where):
+    """Nothing is near enough to be suggested: of these two, `target` is the nearer one to `image`."""
+    (tmp_path / name).write_text(content)
+    said = "has no column 'image'. It has 'path', 'target', of which the one that is meant has to be called 'image'"
+    with pytest.raises(DataError, match=re.escape(f"{said}{where}.")):
+        read_list(tmp_path / name, ("image", "target"))
+
+
+def test_a_row_that_lacks_a_column_is_named(tmp_path):
+    (tmp_path / "list.jsonl").write_text('{"image": "a.jpg", "label": 1}\n{"image": "b.jpg", "lable": 1}\n')
+    with pytest.raises(DataError, match=r"Row 2 of .*list\.jsonl has no column 'label'\. Did you mean 'lable'\?"):
+        read_list(tmp_path / "list.jsonl", ("image", "label"))
 
 
 @pytest.mark.parametrize("split", [["train"], {}, 1, "Train"], ids=["list", "table", "number", "case"])
