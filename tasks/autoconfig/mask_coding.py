@@ -91,6 +91,11 @@ def mask_coding(
         raise DataError(f"Some masks are {' and others '.join(sorted(kinds))}. Write all of them alike.")
     _check_palettes(shown)
     ((kind, values),) = kinds.items()
+    if len(values) > MAX_COLORS:
+        raise DataError(
+            f"The masks hold {len(values)} colors together, more than {MAX_COLORS}: they were smoothed, or a color in "
+            "one means something else in another. A color stands for one class in all masks"
+        )
     coding = _coded(kind, sorted(values), names, ignored, where)
     if len(coding.classes) < 2:
         counted = sorted(values - {ignored}) or sorted(values)
@@ -130,7 +135,13 @@ def _values(path: Any, read: Callable[[Any], Image.Image]) -> tuple[str, set[Val
                 f"{path} holds more than {MAX_COLORS} colors: it is a photo, or was smoothed. A mask is written "
                 "without loss (PNG) and scaled without interpolation"
             )
-        return "in color", {color for _, color in counted if isinstance(color, tuple)}, ()
+        colors = Counter({color: count for count, color in counted if isinstance(color, tuple)})
+        if _are_smoothed(colors):
+            return DataError(
+                f"{path} is of two colors with {len(colors) - 2} others, as smoothing leaves them between the two. "
+                "Scale masks without interpolation"
+            )
+        return "in color", set(colors), ()
     if mask.mode in GRAY_MODES or mask.mode == "P":
         gray: Any = mask.convert("L") if mask.mode == "1" else mask
         counts = Counter({int(value): count for count, value in gray.getcolors()})
@@ -158,6 +169,28 @@ def _is_smoothed(counts: Counter[int]) -> bool:
     """Whether nearly all of a mask is black and white, and the rest is many grays between."""
     extremes = counts[BLACK] + counts[WHITE]
     return len(counts) > 8 and counts[BLACK] > 0 and counts[WHITE] > 0 and extremes > 0.7 * counts.total()
+
+
+def _are_smoothed(colors: Counter[tuple[int, ...]]) -> bool:
+    """Whether nearly all of a mask is of two colors, and many of the rest are mixtures of these.
+
+    Grays may be indices that were written as colors, of which only black and white are far apart.
+    """
+    (first, one), (last, other) = [*colors.most_common(2), ((), 0), ((), 0)][:2]
+    if len(colors) <= 8 or one + other <= 0.7 * colors.total():
+        return False
+    are_gray = len({*first}) == len({*last}) == 1
+    if are_gray and {first[0], last[0]} != {BLACK, WHITE}:
+        return False
+    return sum(_is_between(color, first, last) for color in colors) > 6
+
+
+def _is_between(color: Sequence[int], first: Sequence[int], last: Sequence[int]) -> bool:
+    """Whether a color is a mixture of two others, but for rounding."""
+    widest = max(range(3), key=lambda channel: abs(last[channel] - first[channel]))
+    share = (color[widest] - first[widest]) / (last[widest] - first[widest])
+    mixture = [start + share * (end - start) for start, end in zip(first, last, strict=True)]
+    return 0 < share < 1 and all(abs(value - mixed) <= 1 for value, mixed in zip(color, mixture, strict=True))
 
 
 def _coded(

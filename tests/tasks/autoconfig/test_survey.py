@@ -138,6 +138,38 @@ class TestMasks:
         found = survey(masked(tmp_path / "data", [value] * 50 + list(range(1, 11))), Flags())
         assert len(found.classes) == 11
 
+    @pytest.mark.parametrize(
+        ("first", "last"), [(BLACK, RED), (RED, GREEN), (WHITE, BLACK), ((128, 0, 0), (0, 64, 32))], ids=str
+    )
+    def test_smoothed_colors_are_no_classes(self, tmp_path, first, last):
+        mixed = [[round(a + share / 9 * (b - a)) for a, b in zip(first, last, strict=True)] for share in range(1, 9)]
+        values = [0] * 20 + list(range(2, 10)) + [1] * 20
+        said = r"of two colors with 8 others, as smoothing leaves them between the two"
+        with pytest.raises(DataError, match=said):
+            survey(masked(tmp_path / "data", values, colors=[first, last, *mixed]), Flags())
+
+    @pytest.mark.parametrize(
+        "colors",
+        [
+            [(at, at, at) for at in range(12)],
+            [((53 * at) % 256, (101 * at) % 256, (197 * at) % 256) for at in range(12)],
+        ],
+        ids=["indices as grays", "palette"],
+    )
+    def test_many_colors_beside_much_of_two_are_not_smoothed(self, tmp_path, colors):
+        values = [0] * 25 + list(range(1, 11)) + [11] * 25
+        assert len(survey(masked(tmp_path / "data", values, colors=colors), Flags()).classes) == 12
+
+    def test_too_many_colors_in_all_masks(self, tmp_path):
+        """Of instances, say, each of which has a color of its own."""
+        root = masked(tmp_path / "data", [0])
+        for number, path in enumerate(sorted((root / "masks").iterdir())):
+            pixels = np.zeros((40, 60, 3), np.uint8)
+            pixels[..., 0], pixels[..., 1] = np.arange(60), number + 1
+            write_image(path, pixels)
+        with pytest.raises(DataError, match="The masks hold 300 colors together, more than 256"):
+            survey(root, Flags())
+
     def test_names_in_a_file(self, tmp_path):
         root = masked(tmp_path / "data", [0, 1])
         (root / "classes.txt").write_text("sky\nroad\n")
