@@ -67,9 +67,10 @@ def shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tu
     share = VAL_SHARE if flags.val_share is None else flags.val_share
     held = sum(round(share * count) for count in strata)
     if not 0 < held < counts[TRAIN]:
+        classes = f" of {len(strata)} classes" if len(strata) > 1 else ""
         raise DataError(
-            f"{counts[TRAIN]} images are too few to hold a share of {share:g} of each class out for validation. Add "
-            "images, or choose another --val-share."
+            f"{counts[TRAIN]} images{classes} are too few to hold a share of {share:g} of each class out for "
+            "validation. Add images, or choose another --val-share."
         )
     return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
 

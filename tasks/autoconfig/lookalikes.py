@@ -94,7 +94,9 @@ def images_of_list_elsewhere(data: Path, first: str) -> DataError:
     folder, name = data.parent, re.split(r"[\\/]", first)[-1]
     suffixes = IMAGE_SUFFIXES | {""}
     alike = (path for path in folder.rglob(f"{glob.escape(name)}*") if path.suffix.lower() in suffixes)
-    there = next((path for path in alike if name in (path.name, path.stem)), None)
+    with_slashes = folder / first.replace("\\", "/")
+    found = (path for path in (with_slashes, *alike) if path.is_file() and name in (path.name, path.stem))
+    there = next(found, None)
     hint = f" For {there}, it is {there.relative_to(folder).as_posix()!r}." if there else ""
     return DataError(
         f"None of the images in {data} exists; the first is {first!r}. A path counts from the folder of the list, and "

@@ -203,6 +203,8 @@ def decoding(name: object) -> Iterator[None]:
     """
     try:
         yield
+    except Image.DecompressionBombError as error:  # by which Pillow means an attack; it is a scan, or a scene
+        raise DataError(f"{name} cannot be read: {error} Scale it down, or cut it into pieces") from error
     except Exception as error:
         raise DataError(f"{name} cannot be read: {error}") from error
 

@@ -445,7 +445,7 @@ def images_of_a_split_beside_lists(root):
         (splits_in_other_letters, "Testing looks like the test split. Call it .*test"),
         (a_class_called_train, "train is taken for the train split.*another name"),
         (val_alone, "none called 'train'"),
-        (too_few, "2 images are too few"),
+        (too_few, "2 images of 2 classes are too few"),
         (without_partner, "3.jpg has no mask"),
         (two_of_one_name, r"(?s)2 problems.*3\.jpg is one of several files of one name.*3\.png is one"),
         (masks_called_otherwise, r"(?s)1 problem.*0.jpg needs 0.png, and there is 0_mask.png. Rename"),
@@ -505,13 +505,19 @@ def test_a_first_row_without_a_label_is_told_as_that(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("photos/{}", "photos/0.jpg"), ("{}.jpg", "photos/0.jpg"), ("photos\\{}.jpg", "photos/0.jpg"), ("x{}.jpg", None)],
-    ids=["no ending", "no folder", "of Windows", "nowhere"],
+    [
+        ("photos/{}", "photos/0.jpg"),
+        ("{}.jpg", "photos/0.jpg"),
+        ("photos\\{}.jpg", "photos/0.jpg"),
+        ("new\\x{}.png", "new/x0.png"),
+        ("y{}.jpg", None),
+    ],
+    ids=["no ending", "no folder", "of Windows", "of Windows, one of two", "nowhere"],
 )
 def test_where_the_images_of_a_list_are(tmp_path, name, hint):
-    write_images(tmp_path / "photos", "0.jpg", "1.jpg")
+    write_images(tmp_path, "photos/0.jpg", "old/new/x0.png", "new/x0.png")
     rows = [{"image": name.format(at), "label": "ab"[at]} for at in range(2)]
-    said = f"For {tmp_path}/photos/0.jpg, it is {hint!r}" if hint else "has its ending"
+    said = f"For {tmp_path}/{hint}, it is {hint!r}" if hint else "has its ending"
     with pytest.raises(DataError, match=rf"None of the images in .*list\.csv exists.*{said}\.$"):
         survey(written(tmp_path / "list.csv", rows), Flags())
 

@@ -94,6 +94,12 @@ def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+def test_what_to_do_with_an_image_that_is_too_large_is_said(tmp_path):
+    Image.new("1", (16_000, 16_000)).save(tmp_path / "scene.png")
+    with pytest.raises(DataError, match=r"scene\.png cannot be read: .*256000000 pixels.* Scale it down, or cut it"):
+        read_image(tmp_path / "scene.png")
+
+
 def test_names_that_the_locale_cannot_read(tmp_path):
     """The files are right, and need no other names."""
     (tmp_path / "caf\xe9").mkdir()
