@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
 from lora_plugins.tasks.autoconfig.recommended import RECIPES, Recipe
@@ -103,6 +104,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
     shown = ", ".join(found.classes[:6]) + (", ..." if len(found.classes) > 6 else "")
     coding = "" if found.coding is None else f"; masks are {found.coding.kind}{_ignored(found)}"
     held = f" ({data['val_share']:g} of all)" if data.get("val_share") else ""
+    none_of = f", none of them of {listing(found.unmeasured, 3)}" if found.unmeasured else ""
     images = f"images at {size[0]}x{size[1]}" if size else "images at the model's size"
     samples, batch = found.counts[TRAIN], data["batch_size"]
     steps = math.ceil(samples / batch) - leaves_one(samples, batch)
@@ -116,7 +118,8 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
         ),
         (
             "splits",
-            f"{found.counts[TRAIN]} images to train, {found.counts[VAL]} to validate on{held}{_left(found.left_out)}",
+            f"{found.counts[TRAIN]} images to train, {found.counts[VAL]} to validate on{held}{none_of}"
+            f"{_left(found.left_out)}",
             "--val-share",
         ),
         (

@@ -40,6 +40,7 @@ class Survey:
         size: Height and width for images with masks.
         coding: How masks are read.
         left_out: What lies among the images, or beside their folders, and is not read.
+        unmeasured: The classes of which no image is validated on.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Survey:
     size: tuple[int, int] | None = None
     coding: MaskCoding | None = None
     left_out: Sequence[Path] = ()
+    unmeasured: Sequence[str] = ()
 
     @property
     def named_by(self) -> str:
@@ -73,6 +75,19 @@ def shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tu
             "validation. Add images, or choose another --val-share."
         )
     return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
+
+
+def unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, flags: Flags) -> tuple[str, ...]:
+    """The classes of which no image is validated on.
+
+    Args:
+        train: The images to train on by class, those that are to be held out among them.
+        val: Those to validate on; None where they are held out.
+        flags: What flags say.
+    """
+    share = VAL_SHARE if flags.val_share is None else flags.val_share
+    held = {name: round(share * count) for name, count in train.items()} if val is None else val
+    return tuple(name for name in train if not held.get(name))
 
 
 def common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

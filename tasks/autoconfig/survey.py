@@ -10,7 +10,7 @@ from PIL import Image
 
 from lora_plugins.errors import listing, nothing_there
 from lora_plugins.tasks.autoconfig.folders import beside, has_folders, splits_in
-from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared, unmeasured
 from lora_plugins.tasks.autoconfig.hub_survey import hub_name, hub_survey
 from lora_plugins.tasks.autoconfig.lookalikes import (
     IMAGES_FOLDER,
@@ -29,6 +29,7 @@ from lora_plugins.tasks.files import (
     MASK_SUFFIXES,
     READERS,
     TRAIN,
+    VAL,
     check_folder,
     decoding,
     image_files,
@@ -123,10 +124,9 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
             f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
             f"images for each class, at least two.{list_in(data)}"
         )
+    sizes = {split: {name: len(paths) for name, paths in members.items()} for split, members in images.items()}
     share, counts = shared(
-        {split: sum(map(len, members.values())) for split, members in images.items()},
-        [len(found) for found in images[TRAIN].values()],
-        flags,
+        {split: sum(members.values()) for split, members in sizes.items()}, [*sizes[TRAIN].values()], flags
     )
     return Survey(
         LABELS,
@@ -140,6 +140,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
             *(path for folder in folders.values() for path in image_files(folder)),
             *left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
         ],
+        unmeasured=unmeasured(sizes[TRAIN], sizes.get(VAL), flags),
     )
 
 
@@ -216,13 +217,22 @@ def _of_list(data: Path, flags: Flags) -> Survey:
         return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, found, size, coding)
     if flags.ignore_index is not None:
         raise DataError(f"--ignore-index is for masks; {data} has labels.")
-    labels = [str(row[column]) for row in splits[TRAIN]]
+    labels = {split: Counter(str(row[column]) for row in members) for split, members in splits.items()}
     classes = flags.classes or tuple(sorted({str(row[column]) for row in rows}))
     if len(classes) < 2:
         raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
-    share, counts = shared(counts, [labels.count(name) for name in classes], flags)
+    train = {name: labels[TRAIN][name] for name in classes}
+    share, counts = shared(counts, [*train.values()], flags)
     chosen = {} if flags.classes is None else {"classes": [*classes]}
-    return Survey(LABELS, "ImageListDataModule", {**arguments, **chosen, **share}, classes, counts, found)
+    return Survey(
+        LABELS,
+        "ImageListDataModule",
+        {**arguments, **chosen, **share},
+        classes,
+        counts,
+        found,
+        unmeasured=unmeasured(train, labels.get(VAL), flags),
+    )
 
 
 def _pairs(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:

@@ -522,6 +522,24 @@ def test_where_the_images_of_a_list_are(tmp_path, name, hint):
         survey(written(tmp_path / "list.csv", rows), Flags())
 
 
+@pytest.mark.parametrize("kind", ["folders", "list"])
+@pytest.mark.parametrize("is_split", [False, True], ids=["to be split", "with splits"])
+def test_classes_that_are_not_validated_on_are_said(tmp_path, kind, is_split):
+    """As of classes that are so small that their share of the val split is none."""
+    named = [("train", "a", at) for at in range(10)] + [("train", "b", at) for at in range(2)]
+    named += [("val", "a", 20)] if is_split else []
+    places = [f"{split}/{label}/{at}.jpg" if is_split else f"{label}/{at}.jpg" for split, label, at in named]
+    write_images(tmp_path, *places)
+    splits = [{"split": split} if is_split else {} for split, _, _ in named]
+    rows = [
+        {"image": place, "label": label, **split}
+        for place, (_, label, _), split in zip(places, named, splits, strict=True)
+    ]
+    data = tmp_path if kind == "folders" else written(tmp_path / "list.csv", rows)
+    assert survey(data, Flags()).unmeasured == ("b",)
+    assert survey(data, Flags(val_share=None if is_split else 0.5)).unmeasured == (("b",) if is_split else ())
+
+
 @pytest.mark.parametrize("column", ["label", "mask"])
 def test_columns_that_are_not_read_are_said(tmp_path, column):
     """As of a column of splits that has another name."""

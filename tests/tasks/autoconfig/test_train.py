@@ -279,6 +279,13 @@ def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
     }
 
 
+def test_classes_that_are_not_validated_on_are_named(folders, tmp_path, capsys):
+    given = folders("labels")
+    write_image(tmp_path / "photos" / "owl" / "0.png", noise())
+    assert main(["train", *given, "--plan"]) == 0, capsys.readouterr().err
+    assert "9 images to train, 2 to validate on (0.2 of all), none of them of 'owl'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [("cat/0.gif", "is no image file here"), ("stray.png", "lies beside the folders"), ("dog/more/0.png", "")],
