@@ -1,6 +1,7 @@
 """Folders that look like classes or like images with masks, and are something else: what to say of them."""
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,7 +98,7 @@ def images_of_list_elsewhere(data: Path, first: str) -> DataError:
     with_slashes = folder / first.replace("\\", "/")
     found = (path for path in (with_slashes, *alike) if path.is_file() and name in (path.name, path.stem))
     there = next(found, None)
-    hint = f" For {there}, it is {there.relative_to(folder).as_posix()!r}." if there else ""
+    hint = f" For {there}, it is {Path(os.path.relpath(there, folder)).as_posix()!r}." if there else ""
     return DataError(
         f"None of the images in {data} exists; the first is {first!r}. A path counts from the folder of the list, and "
         f"has its ending.{hint}"
