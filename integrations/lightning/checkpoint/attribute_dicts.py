@@ -11,12 +11,10 @@ from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningModule
 
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
+from lora_plugins.integrations.lightning.checkpoint.nested_paths import Path, changed_at
 
 HYPERPARAMETERS = LightningModule.CHECKPOINT_HYPER_PARAMS_KEY
 WRITTEN_AS_DICT = "attribute_dicts"
-
-Path = tuple[Any, ...]
-"""The keys that lead to a value in nested hyperparameters."""
 
 
 def with_plain_dicts(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -33,7 +31,7 @@ def with_attribute_dicts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint whose hyperparameters are what they were before `with_plain_dicts`."""
     result = dict(checkpoint)
     for path in sorted(map(tuple, checkpoint[KEY].get(WRITTEN_AS_DICT, [])), key=len, reverse=True):
-        result[HYPERPARAMETERS] = _replaced(result[HYPERPARAMETERS], path)
+        result[HYPERPARAMETERS] = changed_at(result[HYPERPARAMETERS], path, AttributeDict)
     return result
 
 
@@ -45,11 +43,3 @@ def _plain(value: Any, path: Path, found: list[Path]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_plain(each, (*path, at), found) for at, each in enumerate(value))
     return value
-
-
-def _replaced(value: Any, path: Path) -> Any:
-    if not path:
-        return AttributeDict(value)
-    items = dict(value) if isinstance(value, dict) else dict(enumerate(value))
-    items[path[0]] = _replaced(items[path[0]], path[1:])
-    return type(value)(items) if isinstance(value, dict) else type(value)(items.values())

@@ -1,17 +1,16 @@
 """The frozen base in the states of callbacks, such as an average of the module: a file leaves it out there as well."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_plugins.integrations.lightning.checkpoint.nested_paths import Path, changed_at
 from lora_plugins.integrations.lightning.module import checksum
 
 CALLBACKS = "callbacks"
-
-Path = tuple[Any, ...]
-"""The keys that lead to a value in nested states."""
 
 _SMALLEST = 256
 """Elements of a tensor that is left out: smaller ones save nothing, and may be equal by chance."""
@@ -35,8 +34,8 @@ def without_base_of_callbacks(
     found = [
         (path, name) for path, value in large if (name := names.get(checksum(value))) and _equal(base[name], value)
     ]
-    for path, _ in found:
-        states = _without(states, path)
+    for (*parents, key), _ in found:
+        states = changed_at(states, parents, partial(_without, key))
     return {**checkpoint, CALLBACKS: states} if found else {**checkpoint}, [([*path], name) for path, name in found]
 
 
@@ -51,8 +50,8 @@ def with_base_of_callbacks(
     """
     states = checkpoint.get(CALLBACKS, {})
     present = [(path, tensor) for path, tensor in found if path[0] in states]  # somebody may have removed a state
-    for path, tensor in present:
-        states = _with(states, path, tensor.detach().cpu().clone())
+    for (*parents, key), tensor in present:
+        states = changed_at(states, parents, partial(_with, key, tensor.detach().cpu().clone()))
     return {**checkpoint, CALLBACKS: states} if present else {**checkpoint}
 
 
@@ -68,13 +67,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 
-def _without(states: Mapping[Any, Any], path: Path) -> dict[Any, Any]:
-    key, *inner = path
-    if not inner:
-        return {each: value for each, value in states.items() if each != key}
-    return {**states, key: _without(states[key], tuple(inner))}
+def _without(key: Any, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {each: value for each, value in state.items() if each != key}
 
 
-def _with(states: Mapping[Any, Any], path: Sequence[Any], value: Any) -> dict[Any, Any]:
-    key, *inner = path
-    return {**states, key: _with(states[key], inner, value) if inner else value}
+def _with(key: Any, value: Any, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {**state, key: value}
