@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
-from lora_plugins.tasks import ModelConfig
+from lora_plugins.tasks import DigitsDataModule, ModelConfig
 
 TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TINY_SEGFORMER = {
@@ -40,6 +40,10 @@ def pytest_collection_modifyitems(items):
         if "tests/tasks" in str(item.path):
             for warning in LIGHTNING_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+def digits(**changes):
+    return DigitsDataModule(**({"digits": [0, 1, 2]} | changes))
 
 
 def tiny_vit(num_classes=3, weights="none", **changes):

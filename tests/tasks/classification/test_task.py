@@ -12,11 +12,7 @@ from lora_plugins.tasks import (
     warmup_cosine,
 )
 
-from ..conftest import Recorder, tiny_vit
-
-
-def digits(**changes):
-    return DigitsDataModule(**({"digits": [0, 1, 2]} | changes))
+from ..conftest import Recorder, digits, tiny_vit
 
 
 def digits_of(split):

@@ -4,17 +4,12 @@ import pytest
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
-    DigitsDataModule,
     ImageClassificationTask,
     MaskFolderDataModule,
     SemanticSegmentationTask,
 )
 
-from ..conftest import tiny_segformer, tiny_vit
-
-
-def digits(**changes):
-    return DigitsDataModule(**({"digits": [0, 1, 2]} | changes))
+from ..conftest import digits, tiny_segformer, tiny_vit
 
 
 def test_another_ignore_index_than_the_data_is_refused_before_training(trainer, mask_folders):

@@ -9,13 +9,9 @@ from lightning.pytorch import Callback
 from transformers import get_cosine_schedule_with_warmup
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks import DigitsDataModule, ImageClassificationTask, warmup_cosine
+from lora_plugins.tasks import ImageClassificationTask, warmup_cosine
 
-from ..conftest import tiny_vit
-
-
-def digits():
-    return DigitsDataModule([0, 1, 2])
+from ..conftest import digits, tiny_vit
 
 
 class Rates(Callback):

@@ -8,18 +8,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
     DataError,
-    DigitsDataModule,
     ImageClassificationTask,
     MaskFolderDataModule,
     ModelConfig,
     SemanticSegmentationTask,
 )
 
-from ..conftest import tiny_segformer, tiny_vit
-
-
-def digits(**changes):
-    return DigitsDataModule(**({"digits": [0, 1, 2]} | changes))
+from ..conftest import digits, tiny_segformer, tiny_vit
 
 
 class TestLabels:
