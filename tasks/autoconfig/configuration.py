@@ -10,7 +10,7 @@ from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
 from lora_plugins.tasks.autoconfig.recommended import RECIPES, Recipe
-from lora_plugins.tasks.files import IMAGE_SUFFIXES, TRAIN, VAL, leaves_one
+from lora_plugins.tasks.files import TRAIN, VAL, leaves_one, why_left_out
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
 STEPS = 4
@@ -138,11 +138,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
 
 def _left(paths: Sequence[Path]) -> str:
     """Tells how much is not read, with an example."""
-    if not paths:
-        return ""
-    is_image = paths[0].suffix.lower() in IMAGE_SUFFIXES
-    kind = "is a folder" if paths[0].is_dir() else "lies beside the folders" if is_image else "is no image file here"
-    return f"; {len(paths)} left out, such as {paths[0]}, which {kind}"
+    return f"; {len(paths)} left out, such as {paths[0]}, which {why_left_out(paths[0])}" if paths else ""
 
 
 def _ignored(found: Survey) -> str:

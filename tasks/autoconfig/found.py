@@ -77,15 +77,14 @@ def shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tu
     return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
 
 
-def unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, flags: Flags) -> tuple[str, ...]:
+def unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, share: float) -> tuple[str, ...]:
     """The classes of which no image is validated on.
 
     Args:
         train: The images to train on by class, those that are to be held out among them.
         val: Those to validate on; None where they are held out.
-        flags: What flags say.
+        share: The share of each class that is held out then.
     """
-    share = VAL_SHARE if flags.val_share is None else flags.val_share
     held = {name: round(share * count) for name, count in train.items()} if val is None else val
     return tuple(name for name in train if not held.get(name))
 

@@ -140,7 +140,7 @@ def _of_class_folders(data: Path, flags: Flags) -> Survey:
             *(path for folder in folders.values() for path in image_files(folder)),
             *left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
         ],
-        unmeasured=unmeasured(sizes[TRAIN], sizes.get(VAL), flags),
+        unmeasured=unmeasured(sizes[TRAIN], sizes.get(VAL), share.get("val_share", 0.0)),
     )
 
 
@@ -231,7 +231,7 @@ def _of_list(data: Path, flags: Flags) -> Survey:
         classes,
         counts,
         found,
-        unmeasured=unmeasured(train, labels.get(VAL), flags),
+        unmeasured=unmeasured(train, labels.get(VAL), share.get("val_share", 0.0)),
     )
 
 

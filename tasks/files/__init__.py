@@ -20,6 +20,7 @@ from lora_plugins.tasks.files.image_io import (
     read_errors,
     read_image,
     subfolders,
+    why_left_out,
     without_images,
 )
 from lora_plugins.tasks.files.sample_lists import READERS, path_key, read_list, read_text, row_split
@@ -53,5 +54,6 @@ __all__ = [
     "read_text",
     "row_split",
     "subfolders",
+    "why_left_out",
     "without_images",
 ]

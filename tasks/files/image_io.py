@@ -67,6 +67,13 @@ def left_out(folders: Iterable[Path]) -> list[Path]:
     return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
+def why_left_out(path: Path) -> str:
+    """Says what something is that is not read."""
+    if path.is_dir():
+        return "is a folder"
+    return "lies beside the folders" if path.suffix.lower() in IMAGE_SUFFIXES else "is no image file here"
+
+
 def without_images(folder: Path) -> str:
     """Says that a folder holds no image, and where below it there is one, or what else it holds."""
     below = next((path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), None)

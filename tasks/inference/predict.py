@@ -37,6 +37,7 @@ from lora_plugins.tasks.files import (
     named_by_text,
     read_errors,
     read_image,
+    why_left_out,
 )
 from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
@@ -127,8 +128,7 @@ def main(given: Namespace) -> int:
     print(_told(files, Path(given.out)))
     unread = left_out(folder for folder in map(Path, given.images) if folder.is_dir())
     if unread:
-        kind = "a folder" if unread[0].is_dir() else "no image file here"
-        print(f"Left out: {len(unread)}, such as {unread[0]}, which is {kind}")
+        print(f"Left out: {len(unread)}, such as {unread[0]}, which {why_left_out(unread[0])}")
     return 0
 
 
