@@ -1,10 +1,15 @@
 """The folders of a data set: what they hold, and which of them are splits."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_plugins.errors import listing
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import IMAGE_SUFFIXES, TEST, TRAIN, VAL, image_files
+from lora_plugins.tasks.files import IMAGE_SUFFIXES, TEST, TRAIN, VAL, image_files, read_text
+
+NAMES_FILE = "classes.txt"
+"""Names of the classes of masks, one a line, beside the data."""
 
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
 SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
@@ -48,3 +53,19 @@ def splits_in(folder: Path) -> list[str]:
     if splits and TRAIN not in splits:
         raise DataError(f"{folder} has a folder {splits[0]!r} and none called {TRAIN!r}, which is needed beside it.")
     return splits
+
+
+def class_names(folder: Path) -> tuple[str, ...] | None:
+    """Returns the names of classes that a file beside the data lists; None without such a file.
+
+    Raises:
+        DataError: If it lists one twice.
+    """
+    path = folder / NAMES_FILE
+    if not path.is_file():
+        return None
+    names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise DataError(f"{path} names {listing(twice)} more than once. Each class has a name of its own.")
+    return tuple(names)

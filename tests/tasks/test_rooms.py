@@ -144,9 +144,9 @@ def test_every_public_name_is_there_and_sorted():
 
 
 KINDS = {
+    "autoconfig/arguments.py": "what the flag takes",
     "autoconfig/configuration.py": "which kinds Lightning finds, and which of them computes in bfloat16",
     "autoconfig/step_memory.py": "how much memory is free",
-    "autoconfig/train.py": "what the flag takes",
     "data/vision_module.py": "memory that is pinned",
     "reporting/html_report.py": "the peak of its memory",
     "reporting/run_facts.py": "its name",

@@ -1,0 +1,84 @@
+"""Surveys a list of images with labels or masks: CSV, JSON lines."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_plugins.errors import listing
+from lora_plugins.tasks.autoconfig.folders import class_names
+from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared, unmeasured
+from lora_plugins.tasks.autoconfig.lookalikes import images_of_list_elsewhere
+from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
+from lora_plugins.tasks.autoconfig.readable import check_no_problems, image_size, unequal, unreadable
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import TRAIN, VAL, read_list, row_split
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def list_survey(data: Path, flags: Flags) -> Survey:
+    """Surveys a list with a column of labels or masks; reads its masks, and the headers of images.
+
+    Raises:
+        DataError: If it cannot be trained on, with the reason, and what to do.
+    """
+    if flags.masks is not None:
+        raise DataError(f"--masks is a folder; the masks of {data} are in its column 'mask'.")
+    rows = read_list(data, ("image",))
+    columns = [name for name in ("mask", "label") if any(row.get(name) not in (None, "") for row in rows)]
+    if not columns:
+        raise DataError(
+            f"{data} has the columns {listing(rows[0])}. It needs one called 'label', or one called 'mask'."
+        )
+    column = columns[0]
+    rows = read_list(data, ("image", column))
+    splits = _splits(data, rows)
+    images = [data.parent / str(row["image"]) for row in rows]
+    if not any(path.exists() for path in images):
+        raise images_of_list_elsewhere(data, str(rows[0]["image"]))
+    check_no_problems(unreadable(images))
+    unread = sorted({name for row in rows for name in row if name} - {"image", column, "split"})
+    found = f"a list of {column}s{f', without its {listing(unread)}' if unread else ''}"
+    return _of_masks(data, rows, splits, found, flags) if column == "mask" else _of_labels(data, splits, found, flags)
+
+
+def _splits(data: Path, rows: Rows) -> dict[str, Rows]:
+    splits: dict[str, list[Mapping[str, Any]]] = {}
+    for number, row in enumerate(rows, 1):
+        splits.setdefault(row_split(row, "split", f"Row {number} of {data}"), []).append(row)
+    if TRAIN not in splits:
+        raise DataError(f"No row of {data} is of the split {TRAIN!r}.")
+    return {**splits}
+
+
+def _of_masks(data: Path, rows: Rows, splits: Mapping[str, Rows], found: str, flags: Flags) -> Survey:
+    images, masks = ([data.parent / str(row[column]) for row in rows] for column in ("image", "mask"))
+    check_no_problems(unequal([*zip(images, masks, strict=True)]))
+    coding = mask_coding(masks, flags.classes or class_names(data.parent), flags.ignore_index)
+    share, counts = shared({split: len(members) for split, members in splits.items()}, [len(splits[TRAIN])], flags)
+    arguments = {"file": str(data.absolute()), **coding.arguments(), **share}
+    size = common_size([image_size(image) for image in images])
+    return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, found, size, coding)
+
+
+def _of_labels(data: Path, splits: Mapping[str, Rows], found: str, flags: Flags) -> Survey:
+    if flags.ignore_index is not None:
+        raise DataError(f"--ignore-index is for masks; {data} has labels.")
+    labels = {split: Counter(str(row["label"]) for row in members) for split, members in splits.items()}
+    classes = flags.classes or tuple(sorted({*itertools.chain(*labels.values())}))
+    if len(classes) < 2:
+        raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
+    train = {name: labels[TRAIN][name] for name in classes}
+    share, counts = shared({split: len(members) for split, members in splits.items()}, [*train.values()], flags)
+    chosen = {} if flags.classes is None else {"classes": [*classes]}
+    return Survey(
+        LABELS,
+        "ImageListDataModule",
+        {"file": str(data.absolute()), **chosen, **share},
+        classes,
+        counts,
+        found,
+        unmeasured=unmeasured(train, labels.get(VAL), share.get("val_share", 0.0)),
+    )
