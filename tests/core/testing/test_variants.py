@@ -96,15 +96,15 @@ VIOLATIONS = {
     "trainable": StartsTwiceAtZero,
     "scaling": NoScaling,
     "branch": WrongWithoutGradients,
-    "pure": KeepsItsUpdate,
     "zeros": NotFiniteForAZeroRow,
     "ranks": OnlyRankTwo,
+    "dtype": Double,
+    "pure": KeepsItsUpdate,
     "device": OnDefaultDevice,
     "base": InPlace,
     "merging": Remembers,
     "copies": ForgetsWhenCopied,
     "files": ForgetsWhenCopied,
-    "dtype": Double,
 }
 
 

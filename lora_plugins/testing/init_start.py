@@ -1,0 +1,288 @@
+"""What the kit for inits checks of a start: the values of A and B, and what the adapted model computes."""
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lora_plugins.errors import LoraError
+from lora_plugins.inplace import detached_weight
+from lora_plugins.model import LoraModel
+from lora_plugins.plugins import InitContext, SlotCalibration
+from lora_plugins.testing import check as checks
+from lora_plugins.testing.check import (
+    Check,
+    double_by_default,
+    random_states,
+    refuse,
+    require,
+    require_close,
+    require_same_state,
+    require_unmoved,
+)
+from lora_plugins.testing.init_case import InitCase, Small, layer_weights, run
+
+_LIKE = 10
+"""How many times farther off than the best of their rank factors may be: those that leave rounding alone, twice."""
+
+_DEPENDENT = 1e-5
+"""What rows that depend on each other are off by, at most, as factors in float32 are rounded."""
+
+
+def _registration(case: InitCase) -> None:
+    case.registry()
+    merged = {**case.init.options, **case.options}
+    require(merged.keys() == set(case.init.options), f"the options are {list(merged)}")
+    case.init.check_options(merged)
+
+
+def _filled(case: InitCase) -> None:
+    for context in case.contexts(case.model()):
+        with torch.no_grad():
+            case.init.fill(context)
+        for name, factor in (("A", context.A), ("B", context.B)):
+            bad = int((~factor.isfinite()).sum())
+            require(
+                not bad, f"{bad} of {factor.numel()} values of {name} of {context.layer!r} are not finite, or unset"
+            )
+
+
+def _device(case: InitCase) -> None:
+    there, elsewhere = _started(case, 0), case.contexts(case.model())
+    # A tensor that is made without saying where lands on the default device, which is none here.
+    with torch.no_grad(), torch.device("meta"):
+        for context in elsewhere:
+            case.init.fill(context)
+    for one, other in zip(there, elsewhere, strict=True):
+        for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
+            require_close(f"{name} of {one.layer!r} with another default device", factor, expected, 0)
+
+
+def _trainable(case: InitCase) -> None:
+    for context in case.contexts(case.model()):
+        with torch.no_grad():
+            case.init.fill(context)
+        possible = min(len(context.A), *context.weight.shape)
+        dead = ~(context.A.bool().any(1) | context.B.bool().any(0))
+        require(
+            len(dead) - int(dead.sum()) >= possible,
+            f"{int(dead.sum())} of {len(dead)} ranks of {context.layer!r} are zero in both A and B",
+        )
+        found = _independent_ranks(context)
+        require(
+            found >= possible,
+            f"the {len(dead)} ranks of {context.layer!r} are combinations of {found} in both A and B, and so is what "
+            f"training makes of them, where {possible} are possible",
+        )
+
+
+def _independent_ranks(context: InitContext) -> int:
+    """Returns how many ranks an update can ever have: the rank of the rows of A and the columns of B side by side.
+
+    Of a combination of ranks that is zero in both factors the gradients are zero too, before each step and after it.
+    """
+    # What rows depend on is neither the size of a factor nor that of a row.
+    both = [normalize(each.double().flatten(), dim=0).view(each.shape) for each in (context.A, context.B.T)]
+    return int(torch.linalg.matrix_rank(normalize(torch.cat(both, 1)), rtol=_DEPENDENT))
+
+
+def _identity(case: InitCase, **fields: Any) -> None:
+    model = case.model(torch.float64)
+    before, weights = run(model), layer_weights(model, case.layers)
+    lora = case.adapt(model, **fields)
+    after = run(model)
+    if not case.init.identity:
+        require(not torch.allclose(after, before), "identity=False, and the output is that of the untouched model")
+    elif not case.init.changes_base:
+        require_close("the output", after, before)
+    else:
+        require_near_start(lora, weights, layer_weights(model, case.layers))
+        _makes_up(lora, weights, layer_weights(model, case.layers))
+
+
+def require_near_start(
+    lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor], slack: float = 0.0
+) -> None:
+    """Requires that the factors make up for the changed base, at least in part.
+
+    Args:
+        lora: The started model.
+        untouched: The weights before, by name.
+        effective: The weights as they are read now.
+        slack: What may come on top, as a share of what the changed base is off by.
+    """
+    for name, weight in untouched.items():
+        lost, left = (float(each.norm()) for each in _off(lora, name, weight, effective))
+        require(
+            left <= lost * (1 + slack) + checks.TIGHT,
+            f"W + ΔW of {name!r} is off by {left:.3g}, and the changed base alone by {lost:.3g}",
+        )
+
+
+def _makes_up(lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor]) -> None:
+    """Requires that the factors make up for what the base has lost about as well as any factors of their rank can.
+
+    Of a product that was taken out, that is all; of what was rounded off, what few ranks have.
+    """
+    for layer in lora.plans["default"].layers:
+        lost, left = _off(lora, layer.name, untouched[layer.name], effective)
+        least = float(torch.linalg.svdvals(lost.flatten(1))[layer.r :].norm())
+        many = 2 * layer.r > min(lost.flatten(1).shape)  # which could make up for most rounding, and need not
+        require(
+            many or float(left.norm()) <= _LIKE * least + checks.TIGHT * max(1.0, float(lost.norm())),
+            f"W + ΔW of {layer.name!r} is off by {float(left.norm()):.3g}, and could be by {least:.3g} with this rank",
+        )
+
+
+def _off(lora: LoraModel, name: str, weight: Tensor, effective: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns by what the changed base of a layer is off, and by what its weight with the update."""
+    return weight - detached_weight(lora.model.get_submodule(name), "weight"), weight - effective[name]
+
+
+def _scaling(case: InitCase) -> None:
+    if case.init.identity:
+        for fields in ({"alpha": 0.25}, {"alpha": 64.0}, {"alpha": 3.0, "use_rslora": True}):
+            _identity(case, **fields)
+
+
+def _reproducible(case: InitCase) -> None:
+    first, second, third = case.model(), case.model(), case.model()
+    case.adapt(first)
+    torch.rand(7)
+    random.random()
+    before = random_states()
+    case.adapt(second)
+    require_unmoved(before)
+    require_same_state("the same model, started again,", second.state_dict(), first.state_dict())
+    with double_by_default():
+        case.adapt(third)
+    require_same_state("the same model, started where float64 is the default,", third.state_dict(), first.state_dict())
+    there, back = _started(case, 0), _started(case, 0, backwards=True)
+    for one, other in zip(there, back, strict=True):
+        for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
+            require_close(f"{name} of {one.layer!r}, started after other layers,", factor, expected, 0)
+
+
+def _seed(case: InitCase) -> None:
+    one, two = (_started(case, seed) for seed in (0, 1))
+    for first, second in zip(one, two, strict=True):
+        same = torch.equal(first.A, second.A) and torch.equal(first.B, second.B)
+        require(not same, f"{first.layer!r} starts the same with another seed and another weight")
+
+
+def _started(case: InitCase, seed: int, *, backwards: bool = False) -> Sequence[InitContext]:
+    contexts = case.contexts(case.model(seed=seed), seed)
+    with torch.no_grad():
+        for context in reversed(contexts) if backwards else contexts:
+            case.init.fill(context)
+    return contexts
+
+
+def _pure(case: InitCase) -> None:
+    for context in case.contexts(case.model()):
+        before = copy.deepcopy((dict(context.options), context.calibration))
+        weight = context.weight.clone()
+        with torch.no_grad():
+            case.init.fill(context)
+        require_close(f"the weight of {context.layer!r} after fill", context.weight, weight, 0)
+        require(dict(context.options) == before[0], f"the options were {before[0]} and are {dict(context.options)}")
+        for got, expected in zip(_tensors(context.calibration), _tensors(before[1]), strict=True):
+            require_close(f"the calibration of {context.layer!r} after fill", got, expected, 0)
+
+
+def _tensors(calibration: SlotCalibration) -> list[Tensor]:
+    moments = [calibration.inputs.total, calibration.inputs.gram] if calibration.inputs else []
+    return moments if calibration.gradient is None else [*moments, calibration.gradient]
+
+
+def _ranks(case: InitCase) -> None:
+    for r in (1, 2, 40):
+        model: Small = case.model()
+        before = copy.deepcopy(model.state_dict())
+        try:
+            case.adapt(model, r=r, alpha=float(r))
+        except LoraError:
+            require_same_state(f"the model after r={r} was refused", model.state_dict(), before)
+            continue
+        except Exception as error:  # whatever a library raises that cannot do it
+            refuse(f"r={r} ended in {type(error).__name__}: {error}")
+        for name, tensor in model.state_dict().items():
+            require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite, at r={r}")
+        _trainable(replace(case, r=r))
+        _identity(replace(case, r=r))
+
+
+START_CHECKS: tuple[Check[InitCase], ...] = (
+    Check(
+        "registration",
+        _registration,
+        "the registrar takes the plugin, and check_options takes its options",
+        "an attribute such as name is missing, or an option has no default.",
+    ),
+    Check(
+        "filled",
+        _filled,
+        "fill gives every value of A and B, in place",
+        "a new tensor is made instead of context.A.copy_(...), or ranks beyond those of the weight are left out.",
+    ),
+    Check(
+        "trainable",
+        _trainable,
+        "of each rank, the row of A or the column of B is not zero, nor are both the same combination of others: else "
+        "it never gets a gradient, or none of its own",
+        "both factors start at zero, or the ranks that a decomposition does not have do; or one row is drawn for all.",
+    ),
+    Check(
+        "identity",
+        _identity,
+        "the adapted model starts as the untouched one, or, where the base changes, as near to it as its ranks allow; "
+        "with identity=False it does not",
+        "no factor is zero and nothing makes up for it, changed_base takes out another product than that of A and B, "
+        "or identity is declared wrongly.",
+    ),
+    Check(
+        "scaling",
+        _scaling,
+        "the start does not depend on alpha and use_rslora",
+        "the update is scaling * B @ A, and fill or changed_base leaves context.scaling out.",
+    ),
+    Check(
+        "reproducible",
+        _reproducible,
+        "the same model starts with the same bits whatever was drawn before, in whatever order its layers are started "
+        "and whatever torch's default type is, and the random numbers of the process, Python's and NumPy's stay",
+        "a function is called without generator=context.generator, or makes a tensor without dtype=context.A.dtype; or "
+        "the plugin keeps something between calls.",
+    ),
+    Check(
+        "pure",
+        _pure,
+        "fill leaves the weight, the options and the calibration as they are",
+        "an operation in place on context.weight or context.calibration: work on a copy.",
+    ),
+    Check(
+        "seed",
+        _seed,
+        "another seed (which comes from the run's seed and the layer's name) and another weight give another start",
+        "fill makes a generator of its own with a fixed seed, so that all layers start the same.",
+    ),
+    Check(
+        "device",
+        _device,
+        "what fill makes is where A and B are, whatever torch's default device is",
+        "torch.randn(shape) where torch.randn(shape, device=context.A.device) is meant.",
+    ),
+    Check(
+        "ranks",
+        _ranks,
+        "r=1, and an r larger than the weight has, start with finite values, as near to the untouched model as other "
+        "ranks do, and with ranks that learn, or are refused by a TargetError",
+        "the decomposition of an (out, in) matrix has min(out, in) ranks at most; the others need a start too.",
+    ),
+)
+"""Checks of the values that an init gives."""

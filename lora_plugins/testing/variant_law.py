@@ -1,0 +1,248 @@
+"""What the kit for variants checks of the law: shapes, values and gradients of `delta_weight`."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_plugins.adapter import adapter_parameters
+from lora_plugins.errors import near
+from lora_plugins.inplace import own_tensors_of, slot_tensors
+from lora_plugins.model import LoraModel
+from lora_plugins.testing.check import MODES, Check, Named, require, require_close
+from lora_plugins.testing.variant_case import VariantCase, deltas, move
+
+_BELOW_FLOAT32 = 2.0**-30
+"""A relative change that float64 shows and float32 does not, nor does it for twice as much."""
+
+
+def require_own_names(case: VariantCase) -> None:
+    """Requires that `first_values` gives the tensors of `shapes`, and that `delta_weight` asks for no others."""
+    rows, columns, r = 3, 4, 2
+    weight, A, B = torch.ones(rows, columns), torch.ones(r, columns), torch.ones(rows, r)
+    shapes = case.variant.shapes(rows, columns, r)
+    own = Named("first_values() gives", case.variant.first_values(weight, A, B, 1.0))
+    for name in own:
+        require(
+            name in shapes, f"first_values() gives {name!r}, and shapes() has none of that name. {near(name, shapes)}"
+        )
+    for name in shapes:
+        own[name]
+    case.variant.delta_weight(weight, A, B, 1.0, own)
+
+
+def _registration(case: VariantCase) -> None:
+    case.registry()
+
+
+def _shapes(case: VariantCase) -> None:
+    require_own_names(case)
+    lora = case.adapt(case.model())
+    layer = lora.plans["default"].layers[0]
+    module = lora.model.get_submodule(layer.name)
+    for slot, shape in zip(layer.slots, layer.shapes, strict=True):
+        own, shapes = own_tensors_of(module, "default", slot), layer.own_shapes(slot)
+        names = [name for name in own if not name.isidentifier() or name in ("A", "B")]
+        require(not names, f"tensors are called {names}")
+        for name, tensor in own.items():
+            require(tensor.shape == torch.Size(shapes[name]), f"{name!r} is {tuple(tensor.shape)}, not {shapes[name]}")
+            require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite")
+        for dtype in (torch.float32, torch.float64):
+            delta = deltas(case.trained(dtype))[slot.suffix].delta
+            found = None if delta is None else (tuple(delta.shape), delta.dtype)
+            require(found == (shape, dtype), f"delta_weight gives {found} for a weight of {(shape, dtype)}")
+    total = sum(p.numel() for p in lora.model.parameters() if p.requires_grad)
+    require(lora.plans["default"].trainable == total, f"the plan counts {lora.plans['default'].trainable} of {total}")
+
+
+def _identity(case: VariantCase) -> None:
+    model = case.model()
+    before = case.run(model)
+    case.adapt(model)
+    require_close("the output at the start", case.run(model), before)
+
+
+def _tensors(lora: LoraModel) -> list[tuple[str, nn.Parameter]]:
+    """Returns A, B and the variant's own tensors of each slot, by the names that the variant has for them."""
+    planned = lora.plans["default"].layers[0]
+    layer = lora.model.get_submodule(planned.name)
+    return [pair for slot in planned.slots for pair in slot_tensors(layer, "default", slot).items()]
+
+
+def _gradients(case: VariantCase) -> None:
+    lora = case.trained()
+    tensors = _tensors(lora)
+    leaves = [tensor for _, tensor in tensors]
+    got, expected = (
+        torch.autograd.grad(output.sin().sum(), leaves, allow_unused=True)
+        for output in (case.run(lora.model), case.expected(lora))
+    )
+    for (name, _), one, wanted in zip(tensors, got, expected, strict=True):
+        moved = one is not None and wanted is not None and bool(one.any())
+        require(moved, f"{name!r} gets no gradient")
+        require_close(f"the gradient of {name!r}", one, wanted)
+
+
+def _trainable(case: VariantCase) -> None:
+    """Requires that each tensor leaves its first value, if need be after others that started at zero left theirs."""
+    lora = case.adapt(case.model())
+    tensors = _tensors(lora)
+    first = [tensor.detach().clone() for _, tensor in tensors]
+    for _ in tensors:
+        loss = case.run(lora.model).sin().sum()
+        with torch.no_grad():
+            for (_, tensor), gradient in zip(tensors, torch.autograd.grad(loss, [t for _, t in tensors]), strict=True):
+                tensor.sub_(gradient, alpha=0.1)
+    still = [name for (name, tensor), value in zip(tensors, first, strict=True) if torch.equal(tensor, value)]
+    require(not still, f"after {len(tensors)} steps, {still} have their first values")
+
+
+def _scaling(case: VariantCase) -> None:
+    for alpha in (0.5, 64.0):
+        model = case.model()
+        before = case.run(model)
+        case.adapt(model, alpha=alpha)
+        require_close(f"the output at the start with alpha={alpha}", case.run(model), before)
+    one, other = (deltas(case.trained(alpha=alpha)) for alpha in (3.0, 6.0))
+    for suffix, term in one.items():
+        assert term.delta is not None
+        same = torch.equal(term.delta, torch.as_tensor(other[suffix].delta))
+        require(not same, "the update is the same with another alpha")
+
+
+def _branch(case: VariantCase) -> None:
+    for dropout in (0.0,) if case.looks_up else (0.0, 0.5):
+        lora = case.trained(dropout=dropout)
+        expected = case.expected(lora)
+        for name, context in MODES.items():
+            with context():
+                require_close(f"the output{name}", case.run(lora.model), expected)
+        if not dropout:
+            require_close("the output in training mode", case.run(lora.model.train()), expected)
+            continue
+        lora.model.train()
+        draws = torch.stack([case.run(lora.model).detach() for _ in range(300)])
+        update = (expected - case.run(case.model())).detach()
+        error = float((draws.mean(0) - expected.detach()).abs().mean() / update.abs().mean())
+        # Of the order of the deviation of a mean over 300 draws, a few per cent of the update.
+        require(error < 0.25, f"with dropout, the mean over 300 draws is off by {error:.0%} of the update")
+
+
+def _zeros(case: VariantCase) -> None:
+    """Layers that start at zero, as those that are added to a trained model do, have rows without a direction."""
+    model = case.model()
+    with torch.no_grad():
+        model[0].weight[:2].zero_()  # type: ignore[index]
+    before = case.run(model)
+    lora = case.adapt(model)
+    require_close("the output at the start, where two rows of the weight are zero,", case.run(model), before)
+    case.run(move(lora).model).sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in adapter_parameters(model[0], "default"):
+        require(parameter.grad is not None, "a tensor gets no gradient")
+        found = torch.as_tensor(parameter.grad)
+        require(bool(found.isfinite().all()), "where two rows of the weight are zero, a gradient is not finite")
+
+
+def _ranks(case: VariantCase) -> None:
+    for r in (1, 9):
+        model = case.model()
+        before = case.run(model)
+        lora = case.adapt(model, r=r)
+        require_close(f"the output at the start with r={r}", case.run(model), before)
+        move(lora)
+        output = case.run(model)
+        require(bool(output.isfinite().all()), f"with r={r} the output is not finite")
+        factors = {suffix: (term.A, term.B) for suffix, term in deltas(lora).items()}
+        for at in range(r):
+            before_delta = deltas(lora)
+            with torch.no_grad():
+                for A, _ in factors.values():
+                    A[at] *= 2
+            for suffix, term in deltas(lora).items():
+                same = torch.equal(torch.as_tensor(term.delta), torch.as_tensor(before_delta[suffix].delta))
+                require(not same, f"with r={r} the update does not depend on the rank {at}")
+
+
+def _dtype(case: VariantCase) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        lora = case.trained(dtype)
+        output = case.run(lora.model, dtype)
+        require(output.dtype == dtype, f"the output is of {output.dtype} on a base of {dtype}")
+        wrong = {k: v.dtype for k, v in lora.model.state_dict().items() if "lora_" in k and v.dtype != torch.float32}
+        require(not wrong, f"on a base of {dtype}, {wrong}")
+    _computes_in_float64(case)
+
+
+def _computes_in_float64(case: VariantCase) -> None:
+    """Requires that the update depends on what only float64 shows of each tensor."""
+    lora = case.trained()
+    for name, tensor in _tensors(lora):
+        before = _updates(lora)
+        # Each value by another factor: a softmax does not see a common one.
+        each = torch.linspace(1, 2, tensor.numel(), dtype=tensor.dtype, device=tensor.device).view_as(tensor)
+        with torch.no_grad():
+            tensor.mul_(1 + _BELOW_FLOAT32 * each)
+        same = torch.equal(_updates(lora), before)
+        require(not same, f"in float64 the update is the same for a change of {name!r} that float32 does not show")
+
+
+def _updates(lora: LoraModel) -> Tensor:
+    return torch.cat([term.delta_weight().detach().flatten() for term in deltas(lora).values()])
+
+
+LAW_CHECKS: tuple[Check[VariantCase], ...] = (
+    Check(
+        "registration", _registration, "the registrar takes the plugin", "name is missing, or an attribute is wrong."
+    ),
+    Check(
+        "shapes",
+        _shapes,
+        "first_values gives the tensors that shapes announces, with names that can follow lora_, finite",
+        "shapes counts inputs where outputs are meant, or returns another set of names than first_values.",
+    ),
+    Check(
+        "identity",
+        _identity,
+        "the adapted model starts as the untouched one, since B or, in an embedding, A starts at zero",
+        "first_values does not belong to the weight it is handed: the init may have changed it.",
+    ),
+    Check(
+        "gradients",
+        _gradients,
+        "A, B and the variant's own tensors get gradients, which are those of delta_weight",
+        "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad(); or it does not "
+        "hold constant what row_factors holds constant.",
+    ),
+    Check(
+        "trainable",
+        _trainable,
+        "from the start, A, B and the variant's own tensors all learn",
+        "of two factors both start at zero, so that neither gets a gradient. In an embedding it is A that starts at "
+        "zero, and B is drawn.",
+    ),
+    Check(
+        "scaling",
+        _scaling,
+        "the start does not depend on alpha, and the update does",
+        "first_values or delta_weight leaves the scaling out.",
+    ),
+    Check(
+        "branch",
+        _branch,
+        "the layer computes W + delta_weight with gradients and without, in training and, with dropout, on average",
+        "delta_weight gives something else in another mode.",
+    ),
+    Check(
+        "zeros",
+        _zeros,
+        "rows of zeros in the weight start and learn like others",
+        "a division by the norm of a row.",
+    ),
+    Check("ranks", _ranks, "any rank works, and each rank counts", "delta_weight counts on a number of ranks."),
+    Check(
+        "dtype",
+        _dtype,
+        "A, B and own tensors are float32 on a base in half precision, whose type the output keeps; on one in float64, "
+        "the update is computed in that",
+        "a fixed type, as torch.ones(n) where A.new_ones(n) is meant, or .float().",
+    ),
+)
+"""Checks of what a variant computes."""
