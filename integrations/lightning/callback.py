@@ -84,8 +84,6 @@ from lora_plugins.integrations.lightning.strategies import (
     AdaptBeforeSharding,
     CheckpointShims,
     check_callbacks,
-    check_none_missed,
-    check_not_sharded,
     check_not_wrapped,
     check_shardable,
     check_strategy,
@@ -545,26 +543,17 @@ class LoraCallback(Callback):
             self._run.audit.note_moved()
 
     def _adapt_when_built(self, trainer: Trainer, module: LightningModule, shims: MethodShims) -> None:
-        before = AdaptBeforeSharding(lambda: self._ensure_adapted(trainer, module)) if is_sharded(trainer) else None
+        """Adapts the module after the last place in which it may build layers; before one that shards it."""
 
-        def adapt(_: object) -> None:
-            self._adapt(trainer, module, before)
+        def adapt() -> None:
+            self._ensure_adapted(trainer, module)
 
+        sharding = AdaptBeforeSharding(adapt, lambda: self._target(module), self.adapter_name)
+        after, before = (sharding.after, sharding.before) if is_sharded(trainer) else (adapt, None)
         if is_overridden("configure_model", module):  # WeightAveraging calls it ahead of `setup` as well
-            shims.after("setup", lambda _: shims.after("configure_model", adapt, before))
+            shims.after("setup", lambda _: shims.after("configure_model", lambda _: after(), before))
         else:
-            shims.after("setup", adapt, before)
-
-    def _adapt(self, trainer: Trainer, module: LightningModule, before: AdaptBeforeSharding | None) -> None:
-        """Adapts the module after the last place in which it may build layers."""
-        if before is None:
-            self._ensure_adapted(trainer, module)
-            return
-        target = self._target(module)
-        if model_state(target) is None:
-            check_not_sharded(target, before.error)
-            self._ensure_adapted(trainer, module)
-        check_none_missed(LoraModel(target), self.adapter_name)
+            shims.after("setup", lambda _: after(), before)
 
     def _ensure_adapted(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapts the module if it is not adapted; called wherever its structure may have changed."""

@@ -8,8 +8,6 @@ from lora_plugins.integrations.lightning.strategies.rebuilt_layers import follow
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import gather_adapter
 from lora_plugins.integrations.lightning.strategies.sharding import (
     AdaptBeforeSharding,
-    check_none_missed,
-    check_not_sharded,
     check_not_wrapped,
     check_shardable,
     is_sharded,
@@ -28,8 +26,6 @@ __all__ = [
     "AdaptBeforeSharding",
     "CheckpointShims",
     "check_callbacks",
-    "check_none_missed",
-    "check_not_sharded",
     "check_not_wrapped",
     "check_shardable",
     "check_strategy",

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
-from lora_plugins.adapter import adapter_parameters
+from lora_plugins.adapter import adapter_parameters, model_state
 from lora_plugins.errors import listing, sentence
 from lora_plugins.inplace import foreign_weights, stored_weights
 
@@ -34,22 +34,36 @@ def reshard(module: nn.Module) -> None:
 
 
 class AdaptBeforeSharding:
-    """Adapts a module before its own `configure_model` shards it, if that is possible.
+    """Adapts a module before its own `configure_model` shards it, if that is possible, and else after it.
 
     Args:
         adapt: What adapts it.
+        find_target: What returns the adapted part of it.
+        adapter: The adapter's name.
     """
 
-    def __init__(self, adapt: Callable[[], None]) -> None:
-        self._adapt = adapt
-        self.error: LoraError | None = None
+    def __init__(self, adapt: Callable[[], None], find_target: Callable[[], nn.Module], adapter: str) -> None:
+        self._adapt, self._find_target, self._adapter = adapt, find_target, adapter
+        self._error: LoraError | None = None
 
-    def __call__(self) -> None:
+    def before(self) -> None:
         """Saves the error if layers are missing: `configure_model` may build them."""
         try:
             self._adapt()
         except ConfigError as error:  # TargetError is one
-            self.error = error
+            self._error = error
+
+    def after(self) -> None:
+        """Adapts the module if that was not possible before.
+
+        Raises:
+            StateError: If it is sharded by now, or has layers that were built after it was adapted.
+        """
+        target = self._find_target()
+        if model_state(target) is None:
+            _check_not_sharded(target, self._error)
+            self._adapt()
+        _check_none_missed(LoraModel(target), self._adapter)
 
 
 def take_type_of_precision(target: nn.Module, adapter: str, trainer: Trainer) -> None:
@@ -80,7 +94,7 @@ def start_as_first(target: nn.Module, adapter: str, trainer: Trainer) -> None:
         parameter.data = data.to(parameter.device)
 
 
-def check_not_sharded(target: nn.Module, why: object) -> None:
+def _check_not_sharded(target: nn.Module, why: object) -> None:
     """Checks that a module which could not be adapted before is not sharded yet.
 
     Args:
@@ -114,7 +128,7 @@ def check_not_wrapped(target: nn.Module) -> None:
         )
 
 
-def check_none_missed(lora: LoraModel, adapter: str) -> None:
+def _check_none_missed(lora: LoraModel, adapter: str) -> None:
     """Checks that no layer was built after the module was adapted and sharded.
 
     Raises:
