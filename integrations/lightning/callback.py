@@ -98,6 +98,7 @@ from lora_plugins.integrations.lightning.training import (
     Audit,
     LateChanges,
     LearningRates,
+    LeftOut,
     adapt_after_restoring,
     calibrate_on_train_batches,
     check_averages,
@@ -109,13 +110,11 @@ from lora_plugins.integrations.lightning.training import (
     explain_merged_module,
     keep_base_of_averages,
     needs_data,
-    new_layers_left_out,
     parameters_of,
     put_back_statistics,
     random_numbers,
     set_random_numbers,
     start_averages_from,
-    warn_of_left_out,
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
@@ -310,11 +309,10 @@ class LoraCallback(Callback):
         check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
         check_by_writer(trainer, lambda: check_room(self.adapter_files, self.export_to, plan))
-        forgotten = [] if is_sharded(trainer) else new_layers_left_out(pl_module, self.target, plan)
+        left_out = LeftOut() if is_sharded(trainer) else LeftOut.of(pl_module, self.target, plan)
         if self.print_plan and trainer.is_global_zero:
-            print_plan(plan, f"LoRA adapter {self.adapter_name!r}", forgotten)
-        if not is_sharded(trainer):
-            warn_of_left_out(pl_module, forgotten)
+            print_plan(plan, f"LoRA adapter {self.adapter_name!r}", left_out.layers)
+        left_out.tell(type(pl_module).__name__)
         if lora_callbacks(trainer)[0] is self:
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         if trainer.train_dataloader is None:  # else its iterators are there, and have drawn from the restored ones

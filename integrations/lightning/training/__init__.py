@@ -19,7 +19,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
 )
 from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
-from lora_plugins.integrations.lightning.training.left_out import new_layers_left_out, warn_of_left_out
+from lora_plugins.integrations.lightning.training.left_out import LeftOut
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
     complete_optimizers,
     explain_computed_weight,
@@ -32,6 +32,7 @@ __all__ = [
     "Audit",
     "LateChanges",
     "LearningRates",
+    "LeftOut",
     "adapt_after_restoring",
     "calibrate_on_train_batches",
     "check_averages",
@@ -43,12 +44,10 @@ __all__ = [
     "explain_merged_module",
     "keep_base_of_averages",
     "needs_data",
-    "new_layers_left_out",
     "parameter_groups",
     "parameters_of",
     "put_back_statistics",
     "random_numbers",
     "set_random_numbers",
     "start_averages_from",
-    "warn_of_left_out",
 ]

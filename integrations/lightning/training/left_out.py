@@ -1,6 +1,7 @@
 """Warns before a fit of what it leaves out: new layers that nothing trains, and copies that no average reaches."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -13,45 +14,56 @@ from lora_plugins.plan import forgotten_layers
 from lora_plugins.utils import plain_name, within
 
 
-def new_layers_left_out(module: LightningModule, target: str | None, plan: Plan) -> list[str]:
-    """Returns the names, below the target, of layers that look new and that nothing trains or moves.
-
-    A copy of a part, as a teacher, has the new layers of its original: they follow those, where they are trained.
+@dataclass(frozen=True)
+class LeftOut:
+    """What a fit leaves out.
 
     Args:
-        module: The module, whole.
-        target: The name of the adapted part; None for the whole.
-        plan: That of its adapter.
+        layers: Names, below the target, of layers that look new and that nothing trains or moves.
+        copies: Names of collections of copies of weights, without A and B.
     """
-    forgotten = forgotten_layers(find_target(module, target), plan)
-    copies = find_copies(module) if forgotten else []
-    return [name for name in forgotten if not _follows(module, full_name(plain_name(target or ""), name), copies)]
+
+    layers: Sequence[str] = ()
+    copies: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, module: LightningModule, target: str | None, plan: Plan) -> "LeftOut":
+        """Finds what is left out.
+
+        A copy of a part, as a teacher, has the new layers of its original: they follow those, where they are trained.
+
+        Args:
+            module: The module, whole.
+            target: The name of the adapted part; None for the whole.
+            plan: That of its adapter.
+        """
+        forgotten = forgotten_layers(find_target(module, target), plan)
+        copies = find_copies(module) if forgotten else []
+        new = [name for name in forgotten if not _follows(module, full_name(plain_name(target or ""), name), copies)]
+        return cls(new, kept_copies(module))
+
+    def tell(self, name: str) -> None:
+        """Warns of it.
+
+        Args:
+            name: What messages call the module.
+        """
+        if self.layers:
+            rank_zero_warn(
+                f"{listing(self.layers, 3)} of {name} look newly initialized, and nothing trains them. A new head "
+                "belongs into modules_to_save, or into an attribute head_modules of the module; one that is to stay "
+                "as it is can be left so."
+            )
+        if self.copies:
+            rank_zero_warn(
+                f"{listing(self.copies, 3)} of {name} has copies of weights, made before there were adapters: what "
+                "averages them, or measures the distance to them, does not see A and B, and pairs of parameters and "
+                "copies may not belong together. After a merge they are still the pretrained weights: a module that "
+                "puts them in place of its own, to validate say, is the pretrained one then. Make the copies in "
+                "on_fit_start, or let EMAWeightAveraging average."
+            )
 
 
 def _follows(module: LightningModule, name: str, copies: Sequence[NetworkCopy]) -> bool:
     originals = [f"{copy.origin}{name.removeprefix(copy.name)}" for copy in copies if within(name, [copy.name])]
     return any(p.requires_grad for each in originals for p in submodule(module, each).parameters(recurse=False))
-
-
-def warn_of_left_out(module: LightningModule, forgotten: Sequence[str]) -> None:
-    """Warns of layers that look newly initialized, and of copies of weights without A and B.
-
-    Args:
-        module: The module, whole.
-        forgotten: The names of such layers.
-    """
-    if forgotten:
-        rank_zero_warn(
-            f"{listing(forgotten, 3)} of {type(module).__name__} look newly initialized, and nothing trains "
-            "them. A new head belongs into modules_to_save, or into an attribute head_modules of the module; one "
-            "that is to stay as it is can be left so."
-        )
-    kept = kept_copies(module)
-    if kept:
-        rank_zero_warn(
-            f"{listing(kept, 3)} of {type(module).__name__} has copies of weights, made before there were "
-            "adapters: what averages them, or measures the distance to them, does not see A and B, and pairs of "
-            "parameters and copies may not belong together. After a merge they are still the pretrained weights: a "
-            "module that puts them in place of its own, to validate say, is the pretrained one then. Make the copies "
-            "in on_fit_start, or let EMAWeightAveraging average."
-        )
