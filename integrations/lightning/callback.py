@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan, StateError
+from lora_plugins import ConfigError, LoraConfig, LoraModel, Plan
 from lora_plugins.adapter import freeze_new_norms, model_state, present_state
 from lora_plugins.arguments import check_config
 from lora_plugins.field_checks import (
@@ -38,7 +37,6 @@ from lora_plugins.integrations.lightning.class_paths import allow_class_path
 from lora_plugins.integrations.lightning.console import print_plan, tell_written
 from lora_plugins.integrations.lightning.module import (
     KeptMerge,
-    NetworkCopy,
     Start,
     add_adapter,
     add_names,
@@ -46,7 +44,6 @@ from lora_plugins.integrations.lightning.module import (
     check_merged_base,
     check_not_nested,
     check_not_replaced,
-    find_copies,
     find_target,
     freeze_alike,
     known_bases,
@@ -55,20 +52,15 @@ from lora_plugins.integrations.lightning.module import (
     merge_reversibly,
     merged_weights,
     modes_of_frozen_norms,
-    note_built,
-    put_back_known_bases,
     reuse_adapter,
     set_modes_of_frozen_norms,
     set_training_mode,
-    start_alike,
-    take_fingerprints,
-    tensors_beside_merges,
-    trained_parameters,
     with_built_layers,
     with_declarations,
 )
 from lora_plugins.integrations.lightning.results import Results, best_checkpoint, load_best
 from lora_plugins.integrations.lightning.run import Run
+from lora_plugins.integrations.lightning.sharded_run import ShardedRun
 from lora_plugins.integrations.lightning.shims import (
     MethodShims,
     begin_run,
@@ -81,24 +73,17 @@ from lora_plugins.integrations.lightning.shims import (
     starts_by_multiprocessing,
 )
 from lora_plugins.integrations.lightning.strategies import (
-    AdaptBeforeSharding,
     CheckpointShims,
     check_callbacks,
     check_not_wrapped,
-    check_shardable,
     check_strategy,
     check_trainer,
-    follow_building,
     is_sharded,
-    start_as_first,
-    take_type_of_precision,
     warn_if_spawned,
 )
 from lora_plugins.integrations.lightning.training import (
-    Audit,
     LateChanges,
     LearningRates,
-    LeftOut,
     adapt_after_restoring,
     calibrate_on_train_batches,
     check_averages,
@@ -106,19 +91,12 @@ from lora_plugins.integrations.lightning.training import (
     complete_optimizers,
     copy_into_averages,
     drop_averages,
-    explain_computed_weight,
-    explain_merged_module,
-    keep_base_of_averages,
     needs_data,
-    parameters_of,
-    put_back_statistics,
     random_numbers,
-    set_random_numbers,
     start_averages_from,
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
-from lora_plugins.utils import within
 
 allow_class_path()
 
@@ -265,30 +243,30 @@ class LoraCallback(Callback):
         Raises:
             StateError: If the trainer is set up in a way in which the adapter would be lost.
         """
-        self._end_run()
+        self._end_run(trainer)
         begin_run(trainer, stage)
         self._modes = modes_of_frozen_norms(pl_module)
         self._check_trainer(trainer, stage)
         CheckpointShims.install(trainer, self)
         shims = self._run.module_shims = MethodShims(pl_module)
-        if not is_sharded(trainer):
-            follow_building(shims, pl_module)
+        self._run.follow_building(shims, pl_module)
         if not self._merge.is_kept and (data := carried(trainer, self.state_key)) is not None:
             self._merge.keep(merge_from_bytes(data, self._target(pl_module)))
-        if stage != "fit" and not is_sharded(trainer):
-            return  # an adapter comes with the checkpoint then, if one is given
+        if not self._run.adapts_in(stage):
+            return
+
+        def adapt() -> None:
+            self._ensure_adapted(trainer, pl_module)
+
         if needs_data(self.config):
-            self._run.strategy_shims = adapt_after_restoring(
-                trainer,
-                lambda: self._ensure_adapted(trainer, pl_module),
-                lambda: copy_into_averages(trainer, pl_module),
-            )
+            restored = partial(copy_into_averages, trainer, pl_module)
+            self._run.strategy_shims = adapt_after_restoring(trainer, adapt, restored)
         else:
-            self._adapt_when_built(trainer, pl_module, shims)
+            self._run.adapt_when_built(shims, pl_module, self.target, self.adapter_name, adapt)
         shims.after(
             "configure_optimizers",
             lambda configured: self._complete_optimizers(pl_module, configured),
-            lambda: self._restore_random_numbers(trainer),
+            lambda: self._run.restore_random_numbers(trainer),
         )
         # The last hook before a step: after those of all callbacks, any of which may set rates.
         shims.after("on_before_optimizer_step", lambda _: self.rates.follow_all(trainer.optimizers))
@@ -309,14 +287,14 @@ class LoraCallback(Callback):
         check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
         check_by_writer(trainer, lambda: check_room(self.adapter_files, self.export_to, plan))
-        left_out = LeftOut() if is_sharded(trainer) else LeftOut.of(pl_module, self.target, plan)
+        left_out = self._run.left_out(pl_module, self.target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", left_out.layers)
         left_out.tell(type(pl_module).__name__)
         if lora_callbacks(trainer)[0] is self:
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         if trainer.train_dataloader is None:  # else its iterators are there, and have drawn from the restored ones
-            self._restore_random_numbers(trainer)
+            self._run.restore_random_numbers(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks averages before validation, in which callbacks exchange them with the module.
@@ -324,7 +302,7 @@ class LoraCallback(Callback):
         Raises:
             StateError: If another callback made its average before there were adapters.
         """
-        self._check_averages(trainer, pl_module)
+        check_averages(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets warnings about modules in eval mode pass again.
@@ -332,7 +310,7 @@ class LoraCallback(Callback):
         Raises:
             StateError: If another callback made its average before there were adapters.
         """
-        self._check_averages(trainer, pl_module)
+        check_averages(trainer, pl_module)
         self._run.expected_warnings.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -342,7 +320,7 @@ class LoraCallback(Callback):
         """
         loop = trainer.fit_loop
         if not (loop.epoch_loop.restarting or getattr(loop, "is_resuming", False)):
-            self._restore_random_numbers(trainer)
+            self._run.restore_random_numbers(trainer)
         self._run.restored = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -351,20 +329,7 @@ class LoraCallback(Callback):
         Raises:
             StateError: If an optimizer trains the base.
         """
-        first = batch_idx == 0 or self._run.audit is None
-        self._run.restored = None
-        if first:
-            put_back_known_bases(pl_module, self._run.known_bases)
-        if first and not is_sharded(trainer):
-            put_back_statistics(trainer, pl_module)
-        if self._run.audit is None:
-            copies: list[NetworkCopy] = []
-            if not is_sharded(trainer):
-                note_built(pl_module)  # what was converted since
-                take_fingerprints(pl_module)
-                copies = find_copies(pl_module, parameters_of(trainer.optimizers))
-            self._run.audit = Audit(trainer, pl_module, copies, self._start)
-        self._run.audit.before_batch(first_of_epoch=first)
+        self._run.before_batch(trainer, pl_module, batch_idx, self._start)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Notes in the first steps what has a gradient."""
@@ -388,13 +353,13 @@ class LoraCallback(Callback):
         Raises:
             StateError: If one was moved that does not follow the adapter of its origin.
         """
-        self._keep_base(trainer, pl_module)
+        self._run.keep_base(trainer, pl_module)
         if self._run.audit is not None:
             self._run.audit.before_validation()  # last, as it ignores what is changed from now on
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the frozen base exact in averages of the module."""
-        self._keep_base(trainer, pl_module)
+        self._run.keep_base(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that the frozen base has not changed.
@@ -402,7 +367,7 @@ class LoraCallback(Callback):
         Raises:
             StateError: If it has.
         """
-        self._keep_base(trainer, pl_module)
+        self._run.keep_base(trainer, pl_module)
         if self._run.audit is not None:
             self._run.sums = self._run.audit.finish()
 
@@ -421,9 +386,9 @@ class LoraCallback(Callback):
         elif self.merge_source == "best":
             start_averages_from(trainer, pl_module)
         group = self._group(trainer)
-        held = self._held(trainer, pl_module) if group[-1] is self else {}
-        written = set() if self._run.audit is None else self._run.audit.written
-        files = {} if is_fast_dev_run(trainer) else self._results().write(trainer, pl_module, written)
+        leaves_files = bool(places_of_results(trainer)) and not is_fast_dev_run(trainer)
+        held = self._run.held(pl_module, self.target or "", leaves_files) if group[-1] is self else {}
+        files = {} if is_fast_dev_run(trainer) else self._results().write(trainer, pl_module, self._run.written)
         lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
         if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
             self._merge_adapters(trainer, pl_module)
@@ -447,15 +412,8 @@ class LoraCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""
-        explain_computed_weight(exception)
-        if self._run.late_changes is not None:  # fit has ended
-            if self.merge_on_fit_end:
-                explain_merged_module(exception)
-        elif self._run.audit is not None:
-            self._run.audit.explain(exception)
-            with suppress(StateError):  # the exception that there is says more
-                self._run.audit.note_moved()  # takes rounding out of copies that the last batch has moved
-        self._end_run()
+        self._run.explain(exception, merged=self.merge_on_fit_end)
+        self._end_run(trainer)
         end_run(trainer, "fit")  # a run inside of it ends it as well
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -468,7 +426,7 @@ class LoraCallback(Callback):
             self._run.late_changes.tell()
         if stage != "fit" and self._merge.undone:
             self._merge.make_again(self._target(pl_module), self.max_error, dequantize=self.dequantize)
-        self._end_run()
+        self._end_run(trainer)
         CheckpointShims.remove(trainer, pl_module)
         end_run(trainer, stage)
 
@@ -485,8 +443,8 @@ class LoraCallback(Callback):
     def before_save(self, trainer: Trainer) -> None:
         """Records what the module has changed by hand, which the checkpoint has to hold; averages have the base."""
         if self._run.audit is not None:
-            self._note_moved()
-            self._keep_base(trainer, trainer.lightning_module)
+            self._run.note_moved()
+            self._run.keep_base(trainer, trainer.lightning_module)
 
     def restored(self, trainer: Trainer, changed: bool, whole: bool) -> None:
         """Records the module with the adapters of a checkpoint; averages copy it before their own state is loaded."""
@@ -517,41 +475,10 @@ class LoraCallback(Callback):
                 warn_if_spawned(trainer)
         self._check_group(trainer)
 
-    def _restore_random_numbers(self, trainer: Trainer) -> None:
-        """Sets those of the checkpoint, also ahead of `estimated_stepping_batches`, which sets up the data."""
-        if self._run.restored is not None and trainer.world_size == 1:  # the file has those of the first process only
-            set_random_numbers(self._run.restored)
-
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate."""
         complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
-
-    def _check_averages(self, trainer: Trainer, module: LightningModule) -> None:
-        if not is_sharded(trainer):
-            check_averages(trainer, module)
-
-    def _keep_base(self, trainer: Trainer, module: LightningModule) -> None:
-        """Removes rounding errors from what callbacks have averaged, before they exchange it with the module."""
-        if trainer.state.fn == "fit" and not is_sharded(trainer):
-            keep_base_of_averages(trainer, module, self._note_moved)
-
-    def _note_moved(self) -> None:
-        if self._run.audit is not None:
-            self._run.audit.note_moved()
-
-    def _adapt_when_built(self, trainer: Trainer, module: LightningModule, shims: MethodShims) -> None:
-        """Adapts the module after the last place in which it may build layers; before one that shards it."""
-
-        def adapt() -> None:
-            self._ensure_adapted(trainer, module)
-
-        sharding = AdaptBeforeSharding(adapt, lambda: self._target(module), self.adapter_name)
-        after, before = (sharding.after, sharding.before) if is_sharded(trainer) else (adapt, None)
-        if is_overridden("configure_model", module):  # WeightAveraging calls it ahead of `setup` as well
-            shims.after("setup", lambda _: shims.after("configure_model", lambda _: after(), before))
-        else:
-            shims.after("setup", lambda _: after(), before)
 
     def _ensure_adapted(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapts the module if it is not adapted; called wherever its structure may have changed."""
@@ -566,23 +493,20 @@ class LoraCallback(Callback):
                 copy_into_averages(trainer, module)
         else:
             self._add_adapter(trainer, module, config)
-        copies = [] if is_sharded(trainer) else find_copies(module)
+        copies = self._run.copies(module)
         freeze_alike(module, copies)
         self._names += add_names(module, copies)
         if self.train_mode and trainer.state.fn == "fit":
             averages = [copy.name for copy in copies if copy.equal and not copy.shares]
             set_training_mode(target, [submodule(module, name) for name in averages])
         self._modes = modes_of_frozen_norms(module)
-        if not is_sharded(trainer):  # whole tensors are no shards
-            self._start = Start.of(module)
-            note_built(module)
+        self._start = self._run.note_adapted(module)
 
     def _add_adapter(self, trainer: Trainer, module: LightningModule, config: LoraConfig) -> None:
         """Adds the adapter to a module that has none of its name."""
         target = self._target(module)
         check_not_nested(module, self.target)
-        if is_sharded(trainer):
-            check_shardable(target, config, trainer)
+        self._run.check_addable(trainer, target, config)
         self._check_mergeable(trainer, target, config)
         if merged_weights(target):
             check_merged_base(target, type(module).__name__, self._files_of_the_adapter(target, config))
@@ -590,12 +514,8 @@ class LoraCallback(Callback):
         if needs_data(config):
             data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)
         add_adapter(target, self.adapter_name, config, data)
-        if is_sharded(trainer):
-            take_type_of_precision(target, self.adapter_name, trainer)
-            start_as_first(target, self.adapter_name, trainer)
+        self._run.start_adapter(trainer, module, target, self.adapter_name)
         LoraModel(target).pack(self.adapter_name)  # takes the base's fingerprints, as long as it is whole
-        if not is_sharded(trainer):
-            start_alike(module, find_copies(module), self.adapter_name)
         changed = {full_name(self.target or "", name) for name in present_state(target).values.of(self.adapter_name)}
         for callback in lora_callbacks(trainer):  # whose adapters were there before an init that changes the base
             callback._start = callback._start.without(changed)
@@ -654,20 +574,13 @@ class LoraCallback(Callback):
             self.adapter_name, self.target or "", self.adapter_files, self.export_to, self.max_error, self.dequantize
         )
 
-    def _held(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-        """Returns what of the target is not to change after its results: the base only where files leave it out."""
-        if is_sharded(trainer):
-            return {}
-        writes = places_of_results(trainer) and not is_fast_dev_run(trainer)
-        tensors = tensors_beside_merges(module) if writes else trained_parameters(module)
-        return {name: tensor for name, tensor in tensors.items() if within(name, [self.target or ""])}
-
     def _target(self, module: nn.Module) -> nn.Module:
         return find_target(module, self.target)
 
-    def _end_run(self) -> None:
+    def _end_run(self, trainer: Trainer) -> None:
         self._run.end()
-        self._run, self._merge.undone = Run(), False
+        self._run = ShardedRun() if is_sharded(trainer) else Run()
+        self._merge.undone = False
 
 
 def lora_callbacks(trainer: Trainer) -> list[LoraCallback]:

@@ -1,17 +1,45 @@
 """What belongs to one run of a Trainer, and ends with it."""
 
-from contextlib import ExitStack
+from collections.abc import Callable, Set
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_plugins.integrations.lightning.module import KnownBases
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lora_plugins import LoraConfig, Plan, StateError
+from lora_plugins.integrations.lightning.module import (
+    KnownBases,
+    NetworkCopy,
+    Start,
+    find_copies,
+    note_built,
+    put_back_known_bases,
+    start_alike,
+    take_fingerprints,
+    tensors_beside_merges,
+    trained_parameters,
+)
 from lora_plugins.integrations.lightning.shims import MethodShims
-from lora_plugins.integrations.lightning.training import Audit, LateChanges
+from lora_plugins.integrations.lightning.strategies import after_building, follow_building
+from lora_plugins.integrations.lightning.training import (
+    Audit,
+    LateChanges,
+    LeftOut,
+    explain_computed_weight,
+    explain_merged_module,
+    keep_base_of_averages,
+    parameters_of,
+    put_back_statistics,
+    set_random_numbers,
+)
+from lora_plugins.utils import within
 
 
 @dataclass
 class Run:
-    """What a LoraCallback holds of one run of a Trainer.
+    """What a LoraCallback holds of a run of a Trainer, and does in one in which each process has the whole module.
 
     Attributes:
         module_shims: What stands in for methods of the module.
@@ -39,3 +67,119 @@ class Run:
         for shims in (self.module_shims, self.strategy_shims):
             if shims is not None:
                 shims.remove()
+
+    def adapts_in(self, stage: str) -> bool:
+        """Whether the module is adapted in a stage; in others, the checkpoint brings an adapter, if one is given."""
+        return stage == "fit"
+
+    def follow_building(self, shims: MethodShims, module: LightningModule) -> None:
+        """Moves adapters onto layers that hooks of the module rebuild."""
+        follow_building(shims, module)
+
+    def adapt_when_built(
+        self, shims: MethodShims, module: LightningModule, target: str | None, adapter: str, adapt: Callable[[], None]
+    ) -> None:
+        """Adapts the module after the last hook in which it may build layers.
+
+        Args:
+            shims: The shims of the module.
+            module: The module.
+            target: The name of the part of it that is adapted; None for the whole.
+            adapter: The adapter's name.
+            adapt: What adapts it.
+        """
+        after_building(shims, module, adapt)
+
+    def check_addable(self, trainer: Trainer, target: nn.Module, config: LoraConfig) -> None:
+        """Checks that an adapter of a configuration can be added in such a run: any can."""
+
+    def start_adapter(self, trainer: Trainer, module: LightningModule, target: nn.Module, adapter: str) -> None:
+        """Lets an adapter that was just added start in copies of a network as in their origins."""
+        start_alike(module, self.copies(module), adapter)
+
+    def copies(self, module: LightningModule) -> list[NetworkCopy]:
+        """Returns the copies of adapted networks in the module."""
+        return find_copies(module)
+
+    def note_adapted(self, module: LightningModule) -> Start:
+        """Records the module as it was adapted."""
+        note_built(module)
+        return Start.of(module)
+
+    def left_out(self, module: LightningModule, target: str | None, plan: Plan) -> LeftOut:
+        """Returns what the fit leaves out."""
+        return LeftOut.of(module, target, plan)
+
+    def keep_base(self, trainer: Trainer, module: LightningModule) -> None:
+        """Removes rounding errors from what callbacks have averaged, before they exchange it with the module."""
+        if trainer.state.fn == "fit":
+            keep_base_of_averages(trainer, module, self.note_moved)
+
+    def note_moved(self) -> None:
+        """Records what the module has changed by hand since its training started."""
+        if self.audit is not None:
+            self.audit.note_moved()
+
+    def before_batch(self, trainer: Trainer, module: LightningModule, number: int, start: Start) -> None:
+        """Keeps the base frozen, and starts the audit ahead of the first batch of all.
+
+        Args:
+            trainer: The trainer.
+            module: The module.
+            number: Of the batch in its epoch.
+            start: The module as it was adapted.
+
+        Raises:
+            StateError: If an optimizer trains the base.
+        """
+        self.restored = None
+        first = number == 0 or self.audit is None
+        if first:
+            put_back_known_bases(module, self.known_bases)
+            put_back_statistics(trainer, module)
+        if self.audit is None:
+            self.audit = Audit(trainer, module, self.copies_to_watch(trainer, module), start)
+        self.audit.before_batch(first_of_epoch=first)
+
+    def copies_to_watch(self, trainer: Trainer, module: LightningModule) -> list[NetworkCopy]:
+        """Returns the copies that are watched from the first batch on, when there are optimizers."""
+        note_built(module)  # what was converted since
+        take_fingerprints(module)
+        return find_copies(module, parameters_of(trainer.optimizers))
+
+    @property
+    def written(self) -> Set[str]:
+        """The names of what the module has written into its base before the training."""
+        return set() if self.audit is None else self.audit.written
+
+    def held(self, module: LightningModule, target: str, leaves_files: bool) -> dict[str, Tensor]:
+        """Returns what of a target is not to change after its results, by name: the base where files leave it out.
+
+        Args:
+            module: The module.
+            target: The name of the target; empty for the whole.
+            leaves_files: Whether there are such files.
+        """
+        tensors = tensors_beside_merges(module) if leaves_files else trained_parameters(module)
+        return {name: tensor for name, tensor in tensors.items() if within(name, [target])}
+
+    def restore_random_numbers(self, trainer: Trainer) -> None:
+        """Sets those of the checkpoint, also ahead of `estimated_stepping_batches`, which sets up the data."""
+        if self.restored is not None and trainer.world_size == 1:  # the file has those of the first process only
+            set_random_numbers(self.restored)
+
+    def explain(self, error: BaseException, *, merged: bool) -> None:
+        """Adds to an error what may have caused it.
+
+        Args:
+            error: The error.
+            merged: Whether the adapter is merged when fit ends.
+        """
+        explain_computed_weight(error)
+        if self.late_changes is not None:  # fit has ended
+            if merged:
+                explain_merged_module(error)
+        elif self.audit is not None:
+            self.audit.explain(error)
+            with suppress(StateError):  # the exception that there is says more
+                self.audit.note_moved()  # takes rounding out of copies that the last batch has moved

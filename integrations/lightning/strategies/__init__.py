@@ -4,7 +4,7 @@ Depends on `module`, `checkpoint` and `shims`.
 """
 
 from lora_plugins.integrations.lightning.strategies.checkpoint_shims import CheckpointShims
-from lora_plugins.integrations.lightning.strategies.rebuilt_layers import follow_building
+from lora_plugins.integrations.lightning.strategies.rebuilt_layers import after_building, follow_building
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import gather_adapter
 from lora_plugins.integrations.lightning.strategies.sharding import (
     AdaptBeforeSharding,
@@ -25,6 +25,7 @@ from lora_plugins.integrations.lightning.strategies.supported import (
 __all__ = [
     "AdaptBeforeSharding",
     "CheckpointShims",
+    "after_building",
     "check_callbacks",
     "check_not_wrapped",
     "check_shardable",

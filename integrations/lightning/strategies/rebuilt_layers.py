@@ -5,7 +5,7 @@ with the values that they had. The adapters go onto the new layers.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lightning.pytorch import LightningModule
@@ -58,6 +58,16 @@ class _Kept:
                 "modules_to_save."
             ) from error
         lora.set_adapter([*self.active], weights=[*self.active.values()])
+
+
+def after_building(
+    shims: MethodShims, module: LightningModule, then: Callable[[], None], before: Callable[[], None] | None = None
+) -> None:
+    """Calls `then` after the last hook in which a module may build layers, and `before` ahead of that hook."""
+    if is_overridden("configure_model", module):  # WeightAveraging calls it ahead of `setup` as well
+        shims.after("setup", lambda _: shims.after("configure_model", lambda _: then(), before))
+    else:
+        shims.after("setup", lambda _: then(), before)
 
 
 def follow_building(shims: MethodShims, module: LightningModule) -> None:

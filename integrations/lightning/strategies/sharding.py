@@ -17,6 +17,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateErr
 from lora_plugins.adapter import adapter_parameters, model_state
 from lora_plugins.errors import listing, sentence
 from lora_plugins.inplace import foreign_weights, stored_weights
+from lora_plugins.integrations.lightning.module import find_target
 
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -37,13 +38,14 @@ class AdaptBeforeSharding:
     """Adapts a module before its own `configure_model` shards it, if that is possible, and else after it.
 
     Args:
-        adapt: What adapts it.
-        find_target: What returns the adapted part of it.
+        module: The module.
+        target: The name of the part of it that is adapted; None for the whole.
         adapter: The adapter's name.
+        adapt: What adapts it.
     """
 
-    def __init__(self, adapt: Callable[[], None], find_target: Callable[[], nn.Module], adapter: str) -> None:
-        self._adapt, self._find_target, self._adapter = adapt, find_target, adapter
+    def __init__(self, module: nn.Module, target: str | None, adapter: str, adapt: Callable[[], None]) -> None:
+        self._module, self._target, self._adapter, self._adapt = module, target, adapter, adapt
         self._error: LoraError | None = None
 
     def before(self) -> None:
@@ -59,7 +61,7 @@ class AdaptBeforeSharding:
         Raises:
             StateError: If it is sharded by now, or has layers that were built after it was adapted.
         """
-        target = self._find_target()
+        target = find_target(self._module, self._target)
         if model_state(target) is None:
             _check_not_sharded(target, self._error)
             self._adapt()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -20,6 +20,7 @@ from lora_plugins.integrations.lightning.module import (
     outside,
 )
 from lora_plugins.integrations.lightning.shims import Averaging, averaged_module, callbacks_of, drop_average
+from lora_plugins.integrations.lightning.strategies import is_sharded
 from lora_plugins.utils import plain_name
 
 
@@ -75,7 +76,7 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         StateError: If one was made before.
     """
-    for callback in callbacks_of(trainer):
+    for callback in _comparable(trainer):
         for name, value in vars(callback).items():
             if any(_is_plain_copy(copy, module) for copy in _averaged_by(value)):
                 raise StateError(
@@ -138,7 +139,7 @@ def _averaged_by(value: Any) -> Iterator[nn.Module]:
 
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:
     """Returns the averages of adapted parts that third-party callbacks hold, each with the name of its part."""
-    values = [value for callback in callbacks_of(trainer) for value in vars(callback).values()]
+    values = [value for callback in _comparable(trainer) for value in vars(callback).values()]
     held = [value.module for value in values if isinstance(value, AveragedModel)]
     found = [(average, _name_of_original(average, module)) for average in held]
     return [(average, name) for average, name in found if name is not None]
@@ -166,9 +167,14 @@ def _agree(copy: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
 
 def _averages(trainer: Trainer) -> list[nn.Module]:
     """Returns the copies of the module that callbacks average."""
-    found = [averaged_module(callback) for callback in _averaging(trainer)]
+    found = [averaged_module(callback) for callback in _comparable(trainer) if isinstance(callback, Averaging)]
     return [average for average in found if average is not None]
 
 
 def _averaging(trainer: Trainer) -> list[Averaging]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, Averaging)]
+
+
+def _comparable(trainer: Trainer) -> list[Callback]:
+    """Returns the callbacks whose averages can be compared with the module: none where no process has it whole."""
+    return [] if is_sharded(trainer) else callbacks_of(trainer)

@@ -30,7 +30,8 @@ ARROWS = {
     "training": {"module", "shims", "strategies"},
     "writer": {"shims"},
     "results": {"adapter_files", "module", "shims", "strategies"},
-    "run": {"module", "shims", "training"},
+    "run": {"module", "shims", "strategies", "training"},
+    "sharded_run": {"module", "run", "shims", "strategies", "training"},
     "callback": {
         "adapter_files",
         "checkpoint",
@@ -39,6 +40,7 @@ ARROWS = {
         "module",
         "results",
         "run",
+        "sharded_run",
         "shims",
         "strategies",
         "training",

@@ -156,6 +156,7 @@ STRATEGIES = {
 def fsdp2(folder: Path) -> None:
     count_scattered(folder)
     validated(folder)
+    after_ddp(folder)
     for kind in ("full", "distributed"):
         sharded(folder, kind, Sharded)
 
@@ -184,6 +185,15 @@ def validated(folder: Path) -> None:
     trainer.num_sanity_val_steps = 1
     trainer.fit(Sharded(), loader(), loader())
     trainer.save_checkpoint(folder / "validated.ckpt")
+
+
+def after_ddp(folder: Path) -> None:
+    """The same callback was in a run before in which each process had the module whole."""
+    lora = LoraCallback(CONFIG, print_plan=False, merge_on_fit_end=False)
+    for strategy in (DDPStrategy(process_group_backend="gloo"), STRATEGIES["full"]()):
+        runs = trainer(folder, [lora], strategy=strategy, devices=2, max_epochs=1)
+        runs.fit(Sharded(), loader())
+    runs.save_checkpoint(folder / "after_ddp.ckpt")
 
 
 def fsdp(folder: Path) -> None:

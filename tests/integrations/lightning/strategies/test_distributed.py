@@ -142,6 +142,10 @@ def test_validation_changes_nothing_of_what_fsdp2_trains(fsdp2):
     assert load(fsdp2 / "validated.ckpt")["state_dict"].keys() == expected.keys()
 
 
+def test_base_stays_out_of_files_of_fsdp2_where_the_callback_was_in_a_run_of_ddp_before(fsdp2):
+    assert load(fsdp2 / "after_ddp.ckpt")["state_dict"].keys() == load(fsdp2 / "validated.ckpt")["state_dict"].keys()
+
+
 @pytest.mark.parametrize("kind", ["full", "distributed", pytest.param("fsdp", marks=pytest.mark.slow)])
 class TestSharded:
     """`ModelParallelStrategy` (FSDP2), with checkpoints of one file and of one file a process; `FSDPStrategy`."""
