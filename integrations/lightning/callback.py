@@ -61,6 +61,7 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.integrations.lightning.results import Results, best_checkpoint, load_best
 from lora_plugins.integrations.lightning.run import Run
 from lora_plugins.integrations.lightning.sharded_run import ShardedRun
+from lora_plugins.integrations.lightning.shared_options import check_shared
 from lora_plugins.integrations.lightning.shims import (
     MethodShims,
     begin_run,
@@ -473,7 +474,10 @@ class LoraCallback(Callback):
                 best_checkpoint(trainer)
             if not self.merge_on_fit_end:
                 warn_if_spawned(trainer)
-        self._check_group(trainer)
+        every = lora_callbacks(trainer)
+        check_shared(["merge_on_fit_end"], self._group(trainer), "with one target are merged together")
+        check_shared(["merge_source"], every, "of one trainer leave one module with the weights of one moment")
+        check_shared(vars(self.rates), every, "of one trainer share its optimizers")
 
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate."""
@@ -540,21 +544,6 @@ class LoraCallback(Callback):
     def _group(self, trainer: Trainer) -> "list[LoraCallback]":
         """The callbacks with the same target, whose adapters are merged together."""
         return [callback for callback in lora_callbacks(trainer) if callback.target == self.target]
-
-    def _check_group(self, trainer: Trainer) -> None:
-        """Checks that callbacks have the same options for what they share."""
-        group, every = self._group(trainer), lora_callbacks(trainer)
-        shared = {
-            "merge_on_fit_end": (group, "with one target are merged together"),
-            "merge_source": (every, "of one trainer leave one module with the weights of one moment"),
-            **dict.fromkeys(vars(self.rates), (every, "of one trainer share its optimizers")),
-        }
-        for option, (callbacks, why) in shared.items():
-            given = [(vars(each) | vars(each.rates))[option] for each in callbacks]
-            if len({*given}) > 1:
-                names = [each.adapter_name for each in callbacks]
-                told = ", ".join(f"{value!r} of {name!r}" for value, name in zip(given, names, strict=True))
-                raise ConfigError(f"LoraCallbacks {why}, and {option} differs: {told}. Use one value.")
 
     def _remove_names(self) -> None:
         names, self._names = self._names, []

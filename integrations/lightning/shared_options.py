@@ -1,0 +1,31 @@
+"""Options that LoraCallbacks of one trainer share, so that they have to be the same."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from lora_plugins import ConfigError
+
+
+def check_shared(options: Iterable[str], callbacks: Sequence[Callback], why: str) -> None:
+    """Checks that callbacks have the same values of options.
+
+    Args:
+        options: Their names.
+        callbacks: The LoraCallbacks.
+        why: What says why they share them, after "LoraCallbacks".
+
+    Raises:
+        ConfigError: If values differ, naming them.
+    """
+    for option in options:
+        given = [(each[option], each["adapter_name"]) for each in map(_options, callbacks)]
+        if len({value for value, _ in given}) > 1:
+            told = ", ".join(f"{value!r} of {name!r}" for value, name in given)
+            raise ConfigError(f"LoraCallbacks {why}, and {option} differs: {told}. Use one value.")
+
+
+def _options(callback: Callback) -> dict[str, Any]:
+    own = vars(callback)
+    return {**own, **vars(own["rates"])}
