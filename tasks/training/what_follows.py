@@ -7,6 +7,7 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 
 from lora_plugins.integrations.lightning.callback import lora_callbacks
+from lora_plugins.integrations.lightning.checkpoint import written_by
 from lora_plugins.tasks.command_lines import lacking_for_onnx
 from lora_plugins.tasks.models import NONE, ModelConfig
 
@@ -57,8 +58,7 @@ def _file(trainer: Trainer, config: ModelConfig) -> Path | None:
     """
     run = cast(Any, trainer)  # whose types lack some attributes
     callbacks = lora_callbacks(trainer)
-    merged, checkpoint = [callback.export_to for callback in callbacks], run.checkpoint_callback
-    stored = [getattr(checkpoint, name, None) for name in ("best_model_path", "last_model_path")]
+    merged, stored = [callback.export_to for callback in callbacks], written_by([run.checkpoint_callback])
     if callbacks and config.weights == NONE:
         found: list[str | None] = [*merged]
     else:

@@ -20,6 +20,7 @@ from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.integrations.lightning.checkpoint.shrinking import shrink
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import state_key
 from lora_plugins.integrations.lightning.checkpoint.without_trainer import LoraCheckpointMixin, load_from_checkpoint
+from lora_plugins.integrations.lightning.checkpoint.written_checkpoints import written_by
 
 __all__ = [
     "KEY",
@@ -42,4 +43,5 @@ __all__ = [
     "state_key",
     "with_present_base",
     "without_base",
+    "written_by",
 ]

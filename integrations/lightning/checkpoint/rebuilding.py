@@ -25,6 +25,7 @@ from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import (
 )
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.objects import argument_for_objects
+from lora_plugins.integrations.lightning.checkpoint.written_checkpoints import written_by
 
 _INSTANTIATOR = "_instantiator"
 _STOOD_THERE = "instantiator"
@@ -103,12 +104,7 @@ def loading_lines(trainer: Trainer, module: LightningModule) -> list[str]:
 
     Empty where the run has written no small file.
     """
-    paths = [
-        str(path)
-        for callback in trainer.checkpoint_callbacks
-        for name in ("best_model_path", "last_model_path")
-        if (path := getattr(callback, name, "")) and Path(path).is_file()
-    ]
+    paths = [path for path in written_by(trainer.checkpoint_callbacks) if Path(path).is_file()]
     return [rebuilding_line(module, paths[0])] if paths else []
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 
 from lora_plugins.integrations.lightning.callback import lora_callbacks
+from lora_plugins.integrations.lightning.checkpoint import written_by
 from lora_plugins.integrations.lightning.console import FitConsole
 
 PROGRAM = "lora-plugins"
@@ -51,12 +52,7 @@ def closing_lines(
 
 def _files_of_lightning(trainer: Trainer) -> dict[str, Any]:
     run = cast(Any, trainer)  # whose types lack some attributes
-    stored = [
-        path
-        for callback in run.checkpoint_callbacks
-        for name in ("best_model_path", "last_model_path")
-        if (path := getattr(callback, name, "")) and Path(path).exists()
-    ]
+    stored = [path for path in written_by(run.checkpoint_callbacks) if Path(path).exists()]
     # Not the trainer's log_dir, which asks the other processes, and these have ended.
     log = run.logger and (getattr(run.logger, "log_dir", None) or run.logger.save_dir)
     return {**_last("Checkpoint", stored[:1]), **_last("Log", [log] if log else [])}
