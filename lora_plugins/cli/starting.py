@@ -36,34 +36,34 @@ def importing() -> Iterator[None]:
     The exception of Python may be lost: in a callback, where it is ignored, or in a package that catches what an import
     raises. A handler that a program has set by itself stays.
     """
-    is_ours = _is_main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with _ctrl_c_calls(_end) if is_ours else nullcontext(), without_collections():
+    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with ctrl_c_calls(_end) if is_ours else nullcontext(), without_collections():
         yield
 
 
 @contextmanager
 def _ctrl_c_afterwards() -> Iterator[None]:
-    if not _is_main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+    if not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
     asked: list[int] = []
-    with _ctrl_c_calls(lambda number, _: asked.append(number)):
+    with ctrl_c_calls(lambda number, _: asked.append(number)):
         yield
     if asked:
         signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
-def _ctrl_c_calls(handler: Callable[[int, Any], object]) -> Iterator[None]:
+def ctrl_c_calls(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Calls a handler at Ctrl-C in place of the present one, in the main thread: no other one can set one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def _end(*_: Any) -> NoReturn:

@@ -1,17 +1,14 @@
 """Ctrl-C: the first one ends a fit as if it were over and saves what there is; the second one ends at once."""
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lora_plugins.cli import INTERRUPTED
+from lora_plugins.cli import INTERRUPTED, ctrl_c_calls
 
 _STOPPING = "Stopping, to save what there is. Ctrl-C again ends at once."
 _NOTHING = "Interrupted before training: nothing was saved."
@@ -39,17 +36,9 @@ class Interruption(Callback):
         """Notes that from now on there is something to save."""
         self._trainer = trainer
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Handles Ctrl-C in place of Python, in the main thread of a single process."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._answer)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+        return ctrl_c_calls(self._answer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the trainer, for processes that are spawned."""
