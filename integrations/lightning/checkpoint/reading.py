@@ -50,25 +50,30 @@ def reading_errors(path: object) -> Iterator[None]:
             "for LoraModel.load_adapter."
         ) from error
     except UnpicklingError as error:
-        objects = not_allowed(path)
-        if objects and not need_unpickling(objects):
-            raise AdapterFileError(
-                f"{path} holds objects that are not read without being allowed: "
-                f"{listing(objects)}. Where the file is from somebody you trust, allow them by "
-                f"allow_globals={objects!r} of load_from_checkpoint, merge_checkpoint and export_checkpoint, or "
-                "--allow-globals of the commands; a Trainer takes weights_only=False beside ckpt_path."
-            ) from error
-        if is_archive(path):
-            nested = f"among them a class inside of another one, or a method: {listing(objects)}."
-            reason = nested if objects else f"though their types are allowed: {_reason(error)}"
-            raise AdapterFileError(
-                f"{path} holds objects that are not read without unpickling them, {reason} Where the file is from "
-                "somebody you trust, load_from_checkpoint, merge_checkpoint, export_checkpoint and a Trainer, beside "
-                "ckpt_path, take weights_only=False."
-            ) from error
-        raise damaged(path, error) from error
+        raise _refused(path, error) from error
     except Exception as error:  # a flipped bit in a pickle ends in almost any of them
         raise damaged(path, error) from error
+
+
+def _refused(path: object, error: UnpicklingError) -> AdapterFileError:
+    """Returns the error for a file with objects that torch does not read, or that is damaged."""
+    objects = not_allowed(path)
+    if objects and not need_unpickling(objects):
+        return AdapterFileError(
+            f"{path} holds objects that are not read without being allowed: "
+            f"{listing(objects)}. Where the file is from somebody you trust, allow them by "
+            f"allow_globals={objects!r} of load_from_checkpoint, merge_checkpoint and export_checkpoint, or "
+            "--allow-globals of the commands; a Trainer takes weights_only=False beside ckpt_path."
+        )
+    if not is_archive(path):
+        return damaged(path, error)
+    nested = f"among them a class inside of another one, or a method: {listing(objects)}."
+    reason = nested if objects else f"though their types are allowed: {_reason(error)}"
+    return AdapterFileError(
+        f"{path} holds objects that are not read without unpickling them, {reason} Where the file is from "
+        "somebody you trust, load_from_checkpoint, merge_checkpoint, export_checkpoint and a Trainer, beside "
+        "ckpt_path, take weights_only=False."
+    )
 
 
 def _reason(error: UnpicklingError) -> str:

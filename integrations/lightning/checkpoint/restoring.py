@@ -91,7 +91,27 @@ def _put_base(
     undo: ExitStack,
 ) -> None:
     """Puts the merged weights of a checkpoint into the module; `undo` puts back what they replace."""
-    found, own = named_tensors(module, aliases=True), merged_weights(module)
+    found = named_tensors(module, aliases=True)
+    _check_base(module, found, keys, pretrained, saved)
+    for name in keys:  # before another name of one is written
+        undo.callback(_put_back_base, module, name, found[name].detach().clone())
+    for name in keys:
+        found[name].data.copy_(saved[name])
+    if keys:
+        mark_merged(module, {name: pretrained.get(name, {}) for name in keys})
+        for adapter in adapters_by_place(module).values():
+            adapter.fingerprints.clear()  # of the base that was
+
+
+def _check_base(
+    module: nn.Module,
+    found: Mapping[str, Tensor],
+    keys: list[str],
+    pretrained: Mapping[str, dict[str, float]],
+    saved: Mapping[str, Tensor],
+) -> None:
+    """Checks that the module has the base whose weights an adapter was merged into before."""
+    own = merged_weights(module)
     merged = own.keys() - saved.keys()
     if merged:
         raise AdapterFileError(
@@ -113,14 +133,6 @@ def _put_base(
             f"adapter was merged into before ({len(wrong)} of {len(before)} weights). The checkpoint has the merged "
             "ones, and leaves the rest of that base out: load its own pretrained weights first, unmerged."
         )
-    for name in keys:  # before another name of one is written
-        undo.callback(_put_back_base, module, name, found[name].detach().clone())
-    for name in keys:
-        found[name].data.copy_(saved[name])
-    if keys:
-        mark_merged(module, {name: pretrained.get(name, {}) for name in keys})
-        for adapter in adapters_by_place(module).values():
-            adapter.fingerprints.clear()  # of the base that was
 
 
 def _check_left_out(module: nn.Module, entry: Mapping[str, Any], *, keep_moved: bool) -> None:

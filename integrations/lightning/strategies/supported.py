@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelPruning
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lora_plugins import StateError
@@ -59,8 +59,12 @@ def check_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
             "what becomes of an adapter there has not been checked yet. Use strategy='ddp' (an adapter's gradients and "
             "optimizer state are small), or ModelParallelStrategy where the frozen base is too large for one device."
         )
-    if not is_sharded(trainer):
-        return
+    if is_sharded(trainer):
+        _check_sharding(strategy, name, given)
+
+
+def _check_sharding(strategy: Strategy, name: str, given: Mapping[str, object]) -> None:
+    """Checks that tensors are split in a way that an adapter follows, and that nothing asked for needs whole ones."""
     if isinstance(strategy, FSDPStrategy) and not saves_shards(strategy):
         raise StateError(
             f"LoraCallback supports {name} with state_dict_type='sharded' only: full state dicts of FSDP could not be "
