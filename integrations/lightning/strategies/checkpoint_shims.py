@@ -12,14 +12,11 @@ The shims are removed at the end of a run if the module carries no adapter by th
 Trainer: `trainer.save_checkpoint` after `fit` has to write the small file too, and Lightning calls no hook before it.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -41,6 +38,7 @@ from lora_plugins.integrations.lightning.checkpoint import (
 )
 from lora_plugins.integrations.lightning.module import Start, adapted_targets
 from lora_plugins.integrations.lightning.shims import MethodShims
+from lora_plugins.integrations.lightning.strategies.file_checkpoint import save_file
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
 
@@ -125,28 +123,13 @@ class CheckpointShims:
         """Writes a checkpoint without the frozen base, under a temporary name first."""
         for owner in self._owners:
             owner.before_save(self._trainer)
-        whole = Path(filepath).name.startswith(_OF_TUNERS) and not is_sharded(self._trainer)
-        self._write(shrink(checkpoint, self._module, whole=whole), filepath, storage_options)
-        self._written.add(str(filepath))
-
-    def _write(self, small: dict[str, Any], filepath: Any, storage_options: Any) -> None:
-        if is_sharded(self._trainer):
+        shards, for_tuner = is_sharded(self._trainer), Path(filepath).name.startswith(_OF_TUNERS)
+        small = shrink(checkpoint, self._module, whole=for_tuner and not shards)
+        if shards:
             save_sharded(self._trainer, small, filepath, self._save)
-            return
-        if not _is_plain_file(self._trainer.strategy, filepath):
-            self._save(small, filepath, storage_options=storage_options)
-            return
-        path = Path(filepath)
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            self._save(small, partial, storage_options=storage_options)
-            if self._trainer.is_global_zero:
-                _flush(partial)
-                os.replace(partial, path)
-        except BaseException:
-            if self._trainer.is_global_zero:
-                partial.unlink(missing_ok=True)
-            raise
+        else:
+            save_file(self._trainer, small, filepath, self._save, storage_options=storage_options)
+        self._written.add(str(filepath))
 
     def load(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads a checkpoint and puts its adapters on the module.
@@ -245,13 +228,3 @@ class CheckpointShims:
 
         shim.lora_shims = self  # type: ignore[attr-defined]
         return shim
-
-
-def _is_plain_file(strategy: Strategy, path: Any) -> bool:
-    """Whether the strategy writes one local file by the time that its save_checkpoint returns."""
-    return type(strategy.checkpoint_io) is TorchCheckpointIO and "://" not in str(path)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,0 +1,48 @@
+"""Checkpoints that are one file: it is written under a temporary name, so that its own has a whole one or none."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+
+def save_file(
+    trainer: Trainer, checkpoint: dict[str, Any], filepath: Any, write: Callable[..., None], **options: Any
+) -> None:
+    """Writes a checkpoint under a temporary name and renames it, where the strategy writes one local file.
+
+    Args:
+        trainer: The trainer.
+        checkpoint: What to write.
+        filepath: The file.
+        write: The strategy's own method.
+        **options: Its arguments.
+    """
+    if not _is_plain_file(trainer.strategy, filepath):
+        write(checkpoint, filepath, **options)
+        return
+    path = Path(filepath)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(checkpoint, partial, **options)
+        if trainer.is_global_zero:
+            _flush(partial)
+            os.replace(partial, path)
+    except BaseException:
+        if trainer.is_global_zero:
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def _is_plain_file(strategy: Strategy, path: Any) -> bool:
+    """Whether the strategy writes one local file by the time that its save_checkpoint returns."""
+    return type(strategy.checkpoint_io) is TorchCheckpointIO and "://" not in str(path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
