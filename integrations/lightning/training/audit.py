@@ -88,7 +88,6 @@ class Audit:
             self._rates = [_rate(group) for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
             self._scale = loss_scale(self._trainer)
         if first_of_epoch:
-            reshard(self._module)
             self._changes.check_layers()
             self.note_moved()
             self._by_hand.forget()  # callbacks may have exchanged the whole module
