@@ -1,6 +1,7 @@
 """`LoraPipeline`, the handle to the adapters of a pipeline."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from lora_plugins import Calibration, ConfigError, InitData, LoraConfig, LoraModel, PackedAdapter, Plan, Registry
 from lora_plugins.arguments import with_checked_arguments
+from lora_plugins.errors import listing
 from lora_plugins.integrations.diffusers.families import default_targets, denoising_family
 from lora_plugins.integrations.diffusers.parts import parts_of
+from lora_plugins.plugins import OWN_FORMAT
 
 
 @with_checked_arguments
@@ -62,6 +65,21 @@ class LoraPipeline(LoraModel):
         completed = _completed(self._pipe, cast(nn.ModuleDict, self.model), config)
         super().add_adapter(adapter_name, completed, init_data=init_data)
 
+    def save_adapter(
+        self,
+        path: str | Path,
+        adapter_name: str | None = None,
+        *,
+        format: str = OWN_FORMAT,
+        format_options: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Writes an adapter; a warning names parts that diffusers would leave out. See `LoraModel.save_adapter`."""
+        names = self.active_adapters if adapter_name is None else (adapter_name,)
+        if format == "diffusers" and not (format_options or {}).get("component"):
+            layers = [layer.name for name, plan in self.plans.items() if name in names for layer in plan.layers]
+            _warn_of_left_out(self._pipe, dict.fromkeys(layer.partition(".")[0] for layer in layers))
+        return super().save_adapter(path, adapter_name, format=format, format_options=format_options)
+
     @classmethod
     def load_adapter(
         cls,
@@ -105,3 +123,15 @@ def _completed(pipe: Any, parts: nn.ModuleDict, config: LoraConfig) -> LoraConfi
             "['to_q', 'to_k', 'to_v', 'to_out.0'] are the attention of most denoisers."
         )
     return replace(config, target_modules=default_targets(family, parts))
+
+
+def _warn_of_left_out(pipe: Any, parts: Collection[str]) -> None:
+    """Warns of the parts of which `load_lora_weights` reads no layers, which it does not say."""
+    read = getattr(pipe, "_lora_loadable_modules", ())
+    left_out = [part for part in parts if part not in read]
+    if read and left_out:
+        warnings.warn(
+            f"load_lora_weights of a {type(pipe).__name__} reads layers of {listing(read)} alone, and leaves out those "
+            f"of {listing(left_out)} without a word. lora_plugins reads all of them.",
+            stacklevel=2,
+        )

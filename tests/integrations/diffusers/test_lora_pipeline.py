@@ -565,6 +565,22 @@ def test_one_part_of_a_pipeline_is_written_by_itself(format, tmp_path):
     assert distance(drawn(pipe), before) > 1e-4
 
 
+@pytest.mark.parametrize(("name", "part"), [("Flux", "text_encoder_2"), ("Stable Diffusion 3", "text_encoder_3")])
+def test_parts_that_diffusers_leaves_out_are_told(name, part, tmp_path):
+    pipe, theirs = build(name), build(name)
+    lora = moved(LoraPipeline(pipe, LoraConfig(r=2, target_modules=r".*\.(to_[qv]|SelfAttention\.[qv])")))
+    with pytest.warns(UserWarning, match=rf"reads layers of 'transformer', .* leaves out those of '{part}' without"):
+        path = lora.save_adapter(tmp_path / "both.safetensors", format="diffusers")
+    options = {"component": "transformer"}
+    alone = lora.save_adapter(tmp_path / "alone.safetensors", format="diffusers", format_options=options)
+    theirs.load_lora_weights(path)
+    drawn_by_diffusers = drawn(theirs)
+    theirs.unload_lora_weights()
+    theirs.load_lora_weights(alone)
+    assert distance(drawn(theirs), drawn_by_diffusers) == 0
+    assert distance(drawn(pipe), drawn_by_diffusers) > 1e-4
+
+
 def test_a_copy_has_adapters_of_its_own():
     pipe = build("Stable Diffusion")
     moved(LoraPipeline(pipe, config(pipe)))
