@@ -67,7 +67,7 @@ class OwnedTensors:
                 Inside a block the values of before come back, and with them what that backward needs.
 
         Raises:
-            StateError: If one of the tensors is gone or has another shape than its values.
+            StateError: If one of the tensors is gone, has another shape than its values, or is offloaded.
         """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
         replaced = [name for name in self.replaced(model) if self.owner.get(name) != wanted.get(name)]
@@ -77,11 +77,17 @@ class OwnedTensors:
                 "replaced. unload() the adapters, which leaves the new layer as it is, or keep their updates by "
                 "merge_and_unload(), and adapt the model again."
             )
+        changing = [name for name in self.base if self.owner.get(name) != wanted.get(name)]
+        away = [name for name in changing if _is_away(own_tensor(model, name), self._values(wanted.get(name))[name])]
+        if away:
+            raise StateError(
+                f"{listing(away, 3)} takes another value, and has none to exchange it for while on the meta device. If "
+                "accelerate offloads the model, take that back first: "
+                "accelerate.hooks.remove_hook_from_submodules(model)."
+            )
         self.follow_casts(model)
-        for name in self.base:
+        for name in changing:
             present, owner = self.owner.get(name), wanted.get(name)
-            if present == owner:
-                continue
             tensor = own_tensor(model, name)
             value = self._values(owner)[name]
             self._values(present)[name] = tensor.data
@@ -144,3 +150,8 @@ class OwnedTensors:
 
     def _values(self, owner: str | None) -> dict[str, Tensor]:
         return self.base if owner is None else self.values[owner]
+
+
+def _is_away(tensor: Tensor, value: Tensor) -> bool:
+    """Whether a tensor has its value elsewhere, so that another one would be lost in its place."""
+    return tensor.is_meta and not value.is_meta

@@ -97,11 +97,12 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
     """Puts the kept weights back, bit for bit.
 
     Raises:
-        StateError: If nothing is merged.
+        StateError: If nothing is merged, or the merged weights are offloaded: they would come back.
     """
     state.check("unmerge_adapter")
     if not state.merged:
         raise StateError("Nothing is merged.")
+    check_here(model, "unmerge_adapter")
     for name, weight in state.kept.items():
         module, key = holder_of(model, name)
         parameter = module._parameters[key]

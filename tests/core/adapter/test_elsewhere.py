@@ -355,3 +355,57 @@ def test_an_adapted_model_is_offloaded_by_accelerate(tmp_path, where, options):
     lora.save_adapter(tmp_path / "a", "other")
     lora.merge_and_unload(dequantize=True)
     torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize("call", ["unmerge_adapter", "unload"])
+def test_a_merge_is_undone_when_the_model_is_taken_back(tmp_path, where, call):
+    """accelerate has the merged weights elsewhere, and brings them for each forward."""
+    whole, ours = kinds({})
+    model, lora = kinds({})
+    lora.merge_adapter()
+    offloaded(model, tmp_path / "offloaded", where)
+    merged = model(INDICES)
+    with pytest.raises(StateError, match=r"Unmerging needs.*are on the meta device.*remove_hook_from_submodules"):
+        getattr(lora, call)()
+    torch.testing.assert_close(model(INDICES), merged, rtol=0, atol=0)
+    pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
+    getattr(lora, call)()
+    if call == "unload":
+        ours.unload()
+    torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["conv"], "modules_to_save": ["head"]}, {"target_modules": ["conv"], "init": "pissa"}],
+    ids=["a head", "a changed base"],
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda lora: lora.set_adapter("other"),
+        lambda lora: lora.disable_adapter().__enter__(),
+        lambda lora: lora.delete_adapter("default"),
+        lambda lora: lora.unload(),
+    ],
+    ids=["set", "disable", "delete", "unload"],
+)
+def test_a_value_of_an_adapter_is_not_exchanged_while_it_is_elsewhere(tmp_path, options, call):
+    torch.manual_seed(0)
+    model = Kinds().double().eval()
+    base = model(INDICES)
+    lora = LoraModel(model, LoraConfig(r=2, **options))
+    lora.add_adapter("other", LoraConfig(r=1, target_modules=["conv"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    offloaded(model, tmp_path / "offloaded", "memory")
+    expected = model(INDICES)
+    with pytest.raises(StateError, match=r"takes another value.*meta device.*remove_hook_from_submodules\(model\)"):
+        call(lora)
+    assert lora.active_adapters == ("default",)
+    torch.testing.assert_close(model(INDICES), expected, rtol=0, atol=0)
+    pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
+    call(lora)
+    torch.testing.assert_close(model(INDICES), base, rtol=0, atol=1e-12)
