@@ -27,6 +27,7 @@ TRICKY = {
         "Mask2FormerForUniversalSegmentation",
         "SegformerForSemanticSegmentation",
     ),
+    "diffusers": ("AutoencoderOobleck", "ControlNetUnionModel", "HiDreamImageTransformer2DModel"),
 }
 
 

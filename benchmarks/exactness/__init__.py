@@ -2,10 +2,11 @@
 
 Run it from the top of the repository:
 
-    python -m benchmarks.exactness --suite timm torchvision transformers --peer peft --output docs/exactness.md
+    python -m benchmarks.exactness --peer peft --output docs/exactness.md
 
 With `--nf4` the base is stored in 4 bits, and has to do what the model of its dense values does.
 
-`cases` says what a case is, `timm_cases`, `torchvision_cases` and `transformers_cases` list them, `reference` computes
-the law without lora_plugins, `ours` and `peft_peer` hold the checks, `sweep` runs them and `table` writes the result.
+`cases` says what a case is, `timm_cases`, `torchvision_cases`, `transformers_cases` and `diffusers_cases` list them,
+`reference` computes the law without lora_plugins, `ours` and `peft_peer` hold the checks, `sweep` runs them and `table`
+writes the result.
 """

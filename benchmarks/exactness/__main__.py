@@ -16,7 +16,7 @@ from benchmarks.exactness.suites import SUITES, library
 from benchmarks.exactness.sweep import Job, sweep
 from benchmarks.exactness.table import markdown
 
-PACKAGES = ("torch", "timm", "torchvision", "transformers")
+PACKAGES = ("torch", "timm", "torchvision", "transformers", "diffusers")
 
 
 def main(arguments: list[str] | None = None) -> int:

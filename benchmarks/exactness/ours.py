@@ -99,6 +99,8 @@ class OursOnNF4(Ours):
     def adapt(self, model: nn.Module) -> "OurAdapted":
         """Adapts everything that some plugin handles, and stores it."""
         stored = {name: None for name, _ in _storable(model)}
+        if not stored:  # something computes every weight, as in models with weight norm alone
+            return super().adapt(model)
         config = replace(
             CONFIG,
             quantize=NF4.plugin.name,

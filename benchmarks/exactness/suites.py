@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from benchmarks.exactness.cases import Case
 from benchmarks.exactness.checks import Library
+from benchmarks.exactness.diffusers_cases import diffusers_cases
 from benchmarks.exactness.ours import Ours, OursOnNF4
 from benchmarks.exactness.timm_cases import timm_cases
 from benchmarks.exactness.torchvision_cases import torchvision_cases
@@ -13,6 +14,7 @@ SUITES: Mapping[str, Callable[[], list[Case]]] = {
     "timm": timm_cases,
     "torchvision": torchvision_cases,
     "transformers": transformers_cases,
+    "diffusers": diffusers_cases,
 }
 
 

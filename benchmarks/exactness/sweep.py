@@ -13,8 +13,16 @@ import torch
 from benchmarks.exactness.checks import Result, check
 from benchmarks.exactness.suites import find_case, library
 
-_LAZY = ("transformers.modeling_utils", "transformers.modeling_layers", "transformers.image_processing_utils")
-"""What a model of transformers imports as it is made, some seconds of torchao among it."""
+_LAZY = (
+    "transformers.modeling_utils",
+    "transformers.modeling_layers",
+    "transformers.image_processing_utils",
+    "diffusers.models.autoencoders",
+    "diffusers.models.controlnets",
+    "diffusers.models.transformers",
+    "diffusers.models.unets",
+)
+"""What models of transformers and diffusers import as they are made, some seconds of torchao among it."""
 
 Job = tuple[str, str, str]
 """Suite, name of the case, name of the library."""

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.exactness.cases import Case
+from benchmarks.exactness.cases import Case, strengthen
 
 SIZE = 64
 
@@ -477,23 +477,8 @@ def transformers_cases() -> list[Case]:
 def _build(name: str, options: Options) -> nn.Module:
     model_class = getattr(transformers, name)
     model: nn.Module = model_class(model_class.config_class(**tiny(model_class.config_class, options)))
-    _strengthen(model)
+    strengthen(model)
     return model
-
-
-def _strengthen(model: nn.Module) -> None:
-    """Scales small weights up: started at 0.02, layers as narrow as these let the signal fade to nothing.
-
-    Some models start the gains of their normalization at 0.02 too, in place of 1.
-    """
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.affine:
-                module.weight.fill_(1.0)
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and parameter.any():
-                least = 1.0 / parameter[0].numel() ** 0.5
-                parameter.mul_((least / parameter.square().mean().sqrt()).clamp(min=1))
 
 
 def _run(inputs: Inputs, model: nn.Module) -> Any:
