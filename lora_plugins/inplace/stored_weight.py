@@ -18,6 +18,12 @@ from lora_plugins.plugins import Storage
 SUFFIX = "_stored"
 """What the name of a stored weight's module ends with; the name of the weight stands before it."""
 
+LIKE = "dense_like"
+"""The name of an empty tensor of the dense type, which casts of the model change.
+
+It is ahead of the scales: `model.dtype` of transformers and diffusers is the type of the first floating tensor.
+"""
+
 
 class StoredWeight(nn.Module):
     """The stored tensors of one weight, as parameters that are not trained.
@@ -44,10 +50,11 @@ class StoredWeight(nn.Module):
         super().__init__()
         self.storage = storage
         self.shape = weight.shape
-        self.dtype = dtype or weight.dtype
         self.source_dtype = source_dtype or weight.dtype
         self.was_trained = requires_grad
         self.succeeded_by(None)
+        like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
+        self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
         for name, tensor in storage.store(weight).items():
             if hasattr(self, name):
                 raise PluginError(
@@ -76,12 +83,17 @@ class StoredWeight(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """Returns the stored tensors by name."""
-        return {name: parameter.detach() for name, parameter in self._own().items()}
+        return {name: parameter.detach() for name, parameter in self._own().items() if name != LIKE}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the dense weight."""
+        return self._own()[LIKE].dtype
 
     @property
     def device(self) -> torch.device:
         """Where the stored tensors are."""
-        return next(iter(self._own().values())).device
+        return self._own()[LIKE].device
 
     def dense(self) -> Tensor:
         """Returns the dense weight."""
@@ -153,12 +165,12 @@ class StoredWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredWeight":
         """Moves the tensors and keeps their types: a cast is one of the dense value."""
+        like = self._parameters[LIKE]
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+            return new if tensor is like or new.dtype == tensor.dtype else tensor.to(new.device)
 
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return cast(StoredWeight, super()._apply(moved, recurse))  # type: ignore[no-untyped-call]
 
 

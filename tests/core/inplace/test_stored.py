@@ -369,15 +369,28 @@ def test_a_cast_is_one_of_the_dense_value():
     for dtype in (torch.bfloat16, torch.float64):
         model.to(dtype)
         assert model[0].weight.dtype == dtype
-        assert {name: value.dtype for name, value in model[0].weight_stored.state_dict().items()} == {
-            name: value.dtype for name, value in before.items()
-        }
+        after = model[0].weight_stored.state_dict()
+        assert after.pop("dense_like").dtype == dtype
+        assert {name: value.dtype for name, value in after.items()} == {name: before[name].dtype for name in after}
     model.float()
     assert all(torch.equal(value, before[name]) for name, value in model[0].weight_stored.state_dict().items())
     LoraModel(model).unload(dequantize=False)
     LoraModel(model.half(), LoraConfig(r=2, target_modules=["0"]))
     assert model[0].lora_A["default"].dtype == torch.float32
     assert weight.shape == model[0].weight.shape
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_the_first_floating_tensor_has_the_dense_type(storage):
+    """It is what `model.dtype` of transformers and diffusers is, which models cast their inputs to."""
+    model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 4, bias=False)).bfloat16()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules="all", quantize=storage, quantize_options={"min_size": 0}))
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype)
+        assert next(each.dtype for each in model.parameters() if each.is_floating_point()) == dtype
+        assert model(torch.ones(2, 64, dtype=dtype)).dtype == dtype
+    lora.unload(dequantize=False)
+    assert model[0].weight.dtype == torch.float16
 
 
 def test_without_adapters_it_computes_the_dense_value():
