@@ -101,10 +101,19 @@ def _targeted(
         if not handled & set(matches):
             raise TargetError(
                 f"target_modules: {quoted(pattern)} matches {listing(matches)}, which no plugin adapts. "
-                f"{_of_others(matches, free) or inner_hint(matches, handled) or patterns.nearest(pattern, handled)}"
-                f"{registry.absent()}"
+                f"{_instead(pattern, matches, free, handled)}{registry.absent()}"
             ) from registry.cause()
     return {name for matches in found.values() for name in matches}
+
+
+def _instead(pattern: str, matches: Sequence[str], free: Sequence[Site], handled: set[str]) -> str:
+    """What to do where a pattern matches modules, and none that a plugin adapts."""
+    known = _of_others(matches, free) or inner_hint(matches, handled)
+    types = {_title(site): None for site in free if site.matrices and not site.scripted and {*matches} & {*site.names}}
+    if known or not types:
+        return known or patterns.nearest(pattern, handled)
+    close = f"{patterns.nearest(pattern, handled)} " if handled else ""
+    return f"{close}A plugin for {listing(types)} is a few lines, which `lora-plugins new-plugin` writes."
 
 
 def _of_others(matches: Sequence[str], free: Sequence[Site]) -> str:

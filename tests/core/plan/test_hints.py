@@ -115,6 +115,13 @@ def test_of_a_module_that_is_no_layer_the_layers_in_it_are_named(targets):
         LoraModel.plan(fused(), LoraConfig(target_modules=targets))
 
 
+@pytest.mark.parametrize(("beside", "close"), [(nn.ReLU(), ""), (nn.Linear(4, 4), "There is 'beside'. ")], ids=str)
+def test_of_a_layer_of_a_type_without_a_plugin_the_type_is_named(beside, close):
+    model = nn.ModuleDict({"own": nn.Bilinear(2, 3, 4), "beside": beside})
+    with pytest.raises(TargetError, match=rf"which no plugin adapts\. {close}A plugin for 'Bilinear' is .*new-plugin"):
+        LoraModel.plan(model, LoraConfig(target_modules=["own"]))
+
+
 def test_a_glob_as_a_string_is_told():
     with pytest.raises(ConfigError, match=r"not a regular expression.*Where '\*' stands for any text, write '\.\*'"):
         LoraModel.plan(fused(), LoraConfig(target_modules="*.qkv"))
