@@ -38,6 +38,11 @@ def alias_pytorch_lightning() -> None:
     sys.meta_path.insert(0, _Finder())
 
 
+def used() -> bool:
+    """Whether something has imported an alias in place of the package itself."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path) and bool(ALIASES.keys() & sys.modules.keys())
+
+
 @contextmanager
 def pytorch_lightning_aliased() -> Iterator[None]:
     """Sets the alias for the duration of the block, unless `pytorch_lightning` is imported or aliased already."""

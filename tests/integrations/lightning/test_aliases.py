@@ -125,3 +125,15 @@ def test_the_command_line_does_it_by_itself(tmp_path):
     done = run(tmp_path, "", "-m", "lora_plugins", "fit", "--config", "run.yaml")
     assert done.returncode == 0, done.stderr
     assert "layers adapted" in done.stdout
+
+
+def test_the_line_that_loads_a_checkpoint_works_in_a_new_program(tmp_path):
+    code = FIT.replace("TRAINER", "lightning.pytorch.Trainer") + (
+        "from lora_plugins.integrations.lightning.checkpoint.rebuilding import rebuilding_line\n"
+        "print('LINE ' + rebuilding_line(module, 'ck/it.ckpt'))\n"
+    )
+    fitted = run(tmp_path, ALIAS + code)
+    assert fitted.returncode == 0, fitted.stderr
+    (line,) = [each.removeprefix("LINE ") for each in fitted.stdout.splitlines() if each.startswith("LINE ")]
+    again = run(tmp_path, f"{line}; import lightning.pytorch as pl; assert isinstance(module, pl.LightningModule)")
+    assert again.returncode == 0, again.stderr

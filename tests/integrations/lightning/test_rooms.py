@@ -25,7 +25,7 @@ ARROWS = {
     "adapter_files": set(),
     "aliases": set(),
     "class_paths": set(),
-    "checkpoint": {"module"},
+    "checkpoint": {"aliases", "module"},
     "strategies": {"checkpoint", "module", "shims"},
     "training": {"module", "shims", "strategies"},
     "writer": {"shims"},
