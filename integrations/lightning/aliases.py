@@ -38,7 +38,7 @@ def alias_pytorch_lightning() -> None:
     sys.meta_path.insert(0, _Finder())
 
 
-def used() -> bool:
+def alias_in_use() -> bool:
     """Whether something has imported an alias in place of the package itself."""
     return any(isinstance(finder, _Finder) for finder in sys.meta_path) and bool(ALIASES.keys() & sys.modules.keys())
 

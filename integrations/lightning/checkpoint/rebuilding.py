@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError
 from lora_plugins.errors import listing, near
-from lora_plugins.integrations.lightning.aliases import used
+from lora_plugins.integrations.lightning.aliases import alias_in_use
 from lora_plugins.integrations.lightning.checkpoint.adapted_networks import adapted_networks
 from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import (
     HYPERPARAMETERS,
@@ -85,7 +85,7 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     arguments += [f"{key}=..." for key in dict.fromkeys([*missing_arguments(cls, given), *taken])]
     arguments += [for_objects] if for_objects else []
     door = "from lora_plugins.integrations.lightning import load_from_checkpoint"
-    if used():  # in a new program, too, ahead of the import of the class
+    if alias_in_use():  # in a new program, too, ahead of the import of the class
         door = f"{door}, alias_pytorch_lightning; alias_pytorch_lightning()"
     imports = [door] if "<locals>" in name else [door, f"from {_module_of(cls)} import {name.partition('.')[0]}"]
     return "; ".join([*imports, f"module = load_from_checkpoint({', '.join(arguments)})"])
