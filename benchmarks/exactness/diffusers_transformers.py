@@ -401,6 +401,12 @@ MODELS: Mapping[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         lambda: {"hidden_states": randn(1, 4, 8), "timestep": rand(1), "encoder_hidden_states": randn(1, 4, 16),
             "global_hidden_states": randn(1, 1, 8)},
     ),
+    "T5FilmDecoder": (
+        {"input_dims": 8, "targets_length": 4, "max_decoder_noise_time": 100.0, "d_model": 16, "num_layers": 1,
+            "num_heads": 2, "d_kv": 8, "d_ff": 32},
+        lambda: {"encodings_and_masks": [(randn(2, 4, 16), ones(2, 4))], "decoder_input_tokens": randn(2, 4, 8),
+            "decoder_noise_time": rand(2)},
+    ),
     "Transformer2DModel": (
         {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 8, "norm_num_groups": 4,
             "cross_attention_dim": 8},

@@ -153,8 +153,7 @@ MODELS: Mapping[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
             32), "added_time_ids": rand(2, 3)},
     ),
     "UVit2DModel": (
-        {"hidden_size": 16, "use_bias": True, "cond_embed_dim": 8, "micro_cond_encode_dim": 4,
-            "micro_cond_embed_dim": 20,
+        {"hidden_size": 16, "cond_embed_dim": 8, "micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20,
             "encoder_hidden_size": 8, "vocab_size": 30, "codebook_size": 20, "in_channels": 16,
             "block_out_channels": 16, "num_res_blocks": 1, "block_num_heads": 2, "num_hidden_layers": 1,
             "num_attention_heads": 2, "intermediate_size": 32, "sample_size": 8},
