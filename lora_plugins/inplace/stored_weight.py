@@ -19,9 +19,10 @@ SUFFIX = "_stored"
 """What the name of a stored weight's module ends with; the name of the weight stands before it."""
 
 LIKE = "dense_like"
-"""The name of an empty tensor of the dense type, which casts of the model change.
+"""The name of a tensor of the dense type, which casts of the model change; nothing reads its one value.
 
-It is ahead of the scales: `model.dtype` of transformers and diffusers is the type of the first floating tensor.
+It is ahead of the scales: `model.dtype` of transformers and diffusers is the type of the first floating tensor. It is
+not empty: accelerate takes all empty tensors for one that is shared, and saves one of them.
 """
 
 
@@ -53,7 +54,7 @@ class StoredWeight(nn.Module):
         self.source_dtype = source_dtype or weight.dtype
         self.was_trained = requires_grad
         self.succeeded_by(None)
-        like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
+        like = torch.zeros(1, dtype=dtype or weight.dtype, device=device or weight.device)
         self.register_parameter(LIKE, nn.Parameter(like, requires_grad=False))
         for name, tensor in storage.store(weight).items():
             if hasattr(self, name):

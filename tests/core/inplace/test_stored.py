@@ -393,6 +393,13 @@ def test_the_first_floating_tensor_has_the_dense_type(storage):
     assert model[0].weight.dtype == torch.float16
 
 
+def test_no_stored_tensor_is_left_out_of_a_file_as_a_shared_one():
+    """accelerate takes tensors without a storage of their own, as all empty ones are, for one that is shared."""
+    utils = pytest.importorskip("accelerate.utils")
+    state = adapted(quantize_modules="all").model.state_dict()
+    assert utils.clean_state_dict_for_safetensors(dict(state)).keys() == state.keys()
+
+
 def test_without_adapters_it_computes_the_dense_value():
     lora = adapted()
     dense = made_dense(lora.model)
