@@ -36,7 +36,7 @@ class ShardedRun(Run):
     def adapt_when_built(
         self, shims: MethodShims, module: LightningModule, target: str | None, adapter: str, adapt: Callable[[], None]
     ) -> None:
-        """Adapts the module before the last hook in which it may build layers, since that shards it."""
+        """Adapts the module before its `configure_model`, which may shard it, or after `setup` if it has none."""
         sharding = AdaptBeforeSharding(module, target, adapter, adapt)
         after_building(shims, module, sharding.after, sharding.before)
 

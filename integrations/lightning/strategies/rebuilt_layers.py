@@ -63,11 +63,11 @@ class _Kept:
 def after_building(
     shims: MethodShims, module: LightningModule, then: Callable[[], None], before: Callable[[], None] | None = None
 ) -> None:
-    """Calls `then` after the last hook in which a module may build layers, and `before` ahead of that hook."""
+    """Calls `then` after the last hook in which a module may build layers, and `before` ahead of `configure_model`."""
     if is_overridden("configure_model", module):  # WeightAveraging calls it ahead of `setup` as well
         shims.after("setup", lambda _: shims.after("configure_model", lambda _: then(), before))
     else:
-        shims.after("setup", lambda _: then(), before)
+        shims.after("setup", lambda _: then())
 
 
 def follow_building(shims: MethodShims, module: LightningModule) -> None:

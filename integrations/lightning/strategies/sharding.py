@@ -35,7 +35,7 @@ def reshard(module: nn.Module) -> None:
 
 
 class AdaptBeforeSharding:
-    """Adapts a module before its own `configure_model` shards it, if that is possible, and else after it.
+    """Adapts a module before its own `configure_model`, which may shard it, if that is possible, and else after it.
 
     Args:
         module: The module.
@@ -62,7 +62,9 @@ class AdaptBeforeSharding:
             StateError: If it is sharded by now, or has layers that were built after it was adapted.
         """
         target = find_target(self._module, self._target)
-        if model_state(target) is None:
+        state = model_state(target)
+        if state is None or self._adapter not in state.adapters:
+            check_not_wrapped(target)
             _check_not_sharded(target, self._error)
             self._adapt()
         _check_none_missed(LoraModel(target), self._adapter)
@@ -107,7 +109,6 @@ def _check_not_sharded(target: nn.Module, why: object) -> None:
         StateError: If it is sharded. Adapters that are added now would differ between processes.
     """
     split = [name for name, parameter in target.named_parameters() if isinstance(parameter, DTensor)]
-    split += [name for name, module in target.named_modules() if isinstance(module, FullyShardedDataParallel)]
     if split:
         raise StateError(
             f"Before configure_model(), which shards {listing(split, 3)}, the module could not be adapted: "

@@ -273,11 +273,38 @@ def one_process():
         torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
 
 
+def fsdp(**options):
+    return FsdpOnCpu(process_group_backend="gloo", state_dict_type="sharded", **options)
+
+
+def trained(run):
+    """The names of what a run of FSDP has trained."""
+    parameters = run.strategy.model.named_parameters()
+    return {name.removeprefix("_fsdp_wrapped_module.") for name, each in parameters if each.requires_grad}
+
+
 @pytest.mark.parametrize(("cls", "options", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_sharding_cannot_do_is_refused_by_name(tmp_path, one_process, cls, options, message):
     lora = LoraCallback(options.pop("config", CONFIG), **{"merge_on_fit_end": False, **options})
     with pytest.raises(StateError, match=message):
         trainer(tmp_path, [lora], strategy=one_process()).fit(cls(), loader())
+
+
+class BuildsInSetup(NoNorm):
+    def setup(self, stage):
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use .NO_SHARD.:UserWarning")  # there is one process
+def test_fsdp_trains_layers_that_setup_builds(tmp_path, one_process):
+    lora = LoraCallback(LoraConfig(r=2, target_modules="all"), merge_on_fit_end=False)
+    run = trainer(tmp_path, [lora], strategy=fsdp())
+    run.fit(BuildsInSetup(), loader())
+    layers = ("net.0", "net.3", "head")
+    assert trained(run) == {f"{layer}.lora_{tensor}.default" for layer in layers for tensor in "AB"}
 
 
 WRONG_FILES = {
@@ -377,9 +404,8 @@ def test_what_fsdp_cannot_do_is_refused_by_name(tmp_path, one_process, options, 
 
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use .NO_SHARD.:UserWarning")  # there is one process
 def test_fsdp_trains_a_module_that_the_trainer_casts(tmp_path, one_process):
-    strategy = FsdpOnCpu(process_group_backend="gloo", state_dict_type="sharded")
     lora = LoraCallback(CONFIG, merge_on_fit_end=False)
-    run = trainer(tmp_path, [lora], strategy=strategy, precision="bf16-true")
+    run = trainer(tmp_path, [lora], strategy=fsdp(), precision="bf16-true")
     run.fit(NoNorm(), loader())
     assert {parameter.dtype for parameter in run.strategy.model.parameters()} == {torch.bfloat16}
 
@@ -407,8 +433,7 @@ def test_stored_weights_are_refused_by_fsdp_before_anything_is_touched(tmp_path,
     store(module)
     before = {name: (id(tensor), tensor.clone()) for name, tensor in module.state_dict(keep_vars=True).items()}
     classes = [type(each) for each in module.modules()]
-    strategy = FsdpOnCpu(process_group_backend="gloo", state_dict_type="sharded")
-    run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False)], strategy=strategy)
+    run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False)], strategy=fsdp())
     with pytest.raises(StateError, match=r"'net\.0\.weight' are stored in fewer bytes, .* as FsdpOnCpu does"):
         getattr(run, stage)(module, loader())
     after = module.state_dict(keep_vars=True)
