@@ -80,8 +80,8 @@ def check_not_replaced(target: nn.Module, name: str) -> None:
     if lost:
         raise StateError(
             f"{len(lost)} adapted layers were replaced by others after they were adapted: {listing(lost)}. A "
-            "precision plugin that swaps layers, or a setup() that builds the model again, does that. Build the "
-            "layers once, and convert them before fit."
+            "precision plugin that swaps layers, or a setup() or configure_model() that builds the model again, does "
+            "that. Build the layers once, and convert them before fit."
         )
     values = present_state(target).values
     heads = [tensor for tensor in values.replaced(target) if tensor in values.of(name)]

@@ -17,9 +17,11 @@ from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateErr
 from lora_plugins.adapter import adapter_parameters, model_state
 from lora_plugins.errors import listing, sentence
 from lora_plugins.inplace import foreign_weights, stored_weights
-from lora_plugins.integrations.lightning.module import find_target
+from lora_plugins.integrations.lightning.module import check_not_replaced, find_target
 
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+_BUILD_BEFORE = "Build all layers in __init__ or setup(), and let configure_model() only shard them."
 
 
 def is_sharded(trainer: Trainer) -> bool:
@@ -47,11 +49,13 @@ class AdaptBeforeSharding:
     def __init__(self, module: nn.Module, target: str | None, adapter: str, adapt: Callable[[], None]) -> None:
         self._module, self._target, self._adapter, self._adapt = module, target, adapter, adapt
         self._error: LoraError | None = None
+        self._done = False
 
     def before(self) -> None:
         """Saves the error if layers are missing: `configure_model` may build them."""
         try:
             self._adapt()
+            self._done = True
         except ConfigError as error:  # TargetError is one
             self._error = error
 
@@ -64,9 +68,19 @@ class AdaptBeforeSharding:
         target = find_target(self._module, self._target)
         state = model_state(target)
         if state is None or self._adapter not in state.adapters:
+            if self._done:
+                raise StateError(
+                    f"configure_model() built {self._target!r} again after it was adapted. {_BUILD_BEFORE}"
+                )
             check_not_wrapped(target)
             _check_not_sharded(target, self._error)
+            if state is not None and self._error is not None:
+                raise StateError(
+                    f"Before configure_model(), the adapter {self._adapter!r} could not be added as others were: "
+                    f"{sentence(self._error)} If layers were missing: {_BUILD_BEFORE}"
+                )
             self._adapt()
+        check_not_replaced(target, self._adapter)
         _check_none_missed(LoraModel(target), self._adapter)
 
 
@@ -141,8 +155,7 @@ def _check_none_missed(lora: LoraModel, adapter: str) -> None:
     missed = {layer.name for layer in LoraModel.plan(lora.model, plan.config).layers} - {x.name for x in plan.layers}
     if missed:
         raise StateError(
-            f"{listing(sorted(missed))} were built in configure_model(), after the module was adapted. Build all "
-            "layers in __init__ or setup(), and let configure_model() only shard them."
+            f"configure_model() built {listing(sorted(missed))} after the module was adapted. {_BUILD_BEFORE}"
         )
 
 

@@ -290,6 +290,54 @@ def test_what_sharding_cannot_do_is_refused_by_name(tmp_path, one_process, cls, 
         trainer(tmp_path, [lora], strategy=one_process()).fit(cls(), loader())
 
 
+def two_callbacks():
+    """For one module, of which `BuiltLate` has the layers of the second callback from `configure_model` on."""
+    configs = {"first": LoraConfig(r=2, target_modules=["head"]), "second": CONFIG}
+    return [LoraCallback(config, adapter_name=name, merge_on_fit_end=False) for name, config in configs.items()]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("fsdp2", r"which shards .* could not be adapted: .*'net\.0'.*build them in __init__"),
+        ("fsdp", r"the adapter 'second' could not be added as others were: .*'net\.0'.*in __init__"),
+    ],
+    ids=["fsdp2", "fsdp"],
+)
+def test_layers_that_one_of_two_callbacks_misses_are_named(tmp_path, one_process, strategy, message):
+    run = trainer(tmp_path, two_callbacks(), strategy=fsdp() if strategy == "fsdp" else one_process())
+    with pytest.raises(StateError, match=message):
+        run.fit(BuiltLate(), loader())
+
+
+class BuildsAgain(Sharded):
+    def configure_model(self):
+        self.net = NoNorm().net
+        super().configure_model()
+
+
+WITHIN = replace(CONFIG, target_modules=["0"])
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("config", "target", "message"),
+    [
+        (CONFIG, None, r"replaced by others.*'net\.0'.*configure_model"),
+        (WITHIN, "net", "built 'net' again after"),
+    ],
+    ids=["module", "target"],
+)
+def test_layers_that_configure_model_builds_again_are_named(
+    tmp_path, one_process, strategy, config, target, message, stage
+):
+    lora = LoraCallback(config, target=target, merge_on_fit_end=False)
+    run = trainer(tmp_path, [lora], strategy=fsdp() if strategy == "fsdp" else one_process())
+    with pytest.raises(StateError, match=message):
+        getattr(run, stage)(BuildsAgain(), loader())
+
+
 class BuildsInSetup(NoNorm):
     def setup(self, stage):
         self.head = nn.Linear(3, 3)
