@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -122,7 +123,9 @@ class ChangesWithinRun:
         self._late += late
         built = "built after the module was adapted, as in its first step or a later epoch"
         way = "Build them in __init__, setup or configure_model, or run the module once before fit"
-        if meant := built_too_late(self._module):
+        # The tensors of FSDP are flat by now, and nothing can be planned. What was built before that was checked then.
+        flat = isinstance(self._trainer.strategy, FSDPStrategy)
+        if not flat and (meant := built_too_late(self._module)):
             raise StateError(
                 f"{listing(meant, 3)} were {built}. The configuration means them as well, so no checkpoint with them "
                 f"could be loaded. {way}; or let target_modules name the layers that are to be adapted."

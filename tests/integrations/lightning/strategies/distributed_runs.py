@@ -135,6 +135,17 @@ class Sharded(Headed):
                 fully_shard(module, mesh=mesh)
 
 
+class HeadBuiltLate(Headed):
+    """Its own head is not adapted."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.built = [self._modules.pop("head")]
+
+    def configure_model(self):
+        self.head = self.built[0]
+
+
 HEADED = LoraConfig(r=2, target_modules=["net.0", "net.3"], modules_to_save=["head"])
 
 
@@ -197,6 +208,7 @@ def after_ddp(folder: Path) -> None:
 
 
 def fsdp(folder: Path) -> None:
+    run(folder, "head-built-late", STRATEGIES["fsdp"](), 1).fit(HeadBuiltLate(), loader())
     sharded(folder, "fsdp", Headed)
     half = run(folder, "half", STRATEGIES["distributed"](), 1, config=HEADED)
     half.fit(Sharded(), loader())

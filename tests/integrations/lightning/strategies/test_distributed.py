@@ -223,6 +223,14 @@ def test_training_goes_on_with_the_folder_of_the_other_way_to_shard(runs, name):
     torch.testing.assert_close(dump(folder, name, 0), dump(folder, "fsdp-straight", 0))
 
 
+@pytest.mark.slow
+def test_fsdp_trains_a_head_of_its_own_that_configure_model_builds(runs):
+    folder = runs("fsdp")
+    first, second = dump(folder, "head-built-late", 0), dump(folder, "head-built-late", 1)
+    assert not differing(first, second)
+    assert any(name.endswith("head.weight") for name in first)
+
+
 class BuiltLate(Sharded):
     def __init__(self, **options):
         super().__init__(**options)
