@@ -39,7 +39,9 @@ from lora_plugins.utils import within
 
 @dataclass
 class Run:
-    """What a LoraCallback holds of a run of a Trainer, and does in one in which each process has the whole module.
+    """What a LoraCallback holds and does in one run of a Trainer. Each process has the whole module.
+
+    A `ShardedRun` is one in which that is not so.
 
     Attributes:
         module_shims: What stands in for methods of the module.

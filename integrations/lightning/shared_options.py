@@ -14,7 +14,7 @@ def check_shared(options: Iterable[str], callbacks: Sequence[Callback], why: str
     Args:
         options: Their names.
         callbacks: The LoraCallbacks.
-        why: What says why they share them, after "LoraCallbacks".
+        why: Which callbacks those are and why they share the options, such as "of one trainer share its optimizers".
 
     Raises:
         ConfigError: If values differ, naming them.
@@ -28,4 +28,4 @@ def check_shared(options: Iterable[str], callbacks: Sequence[Callback], why: str
 
 def _options(callback: Callback) -> dict[str, Any]:
     own = vars(callback)
-    return {**own, **vars(own["rates"])}
+    return {**own, **vars(own["rates"])}  # which are options too: loraplus_lr_ratio, heads_lr_ratio
