@@ -97,9 +97,14 @@ def _apply_norms(modules: list[NamedModule], state: ModelState) -> None:
 def _apply_gradients(modules: list[NamedModule], state: ModelState) -> None:
     trained = state.unmerged if state.trainable else ()
     names = {name for adapter in trained for name in state.adapters[adapter].plan.trained}
+    layers = adapted_among(modules)
+    own_values = {name for adapter in state.adapters.values() for name in adapter.plan.trained}
     for name, parameter in own_parameters(modules).items():
-        require_gradient(parameter, name in names, state.guards, name)
-    for name, layer in adapted_among(modules).items():
+        if name in own_values or name.rpartition(".")[0] in layers:
+            state.requires_grad.setdefault(name, parameter.requires_grad)
+        if name in state.requires_grad:  # else it was built since, and is the author's own
+            require_gradient(parameter, name in names, state.guards, name)
+    for name, layer in layers.items():
         for adapter in state.adapters:
             for key, factor in named_adapter_parameters(layer, adapter):
                 require_gradient(factor, adapter in trained, state.guards, full_name(name, key))

@@ -82,7 +82,7 @@ class ModelState:
         trainable: Whether active adapters are trained.
         kept: The untouched weights while something is merged, by full name.
         values: The model's own tensors that depend on the active adapter.
-        requires_grad: Which parameters of the untouched model required a gradient.
+        requires_grad: Which parameters required a gradient before there were adapters, or one for what was built since.
         leaving: Whether `merge_and_unload` has begun: some layers may be merged already.
         blocks: The `with` blocks that are open, the innermost last.
         outside: What the last of them puts back; None while none is open.
