@@ -306,7 +306,7 @@ class Reference:
         found: dict[str, Tensor] = {}
         for name, first in self.first.items():
             if first in self.stored:
-                tensors = self.stored[first].tensors | {"dense_like": torch.empty(0, dtype=self.dtype)}
+                tensors = self.stored[first].tensors | {"dense_like": torch.zeros(1, dtype=self.dtype)}
                 found |= {f"{name}_stored.{key}": value for key, value in tensors.items()}
             else:
                 found[name] = self.value(first)
