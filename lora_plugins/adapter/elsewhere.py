@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from lora_plugins.adapter.lifecycle import CALLS
+from lora_plugins.adapter.owned_tensors import IF_OFFLOADED
 from lora_plugins.adapter.state import adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import holder_of, is_shard, model_modules, own_parameters
@@ -33,9 +34,8 @@ def check_here(model: nn.Module, call: str) -> None:
     _check_whole(model, own, call)
     if away := [name for name, parameter in own.items() if parameter.is_meta]:
         raise StateError(
-            f"{CALLS[call].doing} needs tensors with values, and {listing(away, 3)} are on the meta device. If "
-            "accelerate offloads the model, take that back first: "
-            "accelerate.hooks.remove_hook_from_submodules(model)."
+            f"{CALLS[call].doing} needs tensors with values, and {listing(away, 3)} are on the meta device. "
+            f"{IF_OFFLOADED}"
         )
     if on_disk := [entry.name for entry in modules if _is_on_disk(entry.module)]:
         raise StateError(

@@ -14,6 +14,11 @@ from torch.autograd.graph import increment_version
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import found_tensor, holder_of, is_shard, own_tensor
 
+IF_OFFLOADED = (
+    "If accelerate offloads the model, take that back first: accelerate.hooks.remove_hook_from_submodules(model)."
+)
+"""What to do where tensors are on the meta device."""
+
 
 @dataclass
 class OwnedTensors:
@@ -81,9 +86,8 @@ class OwnedTensors:
         away = [name for name in changing if _is_away(own_tensor(model, name), self._values(wanted.get(name))[name])]
         if away:
             raise StateError(
-                f"{listing(away, 3)} takes another value, and has none to exchange it for while on the meta device. If "
-                "accelerate offloads the model, take that back first: "
-                "accelerate.hooks.remove_hook_from_submodules(model)."
+                f"{listing(away, 3)} takes another value, and has none to exchange it for while on the meta device. "
+                f"{IF_OFFLOADED}"
             )
         self.follow_casts(model)
         for name in changing:
