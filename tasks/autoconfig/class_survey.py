@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_plugins.tasks.autoconfig.folders import beside, has_folders, splits_in
-from lora_plugins.tasks.autoconfig.found import LABELS, Flags, Survey, shared, unmeasured
+from lora_plugins.tasks.autoconfig.found import Flags, Survey, labels_survey
 from lora_plugins.tasks.autoconfig.lookalikes import (
     IMAGES_FOLDER,
     MASKS_FOLDER,
@@ -14,7 +14,7 @@ from lora_plugins.tasks.autoconfig.lookalikes import (
 )
 from lora_plugins.tasks.autoconfig.readable import check_no_problems, unreadable
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import TRAIN, VAL, image_files, left_out, subfolders, without_images
+from lora_plugins.tasks.files import TRAIN, image_files, left_out, subfolders, without_images
 
 Images = Mapping[str, Mapping[str, list[Path]]]
 """By split and class."""
@@ -42,23 +42,18 @@ def class_survey(data: Path, flags: Flags) -> Survey:
             f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
             f"images for each class, at least two.{list_in(data)}"
         )
-    sizes = {split: {name: len(paths) for name, paths in members.items()} for split, members in images.items()}
-    share, counts = shared(
-        {split: sum(members.values()) for split, members in sizes.items()}, [*sizes[TRAIN].values()], flags
-    )
-    return Survey(
-        LABELS,
+    return labels_survey(
         "ImageFolderDataModule",
-        {"root": str(data.absolute()), **share},
-        tuple(classes),
-        counts,
+        {"root": str(data.absolute())},
+        {split: {name: len(paths) for name, paths in members.items()} for split, members in images.items()},
+        classes,
         "a folder for each class",
+        flags,
         left_out=[
             *(beside(data, splits) if splits else ()),
             *(path for folder in folders.values() for path in image_files(folder)),
             *left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
         ],
-        unmeasured=unmeasured(sizes[TRAIN], sizes.get(VAL), share.get("val_share", 0.0)),
     )
 
 

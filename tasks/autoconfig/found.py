@@ -77,7 +77,45 @@ def shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tu
     return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
 
 
-def unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, share: float) -> tuple[str, ...]:
+def labels_survey(
+    module: str,
+    arguments: Mapping[str, Any],
+    labels: Mapping[str, Mapping[str, int]],
+    classes: Sequence[str],
+    found: str,
+    flags: Flags,
+    left_out: Sequence[Path] = (),
+) -> Survey:
+    """Returns what was found of images with labels.
+
+    Args:
+        module: The class of the data module.
+        arguments: Its arguments, but for the share to validate on.
+        labels: Images by split and class.
+        classes: Names of the classes.
+        found: In words, what the task was told from.
+        flags: What flags say about the data.
+        left_out: What is not read.
+
+    Raises:
+        DataError: If there are too few to validate on some.
+    """
+    train = {name: labels[TRAIN].get(name, 0) for name in classes}
+    totals = {split: sum(members.values()) for split, members in labels.items()}
+    share, counts = shared(totals, [*train.values()], flags)
+    return Survey(
+        LABELS,
+        module,
+        {**arguments, **share},
+        tuple(classes),
+        counts,
+        found,
+        left_out=left_out,
+        unmeasured=_unmeasured(train, labels.get(VAL), share.get("val_share", 0.0)),
+    )
+
+
+def _unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, share: float) -> tuple[str, ...]:
     """The classes of which no image is validated on.
 
     Args:

@@ -8,12 +8,12 @@ from typing import Any
 
 from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.folders import class_names
-from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared, unmeasured
+from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, labels_survey, shared
 from lora_plugins.tasks.autoconfig.lookalikes import images_of_list_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.autoconfig.readable import check_no_problems, image_size, unequal, unreadable
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import TRAIN, VAL, read_list, row_split
+from lora_plugins.tasks.files import TRAIN, read_list, row_split
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -70,15 +70,6 @@ def _of_labels(data: Path, splits: Mapping[str, Rows], found: str, flags: Flags)
     classes = flags.classes or tuple(sorted({*itertools.chain(*labels.values())}))
     if len(classes) < 2:
         raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
-    train = {name: labels[TRAIN][name] for name in classes}
-    share, counts = shared({split: len(members) for split, members in splits.items()}, [*train.values()], flags)
     chosen = {} if flags.classes is None else {"classes": [*classes]}
-    return Survey(
-        LABELS,
-        "ImageListDataModule",
-        {"file": str(data.absolute()), **chosen, **share},
-        classes,
-        counts,
-        found,
-        unmeasured=unmeasured(train, labels.get(VAL), share.get("val_share", 0.0)),
-    )
+    arguments = {"file": str(data.absolute()), **chosen}
+    return labels_survey("ImageListDataModule", arguments, labels, classes, found, flags)
