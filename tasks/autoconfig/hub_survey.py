@@ -1,5 +1,6 @@
 """Surveys a data set of Hugging Face `datasets`: by its name on the hub, or in a folder that `datasets` wrote."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lora_plugins.errors import listing
-from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Flags, Survey, common_size, shared
+from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, labels_survey, shared
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import TRAIN
@@ -67,24 +68,37 @@ def hub_survey(name: str, flags: Flags) -> Survey:
 def _of_labels(found: "HubDataset", image: str, flags: Flags) -> Survey:
     if flags.classes is not None or flags.ignore_index is not None:
         raise DataError(f"--classes and --ignore-index are for masks; {found.name} has labels.")
-    named = [column for column, feature in found.features.items() if hasattr(feature, "names")]
-    column = next(iter([*named, *(name for name in LABEL_COLUMNS if name in found.features)]), None)
+    coded = [column for column, feature in found.features.items() if hasattr(feature, "names")]
+    column = next(iter([*coded, *(name for name in LABEL_COLUMNS if name in found.features)]), None)
     if column is None:
         raise DataError(f"{found.name} has the columns {listing(found.features)}, and none of labels, such as 'label'.")
-    values, problems = found.labels(TRAIN, column)
+    labels = _known_labels(found, column)
+    if len({*labels[TRAIN]}) < 2:
+        raise DataError(f"All rows of {found.name} have one label, and there is nothing to tell apart.")
+    told = getattr(found.features[column], "names", None)
+    every = sorted({*itertools.chain(*labels.values())})
+    classes = dict(enumerate(told)) if told else {value: str(value) for value in every}
+    return labels_survey(
+        "HubImageDataModule",
+        {"name": found.name, "image_column": image, "label_column": column, "check_files": True},
+        {split: Counter(classes.get(value, "") for value in values) for split, values in labels.items()},
+        [*classes.values()],
+        f"a data set with labels in {column!r}",
+        flags,
+    )
+
+
+def _known_labels(found: "HubDataset", column: str) -> Mapping[str, Sequence[Any]]:
+    """The labels of each split, or what is wrong with them, all at once."""
+    read = {split: found.labels(split, column) for split in found.tables}
+    problems = [problem for _, wrong in read.values() for problem in wrong]
     if problems:
+        rows = sum(len(values) for values, _ in read.values())
         raise DataError(
-            f"{len(problems)} of {len(values)} rows have no label:\n{listed(problems)}\nTake them out of the data set; "
+            f"{len(problems)} of {rows} rows have no label:\n{listed(problems)}\nTake them out of the data set; "
             "or run `fit` with a configuration that says on_problem: skip of the data, which leaves them out."
         )
-    labels = Counter(values)
-    names: Sequence[Any] = getattr(found.features[column], "names", None) or sorted(labels)
-    if len(labels) < 2:
-        raise DataError(f"All rows of {found.name} have one label, and there is nothing to tell apart.")
-    share, counts = shared(_counts(found), [*labels.values()], flags)
-    arguments = {"name": found.name, "image_column": image, "label_column": column, "check_files": True, **share}
-    classes = tuple(str(name) for name in names)
-    return Survey(LABELS, "HubImageDataModule", arguments, classes, counts, f"a data set with labels in {column!r}")
+    return {split: values for split, (values, _) in read.items()}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,19 @@ def test_labels(labeled_rows, prefix):
     assert (found.task, found.classes, dict(found.counts)) == (LABELS, ("cat", "dog"), {"train": 6, "val": 2})
 
 
+@pytest.mark.parametrize("coded", [True, False], ids=["named", "texts"])
+def test_classes_of_all_splits_and_those_that_are_not_validated_on(labeled_rows, tmp_path, coded):
+    splits = datasets.load_from_disk(labeled_rows)
+    names = ["cat", "dog", "owl"]
+    feature = datasets.ClassLabel(names=names) if coded else datasets.Value("string")
+    for split, values in {"train": [0, 0, 0, 1, 1, 1], "validation": [1, 2]}.items():
+        labels = values if coded else [names[value] for value in values]
+        splits[split] = splits[split].remove_columns("label").add_column("label", labels).cast_column("label", feature)
+    splits.save_to_disk(tmp_path / "anew")
+    found = survey(tmp_path / "anew", Flags())
+    assert (found.classes, found.unmeasured) == (("cat", "dog", "owl"), ("cat",))
+
+
 def test_masks(masked_rows):
     found = survey(masked_rows, Flags(ignore_index=0))
     assert (found.task, found.classes) == (MASKS, ("class_0", "class_1", "class_2"))

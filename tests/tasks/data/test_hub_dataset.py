@@ -51,7 +51,7 @@ class TestHub:
     def test_rows_without_a_label_are_listed(self, unlabeled_rows):
         with pytest.raises(DataError, match=r"(?s)1 problem.*row 2 of .*, train has (None|nan|-1) as its label"):
             loaded(HubImageDataModule(unlabeled_rows, **SIZE))
-        with pytest.raises(DataError, match=r"(?s)1 of 6 rows have no label.*row 2 of .*on_problem: skip"):
+        with pytest.raises(DataError, match=r"(?s)1 of 8 rows have no label.*row 2 of .*on_problem: skip"):
             survey(unlabeled_rows, Flags())
 
     def test_rows_without_a_label_are_left_out_when_asked(self, unlabeled_rows):
