@@ -25,6 +25,7 @@ from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import base_class_of, constructor, generated_class, layer_state, state_of
 from lora_plugins.inplace.library_kinds import Foreign
 from lora_plugins.inplace.library_weights import foreign_weights
+from lora_plugins.inplace.placed_weights import is_placed
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
 from lora_plugins.inplace.weights import LazyWeightsOf, is_shard, weight_with_merged, weights_of
@@ -146,6 +147,8 @@ def _weight_property(name: str, base: Any) -> property:
     is_computed = isinstance(inspect.getattr_static(base, name, None), property)
 
     def get(layer: nn.Module) -> Tensor | DescribedTensor:
+        if is_placed() and isinstance(own := layer._parameters.get(name), Tensor):
+            return own
         state = layer_state(layer)
         if state.rows is not None and not is_shard(layer, name):
             return described(

@@ -357,6 +357,27 @@ def test_an_adapted_model_is_offloaded_by_accelerate(tmp_path, where, options):
     torch.testing.assert_close(model(INDICES), whole(INDICES), rtol=0, atol=1e-12)
 
 
+def test_what_accelerate_places_is_the_base_s_own():
+    """The weight that is meant would become the parameter, and the update count twice."""
+    place = pytest.importorskip("accelerate.utils").set_module_tensor_to_device
+    model, _ = kinds({})
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    for name, _ in [*model.named_parameters()]:
+        place(model, name, "meta")  # no card is here
+    placed = dict(model.named_parameters())
+    assert all(parameter.is_meta for parameter in placed.values())
+    assert [name for name, parameter in placed.items() if not parameter.requires_grad] == frozen
+
+
+def test_an_adapted_model_is_dispatched_by_accelerate(device):
+    whole, _ = kinds({})
+    model, _ = kinds({})
+    parts = {name: device if name != "head" else "cpu" for name, _ in model.named_children()}
+    pytest.importorskip("accelerate").dispatch_model(model, parts, main_device=device, force_hooks=True)
+    placed = model(INDICES.to(device)).cpu()
+    torch.testing.assert_close(placed, whole(INDICES), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize("call", ["unmerge_adapter", "unload"])
 def test_a_merge_is_undone_when_the_model_is_taken_back(tmp_path, where, call):
