@@ -25,9 +25,11 @@ def as_one_operation(compute: Callable[..., Any], /, *args: Any, **options: Any)
         return compute(*args, **options)
 
     def adapted_layer(x: Any, /, *others: Any, **options: Any) -> Any:
+        if type(x) is not Tensor and _is_extended(x):  # modes, as that of a default device, come first and call this
+            return handle_torch_function(adapted_layer, (x,), x, *others, **options)
         return compute(x.as_subclass(Tensor) if isinstance(x, Tensor) else x, *others, **options)
 
-    return handle_torch_function(adapted_layer, args[:1], *args, **options)
+    return adapted_layer(*args, **options)
 
 
 def _is_extended(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """Inputs of classes that extend `torch.Tensor`: an adapted layer is one operation for them, as the untouched one."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ def test_computes_what_it_computes_of_the_tensor_that_is_wrapped(case, options):
     assert all(torch.equal(gradient, gradients[name]) for name, gradient in found.items())
 
 
-def test_is_one_operation_of_the_class(case):
+@pytest.mark.parametrize("surroundings", [nullcontext(), torch.device("cpu")], ids=["alone", "default device"])
+def test_is_one_operation_of_the_class(case, surroundings):
     model, x = case
     x = _labeled(x)
     before = Labeled.calls
@@ -113,7 +115,8 @@ def test_is_one_operation_of_the_class(case):
     LoraModel(model, LoraConfig(r=2, target_modules="all", init="none"))
 
     before = Labeled.calls
-    y = model(x)
+    with surroundings:
+        y = model(x)
 
     assert Labeled.calls - before == operations
     assert type(y) is type(untouched) is Labeled
