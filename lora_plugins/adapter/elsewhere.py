@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lora_plugins.adapter.group_offloading import check_no_copies, modules_on_disk
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.owned_tensors import IF_OFFLOADED
 from lora_plugins.adapter.state import adapted_layers
@@ -27,28 +28,23 @@ def check_here(model: nn.Module, call: str) -> None:
         call: Name of the call, as `lifecycle.CALLS` has it.
 
     Raises:
-        StateError: If parameters of the model are split over processes, on the meta device, or on the disk.
+        StateError: If parameters of the model are split over processes, on the meta device, or on the disk; or if the
+            call changes tensors that each forward takes from copies.
     """
-    modules = model_modules(model)
-    own = own_parameters(modules)
+    own = own_parameters(model_modules(model))
     _check_whole(model, own, call)
     if away := [name for name, parameter in own.items() if parameter.is_meta]:
         raise StateError(
             f"{CALLS[call].doing} needs tensors with values, and {listing(away, 3)} are on the meta device. "
             f"{IF_OFFLOADED}"
         )
-    if on_disk := [entry.name for entry in modules if _is_on_disk(entry.module)]:
+    if call != "save_adapter":
+        check_no_copies(model, CALLS[call].doing)
+    elif on_disk := modules_on_disk(model):
         raise StateError(
             f"{CALLS[call].doing} needs tensors with values, and group offloading of diffusers has those of "
             f"{listing(on_disk, 3)} on the disk. Do it before enable_group_offload, or in a pipeline without."
         )
-
-
-def _is_on_disk(module: nn.Module) -> bool:
-    """Whether diffusers' group offloading keeps the tensors of a module on disk until its forward."""
-    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-    group = getattr(hooks.get("group_offloading"), "group", None)
-    return getattr(group, "offload_to_disk_path", None) is not None
 
 
 def check_not_fused(model: nn.Module) -> None:

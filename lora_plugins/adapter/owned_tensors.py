@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from lora_plugins.adapter.group_offloading import check_no_copies
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import found_tensor, holder_of, is_shard, own_tensor
 
@@ -89,6 +90,8 @@ class OwnedTensors:
                 f"{listing(away, 3)} takes another value, and has none to exchange it for while on the meta device. "
                 f"{IF_OFFLOADED}"
             )
+        if changing:
+            check_no_copies(model, f"Giving {listing(changing, 3)} the value of another adapter, or of the base,")
         self.follow_casts(model)
         for name in changing:
             present, owner = self.owner.get(name), wanted.get(name)

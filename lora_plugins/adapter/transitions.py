@@ -20,6 +20,8 @@ from lora_plugins.adapter.content import (
     trained_values,
     with_own_tensors,
 )
+from lora_plugins.adapter.group_offloading import check_no_copies
+from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.moved_base import base_marks
 from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.opening import close_state, open_state
@@ -114,7 +116,9 @@ def add(model: nn.Module, adapter: str, new: NewAdapter) -> None:
         MergeError: If its init or its storage would change a weight that a layer uses too which it does not adapt.
         TargetError: If it would store a weight of which another adapter has a value of its own, or its init makes
             weights larger than their types can hold.
+        StateError: If diffusers takes the model's tensors from copies, which lack those of the adapter.
     """
+    check_no_copies(model, CALLS["add_adapter"].doing)
     plan, content, stored, changed = new.plan, new.content, new.stored, new.changed
     if plan.init.changes_base:
         check_shared(model, plan.weights())

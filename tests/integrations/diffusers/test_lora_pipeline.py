@@ -388,22 +388,47 @@ def test_layers_are_called_after_unloading_under_group_offloading():
     assert distance(drawn(pipe), base) == 0
 
 
-@pytest.mark.parametrize(
-    "by", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
-)
-def test_what_group_offloading_has_on_the_disk_is_not_saved_or_merged(by, tmp_path):
-    """In memory there is what happened to be there."""
+IN_GROUPS = [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}]
+
+
+@pytest.mark.parametrize("by", IN_GROUPS, ids=["leaves", "blocks"])
+def test_what_group_offloading_takes_from_copies_is_not_changed(by, tmp_path, device):
+    """Each forward reads files, or memory that is pinned; what is in the place of the tensors meanwhile is nothing."""
     pipe = build("Stable Diffusion")
     lora = moved(LoraPipeline(pipe, config(pipe)))
+    lora.save_adapter(tmp_path / "adapter")
+    expected = drawn(pipe)
+    copies = {"offload_to_disk_path": str(tmp_path / "parts")} if device.type == "cpu" else {"use_stream": True}
+    pipe.unet.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), **copies, **by)
+    for part in (pipe.text_encoder, pipe.vae):
+        part.to(device)
+    assert distance(drawn(pipe), expected) < TOLERANCE
+    calls = (
+        lora.merge_adapter,
+        lora.merge_and_unload,
+        lambda: lora.swap_adapter("default", tmp_path / "adapter"),
+        lambda: lora.add_adapter("other", config(pipe)),
+    )
+    for call in calls:
+        with pytest.raises(StateError, match=r"not possible while group offloading of diffusers takes .* 'unet"):
+            call()
+    if device.type == "cpu":
+        with pytest.raises(StateError, match=r"group offloading of diffusers has those of 'unet.* on the disk"):
+            lora.save_adapter(tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+    assert distance(drawn(pipe), expected) < TOLERANCE
+
+
+def test_a_changed_base_is_not_exchanged_while_group_offloading_takes_it_from_copies(tmp_path):
+    pipe = build("Stable Diffusion")
+    lora = moved(LoraPipeline(pipe, config(pipe, init="pissa")))
     expected, cpu = drawn(pipe), torch.device("cpu")
     pipe.unet.enable_group_offload(
-        onload_device=cpu, offload_device=cpu, offload_to_disk_path=str(tmp_path / "parts"), **by
+        onload_device=cpu, offload_device=cpu, offload_to_disk_path=str(tmp_path), offload_type="leaf_level"
     )
-    assert distance(drawn(pipe), expected) == 0
-    for call in (lambda: lora.save_adapter(tmp_path / "adapter"), lora.merge_adapter, lora.merge_and_unload):
-        with pytest.raises(StateError, match="group offloading of diffusers has those of 'unet"):
+    for call in (lora.unload, lambda: lora.delete_adapter("default"), lambda: lora.disable_adapter().__enter__()):
+        with pytest.raises(StateError, match=r"Giving 'unet.* the value of another adapter, or of the base, is not"):
             call()
-    assert not (tmp_path / "adapter").exists()
     assert distance(drawn(pipe), expected) == 0
 
 
