@@ -127,7 +127,8 @@ def mean_gradients(
     _check_read(counts)
     for tensor in sums.values():
         _add_up(tensor)
-    unused = [key[0] for key, count in zip(weights, counts[1:].tolist(), strict=True) if not count]
+    read, *used = counts.tolist()  # numbers, as the weights may be on several devices
+    unused = [key[0] for key, count in zip(weights, used, strict=True) if not count]
     if unused:
         raise TargetError(
             f"{listing(unused)} got no gradient ({len(unused)} of {len(weights)}): the loss does not depend on them. "
@@ -138,7 +139,7 @@ def mean_gradients(
         raise TargetError(f"The gradients of {listing(wrong)} are not finite.")
     return {
         (layer.name, slot.suffix): SlotCalibration(
-            gradient=slot_matrix(layer, slot, sums[layer.name, slot.tensor] / counts[0]).cpu()
+            gradient=slot_matrix(layer, slot, sums[layer.name, slot.tensor] / read).cpu()
         )
         for layer, slot, _ in plan.slots()
     }

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_plugins
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import InitData, LoraConfig, LoraModel
 from lora_plugins.utils import own_randomness
 from tests.core.card import CARD, WaitError, Watch
 from tests.core.layer_cases import LAYER_CASES
@@ -392,6 +392,52 @@ def test_a_step_is_captured_in_a_graph(fields):
     else:
         torch.testing.assert_close(output, expected, **TIGHT)
     assert all(parameter.grad.isfinite().all() for parameter in trained.values())
+
+
+class TwoDevices(nn.Module):
+    """Two layers, each where it was put."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            x = layer(x.to(layer.bias.device)).tanh()
+        return x
+
+
+@pytest.mark.parametrize("first_is_beside", [False, True], ids=["second beside", "first beside"])
+@pytest.mark.parametrize("init", ["kaiming", "pissa", "eva", "lora_ga"])
+def test_a_model_may_be_on_two_devices(init, first_is_beside, device, tmp_path):
+    """With --device, on it and the processor."""
+    x = torch.randn(5, 4, dtype=torch.float64)
+    data = InitData([x], lambda model, batch: model(batch).square().mean())
+    config = LoraConfig(r=2, target_modules="all", init=init)
+
+    def made(beside=None):
+        torch.manual_seed(0)
+        model = TwoDevices().double().eval()
+        if beside:
+            (model.first if first_is_beside else model.second).to(beside)
+        return model
+
+    def outputs(model):
+        torch.manual_seed(1)
+        lora = LoraModel(model, config, init_data=data if init in ("eva", "lora_ga") else None)
+        model.first.lora_B["default"].data.add_(0.5)
+        lora.save_adapter(tmp_path / str(id(model)))
+        found = [model(x)]
+        with lora.disable_adapter():
+            found.append(model(x))
+        lora.merge_adapter()
+        found.append(model(x))
+        lora.unmerge_adapter()
+        loaded = LoraModel.load_adapter(made(device), tmp_path / str(id(model)))
+        return [each.cpu() for each in (*found, model(x), loaded.model(x))]
+
+    for found, expected in zip(outputs(made(device)), outputs(made()), strict=True):
+        torch.testing.assert_close(found, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["", "dropout"])
