@@ -74,7 +74,8 @@ def _problem_4_bits(layer: Any, weight: Any) -> str:
 
 def _dense_8_bits(layer: Any, weight: Any) -> Tensor:
     scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-    dense: Tensor = (weight.data.float() * (scales.float()[:, None] / 127)).to(_dtype_8_bits(layer, weight))
+    scales = scales.float().to(weight.device)  # which a move of the whole model leaves behind
+    dense: Tensor = (weight.data.float() * (scales[:, None] / 127)).to(_dtype_8_bits(layer, weight))
     return dense
 
 

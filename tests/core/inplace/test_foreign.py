@@ -88,6 +88,12 @@ models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 CONFIG = LoraConfig(r=4, alpha=8.0, target_modules=["0", "2"], modules_to_save=["4"])
 
 
+def test_scales_that_a_move_of_the_model_leaves_behind_are_found(device):
+    model = eight_bits()
+    dense = detached_weight(model[0], "weight")
+    assert torch.equal(detached_weight(model.to(device)[0], "weight").cpu(), dense)
+
+
 def x():
     return torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
 
