@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from lora_plugins.errors import listing
+from lora_plugins.formats.weights_read import weights_read
 from lora_plugins.inplace import NamedModule, base_class_of, full_name, model_modules
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -22,11 +23,12 @@ def warn_of_second_paths(model: nn.Module, modules: Mapping[str, NamedModule], o
         modules: The adapted layers by name.
         outcome: What that means for who reads the warning.
     """
-    in_lists = _names_in_lists(model)
+    in_lists, readers = _names_in_lists(model), weights_read(model)
     found: dict[str, list[str]] = {}
     for name, entry in modules.items():
         others = [each for each in (*entry.names, *in_lists.get(id(entry.module), ())) if each != name]
-        if left_out := _left_out(entry.module, others):
+        reader = next((readers[each] for each in entry.names if each in readers), None)
+        if left_out := _left_out(entry.module, others, reader):
             found.setdefault(left_out, []).append(name)
     for left_out, names in found.items():
         warnings.warn(
@@ -47,10 +49,18 @@ def _names_in_lists(model: nn.Module) -> dict[int, list[str]]:
     return found
 
 
-def _left_out(module: nn.Module, others: Sequence[str]) -> str:
-    """Returns what a second path leaves out of a layer; empty where it is the layer's own computation."""
+def _left_out(module: nn.Module, others: Sequence[str], reader: str | None) -> str:
+    """Returns what a second path leaves out of a layer; empty where it is the layer's own computation.
+
+    Args:
+        module: The layer.
+        others: Further names by which it is called.
+        reader: The class that computes with its weight itself, if there is one.
+    """
     if others:
         return f"what calls the layer as {listing(others)}"
+    if reader is not None:
+        return f"what {reader} computes with the weight itself"
     cls = base_class_of(module)
     known = next((layer for layer in LAYERS if issubclass(cls, layer)), None)
     if known is None:

@@ -61,6 +61,47 @@ class Single(nn.Module):
         self.layer = layer
 
 
+class Functional(Single):
+    """As the attention of Swin of torchvision, BEiT and EVA."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+
+class Tokens(Single):
+    """As the mask decoder of SAM, and the queries of DETR."""
+
+    def __init__(self):
+        super().__init__(nn.ModuleList([nn.Embedding(3, 4)]))
+
+    def forward(self, x):
+        return x[:, None] + self.layer[0].weight.unsqueeze(0)
+
+
+class Casting(Single):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.layer(x.to(self.layer.weight.dtype).reshape(-1, self.layer.weight.shape[1]))
+
+
+class Alike(Casting):
+    def forward(self, x):
+        return self.layer(x.type_as(self.layer.weight))
+
+
+class Asking(Casting):
+    def forward(self, x):
+        return self.layer(x if isinstance(self.layer.weight, torch.Tensor) else 2 * x)
+
+
+READERS = {"by a function": Functional, "tokens": Tokens}
+ASKERS = {"type and shape": Casting, "type of another": Alike, "class": Asking}
+
 SECOND_PATHS = {
     "padding mode": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "the padding mode"),
     "dilation": (lambda: nn.Conv1d(3, 4, 3, dilation=2), "the dilation"),
@@ -185,6 +226,29 @@ class TestLayers:
             lora.save_adapter(tmp_path / "new", format="peft")
         merged = read_by_peft(case, tmp_path / "new").merge_and_unload().layer.weight
         torch.testing.assert_close(lora.model.layer.weight.detach(), merged.detach(), rtol=0, atol=TOLERANCE)
+
+    @pytest.mark.parametrize("net", READERS.values(), ids=READERS)
+    def test_a_weight_that_another_module_computes_with_is_said(self, net, tmp_path):
+        """The adapter of PEFT has no effect there until it is merged."""
+        case = Case("", lambda: nn.Sequential(net()))
+        lora = LoraModel(case.build(), LoraConfig(r=2, init="none", target_modules="all"))
+        (name,) = (layer.name for layer in lora.plans["default"].layers)
+        said = rf"'{re.escape(name)}': PEFT can compute .* what {net.__name__} computes with the weight itself\. "
+        with pytest.warns(UserWarning, match=said):
+            lora.save_adapter(tmp_path, format="peft")
+        theirs, x = read_by_peft(case, tmp_path), torch.eye(4, dtype=torch.float64)
+        torch.testing.assert_close(theirs(x), case.build()(x), rtol=0, atol=0)
+        torch.testing.assert_close(theirs.merge_and_unload()(x), lora.model(x), rtol=0, atol=TOLERANCE)
+        with pytest.warns(UserWarning, match=said):
+            LoraModel.load_adapter(case.build(), tmp_path)
+
+    @pytest.mark.parametrize("net", ASKERS.values(), ids=ASKERS)
+    def test_a_weight_that_is_asked_for_its_type_is_not(self, net, tmp_path):
+        case = Case("", lambda: nn.Sequential(net()))
+        lora = LoraModel(case.build(), LoraConfig(r=2, init="none", target_modules=["0.layer"]))
+        lora.save_adapter(tmp_path, format="peft")
+        x = torch.eye(4, dtype=torch.float64)
+        torch.testing.assert_close(read_by_peft(case, tmp_path)(x), lora.model(x), rtol=0, atol=TOLERANCE)
 
     @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
     def test_dropout_that_a_layer_cannot_honor_is_left_out_and_said(self, tmp_path):
