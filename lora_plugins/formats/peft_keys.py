@@ -1,6 +1,6 @@
 """The keys of PEFT's tensor files: which tensor of which layer each of them is."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,8 @@ _UNTRAINED = "original_module"
 """The component by which it names the head of before, of which PEFT saves the biases too."""
 
 _WRAPPERS = (WRAPPER, _SAVED, _UNTRAINED)
+
+_PROJECTION = ".out_proj."
 
 _FACTORS: Mapping[str, str] = {
     ".lora_A.weight": "A",
@@ -73,14 +75,25 @@ def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str]) -> P
     Raises:
         AdapterFileError: If a key is none of PEFT's, or has no place here. All are listed.
     """
-    found = PeftTensors()
-    wrong = [text for key, tensor in tensors.items() if (text := _place(found, key, tensor, modules))]
+    found, unused = PeftTensors(), _unused(tensors, modules)
+    used = [(key, tensor) for key, tensor in tensors.items() if key.rpartition(_PROJECTION)[0] not in unused]
+    wrong = [text for key, tensor in used if (text := _place(found, key, tensor, modules))]
     wrong += [f"{name!r}: it is no key of PEFT's LoRA" for name in found.values if _is_unknown(found, name)]
     if wrong:
         raise AdapterFileError("The adapter has keys without a place:\n  " + "\n  ".join(wrong[:20]))
     for name in [name for name in found.values if _is_copy(found, name)]:
         found.copies[name] = found.values.pop(name)
     return found
+
+
+def _unused(keys: Iterable[str], modules: Collection[str]) -> set[str]:
+    """Returns what keys of second wrappers of output projections of attentions have before these.
+
+    PEFT puts one beside its wrapper of the attention where `out_proj` is targeted too, and computes nothing with it.
+    """
+    parts = {key.partition(f".{WRAPPER}{_PROJECTION}lora_")[::2] for key in keys}
+    paths = {path for path, rest in parts if rest}
+    return {path for path in paths if f"{path.removeprefix(PREFIX)}.{WRAPPER}" not in modules}
 
 
 def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str]) -> str:
@@ -122,7 +135,7 @@ def _is_unknown(found: PeftTensors, name: str) -> bool:
 
 def _put(place: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> str:
     if name in place and not torch.equal(place[name], tensor):
-        return f"{key!r}: another key has another value for {name!r}"
+        return f"{key!r}: another key has another value of this tensor"
     place[name] = tensor
     return ""
 

@@ -199,6 +199,7 @@ CASES = [
         {"target_modules": ["mha"]},
         {"target_modules": ["mha", "out_proj"], "rank_pattern": {"out_proj": 5}, "alpha_pattern": {"out_proj": 2}},
     ),
+    Case("attention and its output projection by name", Attention, {"target_modules": ["mha", "out_proj", "last"]}),
     Case(
         "parts",
         Attention,
