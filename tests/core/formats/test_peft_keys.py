@@ -215,6 +215,27 @@ class TestKeys:
         for other in (again, read_by_peft(case, tmp_path)):
             torch.testing.assert_close(other(x), model(x), rtol=0, atol=TOLERANCE)
 
+    def test_statistics_of_a_norm_with_an_activation_are_written_as_the_whole_norm(self, tmp_path):
+        """As the norms of timm are: there is nothing in an activation that PEFT would lose."""
+
+        class NormAct(nn.BatchNorm1d):
+            def __init__(self):
+                super().__init__(4)
+                self.act = nn.Tanh()
+
+            def forward(self, x):
+                return self.act(super().forward(x))
+
+        case = Case("", lambda: nn.Sequential(nn.Linear(4, 4), NormAct()))
+        model, x = case.build(), torch.eye(4, dtype=torch.float64)
+        LoraModel(model, LoraConfig(r=2, init="none", target_modules=["0"], norm="track"))
+        model[1].running_mean.add_(0.25)
+        LoraModel(model).save_adapter(tmp_path, format="peft")
+        again = case.build()
+        LoraModel.load_adapter(again, tmp_path)
+        for other in (again, read_by_peft(case, tmp_path)):
+            torch.testing.assert_close(other(x), model(x), rtol=0, atol=TOLERANCE)
+
     @pytest.mark.parametrize("kind", ["list", "dict"])
     def test_a_container_of_parameters_is_refused_when_written(self, kind, tmp_path):
         own = nn.Parameter(torch.zeros(4))
