@@ -102,13 +102,14 @@ def check_untied(model: nn.Module, adapter: PortableAdapter, config: PeftConfig)
         return
     names = tensor_names(model)
     saved = tuple(f"{module}." for module in adapter.saved_modules)
-    trained = {names[name] for name in adapter.values if name in names and name.startswith(saved)}
-    left = [name for name, first in names.items() if first in trained and name not in adapter.values]
+    trained = {name: names[name] for name in adapter.values if name in names and name.startswith(saved)}
+    firsts = set(trained.values())
+    left = {name: first for name, first in names.items() if first in firsts and name not in adapter.values}
     if left:
+        copied = sorted(name for name, first in trained.items() if first in left.values())
         raise AdapterFileError(
-            f"PEFT trained a copy of {listing(sorted(trained & {names[name] for name in left}))} and left "
-            f"{listing(left)} as it was, which is the same tensor in this model. Give each module a tensor of its own "
-            "first, and then load the adapter."
+            f"PEFT trained a copy of {listing(copied)} and left {listing(left)} as it was, which is the same tensor in "
+            "this model. Give each module a tensor of its own first, and then load the adapter."
         )
 
 
