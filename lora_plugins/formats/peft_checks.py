@@ -113,17 +113,25 @@ def check_untied(model: nn.Module, adapter: PortableAdapter, config: PeftConfig)
         )
 
 
-def check_copies(model: nn.Module, copies: Mapping[str, Tensor]) -> None:
+def check_copies(model: nn.Module, copies: Mapping[str, Tensor], adapter: PortableAdapter) -> None:
     """Checks that weights which a file has beside an adapter, unchanged, are those of the model.
+
+    Of a layer whose start has changed the base, a file has what that left of the weight, which has its shape.
+
+    Args:
+        model: The model.
+        copies: By the full names of the model.
+        adapter: The adapter.
 
     Raises:
         AdapterFileError: If one is another.
     """
     known = tensor_names(model)
+    changed = {f"{name}.weight" for name in adapter.layers} if adapter.init != "kaiming" else frozenset()
     wrong = [
         name
         for name, tensor in copies.items()
-        if name not in known or not _same_weight(own_tensor(model, known[name]), tensor)
+        if name not in known or not _same_weight(own_tensor(model, known[name]), tensor, shape_only=name in changed)
     ]
     if wrong:
         raise AdapterFileError(
@@ -190,5 +198,5 @@ def check_parameters(modules: Mapping[str, nn.Module], adapter: PortableAdapter,
         )
 
 
-def _same_weight(own: Tensor, other: Tensor) -> bool:
-    return own.shape == other.shape and torch.equal(own.detach().to(other.device, other.dtype), other)
+def _same_weight(own: Tensor, other: Tensor, *, shape_only: bool) -> bool:
+    return own.shape == other.shape and (shape_only or torch.equal(own.detach().to(other.device, other.dtype), other))

@@ -61,7 +61,8 @@ def for_model(
     check_heads(model, adapter, config, former)
     check_biases(model, adapter)
     check_untied(model, adapter, config)
-    check_copies(model, {_renamed(name, names): tensor for name, tensor in found.copies.items()} | untrained)
+    copies = {_renamed(name, names): tensor for name, tensor in found.copies.items()}
+    check_copies(model, copies | untrained, adapter)
     if out_proj is None:
         check_meaning(modules, adapter)
     check_started(modules, adapter)

@@ -6,6 +6,7 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
 from tests.core.formats.peft_cases import (
@@ -19,12 +20,30 @@ from tests.core.formats.peft_cases import (
     Case,
     difference,
     edit_config,
+    edit_tensors,
     moved,
     read_by_peft,
     refused,
     with_ours,
     with_peft,
 )
+
+
+class Headed(nn.Module):
+    """A head with the name and the methods by which PEFT finds those of language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.lm_head = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, tokens):
+        return self.lm_head(self.embed_tokens(tokens))
 
 
 class TestAttention:
@@ -125,6 +144,21 @@ class TestStarts:
         lora.save_adapter(tmp_path, format="peft")
         assert json.loads((tmp_path / CONFIG).read_text())["r"] == 4  # [A; A0], [B, -B0]
         assert difference(LINEAR, read_by_peft(LINEAR, tmp_path), lora.model) <= TOLERANCE
+
+    @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_the_weight_that_the_start_left_is_no_other_weight(self, init, tmp_path, untouched):
+        """PEFT saves the weights of heads beside their adapters, and those of a base that it has changed."""
+        case = Case("", Headed, {"target_modules": ["lm_head"]}, dtype=torch.float32)
+        theirs = with_peft(case, init_lora_weights=init)
+        theirs.save_pretrained(tmp_path)
+        key = "base_model.model.lm_head.base_layer.weight"
+        assert not torch.equal(load_file(tmp_path / TENSORS)[key], case.build().lm_head.weight)
+        model, x = case.build(), torch.arange(7)
+        LoraModel.load_adapter(model, tmp_path)
+        torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=1e-6)  # float32
+        edit_tensors(tmp_path, lambda tensors: tensors.update({key: torch.zeros(9, 6)}))
+        refused(case, tmp_path, untouched, "comes with its own 'lm_head.weight'.*resized")
 
     def test_loftq_cannot_be_written(self, tmp_path):
         lora = with_ours(LINEAR, init="loftq")
