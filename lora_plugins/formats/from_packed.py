@@ -138,7 +138,6 @@ def _refusals(source: _Source, layer: PlannedLayer) -> list[str]:
         and layer.variant.name != "dora",
         "DoRA of some rows of a weight only": layer.variant is not None
         and any(slot.rows is not None and rows != slot.rows[2] for slot in layer.slots),
-        "DoRA on a base that the init changed": layer.variant is not None and plan.init.changes_base,
         f"the init {plan.init.name!r}, whose base is no low-rank change": plan.init.changes_base
         and any(keys != {"A", "B"} for keys in recipes),
         f"the init {plan.init.name!r} on a base that is stored in fewer bytes": plan.init.changes_base

@@ -137,10 +137,11 @@ class TestStarts:
         LoraModel.load_adapter(model, tmp_path)
         assert difference(SINGLE, model, theirs) > 1e-2
 
+    @pytest.mark.parametrize("variant", ["lora", "dora"])
     @pytest.mark.parametrize("use_rslora", [False, True])
     @pytest.mark.parametrize("init", ["pissa", "olora"])
-    def test_ours_are_written_as_a_difference(self, init, use_rslora, tmp_path):
-        lora = with_ours(LINEAR, init=init, use_rslora=use_rslora)
+    def test_ours_are_written_as_a_difference(self, init, use_rslora, variant, tmp_path):
+        lora = with_ours(LINEAR, init=init, use_rslora=use_rslora, variant=variant)
         lora.save_adapter(tmp_path, format="peft")
         assert json.loads((tmp_path / CONFIG).read_text())["r"] == 4  # [A; A0], [B, -B0]
         assert difference(LINEAR, read_by_peft(LINEAR, tmp_path), lora.model) <= TOLERANCE
