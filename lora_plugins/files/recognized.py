@@ -43,13 +43,27 @@ def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
         )
     raise AdapterFileError(
         f"{path} is an adapter of none of the formats {listing(each.name for each in formats)}."
-        f"{_near_adapter(path, formats)}{known.absent()}"
+        f"{_lacking(path, formats)}{_near_adapter(path, formats)}{known.absent()}"
     )
 
 
 def _recognizes(known: AdapterFormat, path: Path) -> bool:
     with noted(f"recognizes() of the format {known.name!r}, for {path}"):
         return known.recognizes(path)
+
+
+def _lacking(path: Path, formats: Iterable[AdapterFormat]) -> str:
+    """Says which file of a format is not there, where another one is."""
+    folder = path if path.is_dir() else path.parent
+    for known in formats:
+        absent = [name for name in known.file_names if not any(folder.glob(name))]
+        present = {*known.file_names} - {*absent}
+        if absent and any(path.is_dir() or path.match(name) for name in present):
+            return (
+                f" The format {known.name!r} has {listing(absent)} beside {listing(present)}, which is not there: copy "
+                "the whole folder."
+            )
+    return ""
 
 
 def _near_adapter(path: Path, formats: Iterable[AdapterFormat]) -> str:

@@ -37,6 +37,15 @@ def test_the_adapter_beside_a_path_is_named(given, tmp_path):
         format_of(tmp_path / given)
 
 
+@pytest.mark.parametrize("given", [".", "adapter_model.safetensors"], ids=["folder", "file"])
+def test_the_file_that_is_not_there_is_named(given, tmp_path):
+    """The tensors alone, of which nothing says by what they are scaled."""
+    LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2)).save_adapter(tmp_path, format="peft")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(AdapterFileError, match=r"'peft' has 'adapter_config\.json' beside 'adapter_model"):
+        format_of(tmp_path / given)
+
+
 def test_options(tmp_path):
     LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2)).save_adapter(tmp_path / "own")
     own = format_of(tmp_path / "own")
