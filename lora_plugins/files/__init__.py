@@ -9,6 +9,7 @@ from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, 
 from lora_plugins.files.folder import read, write
 from lora_plugins.files.manifest import OWN_ENTRIES, TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.files.origins import versions_told
+from lora_plugins.files.other_root import check_root
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
@@ -23,6 +24,7 @@ __all__ = [
     "TENSOR_FILE",
     "PackedAdapter",
     "by_same_plugins",
+    "check_root",
     "checksum",
     "described",
     "differing_base",

@@ -1,13 +1,13 @@
 """Checks a file of PEFT against a model: that nothing is missing, and that PEFT would compute what is computed here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.peft_config import PeftConfig
-from lora_plugins.formats.places import places_by_name, tensor_names
+from lora_plugins.formats.places import check_placed, places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.formats.second_path import LAYERS
 from lora_plugins.inplace import base_class_of, model_modules, own_parameters, own_tensor
@@ -17,8 +17,8 @@ _ADAPTED = (*LAYERS, nn.MultiheadAttention)
 """The layers that PEFT adapts where its config names them; `Conv1D` of transformers is recognized by its name."""
 
 
-def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, former: Mapping[str, str]) -> None:
-    """Checks that an adapter has all layers of a model that its config targets.
+def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig, former: Mapping[str, str]) -> None:
+    """Checks that an adapter has all layers of a model that its config targets, and no others.
 
     Args:
         model: The model.
@@ -30,6 +30,7 @@ def check_complete(model: nn.Module, layers: Iterable[str], config: PeftConfig, 
         AdapterFileError: If some are missing.
     """
     places = places_by_name(model)
+    check_placed("layer", layers, places)
     present = {places[name].name for name in layers if name in places}
     lacking = [
         entry.name

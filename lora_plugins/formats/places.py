@@ -1,12 +1,13 @@
 """Where the layers and values of a file are in a model, whichever of their names the file uses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
+from lora_plugins.files import check_root
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import NamedModule, full_name, model_modules, own_buffers, own_parameters, persistent_buffers
 
@@ -16,6 +17,27 @@ Entry = TypeVar("Entry")
 def places_by_name(model: nn.Module) -> dict[str, NamedModule]:
     """Returns where each module of a model is, by each of its names."""
     return {name: entry for entry in model_modules(model) for name in entry.names}
+
+
+def check_placed(what: str, entries: Collection[str], names: Collection[str]) -> None:
+    """Checks that the layers or values of an adapter are in a model.
+
+    Args:
+        what: What they are called.
+        entries: Their names.
+        names: Those that the model has.
+
+    Raises:
+        AdapterFileError: If it lacks one.
+    """
+    unknown = [name for name in entries if name not in names]
+    if not unknown:
+        return
+    check_root(entries, names)
+    raise AdapterFileError(
+        f"{len(unknown)} of {len(entries)} {what}s of the adapter are not in this model: {listing(unknown)}. "
+        f"{near(unknown[0], names)} The adapter was made for another model, or for another part of one."
+    )
 
 
 def placed_layers(model: nn.Module, layers: Mapping[str, PortableLayer]) -> dict[str, PortableLayer]:
@@ -60,12 +82,7 @@ def own_values(model: nn.Module) -> dict[str, Tensor]:
 def _placed(
     what: str, entries: Mapping[str, Entry], names: Mapping[str, str], same: Callable[[Entry, Entry], bool]
 ) -> dict[str, Entry]:
-    unknown = [name for name in entries if name not in names]
-    if unknown:
-        raise AdapterFileError(
-            f"{len(unknown)} of {len(entries)} {what}s of the adapter are not in this model: {listing(unknown)}. "
-            f"{near(unknown[0], names)} The adapter was made for another model, or for another part of one."
-        )
+    check_placed(what, entries, names)
     placed: dict[str, tuple[str, Entry]] = {}
     for name, entry in entries.items():
         other, present = placed.setdefault(names[name], (name, entry))

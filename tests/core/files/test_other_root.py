@@ -1,5 +1,7 @@
 """Adapters that are loaded onto a part of their model, or onto a model that holds theirs."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -18,10 +20,14 @@ class Task(nn.Module):
         self.net = network()
 
 
+formats = pytest.mark.parametrize("format", ["lora_plugins", "peft"])
+
+
+@formats
 @pytest.mark.parametrize("targets", [["0"], ["1.0", "1.1"], "all"], ids=["numbers", "paths", "all"])
-def test_the_part_is_named(tmp_path, targets):
+def test_the_part_is_named(tmp_path, targets, format):
     part = network()
-    LoraModel(part, LoraConfig(r=1, target_modules=targets)).save_adapter(tmp_path)
+    LoraModel(part, LoraConfig(r=1, target_modules=targets)).save_adapter(tmp_path, format=format)
     whole = Task()
     with pytest.raises(
         AdapterFileError, match=r"a part of this model, 'net'.*load_adapter\(model\.get_submodule\('net'\), path\)"
@@ -30,14 +36,24 @@ def test_the_part_is_named(tmp_path, targets):
     LoraModel.load_adapter(whole.net, tmp_path)
 
 
+@formats
 @pytest.mark.parametrize("targets", [["0"], ["net.1.0", "net.1.1"], "all"], ids=["numbers", "paths", "all"])
 @pytest.mark.parametrize("wrapped", [nn.DataParallel, nn.Sequential], ids=["parallel", "nested"])
-def test_the_model_around_is_named(tmp_path, targets, wrapped):
+def test_the_model_around_is_named(tmp_path, targets, wrapped, format):
     whole = wrapped(Task())
-    LoraModel(whole, LoraConfig(r=1, target_modules=targets)).save_adapter(tmp_path)
+    LoraModel(whole, LoraConfig(r=1, target_modules=targets)).save_adapter(tmp_path, format=format)
     (name,) = (name for name, _ in whole.named_children())
     with pytest.raises(AdapterFileError, match=rf"holds this one as '{name}\.net'.* Load it onto that model"):
         LoraModel.load_adapter(network(), tmp_path)
+
+
+def test_layers_of_peft_that_its_words_mean_here_too_are_no_missing_ones(tmp_path):
+    """The layers of the model are not said to lack an A and B, as they would be where the file had only some."""
+    LoraModel(network(), LoraConfig(r=1, target_modules=["1.0"])).save_adapter(tmp_path, format="peft")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["1.0"]}))
+    with pytest.raises(AdapterFileError, match="a part of this model, 'net'"):
+        LoraModel.load_adapter(Task(), tmp_path)
 
 
 def test_a_part_that_holds_some_of_the_layers_only_is_not_named(tmp_path):
