@@ -1,5 +1,6 @@
 """The keys of PEFT's tensor files: which tensor of which layer each of them is."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,9 @@ _FACTORS: Mapping[str, str] = {
     ".lora_magnitude_vector.weight": "magnitude",
 }
 """The endings of keys, and which tensor of a layer each is."""
+
+_NAMED = re.compile(r"(\.lora_(?:(?:embedding_)?[AB]|magnitude_vector))\.default(?=\.weight$|$)")
+"""An ending with the name of the adapter, as in a state dict of the model, which PEFT reads as well."""
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 
@@ -78,7 +82,7 @@ def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str]) -> P
     found, unused = PeftTensors(), _unused(tensors, modules)
     used = [(key, tensor) for key, tensor in tensors.items() if key.rpartition(_PROJECTION)[0] not in unused]
     wrong = [text for key, tensor in used if (text := _place(found, key, tensor, modules))]
-    wrong += [f"{name!r}: it is no key of PEFT's LoRA" for name in found.values if _is_unknown(found, name)]
+    wrong += [f"{name!r}: it is no key of PEFT's LoRA" for name in found.values if _is_unknown(found, name, modules)]
     if wrong:
         raise AdapterFileError("The adapter has keys without a place:\n  " + "\n  ".join(wrong[:20]))
     for name in [name for name in found.values if _is_copy(found, name)]:
@@ -100,9 +104,10 @@ def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str
     """Puts a tensor in its place; returns why it has none, or nothing."""
     reason = next((reason for ending, reason in _REFUSED.items() if key.endswith(ending)), None)
     if reason or not key.startswith(PREFIX):
-        return f"{key!r}: {reason or f'it does not start with {PREFIX!r}'}"
+        return f"{key!r}: {reason or f'it does not start with {PREFIX!r}, as what save_pretrained of PEFT writes'}"
     # torch.compile puts a component into names, which PEFT keeps, and then cannot find.
     name, wrappers = _unwrapped(plain_name(key.removeprefix(PREFIX)), modules)
+    name = _NAMED.sub(r"\1", name)
     ending = next((ending for ending in _FACTORS if name.endswith(ending)), None)
     if ending is None:
         return _put(found.copies if _UNTRAINED in wrappers else found.values, name, tensor, key)
@@ -127,10 +132,11 @@ def _unwrapped(name: str, modules: Collection[str]) -> tuple[str, list[str]]:
     return ".".join(kept), left_out
 
 
-def _is_unknown(found: PeftTensors, name: str) -> bool:
+def _is_unknown(found: PeftTensors, name: str, modules: Collection[str]) -> bool:
     """Whether a value belongs to the adapter of a layer and is of an unknown kind."""
-    layer, lora, _ = name.rpartition(".lora_")
-    return bool(lora) and layer in found.factors
+    layer, lora, kind = name.rpartition(".lora_")
+    own = f"{layer}.lora_{kind.partition('.')[0]}"
+    return bool(lora) and (layer in found.factors or (own.endswith((".lora_A", ".lora_B")) and own not in modules))
 
 
 def _put(place: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> str:

@@ -273,6 +273,35 @@ class TestKeys:
         LoraModel.load_adapter(model, tmp_path)
         assert difference(LINEAR, model, theirs) <= TOLERANCE
 
+    @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+    @pytest.mark.parametrize("id", ["linear", "dora", "embedding and Conv1D", "attention"])
+    def test_keys_with_the_name_of_the_adapter_are_understood(self, id, tmp_path):
+        """As a state dict of PEFT's model has them."""
+        case = BY_ID[id]
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+
+        def named(tensors):
+            for key in [key for key in tensors if ".lora_" in key]:
+                start, weight, _ = key.partition(".weight")
+                tensors[f"{start}.default{weight}"] = tensors.pop(key)
+
+        edit_tensors(tmp_path, named)
+        model = case.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(case, model, theirs) <= TOLERANCE
+
+    def test_keys_with_another_name_are_listed(self, tmp_path, untouched):
+        """PEFT reads nothing of them; not even a layer that has no other key may be left out without a word."""
+        with_peft(LINEAR).save_pretrained(tmp_path)
+
+        def named(tensors):
+            for key in list(tensors):
+                tensors[key.replace(".weight", ".night.weight")] = tensors.pop(key)
+
+        edit_tensors(tmp_path, named)
+        refused(LINEAR, tmp_path, untouched, r"'fc\.lora_A\.night\.weight': it is no key of PEFT's LoRA")
+
     def test_magnitudes_with_another_ending_are_understood(self, tmp_path):
         case = BY_ID["dora"]
         theirs = with_peft(case)
