@@ -16,7 +16,7 @@ from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
 from lora_plugins.files import PICKLED
 from lora_plugins.formats.layer_tensors import check_factors
-from lora_plugins.formats.peft_attention import with_attention
+from lora_plugins.formats.peft_attention import as_applied, with_attention, with_transposed
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
 from lora_plugins.formats.peft_model import for_model, saved_modules
@@ -89,7 +89,9 @@ class PeftFormat(PortableFormat):
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
         """Writes a folder; see `PortableFormat`."""
         check_writable_folder(path, "path")
-        layers = with_attention(adapter)
+        layers = _in_order(with_attention(adapter), model)
+        visited = [(name, layer.layer_type) for name, layer in layers.items() if not layer.in_attention]
+        layers = as_applied(with_transposed(layers, visited, fan_in_fan_out=False))
         values = values_for_peft(adapter, model)
         types = {layer.layer_type for layer in layers.values()}
         fields = config_fields(
@@ -135,6 +137,12 @@ def _tensor_file(folder: Path) -> Path:
             "trust it, and save it again: save_pretrained writes .safetensors."
         )
     raise AdapterFileError(f"{folder} has {CONFIG} and no {TENSORS}. Copy the whole folder again.")
+
+
+def _in_order(layers: Mapping[str, PortableLayer], model: nn.Module | None) -> dict[str, PortableLayer]:
+    """Returns layers in the order in which PEFT adapts those of a model."""
+    places = [*places_by_name(model)] if model is not None else []
+    return {name: layers[name] for name in dict.fromkeys([*places, *layers]) if name in layers}
 
 
 def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configured: str) -> PortableLayer:

@@ -2,9 +2,12 @@
 
 PEFT adapts `in_proj_weight` and `out_proj` together or not at all. Where we adapt one of them, the other gets an A and
 a B of zeros; where ranks or scalings differ, A and B are padded and scaled to one.
+
+PEFT keeps `fan_in_fan_out` in its config while it goes from layer to layer: a `Conv1D` sets it, a linear layer takes it
+back, and an output projection is adapted by what the layer before has left. Then its update is the transposed one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -36,8 +39,35 @@ def with_attention(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:
         layers[name] = replace(_padded(inner, r), alpha=alpha, layer_type="multihead_attention", in_attention=False)
         outer = _padded(outer, r)
         B = outer.B if factor == 1 else outer.B * factor
-        layers[f"{name}.{_OUT}"] = replace(outer, B=B / _APPLIED, alpha=alpha, layer_type="linear", in_attention=True)
+        layers[f"{name}.{_OUT}"] = replace(outer, B=B, alpha=alpha, layer_type="linear", in_attention=True)
     return layers
+
+
+def as_applied(layers: Mapping[str, PortableLayer]) -> dict[str, PortableLayer]:
+    """Returns layers as a file has them, of which PEFT applies the output projections more than once."""
+    return {
+        name: replace(layer, B=layer.B / _APPLIED) if layer.in_attention else layer for name, layer in layers.items()
+    }
+
+
+def with_transposed(
+    layers: Mapping[str, PortableLayer], visited: Iterable[tuple[str, str]], *, fan_in_fan_out: bool
+) -> dict[str, PortableLayer]:
+    """Returns layers with those output projections transposed that PEFT transposes.
+
+    Args:
+        layers: The layers.
+        visited: Name and layer type of each layer that PEFT adapts by itself, in the order of the model.
+        fan_in_fan_out: What the config says.
+    """
+    found = dict(layers)
+    for name, layer_type in visited:
+        outer = found.get(f"{name}.{_OUT}")
+        if layer_type == "multihead_attention" and fan_in_fan_out and outer is not None:
+            found[f"{name}.{_OUT}"] = replace(outer, A=outer.B.T.contiguous(), B=outer.A.T.contiguous())
+        elif layer_type in ("linear", "transformers_conv1d"):
+            fan_in_fan_out = layer_type == "transformers_conv1d"
+    return found
 
 
 def _attentions(layers: Mapping[str, PortableLayer]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError
+from lora_plugins.formats.peft_attention import with_transposed
 from lora_plugins.formats.peft_checks import (
     check_biases,
     check_complete,
@@ -22,7 +23,7 @@ from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
-from lora_plugins.inplace import full_name, model_modules, own_buffers
+from lora_plugins.inplace import base_class_of, full_name, model_modules, own_buffers
 from lora_plugins.plan import current_name, former_names
 from lora_plugins.utils import path_starts, within
 
@@ -67,6 +68,14 @@ def for_model(
         check_meaning(modules, adapter)
     check_started(modules, adapter)
     check_parameters(modules, adapter, config)
+    visited = [
+        (name, _layer_type(entry.module))
+        for name, entry in places.items()
+        if name in adapter.layers
+        and (not adapter.layers[name].in_attention or config.is_target(former.get(name, name)))
+    ]
+    fan_in_fan_out = bool(config.fields.get("fan_in_fan_out"))
+    adapter = replace(adapter, layers=with_transposed(adapter.layers, visited, fan_in_fan_out=fan_in_fan_out))
     adapted = {name: places[name] for name in adapter.layers if name in places}
     warn_of_second_paths(model, adapted, "The adapter is loaded as what it is when merged.")
     return adapter
@@ -102,6 +111,15 @@ def saved_modules(config: PeftConfig, values: Iterable[str]) -> list[str]:
             "trained is lost."
         )
     return sorted({paths[0] for paths in saved if paths})
+
+
+def _layer_type(module: nn.Module) -> str:
+    """Returns the type of a layer as far as PEFT's `fan_in_fan_out` depends on it."""
+    if base_class_of(module).__name__ == "Conv1D":
+        return "transformers_conv1d"
+    if isinstance(module, nn.MultiheadAttention):
+        return "multihead_attention"
+    return "linear" if isinstance(module, nn.Linear) else ""
 
 
 def _present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -29,6 +29,23 @@ class Attention(nn.Module):
         return self.last(self.mha(x, x, x)[0])
 
 
+class Mixed(nn.Module):
+    """Attentions before and behind layers that change PEFT's `fan_in_fan_out`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mixer = Conv1D(8, 8)
+        self.second = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 8)
+        self.third = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.mixer(self.first(x, x, x)[0])
+        x = self.fc(self.second(x, x, x)[0])
+        return self.third(x, x, x)[0]
+
+
 class Convolutions(nn.Module):
     """Names of which one is the end of another: `conv1` and `block.conv1`."""
 
@@ -123,6 +140,7 @@ class Lookalikes(nn.Module):
 
 INPUTS = {
     Attention: lambda: torch.randn(2, 5, 8),
+    Mixed: lambda: torch.randn(2, 5, 8),
     Convolutions: lambda: torch.randn(2, 3, 8, 8),
     Words: lambda: torch.randint(0, 7, (2, 4)),
     Repeated: lambda: torch.randn(4, 6),
@@ -200,6 +218,19 @@ CASES = [
         {"target_modules": ["mha", "out_proj"], "rank_pattern": {"out_proj": 5}, "alpha_pattern": {"out_proj": 2}},
     ),
     Case("attention and its output projection by name", Attention, {"target_modules": ["mha", "out_proj", "last"]}),
+    Case(
+        "attention behind Conv1D, transposed",
+        Mixed,
+        {"target_modules": ["mixer", "second"]},
+        {"target_modules": ["mixer", "second", "out_proj"], "exclude_modules": ["first.out_proj", "third.out_proj"]},
+    ),
+    Case(
+        "attention behind Conv1D and Linear",
+        Mixed,
+        {"target_modules": ["first", "mixer", "second", "fc", "third"]},
+        {"target_modules": "all"},
+    ),
+    Case("attention of fan_in_fan_out", Attention, {"target_modules": ["mha"], "fan_in_fan_out": True}),
     Case(
         "parts",
         Attention,
