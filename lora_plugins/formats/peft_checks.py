@@ -93,14 +93,15 @@ def check_biases(model: nn.Module, adapter: PortableAdapter) -> None:
         )
 
 
-def check_untied(model: nn.Module, adapter: PortableAdapter, config: PeftConfig) -> None:
+def check_untied(model: nn.Module, adapter: PortableAdapter) -> None:
     """Refuses a module that PEFT trained as a copy of its own, where its tensor is that of another module here.
+
+    Where `ensure_weight_tying` has let PEFT train the tensor of both, the file has it by the names of both; it is no
+    sign of that, since PEFT does not find all that is tied, as in models that hold a language model.
 
     Raises:
         AdapterFileError: If there is one.
     """
-    if config.fields.get("ensure_weight_tying"):
-        return
     names = tensor_names(model)
     saved = tuple(f"{module}." for module in adapter.saved_modules)
     trained = {name: names[name] for name in adapter.values if name in names and name.startswith(saved)}

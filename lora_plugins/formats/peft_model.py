@@ -61,7 +61,7 @@ def for_model(
     check_complete(model, adapter.layers, config, former)
     check_heads(model, adapter, config, former)
     check_biases(model, adapter)
-    check_untied(model, adapter, config)
+    check_untied(model, adapter)
     copies = {_renamed(name, names): tensor for name, tensor in found.copies.items()}
     check_copies(model, copies | untrained, adapter)
     if out_proj is None:

@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ class SharedHead(nn.Module):
 
     def forward(self, tokens):
         return self.tokens_out(self.stem(self.embed_tokens(tokens)))
+
+
+class TiedHead(SharedHead):
+    """One that says so, in the words of transformers."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"tokens_out.weight": "embed_tokens.weight"}
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
 
 
 class Heads(nn.Module):
@@ -167,6 +177,23 @@ class TestKeys:
         case = Case("", net, {"target_modules": ["stem"], "modules_to_save": [saved]})
         with_peft(case).save_pretrained(tmp_path)
         refused(case, tmp_path, untouched, rf"PEFT trained a copy of '(twice\.)?{saved}\..* and left '{left}")
+
+    @pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`, but no tied modules")
+    @pytest.mark.parametrize("saved", ["embed_tokens", "tokens_out"])
+    def test_nor_does_it_train_both_where_it_finds_no_tie(self, saved, tmp_path, untouched):
+        fields = {"modules_to_save": [saved], "ensure_weight_tying": True}
+        case = Case("", SharedHead, {"target_modules": ["stem"], **fields})
+        with_peft(case).save_pretrained(tmp_path)
+        refused(case, tmp_path, untouched, rf"PEFT trained a copy of '{saved}\.weight' and left")
+
+    def test_a_shared_weight_that_it_trained_for_both_is_read(self, tmp_path):
+        fields = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+        case = Case("", TiedHead, {"target_modules": ["stem"], **fields})
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        model, tokens = case.build(), torch.tensor([[1, 2]])
+        LoraModel.load_adapter(model, tmp_path)
+        torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=TOLERANCE)
 
     def test_values_that_differ_for_two_names_of_one_tensor_are_told_by_both(self, tmp_path, untouched):
         case = Case("", SharedHead, {"target_modules": ["stem"], "modules_to_save": ["embed_tokens", "tokens_out"]})
