@@ -1,8 +1,9 @@
 """Layers whose own forward may write into its weight, as masked convolutions do: one effective weight for each call.
 
 Each reading of the weight of an adapted layer makes a new tensor, so what `self.weight.data *= self.mask` writes would
-be gone at the next reading. Inside one call of a forward, all readings give the same tensor. Forwards of torch itself
-never write, and go without.
+be gone at the next reading. Inside one call of a forward, all readings give the same tensor, until another one is
+assigned, as by layers that compute a weight which is no parameter. Forwards of torch itself never write, and go
+without.
 """
 
 import functools
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from lora_plugins.inplace.base_reads import check_reads
 from lora_plugins.inplace.layer_state import layer_state, state_of
 
-Held = tuple[dict[str, Tensor], bool, bool]
+Held = tuple[dict[str, Tensor | None], bool, bool]
 """The weights that a call has read, by name; whether it records gradients, and whether it is one of a forward.
 
-The first reading may be inside of `torch.no_grad()`, where the forward writes. What others write would be lost.
+None is for one that was assigned after it was read. The first reading may be inside of `torch.no_grad()`, where the
+forward writes. What others write would be lost.
 """
 
 
@@ -41,7 +43,7 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         state, thread = state_of(layer), _thread()
         if state is None or thread in state.held:
             return base.train(layer, *args, **kwargs)
-        given: dict[str, Tensor] = {}
+        given: dict[str, Tensor | None] = {}
         state.held[thread] = given, torch.is_grad_enabled(), False
         try:
             return base.train(layer, *args, **kwargs)
@@ -55,7 +57,7 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         state, thread = state_of(layer), _thread()
         if state is None or thread in state.held:  # a hook of others has kept this method, or it calls itself
             return base.forward(layer, *args, **kwargs)
-        given: dict[str, Tensor] = {}
+        given: dict[str, Tensor | None] = {}
         state.held[thread] = given, torch.is_grad_enabled(), True
         try:
             output = base.forward(layer, *args, **kwargs)
@@ -66,11 +68,18 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         return output
 
     def set_attribute(layer: nn.Module, name: str, value: Any) -> None:
-        if name in weights:
-            given, _, is_forward = layer_state(layer).held.get(_thread(), ({}, False, False))
-            if is_forward and name in given and given[name] is value:  # `self.weight *= self.mask` has written already
-                return
+        if name not in weights:
+            base.__setattr__(layer, name, value)
+            return
+        given, _, is_forward = layer_state(layer).held.get(_thread(), ({}, False, False))
+        was_read = name in given
+        if is_forward and was_read and given[name] is value:  # `self.weight *= self.mask` has written already
+            return
         base.__setattr__(layer, name, value)
+        if was_read:
+            given[name] = None
+        else:
+            given.pop(name, None)  # torch itself reads a buffer when one is assigned
 
     computes = {} if base.train is nn.Module.train else {"train": train}  # as a kernel, for all forwards of eval mode
     return {"forward": forward, "__setattr__": set_attribute, **computes}
@@ -86,10 +95,11 @@ def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) 
             state.is_read = True
         return make(layer, name)
     weights, with_gradients, _ = now
-    if name not in weights:
+    weight = weights.get(name)
+    if weight is None:
         with torch.set_grad_enabled(with_gradients):
-            weights[name] = make(layer, name)
-    return weights[name]
+            weight = weights[name] = make(layer, name)
+    return weight
 
 
 def _thread() -> int:

@@ -130,6 +130,46 @@ CLASSES = [
 ]
 
 
+class Generated(nn.Conv2d):
+    """Computes its weight from its input, as what is no parameter."""
+
+    def __init__(self, hold):
+        super().__init__(2, 3, 3, padding=1, dtype=torch.float64)
+        self.kernel = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        del self.weight
+        hold(self, "weight", self.kernel.clone())
+
+    def forward(self, x):
+        self.weight = self.kernel * x.mean()
+        return super().forward(x)
+
+
+class ReadsBefore(Generated):
+    def forward(self, x):
+        assert self.weight.shape == self.kernel.shape
+        return super().forward(x)
+
+
+class AssignsTwice(Generated):
+    def forward(self, x):
+        self.weight = -self.kernel
+        first = super(Generated, self).forward(x)
+        return first.square() + super().forward(x)
+
+
+class AssignsAfter(Generated):
+    """Each call computes with the weight of the one before."""
+
+    def forward(self, x):
+        output = super(Generated, self).forward(x)
+        self.weight = self.kernel * x.mean()
+        return output
+
+
+HOLDS = {"a buffer": nn.Module.register_buffer, "an attribute": setattr}
+GENERATED = [Generated, ReadsBefore, AssignsTwice, AssignsAfter]
+
+
 def build(cls):
     torch.manual_seed(0)
     model = nn.Sequential(cls()).double()
@@ -185,6 +225,27 @@ def test_without_gradients_merged_and_unloaded(cls):
     lora.unload()
     assert torch.equal(model[0].weight, plain[0].weight)
     assert vars(model[0]).keys() == vars(plain[0]).keys()
+
+
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+@pytest.mark.parametrize("cls", GENERATED)
+def test_a_weight_that_a_forward_assigns_is_updated_from_then_on(cls, hold):
+    torch.manual_seed(0)
+    model = nn.Sequential(cls(hold))
+    expected = copy.deepcopy(model)
+    lora = adapted(model)
+    A, B = factors = [factor["default"] for factor in (model[0].lora_A, model[0].lora_B)]
+
+    def with_update(x, weight, bias):
+        update = lora.plans["default"].layers[0].scaling * (B @ A).view_as(weight)
+        return nn.Conv2d._conv_forward(expected[0], x, weight + update, bias)
+
+    expected[0]._conv_forward = with_update
+    for x in torch.rand(3, 1, 2, 6, 6, dtype=torch.float64):
+        outputs = model(x), expected(x)
+        torch.testing.assert_close(*outputs, rtol=0, atol=1e-13)
+        gradients = [torch.autograd.grad(output.square().sum(), factors) for output in outputs]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 def test_signature_is_that_of_the_class():
