@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.assigned import guards, refuse_assignment
+from lora_plugins.inplace.assigned import guards, refuse_assignment, refuse_while_merged
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.called_weight import called_weight, no_dropout
 from lora_plugins.inplace.deltas import effective_weight
@@ -178,6 +178,7 @@ def _weight_property(name: str, base: Any) -> property:
         # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.
         if is_computed:  # parametrizations would set what they compute from
             refuse_assignment(layer, name)
+        refuse_while_merged(layer, name, value)
         layer.__dict__[name] = value
 
     def delete(layer: nn.Module) -> None:

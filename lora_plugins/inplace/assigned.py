@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import as_its_own
 from lora_plugins.inplace.stored_class import resting_class
-from lora_plugins.inplace.weights import LostWeightError, is_distributed
+from lora_plugins.inplace.weight_hooks import weight_hooks
+from lora_plugins.inplace.weights import LostWeightError, is_distributed, raw_weight
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods by which layers of torch reset their weights."""
@@ -46,6 +47,11 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
             _check_original(layer, weight, name, param)
         nn.Module.register_parameter(layer, name, param)
 
+    def register_buffer(layer: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name in weights:
+            refuse_while_merged(layer, name, tensor)
+        base.register_buffer(layer, name, tensor, persistent)
+
     def parametrizations(layer: nn.Module) -> Any:
         # Both functions ask first, by is_parametrized(), whether there are some, and write before they do anything else
         # that can be noticed.
@@ -61,7 +67,8 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
 
     own = [name for name in _SAVING if getattr(base, name) is not getattr(nn.Module, name)]
     made: dict[str, Any] = {name: _on_the_base(name) for name in (*own, "_load_from_state_dict")}
-    made |= {"register_parameter": register_parameter, "parametrizations": property(parametrizations)}
+    made |= {"register_parameter": register_parameter, "register_buffer": register_buffer}
+    made["parametrizations"] = property(parametrizations)
     made["state_dict"] = state_dict
     return made | {name: _refused(name, weights) for name in RESETS if hasattr(base, name)}
 
@@ -86,6 +93,26 @@ def refuse_assignment(layer: nn.Module, name: str) -> NoReturn:
         StateError: Always.
     """
     raise StateError(_refusal(layer, repr(name), "assigned. Assign"))
+
+
+def refuse_while_merged(layer: nn.Module, name: str, value: Tensor | None) -> None:
+    """Refuses another value of a weight that is no parameter, while the layer answers with what was merged into it.
+
+    Hooks that compute a weight from parameters assign the same one ahead of each forward.
+
+    Raises:
+        StateError: If the value is another one.
+    """
+    state = layer_state(layer)
+    if name not in state.merged or torch.compiler.is_compiling():
+        return
+    if any(hook.weight == name for hook in weight_hooks(layer)):  # spectral norm moves it, in training
+        return
+    if not isinstance(value, Tensor) or not torch.equal(value, raw_weight(layer, name).to(value)):
+        raise StateError(
+            f"{name!r} of {state.name!r} is no parameter, and was assigned another value while an adapter is merged "
+            "into the one that it had. Call unmerge_adapter() first."
+        )
 
 
 def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, normalize
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import LoraConfig, LoraModel, StateError
 
 
 class Masked(nn.Conv2d):
@@ -246,6 +246,21 @@ def test_a_weight_that_a_forward_assigns_is_updated_from_then_on(cls, hold):
         torch.testing.assert_close(*outputs, rtol=0, atol=1e-13)
         gradients = [torch.autograd.grad(output.square().sum(), factors) for output in outputs]
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+def test_a_weight_that_is_merged_is_not_assigned_another_value(hold):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Generated(hold)).eval(), torch.rand(1, 2, 6, 6, dtype=torch.float64)
+    lora = adapted(model)
+    with torch.no_grad():
+        wanted = model(x)
+        lora.merge_adapter()
+        torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-14)  # which assigns the same value
+        with pytest.raises(StateError, match=r"'weight' of '0' is no parameter, and was assigned another value"):
+            model(2 * x)
+        lora.unmerge_adapter()
+        assert torch.equal(model(x), wanted)
 
 
 def test_signature_is_that_of_the_class():
