@@ -38,7 +38,7 @@ from lora_plugins.inplace.modules import (
     unwrapped,
 )
 from lora_plugins.inplace.normed import length_and_direction
-from lora_plugins.inplace.parametrized import make_plain, recompute, remover
+from lora_plugins.inplace.parametrized import can_be_plain, make_plain, recompute, remover
 from lora_plugins.inplace.quantizer_marks import put_marks, quantizer_marks
 from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
@@ -66,6 +66,7 @@ __all__ = [
     "all_stored",
     "base_class_of",
     "by_position",
+    "can_be_plain",
     "class_reason",
     "detached_weight",
     "factors",

@@ -46,16 +46,25 @@ def remover(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]
     Raises:
         MergeError: If it is not known how the weight is computed.
     """
+    known = _known_remover(layer, name)
+    if known is not None:
+        return known
+    raise MergeError(
+        f"{full_name!r} is no parameter of its {base_class_of(layer).__name__}, but a buffer, or computed in a way "
+        "that is not known, so it cannot be merged for good. Make it a parameter first, or use merge_adapter(), which "
+        "can be taken back."
+    )
+
+
+def can_be_plain(layer: nn.Module, name: str) -> bool:
+    """Whether it is known how a computed weight of a layer is computed, so that it can become a parameter."""
+    return _known_remover(layer, name) is not None
+
+
+def _known_remover(layer: nn.Module, name: str) -> Callable[[], object] | None:
     if parametrize.is_parametrized(layer, name):
         return partial(_remove_parametrization, layer, name)
-    for hook in weight_hooks(layer):
-        if hook.weight == name:
-            return hook.remove
-    raise MergeError(
-        f"{full_name!r} is no parameter of its {base_class_of(layer).__name__}, but computed in a way that is not "
-        "known, so it cannot be merged for good. Make it a parameter first, or use merge_adapter(), which can be taken "
-        "back."
-    )
+    return next((hook.remove for hook in weight_hooks(layer) if hook.weight == name), None)
 
 
 def _remove_parametrization(layer: nn.Module, name: str) -> None:

@@ -18,6 +18,7 @@ from lora_plugins.inplace import (
     AdapterTensors,
     LibraryWeight,
     StoredWeight,
+    can_be_plain,
     full_name,
     holder_of,
     layer_state,
@@ -199,22 +200,29 @@ def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = 
         plan: What is about to be adapted, if it is not yet.
 
     Raises:
-        StateError: If some are computed from other tensors, or stored, naming their layers.
+        StateError: If some are buffers, computed from other tensors, or stored, naming them or their layers.
         MergeError: If a layer that is not adapted has one of them too.
     """
     otherwise = "merge_on_fit_end=False and export_to=None"
     stored = check_merge_later(target, dequantize=dequantize, otherwise=otherwise, plan=plan)
     normed = normed_weights(target)
-    computed = [
-        name
+    computed = {
+        full_name(name, weight): (name, can_be_plain(layer, weight))
         for name, layer in adapted_layers(target).items()
         for weight in set(layer_state(layer).weight_names) - _parameter_names(layer) - stored_weights(layer).keys()
         if full_name(name, weight) not in normed or stored
-    ]
+    }
+    unknown = [weight for weight, (_, is_known) in computed.items() if not is_known]
+    if unknown:
+        raise StateError(
+            f"{listing(unknown)}: no parameter, but a buffer, or computed in a way that is not known, so that nothing "
+            "can be merged into it for good. Make it a parameter first, add its layer to exclude_modules, or keep the "
+            "adapter beside the base: set merge_on_fit_end=False and export_to=None."
+        )
     if computed:
         raise StateError(
-            f"The weights of {listing(computed)} are computed from other tensors, by spectral norm, another "
-            "parametrization or pruning. Merging replaces that for good, which fit cannot take back: set "
+            f"The weights of {listing(dict(computed.values()))} are computed from other tensors, by spectral norm, "
+            "another parametrization or pruning. Merging replaces that for good, which fit cannot take back: set "
             "merge_on_fit_end=False and export_to=None, and call LoraModel(module).merge_and_unload() when all is done."
         )
 
