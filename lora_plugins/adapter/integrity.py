@@ -23,12 +23,21 @@ def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
 
 
 def check_in_place(model: nn.Module, state: ModelState, adapter: str) -> None:
-    """Checks that an adapter is on all of its layers, where they were when it was added.
+    """Checks that an adapter is on all of its layers, where they were when it was added, and on no copy of one.
 
     Raises:
-        StateError: If one of them is not there any more, or has another name.
+        StateError: If one of them is not there any more, or has another name, or was copied within the model.
     """
-    moved = {name: place for name, place in _places(model, state, adapter).items() if name != place}
+    places = _places(model, state, adapter)
+    copied = {copy: origin for copy, origin in _names(model, adapter).items() if places[origin] != copy}
+    if copied:
+        first, origin = next(iter(copied.items()))
+        raise StateError(
+            f"{listing(copied)} were copied after the adapter {adapter!r} was added, as {first!r} from {origin!r}, "
+            "so it has no place for what they learn. Make the copy before that (in a LightningModule, in __init__ or "
+            "setup), so that both are adapted; or keep it out of the model's modules, as in a list."
+        )
+    moved = {name: place for name, place in places.items() if name != place}
     if moved:
         name, place = next(iter(moved.items()))
         raise StateError(
@@ -39,8 +48,9 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str) -> None:
 
 def _places(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]:
     """Returns the names that the layers of an adapter have now, by those that they had when it was added."""
-    layers = {name: layer_state(layer) for name, layer in adapted_layers(model).items()}
-    places = {layer.name: name for name, layer in layers.items() if adapter in layer.adapters}
+    names = _names(model, adapter)
+    places = {origin: name for name, origin in names.items()}
+    places |= {origin: name for name, origin in names.items() if name == origin}  # not those of a copy
     lost = [layer.name for layer in state.adapters[adapter].plan.layers if layer.name not in places]
     if lost:
         raise StateError(
@@ -48,6 +58,12 @@ def _places(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]
             "or take the adapter off: unload()."
         )
     return places
+
+
+def _names(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Returns the names of layers that have an adapter, each with the one that it had when it was added."""
+    layers = {name: layer_state(layer) for name, layer in adapted_layers(model).items()}
+    return {name: layer.name for name, layer in layers.items() if adapter in layer.adapters}
 
 
 def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:

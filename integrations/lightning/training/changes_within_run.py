@@ -8,6 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lora_plugins import LoraModel, StateError
+from lora_plugins.adapter import check_in_place, present_state
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
@@ -54,11 +55,12 @@ class ChangesWithinRun:
         """Names layers that were built since.
 
         Raises:
-            StateError: If they have to be adapted, or adapted layers were replaced.
+            StateError: If they have to be adapted, or adapted layers were replaced, moved or copied.
         """
         for target in adapted_targets(self._module).values():
             for name in LoraModel(target).adapters:
                 check_not_replaced(target, name)
+                check_in_place(target, present_state(target), name)
         self._check_late_layers()
 
     def freeze_base(self) -> None:

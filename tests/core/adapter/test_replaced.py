@@ -1,5 +1,7 @@
 """Layers of an adapted model that the user replaces: nothing of the old ones is put into the new ones."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,20 @@ def test_a_part_that_is_fused_into_another(tmp_path):
     with pytest.raises(StateError, match=r"The update of '0\.0' by the adapter 'a' is gone"):
         lora.save_adapter(tmp_path / "adapter")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after_it", "ahead_of_it"])
+def test_an_adapted_layer_that_is_copied_within_the_model(tmp_path, first):
+    model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(4, 4)), nn.Identity())
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    place = 2 if first else 0
+    model[place] = copy.deepcopy(model[1])
+    with pytest.raises(StateError, match=rf"'{place}\.0' were copied after .* 'a' was added, .* from '1\.0'"):
+        lora.save_adapter(tmp_path / "adapter")
+    assert not any(tmp_path.iterdir())
+    x = torch.ones(2, 4)
+    expected = model(x)
+    torch.testing.assert_close(lora.merge_and_unload()(x), expected)
 
 
 @pytest.mark.parametrize(

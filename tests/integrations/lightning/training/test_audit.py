@@ -1,5 +1,7 @@
 """What does not train, moves though it is frozen, or is made trainable, is said."""
 
+import copy
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -379,6 +381,47 @@ class TestFrozenBySomebody:
         with pytest.warns(UserWarning) as said:  # noqa: PT030, they are counted
             run.fit(Classifier(), loader())
         assert sum("were frozen" in str(each.message) for each in said) == 1
+
+
+class CopiesItself(Classifier):
+    """Makes a teacher of its network when that is adapted already, and counts its batches."""
+
+    def __init__(self, hook: str, hides: bool):
+        super().__init__()
+        self.batches = 0
+        self.copies_in, self.hides = hook, hides
+
+    def on_fit_start(self):
+        self._copy("on_fit_start")
+
+    def on_train_start(self):
+        self._copy("on_train_start")
+
+    def _copy(self, hook):
+        if self.copies_in == hook:
+            teacher = copy.deepcopy(self.net).requires_grad_(False)
+            self.teacher = [teacher] if self.hides else teacher
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.batches += 1
+
+
+@pytest.mark.filterwarnings("ignore:Found 2 module.* in eval mode")  # by Lightning, of the copied norm
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+def test_a_copy_of_adapted_layers_is_refused_before_the_first_batch(tmp_path, hook):
+    module = CopiesItself(hook, hides=False)
+    with pytest.raises(
+        StateError, match=r"'teacher\.0', 'teacher\.3' were copied after the adapter 'default' was added"
+    ):
+        trainer(tmp_path, [lora()]).fit(module, loader())
+    assert not module.batches
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+def test_a_hidden_copy_of_adapted_layers_is_left_alone(tmp_path, hook):
+    module = CopiesItself(hook, hides=True)
+    trainer(tmp_path, [lora(merge_on_fit_end=True)]).fit(module, loader())
+    assert module.batches
 
 
 class AsksForGradients(Classifier):
