@@ -225,3 +225,28 @@ def test_the_gradient_of_columns_has_the_format_of_torch_whatever_hooks_make_of_
             output = model(x)
         strides.append(torch.autograd.grad(output.sum(), x)[0].stride())
     assert strides[0] == strides[1]
+
+
+def cast(model: nn.Module) -> None:
+    model.float()
+
+
+def replace_values(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.data = 3 * parameter.data
+
+
+@pytest.mark.parametrize("change", [cast, replace_values])
+def test_a_backward_is_that_of_the_weights_of_its_forward(change):
+    """As a model that runs in another type, and is cast back ahead of the backward, has it of torch's own layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double().requires_grad_(False)
+    plain, x = copy.deepcopy(model), torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    LoraModel(model, LoraConfig(r=2, target_modules="all"))
+    found = []
+    for each in (model, plain):
+        output = each(x)
+        change(each)
+        found += torch.autograd.grad(output.square().sum(), x)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-13)
