@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import as_its_own
+from lora_plugins.inplace.placed_weights import is_placed
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.weight_hooks import weight_hooks
 from lora_plugins.inplace.weights import LostWeightError, is_distributed, raw_weight
@@ -38,7 +39,7 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
 
     def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
         replaced = layer._parameters.get(name)
-        if name in weights and any(map(is_distributed, (replaced, param))):
+        if name in weights and (any(map(is_distributed, (replaced, param))) or is_placed(within=4)):
             layer._parameters[name] = param  # as FSDP2 does where no class has its own __setattr__
             return
         if name in weights and replaced is not None:  # others who shard parameters delete the old one first

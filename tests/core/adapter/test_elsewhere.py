@@ -378,6 +378,22 @@ def test_an_adapted_model_is_dispatched_by_accelerate(device):
     torch.testing.assert_close(placed, whole(INDICES), rtol=0, atol=1e-12)
 
 
+def test_layers_that_share_a_weight_are_dispatched_by_accelerate(device):
+    """It assigns what was one parameter again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)).double()
+    model[2].weight = model[0].weight
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0", "2"], init="none"))
+    whole = model(INDICES)
+    pytest.importorskip("accelerate").dispatch_model(model, {"": device}, force_hooks=True)
+    torch.testing.assert_close(model(INDICES.to(device)).cpu(), whole, rtol=0, atol=1e-12)
+    lora.merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(INDICES.to(device)).cpu(), whole, rtol=0, atol=1e-12)
+    first, last = (dict(model[at].named_parameters())["weight"] for at in (0, 2))
+    assert first is last
+
+
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize("call", ["unmerge_adapter", "unload"])
 def test_a_merge_is_undone_when_the_model_is_taken_back(tmp_path, where, call):
