@@ -48,6 +48,15 @@ def pytest_configure(config):
         config.option.lora_device = config.option.device
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out, on another device, the tests that compute on the CPU whatever `--device` says."""
+    if config.option.device != "cpu":
+        kit = Path(__file__).parent / "core" / "testing"
+        there = {item: "device" in item.fixturenames or kit in item.path.parents for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not there[item]])
+        items[:] = [item for item in items if there[item]]
+
+
 @pytest.fixture(scope="session")
 def _imported():
     """How many modules there were when objects were last taken out of the collector's search."""
