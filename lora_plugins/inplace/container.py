@@ -1,6 +1,6 @@
 """Where the tensors of adapters live in a layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn, cast
 
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class AdapterTensors(nn.Module):
 
     def __contains__(self, adapter: str) -> bool:
         return adapter in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
 
     def __len__(self) -> int:
         return len(self._parameters)

@@ -410,3 +410,11 @@ def test_a_file_is_no_place_for_a_folder(tmp_path, format):
         with pytest.raises(ConfigError, match=r"path is .*file.* Name a(nother place| folder)\."):
             lora.save_adapter(path, format=format)
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_factors_are_listed_by_adapter():
+    lora = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]), "first")
+    lora.add_adapter("second", LoraConfig(r=1, target_modules=["0"]))
+    factors = lora.model[0].lora_A
+    assert [*factors] == ["first", "second"]
+    assert [factors[name].shape[0] for name in factors] == [2, 1]
