@@ -128,14 +128,15 @@ def _run(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
         for own, part in zip(module.modules(), twin.modules(), strict=True):
             part.training = own.training  # the mode may have changed since the block was entered
             _cast_along(part, own)
-    outputs = [twin.forward(args[0][index], *args[1:], **kwargs) for index, twin in twins.each]
+    device = tensors[0].device  # the model may have been moved since the block was entered
+    outputs = [twin.forward(args[0][index.to(device)], *args[1:], **kwargs) for index, twin in twins.each]
     for (index, _), output in zip(twins.each, outputs, strict=True):
         if not isinstance(output, Tensor) or output.shape[:1] != index.shape:
             raise StateError(
                 f"{twins.name!r}, of which adapters have their own values, does not return one tensor with the batch "
                 "first. Run one batch for each adapter, with set_adapter."
             )
-    return torch.cat(outputs)[twins.order]
+    return torch.cat(outputs)[twins.order.to(device)]
 
 
 def _cast_along(part: nn.Module, own: nn.Module) -> None:

@@ -446,3 +446,14 @@ def test_a_value_of_an_adapter_is_not_exchanged_while_it_is_elsewhere(tmp_path, 
     pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
     call(lora)
     torch.testing.assert_close(model(INDICES), base, rtol=0, atol=1e-12)
+
+
+def test_heads_of_rows_are_moved_with_the_model(device):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], init="none", modules_to_save=["2"])
+    lora = LoraModel(net().eval().to(device), config)
+    lora.add_adapter("other", config)
+    with torch.no_grad(), lora.mixed_batch(["other", None, "default", "other"]) as model:
+        expected = model(X.to(device)).cpu()
+        torch.testing.assert_close(model.cpu()(X), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(model.to(device)(X.to(device)).cpu(), expected, rtol=0, atol=1e-12)
