@@ -30,9 +30,9 @@ def _keep_statistics(module: nn.Module) -> None:
     """Takes the place of `reset_running_stats`, by which `update_bn` starts: no forward would count them again."""
 
 
-def _reduce(module: nn.Module, protocol: Any) -> Any:
+def _reduce(module: Any, protocol: Any) -> Any:
     base: Any = module.__dict__[_BASE_CLASS]
-    state = {key: value for key, value in module.__dict__.items() if key != _BASE_CLASS}
+    state = {key: value for key, value in module.__getstate__().items() if key != _BASE_CLASS}
     if "__reduce_ex__" in base.__dict__:  # a generated class has no import path either
         make, arguments, _ = base.__reduce_ex__(module, protocol)
         return _rebuild, (make, arguments), state

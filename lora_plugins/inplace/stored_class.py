@@ -104,9 +104,9 @@ def _extra_repr(layer: nn.Module) -> str:
     return f"{base_class_of(layer).extra_repr(layer)}, stored as {', '.join(kinds)}".removeprefix(", ")
 
 
-def _reduce(layer: nn.Module, protocol: Any) -> Any:
+def _reduce(layer: Any, protocol: Any) -> Any:
     # The generated class has no import path; it is made again from its base class.
-    return _rebuild, (base_class_of(layer), tuple(stored_weights(layer))), layer.__dict__
+    return _rebuild, (base_class_of(layer), tuple(stored_weights(layer))), layer.__getstate__()
 
 
 def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:

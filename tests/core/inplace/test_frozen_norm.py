@@ -36,6 +36,24 @@ class NormAndDropout(nn.BatchNorm1d):
         return self.drop(super().forward(x))
 
 
+class NormWithoutItsFunction(nn.BatchNorm1d):
+    """A norm with something that its class leaves out of copies and pickles, and makes again."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.scaled = lambda x: 2 * x
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "scaled"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.scaled = lambda x: 2 * x
+
+    def forward(self, x):
+        return self.scaled(super().forward(x))
+
+
 def adapted():
     model = nn.Sequential(Centered(), NormAndDropout())
     return LoraModel(model, LoraConfig(**CONFIG), "a")
@@ -79,6 +97,14 @@ def test_an_adapted_layer_with_statistics_stays_still(call, copied):
     LoraModel(model).unload()
     assert moves(model)
     assert [type(layer) for layer in model] == [Centered, NormAndDropout]
+
+
+def test_what_a_norm_leaves_out_of_pickles_is_left_out():
+    model = nn.Sequential(nn.Linear(4, 3), NormWithoutItsFunction())
+    LoraModel(model, LoraConfig(**CONFIG))
+    other, x = pickle.loads(pickle.dumps(model)), torch.randn(8, 4)
+    assert not moves(other)
+    torch.testing.assert_close(other(x), model.eval()(x), rtol=0, atol=0)
 
 
 def test_a_second_plan_knows_the_class():

@@ -362,6 +362,16 @@ def test_copies_pickles_and_state_dicts():
         assert repr(other) == repr(model)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_recurrent_layer_at_rest_is_copied(copied):
+    model = nn.Sequential(nn.GRU(8, 8), nn.Identity())
+    lora = LoraModel(model, LoraConfig(r=2, quantize="int8", quantize_options={"min_size": 0}))
+    inputs = torch.randn(3, 2, 8)
+    lora.unload(dequantize=False)
+    expected = model(inputs)[0]
+    assert torch.equal(copied(model)(inputs)[0], expected)
+
+
 def test_a_cast_is_one_of_the_dense_value():
     model = adapted().model
     before = {name: value.clone() for name, value in model[0].weight_stored.state_dict().items()}
