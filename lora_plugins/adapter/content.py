@@ -79,9 +79,7 @@ def initialize(
     for layer, slot, shape in plan.slots():
         weight = detached_weight(submodule(model, layer.name), slot.tensor)
         seen = (calibration or {}).get((layer.name, slot.suffix), SlotCalibration())
-        context = replace(
-            _context(plan, layer, slot, shape, weight, seen), stored=_rounding(model, plan, layer, slot, weight)
-        )
+        context = _context(plan, layer, slot, shape, weight, seen, _rounding(model, plan, layer, slot, weight))
         if plan.init.changes_base and not bool(context.weight.isfinite().all()):
             raise TargetError(
                 f"{layer.name!r}: its weight has values that are not finite, so the init {plan.init.name!r} cannot "
@@ -95,16 +93,31 @@ def initialize(
     return content
 
 
+class _Context(InitContext):
+    """Takes the weight to the CPU once an init reads it, which most do not: all else is there, on every device."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name == "weight" and value.device.type != "cpu":
+            value = value.cpu()
+            object.__setattr__(self, name, value)
+        return value
+
+
 def _context(
-    plan: Plan, layer: PlannedLayer, slot: Slot, shape: tuple[int, int], weight: Tensor, calibration: SlotCalibration
+    plan: Plan,
+    layer: PlannedLayer,
+    slot: Slot,
+    shape: tuple[int, int],
+    weight: Tensor,
+    calibration: SlotCalibration,
+    stored: Callable[[Tensor], Tensor] | None,
 ) -> InitContext:
     dtype = factor_dtype(weight)
     rows, columns = shape
-    # An init that changes the base has to give the same bits on every device.
-    place: dict[str, Any] = {"device": "cpu"} if plan.init.changes_base else {}
-    return InitContext(
+    return _Context(
         layer=layer.name,
-        weight=slot_matrix(layer, slot, weight).to(dtype=dtype, **place),
+        weight=slot_matrix(layer, slot, weight).to(dtype=dtype),
         A=torch.full((layer.r, columns), math.nan, dtype=dtype, device="cpu"),
         B=torch.full((rows, layer.r), math.nan, dtype=dtype, device="cpu"),
         scaling=layer.scaling,
@@ -112,6 +125,7 @@ def _context(
         generator=torch.Generator().manual_seed(run_seed(layer.name + slot.suffix)),
         options=plan.init_options,
         calibration=calibration,
+        stored=stored,
     )
 
 

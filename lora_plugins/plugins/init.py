@@ -69,8 +69,9 @@ class InitContext:
 
     Args:
         layer: Full name of the layer, for messages.
-        weight: `(out, in)`, the matrix view of the untouched base weight, in float32 or better. Read only.
-        A: `(r, in)`, to be filled in place; same type as `weight`, on the CPU.
+        weight: `(out, in)`, the matrix view of the untouched base weight, in float32 or better, on the CPU. Read
+            only.
+        A: `(r, in)`, to be filled in place; of the same type, likewise on the CPU.
         B: `(out, r)`, likewise.
         scaling: The factor of `B @ A` in the update.
         lookup: True where columns of A are looked up by index, so that A is the one to start at zero.

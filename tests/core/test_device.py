@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_plugins
-from lora_plugins import InitData, LoraConfig, LoraModel
+from lora_plugins import InitData, InitPlugin, LoraConfig, LoraModel, build_registry, hookimpl
 from lora_plugins.utils import own_randomness
 from tests.core.card import CARD, WaitError, Watch
 from tests.core.layer_cases import LAYER_CASES
@@ -330,6 +330,37 @@ def test_own_random_numbers_are_those_of_the_device_too(device):
             drawn.append(torch.rand(3, device=device))
     assert torch.equal(*drawn)
     assert torch.equal(torch.rand(3, device=device), expected)
+
+
+class ScaledInit(InitPlugin):
+    """Draws A in the scale of the weight's columns."""
+
+    name = "scaled"
+
+    def fill(self, context):
+        drawn = torch.randn(context.A.shape, generator=context.generator, dtype=context.A.dtype)
+        context.A.copy_(drawn * context.weight.std(0))
+        context.B.zero_()
+        return {}
+
+
+class ScaledPlugins:
+    """What an entry point would name."""
+
+    @hookimpl
+    def lora_plugins_register_inits(self, registrar):
+        registrar.add(ScaledInit())
+
+
+def test_all_that_an_init_gets_is_in_one_place(device):
+    """With --device; that of a third party, to which its tests on the processor say the same."""
+    started, registry = [], build_registry([("scaled", ScaledPlugins())])
+    for place in ("cpu", device):
+        torch.manual_seed(0)
+        model, _ = model_of("linear")
+        LoraModel(model.to(place), LoraConfig(r=2, init="scaled", target_modules=["layer"]), registry=registry)
+        started.append(model.layer.lora_A["default"].detach().cpu())
+    assert torch.equal(*started)
 
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of CUDA")
