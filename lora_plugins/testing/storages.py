@@ -35,6 +35,9 @@ SHAPES = ((64, 96), (48, 48), (5, 3), (7, 5, 3, 3), (1, 1), (300,), (300, 301))
 The last one has more than 256 blocks of the usual sizes, and so many values that torch adds them up in threads.
 """
 
+_ROUNDED = 1e-2
+"""By how much what two devices make of the same codes may differ, computed in half precision too."""
+
 
 @dataclass(frozen=True)
 class StorageCase:
@@ -199,6 +202,10 @@ def _device(case: StorageCase) -> None:
         require_same_state("what is stored with another default device", again, stored)
         for what, dense in got.items():
             require_close(f"{what} with another default device", dense, expected[what], 0)
+        for place in {CPU, case.device}:  # what is stored goes with a model that is moved
+            moved = {name: tensor.to(place) for name, tensor in stored.items()}
+            for what, dense in _made_dense(case, moved, index.to(place), weight.shape).items():
+                require_close(f"{what} after a move to {place}", dense, expected[what].to(place), _ROUNDED)
 
 
 def _size(case: StorageCase) -> None:
@@ -264,7 +271,8 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         "device",
         _device,
         "what is made is where the weight is, or what is stored of it",
-        "torch.arange(16) where torch.arange(16, device=codes.device) is meant.",
+        "torch.arange(16) where torch.arange(16, device=codes.device) is meant; or the plugin object keeps a table "
+        "that it made for another device.",
     ),
     Check(
         "size",

@@ -299,6 +299,23 @@ def test_a_violation_fails_its_check(name, plugin):
         assert part in str(caught.value)
 
 
+class KeepsItsFirstTable(Int8Storage):
+    ones = None
+
+    def restore(self, tensors, shape, options):
+        dense = super().restore(tensors, shape, options)
+        if self.ones is None:
+            self.ones = torch.ones(1, device=dense.device)
+        return dense * self.ones
+
+
+def test_a_table_of_another_device_is_seen(device):
+    if device.type == "cpu":
+        pytest.skip("needs --device")
+    with pytest.raises(CheckError, match=r"fails the check 'device'(.|\n)*or the plugin object keeps a table"):
+        check_storage_plugin(KeepsItsFirstTable(), device=device)
+
+
 class MisspeltCodes(NF4Storage):
     def restore(self, tensors, shape, options):
         return super().restore({"codes": tensors["coeds"], **tensors}, shape, options)
