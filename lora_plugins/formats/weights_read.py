@@ -13,7 +13,7 @@ from types import FunctionType
 
 from torch import nn
 
-from lora_plugins.inplace import base_class_of, full_name, model_modules
+from lora_plugins.inplace import base_class_of, full_name, is_of_torch, model_modules
 
 _TELLING = frozenset(
     {
@@ -35,7 +35,7 @@ def weights_read(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in model_modules(model):
         cls = base_class_of(entry.module)
-        if inspect.isfunction(cls.forward) and not cls.forward.__module__.startswith("torch."):
+        if inspect.isfunction(cls.forward) and not is_of_torch(cls):
             found |= {full_name(entry.name, path): cls.__name__ for path in _paths(cls.forward)}
     return found
 

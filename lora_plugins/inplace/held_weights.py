@@ -27,7 +27,8 @@ forward writes. What others write would be lost.
 
 def is_of_torch(base: type[nn.Module]) -> bool:
     """Whether the forward of a class is torch's own: none of these writes into weights."""
-    return base.forward.__module__.partition(".")[0] == "torch"
+    module = base.forward.__module__ or ""  # None of what was made by exec, as torch.fx does
+    return module.partition(".")[0] == "torch"
 
 
 def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:

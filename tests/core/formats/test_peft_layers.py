@@ -99,8 +99,18 @@ class Asking(Casting):
         return self.layer(x if isinstance(self.layer.weight, torch.Tensor) else 2 * x)
 
 
+class Calling(Casting):
+    def forward(self, x):
+        return self.layer(x)
+
+
+def traced():
+    """As the feature extractors of torchvision: its forward says of no module that it is from there."""
+    return torch.fx.symbolic_trace(Calling())
+
+
 READERS = {"by a function": Functional, "tokens": Tokens}
-ASKERS = {"type and shape": Casting, "type of another": Alike, "class": Asking}
+ASKERS = {"type and shape": Casting, "type of another": Alike, "class": Asking, "traced": traced}
 
 SECOND_PATHS = {
     "padding mode": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "the padding mode"),
