@@ -250,7 +250,7 @@ ON_THE_HOST = {
     "torch.tensor(places, device=device)": "made where a block begins",
     "torch.tensor([at for places in groups.values() for at in places], device=device)": "likewise",
     "bool(module.__dict__.get(_TRAINING, module.training))": "a flag",
-    "torch.equal(value, raw_weight(layer, name).to(value))": "when a merged weight is assigned, which no step does",
+    "bool(difference <= error * raw.abs().max().to(difference))": "of a merged weight, which no step assigns",
 }
 FACTORIES = frozenset(
     [

@@ -263,6 +263,38 @@ def test_a_weight_that_is_merged_is_not_assigned_another_value(hold):
         assert torch.equal(model(x), wanted)
 
 
+NO_WEIGHTS = {"no values": torch.empty(3, 2, 3, 3, device="meta"), "another shape": torch.zeros(1), "none": None}
+
+
+class Standardized(Generated):
+    def forward(self, x):
+        self.weight = (self.kernel - self.kernel.mean()) / self.kernel.std()
+        return super(Generated, self).forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+def test_a_model_that_computes_a_weight_is_cast_when_it_is_merged(hold, dtype):
+    """What it computes then is another value by rounding, which is no reason to refuse it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Standardized(hold)).eval(), torch.rand(1, 2, 6, 6, dtype=torch.float64)
+    lora = adapted(model)
+    with torch.no_grad():
+        wanted = model(x)
+        lora.merge_adapter()
+        found = model.to(dtype)(x.to(dtype))
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("value", NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+@pytest.mark.parametrize("hold", HOLDS.values(), ids=HOLDS)
+def test_a_weight_that_is_merged_is_not_assigned_what_has_no_such_values(hold, value):
+    model = nn.Sequential(Generated(hold))
+    adapted(model).merge_adapter()
+    with pytest.raises(StateError, match="was assigned another value while an adapter is merged"):
+        model[0].weight = value
+
+
 def test_signature_is_that_of_the_class():
     model, _ = build(CallsItself)
     adapted(model)
