@@ -60,7 +60,7 @@ def _lacking(path: Path, formats: Iterable[AdapterFormat]) -> str:
         present = {*known.file_names} - {*absent}
         if absent and any(path.is_dir() or path.match(name) for name in present):
             return (
-                f" The format {known.name!r} has {listing(absent)} beside {listing(present)}, which is not there: copy "
+                f" {listing(absent)} is not there, which the format {known.name!r} has beside {listing(present)}: copy "
                 "the whole folder."
             )
     return ""

@@ -42,7 +42,7 @@ def test_the_file_that_is_not_there_is_named(given, tmp_path):
     """The tensors alone, of which nothing says by what they are scaled."""
     LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2)).save_adapter(tmp_path, format="peft")
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(AdapterFileError, match=r"'peft' has 'adapter_config\.json' beside 'adapter_model"):
+    with pytest.raises(AdapterFileError, match=r"'adapter_config\.json' is not there, which the format 'peft'"):
         format_of(tmp_path / given)
 
 
