@@ -1,6 +1,7 @@
 """What a command does before its work."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -69,3 +70,24 @@ def test_ctrl_c_is_afterwards_what_it_was(handler):
         assert signal.getsignal(signal.SIGINT) is handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["nothing", "count", "policy"],
+)
+def test_waiting_threads_leave_a_processor_to_other_programs(said, spins):
+    code = """
+import contextlib, io, os, sys
+from lora_plugins.cli.main import main
+
+assert "torch" not in sys.modules
+with contextlib.redirect_stdout(io.StringIO()):
+    main(["--help"])
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith(("SPINCOUNT", "WAIT_POLICY"))}
+    command, environment = [sys.executable, "-c", code], {**environment, **said}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == (spins, "")
