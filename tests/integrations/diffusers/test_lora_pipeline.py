@@ -398,11 +398,12 @@ def test_what_group_offloading_takes_from_copies_is_not_changed(by, tmp_path, de
     lora = moved(LoraPipeline(pipe, config(pipe)))
     lora.save_adapter(tmp_path / "adapter")
     expected = drawn(pipe)
+    near = 0 if device.type == "cpu" else TOLERANCE
     copies = {"offload_to_disk_path": str(tmp_path / "parts")} if device.type == "cpu" else {"use_stream": True}
     pipe.unet.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), **copies, **by)
     for part in (pipe.text_encoder, pipe.vae):
         part.to(device)
-    assert distance(drawn(pipe), expected) < TOLERANCE
+    assert distance(drawn(pipe), expected) <= near
     calls = (
         lora.merge_adapter,
         lora.merge_and_unload,
@@ -416,7 +417,7 @@ def test_what_group_offloading_takes_from_copies_is_not_changed(by, tmp_path, de
         with pytest.raises(StateError, match=r"group offloading of diffusers has those of 'unet.* on the disk"):
             lora.save_adapter(tmp_path / "again")
         assert not (tmp_path / "again").exists()
-    assert distance(drawn(pipe), expected) < TOLERANCE
+    assert distance(drawn(pipe), expected) <= near
 
 
 def test_a_changed_base_is_not_exchanged_while_group_offloading_takes_it_from_copies(tmp_path):
