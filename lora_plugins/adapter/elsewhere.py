@@ -31,7 +31,8 @@ def check_here(model: nn.Module, call: str) -> None:
         StateError: If parameters of the model are split over processes, on the meta device, or on the disk; or if the
             call changes tensors that each forward takes from copies.
     """
-    own = own_parameters(model_modules(model))
+    modules = model_modules(model)
+    own = own_parameters(modules)
     _check_whole(model, own, call)
     if away := [name for name, parameter in own.items() if parameter.is_meta]:
         raise StateError(
@@ -39,8 +40,8 @@ def check_here(model: nn.Module, call: str) -> None:
             f"{IF_OFFLOADED}"
         )
     if call != "save_adapter":
-        check_no_copies(model, CALLS[call].doing)
-    elif on_disk := modules_on_disk(model):
+        check_no_copies(modules, CALLS[call].doing)
+    elif on_disk := modules_on_disk(modules):
         raise StateError(
             f"{CALLS[call].doing} needs tensors with values, and group offloading of diffusers has those of "
             f"{listing(on_disk, 3)} on the disk. Do it before enable_group_offload, or in a pipeline without."

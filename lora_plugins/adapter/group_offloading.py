@@ -3,30 +3,31 @@
 The copies are files, or memory that is pinned for transfers beside the computation (`use_stream`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import model_modules
+from lora_plugins.inplace import NamedModule
 
 
-def modules_on_disk(model: nn.Module) -> list[str]:
+def modules_on_disk(modules: Sequence[NamedModule]) -> list[str]:
     """Returns the names of modules whose tensors are in files until their forward, and have no values in memory."""
-    return [entry.name for entry in model_modules(model) if _is_on_disk(_group_of(entry.module))]
+    return [entry.name for entry in modules if _is_on_disk(_group_of(entry.module))]
 
 
-def check_no_copies(model: nn.Module, doing: str) -> None:
+def check_no_copies(modules: Sequence[NamedModule], doing: str) -> None:
     """Refuses what changes tensors of a model, or adds some, where the next forward takes them from copies.
 
     Args:
-        model: The model.
+        modules: Those of the model.
         doing: What does so, for the message.
 
     Raises:
         StateError: If group offloading has such copies.
     """
-    groups = [(entry.name, _group_of(entry.module)) for entry in model_modules(model)]
+    groups = [(entry.name, _group_of(entry.module)) for entry in modules]
     copied = [name for name, group in groups if _is_on_disk(group) or getattr(group, "cpu_param_dict", None)]
     if copied:
         raise StateError(

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter.group_offloading import check_no_copies
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import found_tensor, holder_of, is_shard, own_tensor
+from lora_plugins.inplace import found_tensor, holder_of, is_shard, model_modules, own_tensor
 
 IF_OFFLOADED = (
     "If accelerate offloads the model, take that back first: accelerate.hooks.remove_hook_from_submodules(model)."
@@ -91,7 +91,8 @@ class OwnedTensors:
                 f"{IF_OFFLOADED}"
             )
         if changing:
-            check_no_copies(model, f"Giving {listing(changing, 3)} the value of another adapter, or of the base,")
+            doing = f"Giving {listing(changing, 3)} the value of another adapter, or of the base,"
+            check_no_copies(model_modules(model), doing)
         self.follow_casts(model)
         for name in changing:
             present, owner = self.owner.get(name), wanted.get(name)

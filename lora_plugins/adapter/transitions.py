@@ -37,6 +37,7 @@ from lora_plugins.inplace import (
     holder_of,
     layer_state,
     make_dense,
+    model_modules,
     own_tensor,
     put_stored,
     strip_adapters,
@@ -118,7 +119,7 @@ def add(model: nn.Module, adapter: str, new: NewAdapter) -> None:
             weights larger than their types can hold.
         StateError: If diffusers takes the model's tensors from copies, which lack those of the adapter.
     """
-    check_no_copies(model, CALLS["add_adapter"].doing)
+    check_no_copies(model_modules(model), CALLS["add_adapter"].doing)
     plan, content, stored, changed = new.plan, new.content, new.stored, new.changed
     if plan.init.changes_base:
         check_shared(model, plan.weights())
