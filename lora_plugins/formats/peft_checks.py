@@ -17,6 +17,11 @@ _ADAPTED = (*LAYERS, nn.MultiheadAttention)
 """The layers that PEFT adapts where its config names them; `Conv1D` of transformers is recognized by its name."""
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a layer is a `Conv1D` of transformers, which need not be installed."""
+    return base_class_of(module).__name__ == "Conv1D"
+
+
 def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig, former: Mapping[str, str]) -> None:
     """Checks that an adapter has all layers of a model that its config targets, and no others.
 
@@ -36,7 +41,7 @@ def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig
         entry.name
         for entry in model_modules(model)
         if entry.name not in present
-        and (isinstance(entry.module, _ADAPTED) or base_class_of(entry.module).__name__ == "Conv1D")
+        and (isinstance(entry.module, _ADAPTED) or is_conv1d(entry.module))
         and config.is_target(former.get(entry.name, entry.name))
     ]
     if lacking:

@@ -17,13 +17,14 @@ from lora_plugins.formats.peft_checks import (
     check_parameters,
     check_started,
     check_untied,
+    is_conv1d,
 )
 from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
-from lora_plugins.inplace import base_class_of, full_name, model_modules, own_buffers
+from lora_plugins.inplace import full_name, model_modules, own_buffers
 from lora_plugins.plan import current_name, former_names
 from lora_plugins.utils import path_starts, within
 
@@ -115,7 +116,7 @@ def saved_modules(config: PeftConfig, values: Iterable[str]) -> list[str]:
 
 def _layer_type(module: nn.Module) -> str:
     """Returns the type of a layer as far as PEFT's `fan_in_fan_out` depends on it."""
-    if base_class_of(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         return "transformers_conv1d"
     if isinstance(module, nn.MultiheadAttention):
         return "multihead_attention"

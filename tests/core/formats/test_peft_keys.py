@@ -57,6 +57,16 @@ class Heads(nn.Module):
         return self.heads[0](x) + self.heads[1]["b"](x)
 
 
+def check_is_exact(case, folder, edit):
+    """Checks that a file of PEFT whose keys were edited loads as what PEFT computes."""
+    theirs = with_peft(case)
+    theirs.save_pretrained(folder)
+    edit_tensors(folder, edit)
+    model = case.build()
+    LoraModel.load_adapter(model, folder)
+    assert difference(case, model, theirs) <= TOLERANCE
+
+
 class TestKeys:
     """PEFT warns of missing keys, and computes without them: an adapter can do nothing."""
 
@@ -288,35 +298,23 @@ class TestKeys:
         refused(case, tmp_path, untouched, r"names 'head\.norm', and 'head' around it")
 
     def test_names_of_a_compiled_model_are_understood(self, tmp_path):
-        theirs = with_peft(LINEAR)
-        theirs.save_pretrained(tmp_path)
-
         def compiled(tensors):
             for key in list(tensors):
                 tensors[key.replace("base_model.model.", "base_model.model._orig_mod.")] = tensors.pop(key)
 
-        edit_tensors(tmp_path, compiled)
-        model = LINEAR.build()
-        LoraModel.load_adapter(model, tmp_path)
-        assert difference(LINEAR, model, theirs) <= TOLERANCE
+        check_is_exact(LINEAR, tmp_path, compiled)
 
     @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
     @pytest.mark.parametrize("id", ["linear", "dora", "embedding and Conv1D", "attention"])
     def test_keys_with_the_name_of_the_adapter_are_understood(self, id, tmp_path):
         """As a state dict of PEFT's model has them."""
-        case = BY_ID[id]
-        theirs = with_peft(case)
-        theirs.save_pretrained(tmp_path)
 
         def named(tensors):
             for key in [key for key in tensors if ".lora_" in key]:
                 start, weight, _ = key.partition(".weight")
                 tensors[f"{start}.default{weight}"] = tensors.pop(key)
 
-        edit_tensors(tmp_path, named)
-        model = case.build()
-        LoraModel.load_adapter(model, tmp_path)
-        assert difference(case, model, theirs) <= TOLERANCE
+        check_is_exact(BY_ID[id], tmp_path, named)
 
     def test_keys_with_another_name_are_listed(self, tmp_path, untouched):
         """PEFT reads nothing of them; not even a layer that has no other key may be left out without a word."""
@@ -330,18 +328,11 @@ class TestKeys:
         refused(LINEAR, tmp_path, untouched, r"'fc\.lora_A\.night\.weight': it is no key of PEFT's LoRA")
 
     def test_magnitudes_with_another_ending_are_understood(self, tmp_path):
-        case = BY_ID["dora"]
-        theirs = with_peft(case)
-        theirs.save_pretrained(tmp_path)
-
         def ending(tensors):
             for key in [key for key in tensors if key.endswith("magnitude_vector")]:
                 tensors[f"{key}.weight"] = tensors.pop(key)
 
-        edit_tensors(tmp_path, ending)
-        model = case.build()
-        LoraModel.load_adapter(model, tmp_path)
-        assert difference(case, model, theirs) <= TOLERANCE
+        check_is_exact(BY_ID["dora"], tmp_path, ending)
 
     def test_another_model_is_refused(self, tmp_path, untouched):
         with_peft(LINEAR).save_pretrained(tmp_path)
