@@ -5,11 +5,10 @@ The attention of Swin of torchvision calls `F.linear(x, self.qkv.weight, bias)`,
 """
 
 import ast
-import functools
+import contextlib
 import inspect
 import textwrap
 from collections.abc import Iterator
-from types import FunctionType
 
 from torch import nn
 
@@ -32,24 +31,32 @@ def weights_read(model: nn.Module) -> dict[str, str]:
 
     Told by what forwards themselves say; those without a source, and those of torch, are left out.
     """
-    found: dict[str, str] = {}
-    for entry in model_modules(model):
-        cls = base_class_of(entry.module)
-        if inspect.isfunction(cls.forward) and not is_of_torch(cls):
-            found |= {full_name(entry.name, path): cls.__name__ for path in _paths(cls.forward)}
-    return found
+    classes = [(entry.name, base_class_of(entry.module)) for entry in model_modules(model)]
+    paths = {cls: _paths(cls) for cls in {cls for _, cls in classes} if not is_of_torch(cls)}
+    return {full_name(name, path): cls.__name__ for name, cls in classes for path in paths.get(cls, ())}
 
 
-@functools.cache
-def _paths(forward: FunctionType) -> frozenset[str]:
-    """Returns the paths, from a module on, whose `weight` its forward computes with."""
-    try:
-        nodes = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(forward))))]
-    except (OSError, SyntaxError):
-        return frozenset()
+def _paths(cls: type[nn.Module]) -> frozenset[str]:
+    """Returns the paths, from a module of a class on, whose `weight` its forward computes with."""
+    nodes = [node for source in _sources(cls) for node in ast.walk(source)]
     told = {id(each) for node in nodes for each in _told(node)}
     read = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "weight"]
     return frozenset(path for node in read if id(node) not in told and (path := _path(node.value)))
+
+
+def _sources(cls: type[nn.Module]) -> Iterator[ast.AST]:
+    """Yields the source of the forward and of the methods that it calls."""
+    pending, seen = ["forward"], set[str]()
+    while pending:
+        name = pending.pop()
+        method = getattr(cls, name, None)
+        if name in seen or not inspect.isfunction(method):
+            continue
+        seen.add(name)
+        with contextlib.suppress(OSError, SyntaxError):
+            source = ast.parse(textwrap.dedent(inspect.getsource(method)))
+            pending += [path for node in ast.walk(source) if (path := _path(node))]
+            yield source
 
 
 def _told(node: ast.AST) -> Iterator[ast.AST]:
@@ -62,7 +69,7 @@ def _told(node: ast.AST) -> Iterator[ast.AST]:
         yield from node.args if name in _ASKING else ()
 
 
-def _path(node: ast.expr) -> str:
+def _path(node: ast.AST) -> str:
     """Returns `a.0.b` of `self.a[0].b`; empty of anything else."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute | ast.Subscript):

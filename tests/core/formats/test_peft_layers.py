@@ -71,6 +71,14 @@ class Functional(Single):
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)
 
 
+class ByMethod(Functional):
+    def forward(self, x):
+        return self.projected(x)
+
+    def projected(self, x):
+        return nn.functional.linear(x, self.layer.weight, self.layer.bias)
+
+
 class Tokens(Single):
     """As the mask decoder of SAM, and the queries of DETR."""
 
@@ -109,7 +117,7 @@ def traced():
     return torch.fx.symbolic_trace(Calling())
 
 
-READERS = {"by a function": Functional, "tokens": Tokens}
+READERS = {"by a function": Functional, "by a method": ByMethod, "tokens": Tokens}
 ASKERS = {"type and shape": Casting, "type of another": Alike, "class": Asking, "traced": traced}
 
 SECOND_PATHS = {
