@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import PluginError, StateError
+from lora_plugins.errors import PluginError, StateError, noted
 from lora_plugins.plugins import InitContext, InitPlugin, PlannedLayer, Slot, Storage
 from lora_plugins.utils import is_dense, shape_or_value, version
 
@@ -151,27 +151,29 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
         PluginError: If they are not those of its `shapes`, or are called as factors are.
     """
     assert layer.variant is not None
-    expected = layer.own_shapes(slot)
-    found = {name: getattr(value, "shape", None) for name, value in dict(returned or {}).items()}
+    with noted(f"shapes() of the variant {layer.variant.name!r}, for {layer.name!r}"):
+        expected = layer.own_shapes(slot)
+    tensors = dict(_items(returned))
+    found = {name: getattr(value, "shape", None) for name, value in tensors.items()}
     if not _are_shapes(expected) or found != {name: torch.Size(shape) for name, shape in expected.items()}:
         raise PluginError(
             f"The variant {layer.variant.name!r} cannot serve {layer.name!r}: shapes() gives {expected!r}, and "
             f"first_values() tensors of { {name: shape and tuple(shape) for name, shape in found.items()}!r}."
         )
-    if factors := [name for name in found if name in ("A", "B") or not name.isidentifier()]:
+    if factors := [name for name in found if name in ("A", "B") or not str(name).isidentifier()]:
         raise PluginError(f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}.")
-    if odd := [name for name, value in returned.items() if not value.is_floating_point()]:
+    if odd := [name for name, value in tensors.items() if not value.is_floating_point()]:
         raise PluginError(
             f"first_values() of the variant {layer.variant.name!r} gives {odd} of {layer.name!r} types that cannot be "
             "trained, as all tensors of a variant are. Give floating numbers, and make in delta_weight() what is none."
         )
-    if odd := [name for name, value in returned.items() if not _has_values(value)]:
+    if odd := [name for name, value in tensors.items() if not _has_values(value)]:
         raise PluginError(
             f"first_values() of the variant {layer.variant.name!r} gives {odd} of {layer.name!r} no values that are "
             "dense and finite. Are the weights of that layer finite?"
         )
     # In the order of shapes(), as a loaded adapter has them: optimizers know parameters by their order.
-    return {name: returned[name].detach().clone() for name in expected}
+    return {name: tensors[name].detach().clone() for name in expected}
 
 
 def _items(value: Any) -> Any:

@@ -280,9 +280,11 @@ def with_own_tensors(
                 weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
             A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
             place = f"first_values() of the variant {layer.variant.name!r}, for {layer.name!r}"
-            with in_full(weight), noted(place), read_only(weight, place):
+            with in_full(weight), read_only(weight, place):
                 matrix = slot_matrix(layer, slot, weight).to(A.dtype)
-                own = own_values(layer, slot, layer.variant.first_values(matrix, A, B, layer.scaling))
+                with noted(place):
+                    returned = layer.variant.first_values(matrix, A, B, layer.scaling)
+                own = own_values(layer, slot, returned)
                 if plan.init.changes_base:
                     check_first_update(plan.init, layer, matrix, A, B, own)
             completed[layer.name, slot.suffix] = replace(tensors, own=own)

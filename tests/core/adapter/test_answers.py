@@ -173,6 +173,18 @@ class NamedAsFactor(Gate):
         return {"A": (1,)}
 
 
+class NamedByNumber(Gate):
+    first = {0: torch.ones(1)}  # noqa: RUF012
+
+    def shapes(self, rows, columns, r):
+        return {0: (1,)}
+
+
+class NoMapping(Gate):
+    def first_values(self, weight, A, B, scaling):
+        return torch.ones(1)
+
+
 class Views(Gate):
     """Starts its tensors with what it is handed."""
 
@@ -258,6 +270,8 @@ def adapted(plugin):
         (first(g=torch.ones(1, device="meta")), r"gives \['g'\] of '0' no values that are dense and finite"),
         (Number(), r"shapes\(\) gives {'g': 1}"),
         (NamedAsFactor(), r"tensors that cannot be called so: \['A'\]"),
+        (NamedByNumber(), r"tensors that cannot be called so: \[0\]"),
+        (NoMapping(), r"shapes\(\) gives {'g': \(1,\)}, and first_values\(\) tensors of {}"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, InitPlugin | VariantPlugin) else "",
 )
@@ -302,9 +316,10 @@ def failing(base, method):
         (failing(NoRanks, "allocate"), "allocate() of the init 'start'"),
         (failing(Start, "check_options"), "check_options() of the init 'start'"),
         (failing(Gate, "refusal"), "refusal() of the variant 'gate', for '0'"),
+        (failing(Gate, "shapes"), "shapes() of the variant 'gate', for '0'"),
         (failing(Gate, "first_values"), "first_values() of the variant 'gate', for '0'"),
     ],
-    ids=["fill", "changed_base", "allocate", "check_options", "refusal", "first_values"],
+    ids=["fill", "changed_base", "allocate", "check_options", "refusal", "shapes", "first_values"],
 )
 def test_an_error_of_a_plugin_is_told_with_its_place_and_nothing_is_touched(plugin, place):
     with pytest.raises(ValueError, match="no license server") as caught:
