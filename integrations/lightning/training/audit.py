@@ -92,6 +92,7 @@ class Audit:
             self.note_moved()
             self._by_hand.forget()  # callbacks may have exchanged the whole module
             self._changes.before_epoch()
+        self._changes.check_trainable()
         self._changes.freeze_base()
         self._by_hand.before_batch()
 

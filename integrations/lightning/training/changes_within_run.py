@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter import check_in_place, present_state
+from lora_plugins.adapter import ModelState, adapter_tensors, check_in_place, present_state
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
@@ -43,13 +43,26 @@ class ChangesWithinRun:
         self._layers = {layer for name, layer in layers_of_factors(module).items() if name in held_names}
         self._frozen_by_others: set[str] = set()
         self._base: dict[str, nn.Parameter] = {}
+        self._trained: list[ModelState] = []
         self._thawed: set[str] = set()
         self._late: list[str] = []
 
     def before_epoch(self) -> None:
-        """Notes the frozen base, and names changes of adapters."""
+        """Notes what is trained and what is frozen, and names changes of adapters."""
         self._base = {n: p for n, p in frozen_tensors(self._module).items() if isinstance(p, nn.Parameter)}
+        held = parameters_of(self._trainer.optimizers)
+        targets = adapted_targets(self._module).values()
+        self._trained = [present_state(t) for t in targets if any(id(p) in held for p in adapter_tensors(t).values())]
         self.name_adapters()
+
+    def check_trainable(self) -> None:
+        """Checks that adapters which are trained still act in the forward.
+
+        Raises:
+            StateError: If a hook has merged some since, as for a validation, and has not unmerged them.
+        """
+        for state in self._trained:
+            state.check("train")
 
     def check_layers(self) -> None:
         """Names layers that were built since.

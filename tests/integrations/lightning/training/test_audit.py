@@ -230,6 +230,27 @@ def test_base_that_an_optimizer_has_is_not_switched_on(tmp_path):
         fit(tmp_path, HasAll())
 
 
+class CallsItsNet(Classifier):
+    """Never calls itself, which would be refused in its forward."""
+
+    def _step(self, batch, stage):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("hook", ["on_sanity_check_end", "on_validation_end", "on_train_epoch_end"])
+def test_an_adapter_that_a_hook_leaves_merged_stops_the_run(tmp_path, hook):
+    """The head would be trained on, and the adapter not any more."""
+
+    class Merges(Callback):
+        """Merges ahead of an export, say."""
+
+    setattr(Merges, hook, lambda self, trainer, pl_module: LoraModel(pl_module).merge_adapter())
+    head = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+    run = trainer(tmp_path, [lora(head), Merges()], max_epochs=2, num_sanity_val_steps=1)
+    with pytest.raises(StateError, match=r"Training .* while 'default' is merged\. Call unmerge_adapter"):
+        run.fit(CallsItsNet(), loader(), loader())
+
+
 class PutsOnAnew(Callback):
     """Puts another adapter on in the middle of the run, as a schedule of ranks or tasks does."""
 
