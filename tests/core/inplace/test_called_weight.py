@@ -125,13 +125,13 @@ def test_it_computes_so_when(around):
         torch.testing.assert_close(got, expected, **TIGHT)
 
 
-not_before_2_9 = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.9"), reason="torch 2.8 exports no layer that drops so, called or not"
+not_before_2_10 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.10"), reason="torch 2.8 and 2.9 export no layer that drops so"
 )
 
 
 @pytest.mark.parametrize(
-    "strict", [pytest.param(True, marks=not_before_2_9, id="strict"), pytest.param(False, id="not_strict")]
+    "strict", [pytest.param(True, marks=not_before_2_10, id="strict"), pytest.param(False, id="not_strict")]
 )
 def test_it_drops_in_a_graph_that_is_exported_for_training(strict):
     x = values()

@@ -140,10 +140,10 @@ class Options(dict):
     """What torch reads in no case without unpickling; 2.8 does."""
 
 
-since_2_9 = pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="torch 2.8 reads it")
+since_2_10 = pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.8 and 2.9 read it")
 
 
-@since_2_9
+@since_2_10
 def test_what_cannot_be_read_without_unpickling_needs_trust(tmp_path):
     path = written(tmp_path, Configured(Options(a=1)))
     with pytest.raises(AdapterFileError, match=r"though their types are allowed: .*Options.* weights_only=False"):
@@ -354,7 +354,7 @@ class TestLine:
     @pytest.mark.parametrize(
         ("option", "argument"),
         [
-            pytest.param(Options(a=1), "weights_only=False", marks=since_2_9),
+            pytest.param(Options(a=1), "weights_only=False", marks=since_2_10),
             (Outer.Inner(), "weights_only=False"),
             (Sizes(), f"allow_globals=['{HERE}.Sizes']"),
             (pathlib.Path("a"), ""),

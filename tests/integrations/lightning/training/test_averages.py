@@ -451,7 +451,7 @@ class TestAfterTheMerge:
     def test_saved_after_fit(self, tmp_path, make, first):
         run, _, _ = self.fitted(tmp_path, make, first)
         run.save_checkpoint(tmp_path / "merged.ckpt")
-        plain = Version(torch.__version__) >= Version("2.9")  # before it the scheduler of SWA brings a function
+        plain = Version(torch.__version__) >= Version("2.10")  # before it the scheduler of SWA brings a function
         checkpoint = torch.load(tmp_path / "merged.ckpt", weights_only=plain)
         assert checkpoint["state_dict"].keys() == BASE
         assert "current_model_state" not in checkpoint
