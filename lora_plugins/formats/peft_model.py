@@ -1,6 +1,6 @@
 """What a file of PEFT is in a model: by the present names of its modules, and checked by `peft_checks`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from lora_plugins.formats.peft_keys import PeftTensors
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.second_path import warn_of_second_paths
-from lora_plugins.inplace import full_name, model_modules, own_buffers
+from lora_plugins.inplace import model_modules, own_buffers
 from lora_plugins.plan import current_name, former_names
 from lora_plugins.utils import path_starts, within
 
@@ -49,21 +49,22 @@ def for_model(
     """
     places = places_by_name(model)
     modules = {name: entry.module for name, entry in places.items()}
-    names = _present_names(model, [*adapter.layers, *_owners(adapter.values), *adapter.saved_modules])
+    names = _present_names(model, places, [*adapter.layers, *adapter.saved_modules])
+    tensors = _present_names(model, tensor_names(model), [*adapter.values, *found.copies])
     adapter = replace(
         adapter,
         layers=_renamed_all(adapter.layers, names.__getitem__),
-        values=_renamed_all(adapter.values, lambda name: _renamed(name, names)),
+        values=_renamed_all(adapter.values, tensors.__getitem__),
         saved_modules=[names[root] for root in adapter.saved_modules],
     )
     untrained = _untrained(model, adapter)
     adapter = replace(adapter, values={name: each for name, each in adapter.values.items() if name not in untrained})
-    former = _former(model, names)
+    former = _former(model, names | tensors)
     check_complete(model, adapter.layers, config, former)
     check_heads(model, adapter, config, former)
     check_biases(model, adapter)
     check_untied(model, adapter)
-    copies = {_renamed(name, names): tensor for name, tensor in found.copies.items()}
+    copies = {tensors[name]: tensor for name, tensor in found.copies.items()}
     check_copies(model, copies | untrained, adapter)
     if out_proj is None:
         check_meaning(modules, adapter)
@@ -90,7 +91,7 @@ def in_model(
     Raises:
         AdapterFileError: If a layer that the config targets is missing.
     """
-    names = _present_names(model, layers)
+    names = _present_names(model, places_by_name(model), layers)
     found = _renamed_all(layers, names.__getitem__)
     if config is not None:
         check_complete(model, found, config, _former(model, names))
@@ -123,9 +124,15 @@ def _layer_type(module: nn.Module) -> str:
     return "linear" if isinstance(module, nn.Linear) else ""
 
 
-def _present_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Returns the present name of each module of a file, by the name in the file."""
-    known = places_by_name(model)
+def _present_names(model: nn.Module, known: Collection[str], names: Iterable[str]) -> dict[str, str]:
+    """Returns the present name of each module or tensor of a file, by the name in the file.
+
+    Args:
+        model: The model.
+        known: All names that it has for such.
+        names: Those of the file.
+    """
+    names = list(names)
     lost = [name for name in names if name not in known]
     current = current_name(model) if lost else str
     return {name: name if name in known else current(name) for name in names}
@@ -148,12 +155,6 @@ def _renamed_all(entries: Mapping[str, Entry], rename: Callable[[str], str]) -> 
         if other != name:
             raise AdapterFileError(f"{other!r} and {name!r} of the adapter are both {rename(name)!r} in this model.")
     return {name: entry for name, (_, entry) in found.items()}
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """Returns the present name of a tensor."""
-    owner, _, own = name.rpartition(".")
-    return full_name(names.get(owner, owner), own)
 
 
 def _untrained(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tensor]:

@@ -34,6 +34,14 @@ def segformer_of_transformers():
     return transformers.SegformerForSemanticSegmentation(config)
 
 
+def swin_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=3
+    )
+    return transformers.SwinForImageClassification(config)
+
+
 @dataclass(frozen=True)
 class Model:
     """One model, and what is adapted of it, in words that mean the same to PEFT and to us."""
@@ -184,3 +192,22 @@ def test_an_adapter_of_transformers_4_is_read(model, tmp_path):
     assert float((model.run(ours) - expected).abs().max() / expected.abs().max()) <= TOLERANCE
     with pytest.raises(ValueError, match="No modules were targeted"):  # which is why it is worth it
         peft.PeftModel.from_pretrained(model.made(), str(tmp_path))
+
+
+def test_a_tensor_that_transformers_has_moved_to_another_module_is_read(tmp_path):
+    """As PEFT 0.19 and older write it with the biases of a model, for its name."""
+    swin = Model("swin", swin_of_transformers, 32, {"target_modules": ["q_proj"], "bias": "all"})
+    theirs = with_peft(swin)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors, end = load_file(file), "relative_position_bias_table"
+    for name, parameter in theirs.base_model.model.named_parameters():
+        if name.endswith(end):
+            parameter.data += torch.rand_like(parameter)
+            path, _, _ = name.partition(".relative_position_bias.")
+            tensors[f"base_model.model.{path}.self.{end}"] = parameter.detach().clone()
+    save_file(tensors, file)
+    ours = swin.made()
+    LoraModel.load_adapter(ours, tmp_path)
+    expected = swin.run(theirs)
+    assert float((swin.run(ours) - expected).abs().max() / expected.abs().max()) <= TOLERANCE
