@@ -16,7 +16,7 @@ from lora_plugins.formats.diffusers_keys import ALONE, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
-from lora_plugins.formats.peft_config import PeftConfig, config_fields
+from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model
 from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
@@ -144,7 +144,7 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) 
     if config is not None:
         said = config.rank(name, factors["A"], factors["B"])
         config.check_magnitude(name, present=not factors.keys().isdisjoint(("magnitude", "scale")))
-        alpha = config.alpha(name) * r / rank_divisor(said, use_rslora=config.fields.get("use_rslora", False))
+        alpha = config.alpha(name, said) * r / rank_divisor(said, use_rslora=config.fields.get("use_rslora", False))
     magnitude = magnitude_of(name, factors["scale"], len(factors["B"])) if "scale" in factors else None
     return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude", magnitude))
 
@@ -159,7 +159,9 @@ def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: 
         part: {key.removeprefix(start): value for key, value in said.items() if key.startswith(start)}
         for part, start in starts.items()
     }
-    return {part: PeftConfig({"peft_type": "LORA", **own}, patterns) for part, own in fields.items() if own}
+    # Without a version, as headers of ours, it means to diffusers what it means to PEFT now.
+    known = {"peft_type": "LORA", "peft_version": WRITTEN_FOR}
+    return {part: PeftConfig(known | own, patterns) for part, own in fields.items() if own}
 
 
 def _adapter(

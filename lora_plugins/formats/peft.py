@@ -157,8 +157,9 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
     check_factors(name, factors)
     A, B = factors["A"], factors["B"]
     config.check_magnitude(name, present="magnitude" in factors)
-    share = len(A) / config.rank(configured, A, B)
-    alpha = config.alpha(configured) * rank_divisor(share, use_rslora=config.fields.get("use_rslora", False))
+    rank = config.rank(configured, A, B)
+    share = len(A) / rank
+    alpha = config.alpha(configured, rank) * rank_divisor(share, use_rslora=config.fields.get("use_rslora", False))
     return PortableLayer(A, B, alpha, factors.get("magnitude"))
 
 
@@ -170,7 +171,8 @@ def _times(config: PeftConfig, asked: str | None) -> int:
             raise ConfigError(f"format_options: out_proj is {asked!r}. {near(str(asked), known)}")
         return known[asked]
     try:
-        doubled = Version(str(config.fields.get("peft_version") or "0")) <= Version(WRITTEN_FOR)
+        version = str(config.fields.get("peft_version") or "0").partition("@")[0]  # a commit in those of no release
+        doubled = Version(version) <= Version(WRITTEN_FOR)
     except InvalidVersion:
         doubled = False
     if doubled:

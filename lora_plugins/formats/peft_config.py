@@ -22,6 +22,7 @@ from lora_plugins.field_checks import (
     map_of,
     shown,
 )
+from lora_plugins.formats.peft_patterns import PeftPatterns
 from lora_plugins.formats.portable import PortableLayer, commonest
 from lora_plugins.utils import path_ends
 
@@ -156,7 +157,7 @@ class PeftConfig:
         if wrong:
             raise AdapterFileError("adapter_config.json says what cannot be expressed here:\n  " + "\n  ".join(wrong))
         self.fields = {key: value for key, value in fields.items() if value is not None}
-        self._patterns = patterns
+        self._counts = patterns
         try:
             for key, check in _READ.items():
                 if key in self.fields:
@@ -194,7 +195,7 @@ class PeftConfig:
         Raises:
             AdapterFileError: If the config says another one.
         """
-        said = self._by_pattern("rank_pattern", name) or [self.fields.get("r", 8)]
+        said = self._patterns.ranks(name)
         r, full = len(A), min(len(B), A[0].numel())
         if r == full < said[0] and self.init in _CHANGED_INITS:
             return int(said[0])
@@ -205,21 +206,9 @@ class PeftConfig:
             )
         return r
 
-    def alpha(self, name: str) -> float:
-        """Returns the numerator of the scaling of a layer.
-
-        Raises:
-            AdapterFileError: If several patterns match, with different values. The first one counted in training, and
-                PEFT sorts them when it saves.
-        """
-        said = self._by_pattern("alpha_pattern", name) or [self.fields.get("lora_alpha", 8)]
-        if len({*said}) > 1 and self._patterns is None:
-            raise AdapterFileError(
-                f"alpha_pattern says {said} of {name!r}. In training the first pattern that matches counts, and PEFT "
-                "loses their order when it saves. Say which: format_options={'patterns': 'first'} is how PEFT reads "
-                "the file, 'longest' takes the longest pattern."
-            )
-        return float(said[0])
+    def alpha(self, name: str, rank: int) -> float:
+        """Returns the numerator of the scaling of a layer whose rank the config says; see `PeftPatterns`."""
+        return self._patterns.alpha(name, rank)
 
     def check_magnitude(self, name: str, *, present: bool) -> None:
         """Checks that a layer has a magnitude where the adapter is one of DoRA.
@@ -252,19 +241,9 @@ class PeftConfig:
         """Whether a module is one that is trained in full, by PEFT's rules."""
         return name.endswith(tuple(self.fields.get("modules_to_save", [])))
 
-    def _by_pattern(self, field: str, name: str) -> list[Any]:
-        """Returns the values of all patterns that match a layer, the one that counts first."""
-        return [value for expression, value in self._by_field[field] if expression.match(name)]
-
     @cached_property
-    def _by_field(self) -> dict[str, list[tuple[re.Pattern[str], Any]]]:
-        """The patterns of each field and their values, the ones that count first."""
-        items = {field: list(self.fields.get(field, {}).items()) for field in ("rank_pattern", "alpha_pattern")}
-        if self._patterns == "longest":
-            items = {field: sorted(some, key=lambda item: -len(item[0])) for field, some in items.items()}
-        return {
-            field: [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in some] for field, some in items.items()
-        }
+    def _patterns(self) -> PeftPatterns:
+        return PeftPatterns(self.fields, self._counts)
 
     @cached_property
     def _is_meant(self) -> Callable[[str], bool]:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ class TestAttention:
         edit_config(tmp_path, peft_version="main")
         refused(ATTENTION, tmp_path, untouched, r"written by PEFT main\. .*format_options=\{'out_proj': 'once'\}")
 
-    @pytest.mark.parametrize("version", [None, "0.15.0", "0.21.2"])
+    @pytest.mark.parametrize("version", [None, "0.15.0", "0.20.1.dev0@0a1b2c3", "0.21.2"])
     def test_older_versions_are_known(self, tmp_path, version):
         theirs = with_peft(ATTENTION)
         theirs.save_pretrained(tmp_path)
@@ -215,6 +216,62 @@ class TestPatterns:
         lora.save_adapter(tmp_path / "ours", format="peft")
         read_by_peft(case, tmp_path / "ours").save_pretrained(tmp_path / "theirs")
         assert difference(case, read_by_peft(case, tmp_path / "theirs"), lora.model) <= TOLERANCE
+
+    @pytest.mark.parametrize(
+        ("fields", "older"),
+        [
+            ({"rank_pattern": {"fc": 5}, "alpha_pattern": {"more.fc": 9}}, {"rank_pattern": {"fc": 5}}),
+            ({"alpha_pattern": {r"inner\.fc": 9}}, {}),
+        ],
+        ids=["one for rank and alpha", "only behind a part of the name"],
+    )
+    def test_what_they_meant_before_has_to_be_told_by_the_version(self, fields, older, tmp_path, untouched):
+        case = replace(LINEAR, peft={**LINEAR.peft, **older})
+        theirs = with_peft(case)  # as an older one trained it
+        theirs.save_pretrained(tmp_path)
+        edit_config(tmp_path, peft_version=None, **fields)
+        refused(LINEAR, tmp_path, untouched, r"depends on the version of PEFT .* \(9 since 0\.15, .*3 since 0\.6\)")
+        for version, expected in {"0.13.2": theirs, "0.15.0": read_by_peft(LINEAR, tmp_path)}.items():
+            edit_config(tmp_path, peft_version=version)
+            model = LINEAR.build()
+            LoraModel.load_adapter(model, tmp_path)
+            assert difference(LINEAR, model, expected) <= TOLERANCE
+        assert difference(LINEAR, model, theirs) > 1e-3
+
+    def test_in_0_14_they_did_not_match_whole_names(self, tmp_path):
+        theirs = with_peft(LINEAR)
+        theirs.save_pretrained(tmp_path)
+        edit_config(tmp_path, peft_version="0.14.0", alpha_pattern={r"inner\.fc": 9})
+        model = LINEAR.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(LINEAR, model, theirs) <= TOLERANCE
+
+    def test_ranks_tell_their_meaning(self, tmp_path):
+        theirs = with_peft(LINEAR)
+        theirs.save_pretrained(tmp_path)
+        said = {r"inner\.fc": 4}  # which older versions looked for behind a part of the name
+        edit_config(tmp_path, peft_version=None, rank_pattern=said, alpha_pattern=said)
+        model = LINEAR.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(LINEAR, model, theirs) <= TOLERANCE
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"rank_pattern": {"fc": 5}, "alpha_pattern": {"fc": 9}},
+            {"rank_pattern": {"inner.more.fc": 5}, "alpha_pattern": {"inner.fc": 9}},
+            {"rank_pattern": {"^inner.fc": 5}, "alpha_pattern": {"^inner.fc": 9}},
+        ],
+        ids=["the same", "whole names", "told by ranks"],
+    )
+    def test_without_a_version_most_have_one_meaning(self, fields, tmp_path):
+        case = replace(LINEAR, peft={**LINEAR.peft, **fields})
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        edit_config(tmp_path, peft_version=None)
+        model = case.build()
+        LoraModel.load_adapter(model, tmp_path)
+        assert difference(case, model, theirs) <= TOLERANCE
 
     def test_a_rank_that_the_config_does_not_say(self, tmp_path, untouched):
         with_peft(LINEAR).save_pretrained(tmp_path)
