@@ -54,12 +54,12 @@ def magnitude_of(name: str, scale: Tensor, rows: int) -> Tensor:
         rows: The number of outputs.
 
     Raises:
-        AdapterFileError: If the norms are those of the inputs, which LyCORIS has with `wd_on_output=False`.
+        AdapterFileError: If the norms are those of the inputs, as in LyCORIS before 3.1 and with `wd_on_output=False`.
     """
     if scale.numel() != rows or scale.shape[0] != rows:
         raise AdapterFileError(
             f"{name!r} has a dora_scale {tuple(scale.shape)}, which is not one of its {rows} outputs: LyCORIS trained "
-            "it with wd_on_output=False, which has no form here."
+            "norms of its inputs (always before 3.1, later with wd_on_output=False), which have no form here."
         )
     return scale.flatten()
 

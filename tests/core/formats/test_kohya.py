@@ -79,6 +79,21 @@ def test_what_lycoris_writes_is_read(options, marks, tmp_path):
     assert UNET.difference(model, theirs) <= TOLERANCE
 
 
+@parts
+def test_what_lycoris_2_2_writes_of_a_model_by_itself_is_read(part, tmp_path):
+    """Names have its own prefix, and an underscore behind them."""
+    lora = ours(part)
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    theirs = {
+        key.replace(PREFIX[part.name], "lycoris_", 1).replace(".", "_.", 1): each
+        for key, each in load_file(path).items()
+    }
+    save_file(theirs, path)
+    model = part.build()
+    LoraModel.load_adapter(model, path)
+    assert part.difference(model, lora.model) <= TOLERANCE
+
+
 def test_linear_layers_are_convolutions_of_one_pixel_and_the_other_way_round(tmp_path):
     """Releases of one model differ in which of the two its projections are, as kohya's scripts know."""
     lora = ours(UNET, target_modules=["to_q", "proj_in"], rank_pattern={"to_q": 4})
