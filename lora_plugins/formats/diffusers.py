@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read
-from lora_plugins.formats.diffusers_keys import ALONE, placed_key
+from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, own_key, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
@@ -110,7 +110,7 @@ class DiffusersFormat(PortableFormat):
         for part in dict.fromkeys(part for part, _ in places.values()):
             layers = {name: plain[full] for full, (owner, name) in places.items() if owner == part}
             said |= {f"{part}.{key}": value for key, value in _fields(layers, adapter).items()}
-            tensors |= {f"{part}.{key}": tensor for key, tensor in layer_keys(layers, "").items()}
+            tensors |= {f"{part}.{key}": tensor for key, tensor in _keys(part, layers).items()}
         write_tensors(_file(path), tensors, {"format": "pt", METADATA: json.dumps(said, indent=2, sort_keys=True)})
         return path
 
@@ -173,6 +173,18 @@ def _adapter(
     found = {full_name(path, name): layer for part, path in paths.items() for name, layer in layers[part].items()}
     details = {"parts": ", ".join(layers), "alphas": "of PEFT's configs" if configs else "of the keys, or the ranks"}
     return PortableAdapter(found, init=inits.pop(), details=details)
+
+
+def _keys(part: str, layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:
+    """Returns the tensors of a part's layers by their keys in it.
+
+    Text encoders of which no layer is called as CLIP's projections are have diffusers' own keys: of PEFT's it renames
+    those of such projections alone, and refuses a file without any of them.
+    """
+    keys = layer_keys(layers, "")
+    if not part.startswith("text_encoder") or any(name.endswith(CLIP_PROJECTIONS) for name in layers):
+        return keys
+    return {own_key(key): tensor for key, tensor in keys.items()}
 
 
 def _fields(layers: Mapping[str, PortableLayer], adapter: PortableAdapter) -> dict[str, Any]:

@@ -37,6 +37,9 @@ _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v
 _TEXT_PROJECTIONS: Mapping[str, str] = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 """Those that the oldest keys of text encoders name by the attention alone."""
 
+CLIP_PROJECTIONS = tuple(f".{name}" for name in _TEXT_PROJECTIONS.values())
+"""What the names of the attention projections of CLIP end with."""
+
 _OLDEST = re.compile(r"(.+\.(?:processor|self_attn))\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
 """The oldest keys, of a denoiser and of a text encoder."""
 
@@ -50,6 +53,11 @@ _PROCESSORS: Mapping[str, str] = {
 
 _OF_PROCESSOR = re.compile(rf"(double_blocks\.\d+)\.processor\.({'|'.join(_PROCESSORS)})\.(down|up)\.weight")
 _DIRECTIONS: Mapping[str, str] = {"down": "A", "up": "B"}
+
+
+def own_key(key: str) -> str:
+    """Returns PEFT's key of a layer of a text encoder as diffusers writes it."""
+    return key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
 
 
 def placed_key(key: str) -> tuple[str, str, str] | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, TargetError
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, default_targets, family_of, parts_of
-from tests.integrations.diffusers.pipelines import PIPELINES, build
+from tests.integrations.diffusers.pipelines import PIPELINES, build, t5
 
 SAMPLING = Sampling(steps=2, guidance=3.0, height=16, width=16)
 TOLERANCE = 1e-5
@@ -105,6 +105,46 @@ def test_convolutions_too_in_diffusers_file(tmp_path):
     lora = moved(LoraPipeline(pipe, config(pipe, words)))
     theirs.load_lora_weights(lora.save_adapter(tmp_path / "file.safetensors", format="diffusers"))
     assert distance(drawn(pipe), drawn(theirs)) <= TOLERANCE
+
+
+def chroma():
+    """A pipeline whose only text encoder is a T5, but for what it draws with."""
+    return diffusers.ChromaPipeline(
+        scheduler=None,
+        vae=None,
+        tokenizer=None,
+        text_encoder=t5().eval(),
+        transformer=diffusers.ChromaTransformer2DModel(num_layers=0, num_single_layers=0, attention_head_dim=16),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # which diffusers' Chroma uses
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("make", "part", "layers"),
+    [
+        (lambda: build("Stable Diffusion"), "text_encoder", "mlp.fc1"),
+        (lambda: build("Stable Diffusion XL"), "text_encoder_2", "text_projection"),
+        (chroma, "text_encoder", "SelfAttention.q"),
+    ],
+    ids=["CLIP without attention", "CLIP's projection", "T5"],
+)
+def test_diffusers_reads_text_encoders_without_projections_of_clip(make, part, layers, variant, tmp_path):
+    def encoded(pipe):
+        with torch.no_grad():
+            return pipe.components[part](torch.arange(1, 6)[None])[0].numpy()
+
+    pipe = make()
+    theirs = copy.deepcopy(pipe)
+    plain = encoded(pipe)
+    lora = moved(LoraPipeline(pipe, LoraConfig(r=2, alpha=5, target_modules=[layers], variant=variant)))
+    path = lora.save_adapter(tmp_path / "file.safetensors", format="diffusers")
+    expected = encoded(pipe)
+    theirs.load_lora_weights(path)
+    assert distance(encoded(theirs), expected) <= TOLERANCE < distance(expected, plain)
+    lora.unload()
+    LoraPipeline.load_adapter(pipe, path)
+    assert distance(encoded(pipe), expected) == 0
 
 
 def test_a_config_without_layers_has_those_of_the_family():
