@@ -1,18 +1,30 @@
 """`LoraPipeline`, the handle to the adapters of a pipeline."""
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_plugins import Calibration, ConfigError, InitData, LoraConfig, LoraModel, PackedAdapter, Plan, Registry
+from lora_plugins import (
+    Calibration,
+    ConfigError,
+    InitData,
+    LoraConfig,
+    LoraModel,
+    PackedAdapter,
+    Plan,
+    Registry,
+    TargetError,
+)
 from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.errors import listing
 from lora_plugins.integrations.diffusers.families import default_targets, denoising_family
-from lora_plugins.integrations.diffusers.parts import parts_of
+from lora_plugins.integrations.diffusers.parts import parts_beside, parts_of
+from lora_plugins.plan import matches
 from lora_plugins.plugins import OWN_FORMAT
 
 
@@ -56,14 +68,16 @@ class LoraPipeline(LoraModel):
     def plan(pipe: Any, config: LoraConfig, *, registry: Registry | None = None) -> Plan:
         """Returns what would be adapted in a pipeline; touches nothing. See `LoraModel.plan`."""
         parts = parts_of(pipe)
-        return LoraModel.plan(parts, _completed(pipe, parts, config), registry=registry)
+        with _naming_other_parts(pipe, config):
+            return LoraModel.plan(parts, _completed(pipe, parts, config), registry=registry)
 
     def add_adapter(
         self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
         """Adds an adapter, by default to the layers that a first one would have. See `LoraModel.add_adapter`."""
         completed = _completed(self._pipe, cast(nn.ModuleDict, self.model), config)
-        super().add_adapter(adapter_name, completed, init_data=init_data)
+        with _naming_other_parts(self._pipe, config):
+            super().add_adapter(adapter_name, completed, init_data=init_data)
 
     def save_adapter(
         self,
@@ -118,11 +132,46 @@ def _completed(pipe: Any, parts: nn.ModuleDict, config: LoraConfig) -> LoraConfi
         return config
     family = denoising_family(parts)
     if family is None:
+        _check_denoiser(pipe, parts)
         raise ConfigError(
             f"It is not known which layers of a {type(pipe).__name__} are worth adapting. Name them: target_modules="
             "['to_q', 'to_k', 'to_v', 'to_out.0'] are the attention of most denoisers."
         )
     return replace(config, target_modules=default_targets(family, parts))
+
+
+def _check_denoiser(pipe: Any, parts: nn.ModuleDict) -> None:
+    """Checks that some part is a denoiser: that of a few pipelines, such as a prior, is adapted by itself."""
+    beside = [*parts_beside(pipe)]
+    if beside and all(name.startswith("text_") for name in parts):
+        raise ConfigError(
+            f"A {type(pipe).__name__} has no part that is known as a denoiser. LoraPipeline adapts its "
+            f"{listing(parts)}, where target_modules names layers of that. {_by_itself(beside)}"
+        )
+
+
+@contextmanager
+def _naming_other_parts(pipe: Any, config: LoraConfig) -> Iterator[None]:
+    """Adds to an error about layers that are not found the parts that have them, if these are adapted by themselves."""
+    try:
+        yield
+    except TargetError as error:
+        having = [name for name, part in parts_beside(pipe).items() if _has_targets(name, part, config)]
+        if not having:
+            raise
+        raise TargetError(f"{error} {_by_itself(having)}") from error
+
+
+def _has_targets(name: str, part: nn.Module, config: LoraConfig) -> bool:
+    """Whether some pattern of a config matches layers of a part; `all` and none at all mean other ones."""
+    layers = [f"{name}.{layer}" for layer, _ in part.named_modules() if layer]
+    patterns = config.target_modules
+    return patterns not in (None, "all") and any(matches("target_modules", patterns or [], layers).values())
+
+
+def _by_itself(parts: Collection[str]) -> str:
+    """Returns what to do about parts that a LoraPipeline does not adapt."""
+    return f"Other parts ({listing(parts)}) are adapted by themselves: LoraModel(pipe.{next(iter(parts))}, config)."
 
 
 def _warn_of_left_out(pipe: Any, parts: Collection[str]) -> None:

@@ -6,7 +6,8 @@ from typing import Any, cast
 from torch import nn
 
 from lora_plugins import ConfigError, StateError
-from lora_plugins.adapter import model_state
+from lora_plugins.adapter import adapted_layers, model_state
+from lora_plugins.errors import listing
 from lora_plugins.formats import COMPONENTS
 from lora_plugins.inplace import unwrapped
 
@@ -19,7 +20,7 @@ def parts_of(pipe: Any) -> nn.ModuleDict:
 
     Raises:
         ConfigError: If it is no pipeline of diffusers, or has none of the parts.
-        StateError: If a part was replaced while it had adapters, or has adapters of its own.
+        StateError: If a part was replaced while it had adapters, or has adapters of its own or of another pipeline.
     """
     if isinstance(pipe, nn.ModuleDict):
         return pipe
@@ -39,9 +40,30 @@ def parts_of(pipe: Any) -> nn.ModuleDict:
         )
     if parts is None or not _same(parts, found):
         parts = nn.ModuleDict(found)
+        _check_unshared(pipe, parts)
         setattr(pipe, _ATTRIBUTE, parts)
     parts.training = any(part.training for part in found.values())  # a new module would be in training mode
     return cast(nn.ModuleDict, parts)
+
+
+def parts_beside(pipe: Any) -> dict[str, nn.Module]:
+    """Returns the modules of a pipeline that are none of those parts, such as a VAE or a prior, by their names."""
+    if isinstance(pipe, nn.ModuleDict):
+        return {}
+    return {
+        name: part for name, part in pipe.components.items() if name not in COMPONENTS and isinstance(part, nn.Module)
+    }
+
+
+def _check_unshared(pipe: Any, parts: nn.ModuleDict) -> None:
+    """Checks that no part of a pipeline has adapters that another pipeline has put on it."""
+    shared = dict.fromkeys(name.partition(".")[0] for name in adapted_layers(parts))
+    if shared:
+        raise StateError(
+            f"{listing(shared)} of this {type(pipe).__name__} has adapters of another pipeline, which was made with "
+            "the same parts, as from_pipe does, or it was copied by itself from one. They act here too. Their handle "
+            "is that of the other pipeline: go on with it, or call its unload() first."
+        )
 
 
 def _components(pipe: Any) -> dict[str, nn.Module]:
@@ -53,7 +75,16 @@ def _components(pipe: Any) -> dict[str, nn.Module]:
         )
     found = {name: unwrapped(components[name]) for name in COMPONENTS if isinstance(components.get(name), nn.Module)}
     if not found:
-        raise ConfigError(f"{type(pipe).__name__} has none of the parts that are adapted: {', '.join(COMPONENTS)}.")
+        empty = [name for name in COMPONENTS if name in components]
+        if empty:
+            raise ConfigError(
+                f"{listing(empty)} of the {type(pipe).__name__} is None. Load it first, as load_components() of a "
+                "modular pipeline does."
+            )
+        raise ConfigError(
+            f"{type(pipe).__name__} has none of the parts that are adapted: {', '.join(COMPONENTS)}. LoraModel adapts "
+            "another one by itself."
+        )
     return found
 
 

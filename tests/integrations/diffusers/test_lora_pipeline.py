@@ -292,8 +292,10 @@ def test_adapters_of_another_pipeline_with_the_same_parts_are_told():
     pipe = build("Stable Diffusion")
     LoraPipeline(pipe, config(pipe))
     other = diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, requires_safety_checker=False)
-    with pytest.raises(StateError, match="a part of an adapted one"):
+    with pytest.raises(StateError, match=r"'unet', 'text_encoder' of this StableDiffusionImg2ImgPipeline .*from_pipe"):
         LoraPipeline(other)
+    LoraPipeline(pipe).unload()
+    LoraPipeline(other, LoraConfig(r=2)).unload()
 
 
 def test_a_part_that_is_replaced_under_adapters_is_refused():
