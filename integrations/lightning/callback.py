@@ -58,7 +58,7 @@ from lora_plugins.integrations.lightning.module import (
     with_built_layers,
     with_declarations,
 )
-from lora_plugins.integrations.lightning.results import Results, best_checkpoint, load_best
+from lora_plugins.integrations.lightning.results import Results, best_checkpoint, explaining_merges, load_best
 from lora_plugins.integrations.lightning.run import Run
 from lora_plugins.integrations.lightning.sharded_run import ShardedRun
 from lora_plugins.integrations.lightning.shared_options import check_shared
@@ -389,12 +389,14 @@ class LoraCallback(Callback):
         group = self._group(trainer)
         leaves_files = bool(places_of_results(trainer)) and not is_fast_dev_run(trainer)
         held = self._run.held(pl_module, self.target or "", leaves_files) if group[-1] is self else {}
-        files = {} if is_fast_dev_run(trainer) else self._results().write(trainer, pl_module, self._run.written)
-        lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
-        if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
-            self._merge_adapters(trainer, pl_module)
-            for callback in group:
-                callback._remove_names()
+        written = group[: group.index(self) + 1]  # those behind write theirs later
+        with explaining_merges([file for callback in written for file in callback.adapter_files]):
+            files = {} if is_fast_dev_run(trainer) else self._results().write(trainer, pl_module, self._run.written)
+            lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
+            if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
+                self._merge_adapters(trainer, pl_module)
+                for callback in group:
+                    callback._remove_names()
         self._run.late_changes = LateChanges(held)
         if writes_files(trainer):
             tell_written(trainer, files, lines)

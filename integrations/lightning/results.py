@@ -1,6 +1,7 @@
 """The results of a run when `fit` ends: files of the adapter, the merged model, and which checkpoint is the best."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import moved_base, present_state
-from lora_plugins.errors import listing
+from lora_plugins.errors import MergeError, listing
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.inplace import full_name, submodule
 from lora_plugins.integrations.lightning.adapter_files import AdapterFile
@@ -28,6 +29,23 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.integrations.lightning.shims import is_fast_dev_run
 from lora_plugins.integrations.lightning.strategies import CheckpointShims, gather_adapter, is_sharded
 from lora_plugins.utils import plain_name
+
+
+@contextmanager
+def explaining_merges(files: Sequence[AdapterFile]) -> Iterator[None]:
+    """Adds to an error of a merge that ends a fit which options avoid it, and what is saved already.
+
+    Args:
+        files: The files of the adapters.
+    """
+    try:
+        yield
+    except MergeError as error:
+        saved = f" The adapter is saved: {listing(file.path for file in files)}." if files else ""
+        raise MergeError(
+            f"{error} In a fit, max_error is an argument of the LoraCallback; merge_on_fit_end=False and "
+            f"export_to=None leave the adapter beside the base.{saved}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -367,6 +368,16 @@ class TestLittleLearned:
         run = trainer(tmp_path, [LoraCallback(CONFIG)], fast_dev_run=1, precision="bf16-true")
         run.fit(module := Classifier(lr=1e-4), loader(), loader())
         assert values(module).keys() == values(Classifier()).keys()
+
+    @pytest.mark.parametrize("exported", [False, True], ids=["merge", "export"])
+    def test_what_to_set_and_what_is_saved_is_told(self, tmp_path, exported):
+        saved = str(tmp_path / "adapter")
+        export = {"merge_on_fit_end": False, "export_to": str(tmp_path / "merged.safetensors")} if exported else {}
+        lora = LoraCallback(CONFIG, save_adapter_to=saved, **export)
+        said = r"argument of the LoraCallback; merge_on_fit_end=False and export_to=None .*\. The adapter is saved: "
+        with pytest.raises(MergeError, match=said + re.escape(repr(saved))):
+            trainer(tmp_path, [lora], max_epochs=1, precision="bf16-true").fit(Classifier(lr=1e-4), loader())
+        LoraModel.load_adapter(Classifier().bfloat16(), saved)
 
     def test_max_error_is_an_argument(self, tmp_path):
         def fit(**options):
