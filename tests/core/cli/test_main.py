@@ -170,6 +170,23 @@ class TestCommandsOfOthers:
         with pytest.raises(ModuleNotFoundError, match="no_such_library"):
             main(["stumble"])
 
+    def test_notes_of_an_error_are_told(self, distribution, capsys):
+        text = """
+            from lora_plugins.cli import Command
+            from lora_plugins import ConfigError
+
+            def run(arguments):
+                error = ConfigError("it cannot be")
+                error.add_note("It happened on a copy.")
+                raise error
+
+            COMMANDS = {"stumble": Command("", run)}
+        """
+        mine = textwrap.dedent(text)
+        distribution("noting", "[lora_plugins.commands]\nit = commands_of_noting:COMMANDS\n", commands_of_noting=mine)
+        assert main(["stumble"]) == 1
+        assert capsys.readouterr().err == "error: it cannot be\nIt happened on a copy.\n"
+
     def test_an_error_while_another_was_handled_is_told_itself(self, distribution):
         text = """
             from lora_plugins.cli import Command
