@@ -147,7 +147,7 @@ def _device(case: LayerCase) -> None:
             )
             require_all_close("the output with another default device", got, expected)
     moved = replace(case, device=CPU).adapted().train().to(case.device)
-    require_all_close(f"the output after a move to {case.device}", call(moved, inputs), expected)
+    require_lawful(f"the output after a move to {case.device}", case, moved, inputs)
     model.to("meta")
     left = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
     require(not left, f"{left} did not move with model.to(device)")

@@ -231,6 +231,8 @@ ALSO = {
         "files",
         "stateless",
     },
+    # A part that is no identifier is refused as soon as the layer is to be adapted.
+    "keys": set(LAYER_CHECKS) - {"layout", "function", "rows", "inputs", "biases", "mixed"},
     # Merging views the weight as a matrix, here as another one than it is.
     "layout": {"merge", "aliases", "base", "rows"},
     # Two adapters have gradients too, and so have half precision and dropout.
