@@ -92,6 +92,7 @@ from lora_plugins.integrations.lightning.training import (
     complete_optimizers,
     copy_into_averages,
     drop_averages,
+    freeze_again,
     needs_data,
     random_numbers,
     start_averages_from,
@@ -482,7 +483,8 @@ class LoraCallback(Callback):
         check_shared(vars(self.rates), every, "of one trainer share its optimizers")
 
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
-        """Adds what is to be trained to the optimizers, each part at its learning rate."""
+        """Adds what is to be trained to the optimizers, each part at its learning rate, and keeps the base frozen."""
+        freeze_again(module)
         complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
 

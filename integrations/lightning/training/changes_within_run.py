@@ -113,7 +113,7 @@ class ChangesWithinRun:
                 f"{len(new)} tensors of adapters were frozen (requires_grad=False) after they were added, and are not "
                 f"trained while they are: {listing(new)}. on_fit_start or configure_optimizers of the module, or a "
                 "callback such as finetuning-scheduler, does that. If it is meant, leave their layers out with "
-                "exclude_modules."
+                "exclude_modules; else switch that off, as by freeze_backbone=False: the base stays frozen."
             )
 
     def _name_new_adapters(self) -> None:

@@ -1,12 +1,30 @@
-"""The errors where something trains or changes the frozen base, which checksums tell."""
+"""What is done and said where something trains or changes the frozen base, which checksums tell."""
 
 from collections.abc import Collection, Mapping, Sequence
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import checksum
+from lora_plugins.integrations.lightning.module import checksum, frozen_tensors
+
+
+def freeze_again(module: nn.Module) -> None:
+    """Freezes what `configure_optimizers` has made trainable of the base, by an option of its own say, and names it.
+
+    Args:
+        module: The adapted module, whose optimizers were just made.
+    """
+    thawed = {name: tensor for name, tensor in frozen_tensors(module).items() if tensor.requires_grad}
+    for tensor in thawed.values():
+        tensor.requires_grad_(False)
+    if thawed:
+        rank_zero_warn(
+            f"configure_optimizers of {type(module).__name__} made {len(thawed)} tensors of the frozen base trainable, "
+            f"as an option that freezes nothing does: {listing(thawed)}. They are frozen again, and only adapters are "
+            "trained. What is to be trained in full, such as a new head, belongs into modules_to_save."
+        )
 
 
 def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[int]) -> None:

@@ -230,6 +230,49 @@ def test_base_that_an_optimizer_has_is_not_switched_on(tmp_path):
         fit(tmp_path, HasAll())
 
 
+class ThawsItself(Classifier):
+    """Says by an option whether its network is frozen, and applies that ahead of its optimizers, as minerva does."""
+
+    def __init__(self, freezes: bool = False):
+        super().__init__()
+        self.freezes = freezes
+
+    def configure_optimizers(self):
+        if not self.freezes:
+            self.net.requires_grad_(True)
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def test_base_that_configure_optimizers_thaws_is_frozen_again(tmp_path):
+    """The run is that of a module that leaves gradients alone, and a line names the tensors once."""
+    found, expected = ThawsItself(), ThawsItself(freezes=True)
+    head = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
+    with pytest.warns(UserWarning, match=r"configure_optimizers of ThawsItself made 4 .*net\.0\..*again") as said:
+        fit(tmp_path, found, head, max_epochs=3)
+    assert sum("frozen again" in str(each.message) for each in said) == 1
+    fit(tmp_path, expected, head, max_epochs=3)
+    assert not differing(values(found), values(expected))
+
+
+def test_part_beside_the_target_that_configure_optimizers_thaws_is_trained(tmp_path):
+    class BesideTarget(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Linear(3, 3).requires_grad_(False)
+
+        def forward(self, x):
+            return self.scale(super().forward(x))
+
+        def configure_optimizers(self):
+            self.scale.requires_grad_(True)
+            return super().configure_optimizers()
+
+    module = BesideTarget()
+    before = copy.deepcopy(module.scale.state_dict())
+    trainer(tmp_path, [lora(LoraConfig(r=2, target_modules=["0"]), target="net")]).fit(module, loader())
+    assert differing(module.scale.state_dict(), before) == {"weight", "bias"}
+
+
 class CallsItsNet(Classifier):
     """Never calls itself, which would be refused in its forward."""
 
@@ -371,7 +414,7 @@ class FreezesItself(Classifier):
             self.net.requires_grad_(False)
 
 
-NAMED = r"4 tensors of adapters were frozen.*net\.0\.lora_A\.default.*net\.3\.lora_B\.default"
+NAMED = r"4 tensors of adapters were frozen.*net\.0\.lora_A\.default.*net\.3\.lora_B\.default.*freeze_backbone=False"
 
 
 class TestFrozenBySomebody:
