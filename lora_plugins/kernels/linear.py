@@ -35,10 +35,12 @@ def lora_linear(
             images.
         low_memory: Whether a kernel may compute `x` again in the backward instead of saving it.
     """
-    x = x.movedim(axis, -1)
+    innermost = axis == -1
+    x = x if innermost else x.movedim(axis, -1)
     dropped = F.dropout(x, dropout) if dropout else x
     if autocast_dtype(x) is None:  # autocast would choose the type itself
         dropped = dropped.to(A.dtype)
     y = F.linear(x, weight, bias)
     update = F.linear(F.linear(dropped, A), B) * scaling
-    return (y + update.to(y.dtype)).movedim(-1, axis)
+    y = y + update.to(y.dtype)
+    return y if innermost else y.movedim(-1, axis)
