@@ -164,7 +164,8 @@ class TrainingGuard(TrainerCallback):
         if factors & trained(model).keys() and factors & trained(model).keys() <= set(without):
             raise StateError(
                 "The first backward gave the adapter no gradient. Checkpointing of activations with "
-                "use_reentrant=True does that when its inputs need none; use_reentrant=False is right."
+                "use_reentrant=True does that when its inputs need none; use_reentrant=False is right. So does what "
+                "takes gradients within the backward, such as an optimizer in a hook; let the Trainer's optimizer step."
             )
         if without:
             warnings.warn(f"{listing(without)} got no gradient in the first step, and stay as they are.", stacklevel=2)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.training_args import OptimizerNames
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import adapter_tensors, check_same, model_state
@@ -33,6 +34,11 @@ _OF_A_RUN = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
 
 _OF_A_MODEL = "Of a whole model, load the weights with from_pretrained and train from there."
 """What to do with a checkpoint of a Trainer that trained no adapter."""
+
+_IN_BACKWARD = ("lomo", "adalomo")
+"""Optimizers that change tensors in the backward, as those do whose names end in `_LAYERWISE`."""
+
+_LAYERWISE = "_layerwise"
 
 _CHECKS: Mapping[str, Check] = {
     "adapter_name": check_name,
@@ -68,8 +74,8 @@ class LoraTrainer(Trainer):
         ConfigError: If `lora_config` is of another library, or another argument is invalid.
         TargetError: If it does not fit the model.
         StateError: If the model has no adapter and none is given, has another one of that name, or is to be sharded by
-            FSDP or DeepSpeed; if an optimizer is given that does not hold the adapter; or if weights that are stored in
-            fewer bytes are to be merged without `dequantize`.
+            FSDP or DeepSpeed; if an optimizer is given that does not hold the adapter, or `optim` names one that steps
+            within the backward; or if weights that are stored in fewer bytes are to be merged without `dequantize`.
         MergeError: If weights are to be merged that a layer which is not adapted has too.
     """
 
@@ -111,6 +117,7 @@ class LoraTrainer(Trainer):
                 "LoraTrainer does not shard models by FSDP or DeepSpeed. Train in DDP, or with LoraCallback of "
                 "lora_plugins.integrations.lightning."
             )
+        self._check_steps()
         if self.model_init is None:  # after the Trainer has set the seed, from which A and B start
             self._check_optimizer()
             self._adapt(self.model)
@@ -199,6 +206,17 @@ class LoraTrainer(Trainer):
         if self.merge_on_train_end:
             plan = None if planned is None else LoraModel.plan(model, planned)
             check_merge_later(model, dequantize=self.dequantize, otherwise="merge_on_train_end=False", plan=plan)
+
+    def _check_steps(self) -> None:
+        """Refuses optimizers of the Trainer that leave no gradients behind, and no state to save."""
+        name = OptimizerNames(self.args.optim).value
+        chosen = self.optimizer is None and self.optimizer_cls_and_kwargs is None
+        if chosen and (name in _IN_BACKWARD or name.endswith(_LAYERWISE)):
+            raise StateError(
+                f"optim={name!r} changes tensors within the backward, where it cannot be checked that the adapter is "
+                "trained, and keeps what checkpoints would resume from to itself. It saves memory where all weights "
+                "are trained; gradients of A and B are small. Choose another, such as optim='adamw_torch'."
+            )
 
     def _check_optimizer(self) -> None:
         """Refuses an optimizer of the user's that was made before the model was adapted."""

@@ -145,3 +145,12 @@ def test_a_backward_that_passes_the_adapter_by(tmp_path):
     run.model.classifier.register_forward_pre_hook(lambda _, inputs: (inputs[0].detach(),))
     with pytest.raises(StateError, match="gave the adapter no gradient"):
         run.train()
+
+
+def test_an_optimizer_that_steps_in_hooks_is_named(tmp_path):
+    run = trainer(tmp_path)
+    for parameter in run.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda tensor: setattr(tensor, "grad", None))
+    with pytest.raises(StateError, match=r"gave the adapter no gradient.* an optimizer in a hook; let the Trainer's"):
+        run.train()

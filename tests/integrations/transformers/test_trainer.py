@@ -441,6 +441,13 @@ class TestRefused:
         with pytest.raises(StateError, match=r"optimizer does not hold '.*lora_.*Adapt the model before"):
             trainer(tmp_path, model, None, optimizers=(optimizer, None))
 
+    @pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+    def test_an_optimizer_that_steps_within_the_backward(self, tmp_path, name):
+        model = vit()
+        with pytest.raises(StateError, match=rf"^optim='{name}' changes tensors within the backward.*'adamw_torch'"):
+            trainer(tmp_path, model, optim=name)
+        assert model_state(model) is None
+
     def test_an_optimizer_from_after_is_taken(self, tmp_path):
         model = vit()
         LoraModel(model, VIT)
