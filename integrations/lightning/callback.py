@@ -93,6 +93,7 @@ from lora_plugins.integrations.lightning.training import (
     copy_into_averages,
     drop_averages,
     freeze_again,
+    frozen_names,
     needs_data,
     random_numbers,
     start_averages_from,
@@ -268,7 +269,7 @@ class LoraCallback(Callback):
         shims.after(
             "configure_optimizers",
             lambda configured: self._complete_optimizers(pl_module, configured),
-            lambda: self._run.restore_random_numbers(trainer),
+            lambda: self._before_optimizers(trainer, pl_module),
         )
         # The last hook before a step: after those of all callbacks, any of which may set rates.
         shims.after("on_before_optimizer_step", lambda _: self.rates.follow_all(trainer.optimizers))
@@ -482,9 +483,13 @@ class LoraCallback(Callback):
         check_shared(["merge_source"], every, "of one trainer leave one module with the weights of one moment")
         check_shared(vars(self.rates), every, "of one trainer share its optimizers")
 
+    def _before_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
+        self._run.restore_random_numbers(trainer)
+        self._run.frozen = frozen_names(module)
+
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate, and keeps the base frozen."""
-        freeze_again(module)
+        freeze_again(module, self._run.frozen)
         complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
 

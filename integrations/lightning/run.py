@@ -49,6 +49,7 @@ class Run:
         expected_warnings: Holds back warnings about modules in eval mode.
         restored: The callback's state in a checkpoint, until the first batch.
         known_bases: What adapters knew of the base before the rest of that checkpoint was loaded.
+        frozen: The names of what was frozen of the base when its optimizers were to be made.
         audit: Watches the training, once it has started.
         sums: Checksums of the frozen base at the end of the training, by name.
         late_changes: What was trained, as it is saved and merged.
@@ -59,6 +60,7 @@ class Run:
     expected_warnings: ExitStack = field(default_factory=ExitStack)
     restored: dict[str, Any] | None = None
     known_bases: KnownBases = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
     audit: Audit | None = None
     sums: dict[str, int] = field(default_factory=dict)
     late_changes: LateChanges | None = None

@@ -17,7 +17,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     calibrate_on_train_batches,
     needs_data,
 )
-from lora_plugins.integrations.lightning.training.frozen_base import freeze_again
+from lora_plugins.integrations.lightning.training.frozen_base import freeze_again, frozen_names
 from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import LeftOut
@@ -44,6 +44,7 @@ __all__ = [
     "explain_computed_weight",
     "explain_merged_module",
     "freeze_again",
+    "frozen_names",
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",

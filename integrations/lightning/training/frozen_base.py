@@ -10,13 +10,20 @@ from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.module import checksum, frozen_tensors
 
 
-def freeze_again(module: nn.Module) -> None:
+def frozen_names(module: nn.Module) -> set[str]:
+    """Returns the names of the tensors of the base that require no gradient: all, but for those of new layers."""
+    return {name for name, tensor in frozen_tensors(module).items() if not tensor.requires_grad}
+
+
+def freeze_again(module: nn.Module, frozen: Collection[str]) -> None:
     """Freezes what `configure_optimizers` has made trainable of the base, by an option of its own say, and names it.
 
     Args:
         module: The adapted module, whose optimizers were just made.
+        frozen: What was frozen before that.
     """
-    thawed = {name: tensor for name, tensor in frozen_tensors(module).items() if tensor.requires_grad}
+    base = frozen_tensors(module)
+    thawed = {name: base[name] for name in base if name in frozen and base[name].requires_grad}
     for tensor in thawed.values():
         tensor.requires_grad_(False)
     if thawed:
