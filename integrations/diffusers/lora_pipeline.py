@@ -1,7 +1,7 @@
 """`LoraPipeline`, the handle to the adapters of a pipeline."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,15 +68,16 @@ class LoraPipeline(LoraModel):
     def plan(pipe: Any, config: LoraConfig, *, registry: Registry | None = None) -> Plan:
         """Returns what would be adapted in a pipeline; touches nothing. See `LoraModel.plan`."""
         parts = parts_of(pipe)
-        with _naming_other_parts(pipe, config):
+        with _naming_other_parts(pipe, parts, config):
             return LoraModel.plan(parts, _completed(pipe, parts, config), registry=registry)
 
     def add_adapter(
         self, adapter_name: str, config: LoraConfig, *, init_data: InitData | Calibration | None = None
     ) -> None:
         """Adds an adapter, by default to the layers that a first one would have. See `LoraModel.add_adapter`."""
-        completed = _completed(self._pipe, cast(nn.ModuleDict, self.model), config)
-        with _naming_other_parts(self._pipe, config):
+        parts = cast(nn.ModuleDict, self.model)
+        completed = _completed(self._pipe, parts, config)
+        with _naming_other_parts(self._pipe, parts, config):
             super().add_adapter(adapter_name, completed, init_data=init_data)
 
     def save_adapter(
@@ -151,22 +152,27 @@ def _check_denoiser(pipe: Any, parts: nn.ModuleDict) -> None:
 
 
 @contextmanager
-def _naming_other_parts(pipe: Any, config: LoraConfig) -> Iterator[None]:
+def _naming_other_parts(pipe: Any, parts: nn.ModuleDict, config: LoraConfig) -> Iterator[None]:
     """Adds to an error about layers that are not found the parts that have them, if these are adapted by themselves."""
     try:
         yield
     except TargetError as error:
-        having = [name for name, part in parts_beside(pipe).items() if _has_targets(name, part, config)]
+        patterns, beside = config.target_modules, parts_beside(pipe)
+        lost = _unmatched(patterns, _layers(parts))
+        having = [name for name in beside if lost - _unmatched(patterns, _layers({name: beside[name]}))]
         if not having:
             raise
         raise TargetError(f"{error} {_by_itself(having)}") from error
 
 
-def _has_targets(name: str, part: nn.Module, config: LoraConfig) -> bool:
-    """Whether some pattern of a config matches layers of a part; `all` and none at all mean other ones."""
-    layers = [f"{name}.{layer}" for layer, _ in part.named_modules() if layer]
-    patterns = config.target_modules
-    return patterns not in (None, "all") and any(matches("target_modules", patterns or [], layers).values())
+def _unmatched(patterns: Any, layers: Sequence[str]) -> set[str]:
+    """Returns the patterns that match none of the layers; `all` and none at all mean other ones."""
+    found = {} if patterns in (None, "all") else matches("target_modules", patterns, layers)
+    return {pattern for pattern, names in found.items() if not names}
+
+
+def _layers(parts: Mapping[str, nn.Module] | nn.ModuleDict) -> list[str]:
+    return [f"{part}.{name}" for part, module in parts.items() for name, _ in module.named_modules() if name]
 
 
 def _by_itself(parts: Collection[str]) -> str:

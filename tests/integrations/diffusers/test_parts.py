@@ -40,9 +40,14 @@ def test_a_denoiser_that_is_no_part_is_told(call, layers, said):
     assert len(LoraPipeline(pipe, LoraConfig(r=2, target_modules=["q_proj"])).plans["default"].layers) == 2
 
 
-def test_other_parts_are_not_told_of_layers_that_they_lack_too():
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": ["to_qq"]}, {"target_modules": ["to_q"], "exclude_modules": ["to_qq"]}],
+    ids=["they lack them too", "these are found"],
+)
+def test_other_parts_are_not_told_of_where(fields):
     with pytest.raises(TargetError, match="Did you mean") as raised:
-        LoraPipeline(build("Stable Diffusion"), LoraConfig(r=2, target_modules=["to_qq"]))
+        LoraPipeline(build("Stable Diffusion"), LoraConfig(r=2, **fields))
     assert "Other parts" not in str(raised.value)
 
 
