@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 from torch import Tensor, nn
 
 from lora_plugins.config import rank_divisor
@@ -21,6 +21,7 @@ from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fie
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
 from lora_plugins.formats.peft_model import for_model, saved_modules
 from lora_plugins.formats.peft_values import values_for_peft
+from lora_plugins.formats.peft_version import version_of
 from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
@@ -170,12 +171,8 @@ def _times(config: PeftConfig, asked: str | None) -> int:
         if asked not in known:
             raise ConfigError(f"format_options: out_proj is {asked!r}. {near(str(asked), known)}")
         return known[asked]
-    try:
-        version = str(config.fields.get("peft_version") or "0").partition("@")[0]  # a commit in those of no release
-        doubled = Version(version) <= Version(WRITTEN_FOR)
-    except InvalidVersion:
-        doubled = False
-    if doubled:
+    version = version_of(config.fields.get("peft_version") or "0")
+    if version is not None and version <= Version(WRITTEN_FOR):
         return 2
     raise AdapterFileError(
         f"The adapter has attention layers and was written by PEFT {config.fields['peft_version']}. PEFT up to "

@@ -10,9 +10,10 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from lora_plugins.errors import AdapterFileError
+from lora_plugins.formats.peft_version import version_of
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ class PeftPatterns:
 
 def _rule(version: Any) -> _Rule:
     """Returns the rule of a version of PEFT, as a config names it; that of now if it is none."""
-    try:
-        known = Version(str(version))
-    except InvalidVersion:
+    known = version_of(version)
+    if known is None:
         return _RULES[0]
     return next((rule for rule in _RULES if rule.since <= known), _RULES[-1])

@@ -38,14 +38,15 @@ def weights_read(model: nn.Module) -> dict[str, str]:
 
 def _paths(cls: type[nn.Module]) -> frozenset[str]:
     """Returns the paths, from a module of a class on, whose `weight` its forward computes with."""
-    nodes = [node for source in _sources(cls) for node in ast.walk(source)]
+    nodes = _nodes(cls)
     told = {id(each) for node in nodes for each in _told(node)}
     read = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "weight"]
     return frozenset(path for node in read if id(node) not in told and (path := _path(node.value)))
 
 
-def _sources(cls: type[nn.Module]) -> Iterator[ast.AST]:
-    """Yields the source of the forward and of the methods that it calls."""
+def _nodes(cls: type[nn.Module]) -> list[ast.AST]:
+    """Returns the syntax of the forward and of the methods that it calls."""
+    found: list[ast.AST] = []
     pending, seen = ["forward"], set[str]()
     while pending:
         name = pending.pop()
@@ -54,9 +55,10 @@ def _sources(cls: type[nn.Module]) -> Iterator[ast.AST]:
             continue
         seen.add(name)
         with contextlib.suppress(OSError, SyntaxError):
-            source = ast.parse(textwrap.dedent(inspect.getsource(method)))
-            pending += [path for node in ast.walk(source) if (path := _path(node))]
-            yield source
+            nodes = [*ast.walk(ast.parse(textwrap.dedent(inspect.getsource(method))))]
+            pending += [path for node in nodes if (path := _path(node))]
+            found += nodes
+    return found
 
 
 def _told(node: ast.AST) -> Iterator[ast.AST]:

@@ -396,6 +396,14 @@ def edit_tensors(folder, change):
     save_file(tensors, folder / TENSORS, {"format": "pt"})
 
 
+def read_exactly(case, folder, expected):
+    """Checks that a model of the case, with the adapter of a folder, computes what another one does; returns it."""
+    model = case.build()
+    LoraModel.load_adapter(model, folder)
+    assert difference(case, model, expected) <= TOLERANCE
+    return model
+
+
 def refused(case, folder, untouched, match, **options):
     """Checks that reading a folder into a model of the case is refused, and leaves it untouched."""
     model = case.build()

@@ -24,6 +24,7 @@ from tests.core.formats.peft_cases import (
     edit_tensors,
     moved,
     read_by_peft,
+    read_exactly,
     refused,
     with_ours,
     with_peft,
@@ -85,9 +86,7 @@ class TestAttention:
         theirs = with_peft(ATTENTION)
         theirs.save_pretrained(tmp_path)
         edit_config(tmp_path, peft_version=version)
-        model = ATTENTION.build()
-        LoraModel.load_adapter(model, tmp_path)
-        assert difference(ATTENTION, model, theirs) <= TOLERANCE
+        read_exactly(ATTENTION, tmp_path, theirs)
 
     def test_an_unknown_reading_is_refused(self, tmp_path):
         with_peft(ATTENTION).save_pretrained(tmp_path)
@@ -233,27 +232,22 @@ class TestPatterns:
         refused(LINEAR, tmp_path, untouched, r"depends on the version of PEFT .* \(9 since 0\.15, .*3 since 0\.6\)")
         for version, expected in {"0.13.2": theirs, "0.15.0": read_by_peft(LINEAR, tmp_path)}.items():
             edit_config(tmp_path, peft_version=version)
-            model = LINEAR.build()
-            LoraModel.load_adapter(model, tmp_path)
-            assert difference(LINEAR, model, expected) <= TOLERANCE
+            model = read_exactly(LINEAR, tmp_path, expected)
         assert difference(LINEAR, model, theirs) > 1e-3
 
-    def test_in_0_14_they_did_not_match_whole_names(self, tmp_path):
+    @pytest.mark.parametrize("version", ["0.14.0", "0.14.1.dev0@0a1b2c3"])
+    def test_in_0_14_they_did_not_match_whole_names(self, version, tmp_path):
         theirs = with_peft(LINEAR)
         theirs.save_pretrained(tmp_path)
-        edit_config(tmp_path, peft_version="0.14.0", alpha_pattern={r"inner\.fc": 9})
-        model = LINEAR.build()
-        LoraModel.load_adapter(model, tmp_path)
-        assert difference(LINEAR, model, theirs) <= TOLERANCE
+        edit_config(tmp_path, peft_version=version, alpha_pattern={r"inner\.fc": 9})
+        read_exactly(LINEAR, tmp_path, theirs)
 
     def test_ranks_tell_their_meaning(self, tmp_path):
         theirs = with_peft(LINEAR)
         theirs.save_pretrained(tmp_path)
         said = {r"inner\.fc": 4}  # which older versions looked for behind a part of the name
         edit_config(tmp_path, peft_version=None, rank_pattern=said, alpha_pattern=said)
-        model = LINEAR.build()
-        LoraModel.load_adapter(model, tmp_path)
-        assert difference(LINEAR, model, theirs) <= TOLERANCE
+        read_exactly(LINEAR, tmp_path, theirs)
 
     @pytest.mark.parametrize(
         "fields",
@@ -269,9 +263,7 @@ class TestPatterns:
         theirs = with_peft(case)
         theirs.save_pretrained(tmp_path)
         edit_config(tmp_path, peft_version=None)
-        model = case.build()
-        LoraModel.load_adapter(model, tmp_path)
-        assert difference(case, model, theirs) <= TOLERANCE
+        read_exactly(case, tmp_path, theirs)
 
     def test_a_rank_that_the_config_does_not_say(self, tmp_path, untouched):
         with_peft(LINEAR).save_pretrained(tmp_path)

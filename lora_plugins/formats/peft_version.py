@@ -1,0 +1,14 @@
+"""The version of PEFT that wrote a config, which says it since PEFT 0.18."""
+
+from packaging.version import InvalidVersion, Version
+
+
+def version_of(said: object) -> Version | None:
+    """Returns the version that a config names as its `peft_version`; None if that is none.
+
+    One that is no release has its commit behind it: `0.20.1.dev0@0a1b2c3`.
+    """
+    try:
+        return Version(str(said).partition("@")[0])
+    except InvalidVersion:
+        return None
