@@ -12,7 +12,7 @@ from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, insta
 from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output, print_any_text
 from lora_plugins.cli.plain_warnings import plain_warnings
-from lora_plugins.cli.starting import share_processors
+from lora_plugins.cli.starting import keep_freed_memory, share_processors
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
 from lora_plugins.names import DISTRIBUTION, TRACEBACK_VARIABLE
 
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     print_any_text()
     share_processors()
+    keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(given)

@@ -1,8 +1,10 @@
 """What a command does before its work."""
 
+import ctypes
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +13,12 @@ from typing import Any, NoReturn
 from lora_plugins.cli.commands import INTERRUPTED
 
 _SPINS = "GOMP_SPINCOUNT"
+
+_KEPT = {-3: 2**30, -1: 2**31 - 1}
+"""By their numbers in GNU's malloc.h, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
+
+_OF_MALLOC = frozenset({"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"})
+"""Environment variables that say what of this the user wants."""
 
 
 def share_processors() -> None:
@@ -21,6 +29,20 @@ def share_processors() -> None:
     """
     if not {_SPINS, "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ[_SPINS] = "10000"  # as fast as the default where nothing else runs
+
+
+def keep_freed_memory() -> None:
+    """Lets GNU's C library keep up to 2 GiB that is freed, where the environment says nothing of it.
+
+    By default it gives large tensors back to the system after each step, and asks for them again in the next, page by
+    page, which on a CPU is up to a third of a step.
+    """
+    if sys.platform != "linux" or _OF_MALLOC & os.environ.keys():
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        for parameter, size in _KEPT.items():
+            library.mallopt(parameter, size)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -91,3 +92,31 @@ print(os.environ.get("GOMP_SPINCOUNT"))
     command, environment = [sys.executable, "-c", code], {**environment, **said}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == (spins, "")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to GNU's C library")
+@pytest.mark.parametrize(
+    ("said", "kept"), [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "1000000"}, False)], ids=["nothing", "threshold"]
+)
+def test_memory_of_a_step_is_there_for_the_next(said, kept):
+    code = """
+import contextlib, ctypes, io, resource
+from lora_plugins.cli.main import main
+
+with contextlib.redirect_stdout(io.StringIO()):
+    main(["--help"])
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+asked = []
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    memory = ctypes.c_void_p(library.malloc(2**26))
+    ctypes.memset(memory, 1, 2**26)
+    library.free(memory)
+    asked.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(asked[1] < 2**26 / 2**21)  # in the largest pages there are 32
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command, environment = [sys.executable, "-c", code], {**environment, **said}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == (str(kept), "")
