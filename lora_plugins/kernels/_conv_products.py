@@ -17,7 +17,7 @@ from lora_plugins.kernels._autograd import Gradients, Options
 from lora_plugins.kernels._channels import add_mixed_channels, channel_products, channels_last, mix_channels
 from lora_plugins.kernels._path import Path, effective_weight_is_cheaper, may_form_effective_weight
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.dropout import Part, dropped_parts, part_of, sum_of_parts
+from lora_plugins.kernels.dropout import Part, add_dropped, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, factor_gradients
 from lora_plugins.utils import laid_out_like
 
@@ -233,4 +233,4 @@ def _add_branch(
     if mask is None:
         target.add_(branch)
     else:
-        target.addcmul_(branch, geometry.visible(mask) if pointwise else mask)
+        add_dropped(target, branch, geometry.visible(mask) if pointwise else mask)

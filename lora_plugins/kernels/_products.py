@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_plugins.kernels._autograd import Gradients, Options
 from lora_plugins.kernels._path import Path, effective_weight_is_cheaper, may_form_effective_weight
-from lora_plugins.kernels.dropout import dropped_parts, part_of, sum_of_parts
+from lora_plugins.kernels.dropout import add_dropped, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, factor_gradients, linear_2d, matmul, transposed_product
 
 Matrix = Callable[[], Tensor]
@@ -150,7 +150,7 @@ def _through_products(
         g = matmul(some_dy, scaled_B)
         of_A.append(transposed_product(g, x))
         if dx is not None and mask is not None:
-            part_of(dx, part).addcmul_(torch.mm(g, A, out=x), mask)
+            add_dropped(part_of(dx, part), torch.mm(g, A, out=x), mask)
         elif dx is not None:
             _accumulate(dx, g, A)
     return dx, sum_of_parts(of_A) if needed[1] else None, sum_of_parts(of_B) if needed[2] else None

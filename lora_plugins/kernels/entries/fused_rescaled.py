@@ -20,7 +20,7 @@ from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown,
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.dropout import Dropout, dropped_parts, part_of, sum_of_parts
+from lora_plugins.kernels.dropout import Dropout, add_dropped, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
 from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
 from lora_plugins.utils import common_type, laid_out_like
@@ -242,7 +242,7 @@ def _update_gradients(
     for part, some, mask in dropped_parts(x, x.dtype, options.dropout, masks=True):
         branch, of_update = layer.gradients(part_of(dy, part), some, matrix, of_x=of_x)
         if dx is not None and branch is not None and mask is not None:
-            part_of(dx, part).addcmul_(branch, mask)
+            add_dropped(part_of(dx, part), branch, mask)
         of_weight.append(of_update)
     return dx, sum_of_parts(of_weight)
 

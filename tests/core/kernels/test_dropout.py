@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.kernels import disabled_kernels, dropout
-from lora_plugins.kernels.dropout import Dropout, part_of
+from lora_plugins.kernels.dropout import Dropout, add_dropped, dropped_parts, part_of
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "contiguous": lambda: torch.empty(5, 4, 6, 5),
@@ -94,3 +94,23 @@ def test_a_mask_stays_the_same_when_kernels_are_switched():
     mask = draw.mask_like(x)
     with disabled_kernels("all"):
         assert torch.equal(draw.mask_like(x), mask)
+
+
+@pytest.mark.parametrize("masks", [True, False], ids=["with_masks", "without"])
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_what_is_left_are_the_bits_of_a_product_with_the_mask(layout, dtype, own, masks, monkeypatch):
+    monkeypatch.setattr(dropout, "_CHUNK_ELEMENTS", 250)
+    torch.manual_seed(0)
+    images = torch.empty_like(layout(), dtype=own).normal_()
+    draw, total = Dropout.draw(0.4), torch.randn_like(images, dtype=dtype)
+    left, gradient, mask = images.to(dtype) * draw.mask_like(images).to(dtype), torch.randn_like(total), None
+    expected = torch.addcmul(total, gradient, draw.mask_like(total))
+    for part, some, mask in dropped_parts(images, dtype, draw, masks=masks):
+        assert some.dtype == dtype
+        assert torch.equal(some, part_of(left, part))
+        if mask is not None:
+            add_dropped(part_of(total, part), part_of(gradient, part), mask)
+    assert (mask is not None) == masks
+    assert not masks or torch.equal(total, expected)
