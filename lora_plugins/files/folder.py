@@ -41,8 +41,8 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
     manifest = {**packed.manifest, "file": name, "sha256": digest}
     replace_file(folder / name, data)
     replace_file(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
-    for old in folder.glob("adapter-*.safetensors"):
-        if old.name != name:
+    for old in folder.iterdir():
+        if old.name != name and TENSOR_FILE.fullmatch(old.name):
             old.unlink(missing_ok=True)
     remove_leftovers(folder, _WRITTEN)
     return folder

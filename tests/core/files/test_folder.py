@@ -123,8 +123,9 @@ class TestTheFolder:
         size = sum(d["shape"][0] * (d["shape"] + [1])[1] * 4 for d in manifest_of(saved[0])["tensors"].values())
         assert tensor_file(saved[0]).stat().st_size < size + 2048
 
-    def test_saving_again_replaces_the_adapter_and_nothing_else(self, tmp_path):
-        (tmp_path / "notes.txt").write_text("mine")
+    @pytest.mark.parametrize("name", ["notes.txt", "adapter-style.safetensors"])
+    def test_saving_again_replaces_the_adapter_and_nothing_else(self, tmp_path, name):
+        (tmp_path / name).write_text("mine")
         model = build()
         lora = adapt(model)
         lora.save_adapter(tmp_path)
@@ -132,7 +133,7 @@ class TestTheFolder:
             model.qkv.lora_B["default"].add_(1)
         lora.save_adapter(tmp_path)
         assert len(list(tmp_path.iterdir())) == 3
-        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert (tmp_path / name).read_text() == "mine"
         fresh = build()
         LoraModel.load_adapter(fresh, tmp_path)
         assert torch.equal(output(model), output(fresh))
