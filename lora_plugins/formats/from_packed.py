@@ -154,7 +154,7 @@ def _layer(source: _Source, layer: PlannedLayer) -> PortableLayer:
     B = torch.cat([slot.place(B) for slot, (_, B) in zip(layer.slots, pairs, strict=True)], dim=1)
     magnitudes = [source.tensor(layer, slot, "magnitude") for slot in layer.slots if layer.variant is not None]
     weight = detached_weight(submodule(source.model, layer.name), layer.slots[0].tensor)
-    if layer.plugin.name.startswith("conv"):
+    if weight.dim() > 2:  # a convolution
         A, B = A.reshape(len(A), *weight.shape[1:]), B.reshape(*B.shape, *(1 for _ in weight.shape[2:]))
     grown = rank_divisor(len(A) / layer.r, use_rslora=source.plan.config.use_rslora)
     path, _, own_name = layer.name.rpartition(".")

@@ -21,7 +21,7 @@ from tests.core.formats.peft_cases import (
     refused,
     with_peft,
 )
-from tests.core.libraries import Conv1D
+from tests.core.libraries import Conv1D, Conv2dSame
 
 
 class Grouped(nn.Module):
@@ -126,6 +126,7 @@ SECOND_PATHS = {
     "max_norm": (lambda: nn.Embedding(5, 4, max_norm=0.5), "max_norm"),
     "forward": (lambda: Doubled(3, 4), "the forward of Doubled"),
     "convolution": (lambda: Tiled(3, 4, 3), "the forward of Tiled"),
+    "padding before it": (lambda: Conv2dSame(3, 4, 3), "the forward of Conv2dSame"),
 }
 
 
