@@ -23,6 +23,7 @@ from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import base_class_of, full_name, model_modules, submodule
 from lora_plugins.plan import former_names
+from lora_plugins.utils import common_type, single_at_least
 
 PREFIXES: Mapping[str, str] = {
     "lora_unet_": "unet",
@@ -190,7 +191,8 @@ def _layer(name: str, factors: Mapping[str, Tensor]) -> PortableLayer:
     A, B = factors["A"], factors["B"]
     alpha = float(factors["alpha"]) if "alpha" in factors else float(len(A))
     if "mid" in factors:
-        A = torch.einsum("ba...,ai->bi...", factors["mid"], A.flatten(1))
+        wide = single_at_least(common_type(A.dtype, factors["mid"].dtype))  # a product in half precision is rounded
+        A = torch.einsum("ba...,ai->bi...", factors["mid"].to(wide), A.flatten(1).to(wide))
     return PortableLayer(A, B, alpha, magnitude_of(name, factors["scale"], len(B)) if "scale" in factors else None)
 
 

@@ -79,6 +79,18 @@ def test_what_lycoris_writes_is_read(options, marks, tmp_path):
     assert UNET.difference(model, theirs) <= TOLERANCE
 
 
+@pytest.mark.parametrize("mid_type", [torch.bfloat16, torch.float32], ids=str)
+def test_three_factors_in_half_precision_are_multiplied_in_single(mid_type, tmp_path):
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3).double()})
+    weight = model["conv"].weight.detach().clone()
+    up, mid, down = (torch.randn(shape).bfloat16() for shape in ((4, 2, 1, 1), (2, 2, 3, 3), (2, 3, 1, 1)))
+    tensors = {"lora_up.weight": up, "lora_mid.weight": mid.to(mid_type), "lora_down.weight": down}
+    save_file({f"lora_unet_conv.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "adapter.safetensors")
+    LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
+    update = torch.einsum("oayx,abkl,biyx->oikl", up.double(), mid.double(), down.double())
+    torch.testing.assert_close(model["conv"].weight.detach(), weight + update, rtol=0, atol=1e-6)
+
+
 @parts
 def test_what_lycoris_2_2_writes_of_a_model_by_itself_is_read(part, tmp_path):
     """Names have its own prefix, and an underscore behind them."""
