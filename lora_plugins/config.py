@@ -229,18 +229,20 @@ _CHECKS: Mapping[str, Check] = {
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value with lists, dictionaries and numbers for those of any class, as files have them.
+    """Returns a value with lists, dictionaries, texts and numbers for those of any class, as files have them.
 
-    A config then equals the one that comes back from a file, whether a tuple, a library of configurations or NumPy gave
-    it, whose numbers no checkpoint is read with.
+    A config then equals the one that comes back from a file, whether a tuple, a library of configurations, an
+    enumeration or NumPy gave it, whose texts and numbers no checkpoint is read with.
     """
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {_plain(key) if isinstance(key, str) else key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, bool):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # an enumeration's own __str__ gives its name
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
         return float(value)
-    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    is_list = isinstance(value, Sequence) and not isinstance(value, bytes)
     return [_plain(entry) for entry in value] if is_list else value

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 from collections import UserDict, UserList
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,27 @@ def test_numbers_of_other_classes_become_plain():
     assert given == LoraConfig(r=4, alpha=4.0, dropout=0.5, rank_pattern={"a": 2}, init_options={"b": 3})
     numbers = [given.r, given.alpha, given.dropout, given.rank_pattern["a"], given.init_options["b"]]
     assert [type(number) for number in numbers] == [int, float, float, int, int]
+
+
+class Start(str, Enum):  # noqa: UP042 (whose own text is its name)
+    GAUSSIAN = "gaussian"
+
+
+def test_texts_of_other_classes_become_plain():
+    given = LoraConfig(
+        init=Start.GAUSSIAN,
+        target_modules=list(np.unique(["b", "a"])),
+        rank_pattern={np.str_("a"): 2},
+        init_options={"how": Start.GAUSSIAN},
+    )
+    assert (
+        given.to_dict()
+        == LoraConfig(
+            init="gaussian", target_modules=["a", "b"], rank_pattern={"a": 2}, init_options={"how": "gaussian"}
+        ).to_dict()
+    )
+    texts = [given.init, *given.target_modules, *given.rank_pattern, given.init_options["how"]]
+    assert {type(text) for text in texts} == {str}
 
 
 def test_to_dict_hands_out_copies():
