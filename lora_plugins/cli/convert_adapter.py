@@ -92,7 +92,10 @@ def _load(model: nn.Module, weights: Path) -> None:
         found = safetensors.torch.load_file(weights)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"--weights is {weights}, which is no safetensors file, or is cut off: {error}.") from error
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
+    given = {id(own[name]): tensor for name, tensor in found.items() if name in own}
+    # Of a tensor that several modules share, a file may have one name only.
+    found = {**{name: given[id(tensor)] for name, tensor in own.items() if id(tensor) in given}, **found}
     other = sorted(name for name in {*own, *found} if _shape(own, name) != _shape(found, name))
     if other:
         raise ConfigError(

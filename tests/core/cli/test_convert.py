@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel
@@ -19,6 +19,12 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.attn["out"](self.attn["q"](x).mT).mT)
+
+
+class Tied(Net):
+    def __init__(self):
+        super().__init__()
+        self.again = self.head
 
 
 NET = f"{Net.__module__}:Net"
@@ -70,6 +76,15 @@ class TestConvert:
         assert not (tmp_path / "b").exists()
         assert main([*arguments, "--weights", str(tmp_path / "base.safetensors")]) == 0
         assert (tmp_path / "b" / "adapter_config.json").is_file()
+
+    def test_weights_with_one_name_of_a_shared_tensor(self, tmp_path):
+        """As `save_pretrained` of transformers and `save_model` of safetensors write them."""
+        config = LoraConfig(r=2, target_modules=["q"], init="pissa")
+        LoraModel(Tied(), config).save_adapter(tmp_path / "a")
+        save_model(Tied(), tmp_path / "base.safetensors")
+        made = f"{Tied.__module__}:Tied"
+        arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft", "--model", made]
+        assert main([*arguments, "--weights", str(tmp_path / "base.safetensors")]) == 0
 
     def test_weights_of_another_model(self, linear, tmp_path, capsys):
         linear.save_adapter(tmp_path / "a", format="peft")
