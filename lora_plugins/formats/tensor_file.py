@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.utils import replace_file, replace_files
+from lora_plugins.writable import check_writable_file
 
 LARGEST_HEADER = 16 << 20
 """Bytes of JSON that a file may hold: a hundred times those of an adapter for the largest models."""
@@ -107,7 +108,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file; the old one stays until the new one is whole."""
+    """Writes a safetensors file; the old one stays until the new one is whole.
+
+    Raises:
+        ConfigError: If nothing can be written there, or a folder has that name.
+    """
+    check_writable_file(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, _as_safetensors(tensors, metadata))
 

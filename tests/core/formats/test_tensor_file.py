@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 from torch import nn
 
-from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
 from lora_plugins.formats.tensor_file import read_json, read_shapes, read_tensors
 from lora_plugins.plugins import FORMATS, default_registry
 
@@ -96,3 +96,21 @@ def test_what_is_not_there_or_a_folder(tmp_path):
         for read in (read_json, read_tensors):
             with pytest.raises(AdapterFileError, match="cannot be read"):
                 read(path)
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "match"),
+    [
+        pytest.param("diffusers", "notes.txt", r"notes\.txt is a file\. Name another place", id="file for a folder"),
+        pytest.param("diffusers", "folder.safetensors", "which is a folder. Name a file", id="folder of diffusers"),
+        pytest.param("kohya", "folder.safetensors", "which is a folder. Name a file", id="folder of kohya"),
+    ],
+)
+def test_a_place_that_something_else_has_is_said(format, name, match, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder.safetensors").mkdir()
+    lora = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2))
+    with pytest.raises(ConfigError, match=match):
+        lora.save_adapter(tmp_path / name, format=format, format_options={"component": "unet"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.safetensors", "notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
