@@ -167,12 +167,15 @@ def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: 
 def _adapter(
     layers: Mapping[str, Mapping[str, PortableLayer]], paths: Mapping[str, str], configs: Mapping[str, PeftConfig]
 ) -> PortableAdapter:
-    inits = {configs[part].init for part in paths if part in configs} or {"kaiming"}
+    """Returns the adapter of the parts that are read; where their dropout differs, it has the largest."""
+    read = [configs[part] for part in paths if part in configs]
+    inits = {config.init for config in read} or {"kaiming"}
     if len(inits) > 1:
         raise AdapterFileError(f"The parts of the adapter were started in different ways: {listing(sorted(inits))}.")
     found = {full_name(path, name): layer for part, path in paths.items() for name, layer in layers[part].items()}
     details = {"parts": ", ".join(layers), "alphas": "of PEFT's configs" if configs else "of the keys, or the ranks"}
-    return PortableAdapter(found, init=inits.pop(), details=details)
+    dropout = max((config.fields.get("lora_dropout", 0.0) for config in read), default=0.0)
+    return PortableAdapter(found, dropout=dropout, init=inits.pop(), details=details)
 
 
 def _keys(part: str, layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:

@@ -140,6 +140,11 @@ class TestMetadata:
         LoraModel.load_adapter(model, tmp_path)
         assert UNET.difference(model, theirs) <= TOLERANCE
 
+    def test_a_training_that_goes_on_has_its_dropout(self, tmp_path):
+        config = LoraConfig(r=2, dropout=0.125, target_modules=["to_q"])
+        LoraModel(UNET.build(), config).save_adapter(tmp_path, format="diffusers")
+        assert LoraModel.load_adapter(UNET.build(), tmp_path).adapters["default"].dropout == 0.125
+
     def test_a_missing_layer_is_listed(self, tmp_path, untouched):
         saved_by_diffusers(tmp_path, unet=with_peft(UNET))
         with safe_open(tmp_path / FILE, "pt") as file:
