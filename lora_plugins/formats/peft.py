@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from packaging.version import Version
 from torch import Tensor, nn
 
+from lora_plugins.adapter import ADAPTER_NAME
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
 from lora_plugins.files import PICKLED
@@ -65,7 +66,7 @@ class PeftFormat(PortableFormat):
         adapter = PortableAdapter(
             layers=layers,
             values=found.values,
-            name="default" if folder == path or path.is_file() else folder.name,
+            name=folder.name if folder.parent == path and ADAPTER_NAME.fullmatch(folder.name) else "default",
             use_rslora=config.fields.get("use_rslora", False),
             dropout=config.fields.get("lora_dropout", 0.0),
             init=config.init,

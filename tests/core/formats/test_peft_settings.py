@@ -326,10 +326,18 @@ class TestFolders:
             model.set_adapter(name)
             assert difference(LINEAR, ours, model.eval()) <= TOLERANCE
 
-    def test_a_single_subfolder_is_found(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("folder", "name"),
+        [
+            pytest.param("night", "night", id="of an adapter"),
+            pytest.param("vit 1.5", "default", id="of another name"),
+        ],
+    )
+    def test_a_single_subfolder_is_found(self, folder, name, tmp_path):
         peft = pytest.importorskip("peft")
         peft.get_peft_model(LINEAR.build(), peft.LoraConfig(target_modules=["fc"]), "night").save_pretrained(tmp_path)
-        assert LoraModel.load_adapter(LINEAR.build(), tmp_path).active_adapters == ("night",)
+        (tmp_path / "night").rename(tmp_path / folder)
+        assert LoraModel.load_adapter(LINEAR.build(), tmp_path).active_adapters == (name,)
 
     def test_the_file_of_tensors_means_its_folder(self, tmp_path):
         with_peft(LINEAR).save_pretrained(tmp_path)
