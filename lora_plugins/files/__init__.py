@@ -7,6 +7,7 @@ from lora_plugins.files.base_files import load_quantized
 from lora_plugins.files.differences import by_same_plugins, differing_base, differing_config
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import read, write
+from lora_plugins.files.foreign_patterns import check_expressions
 from lora_plugins.files.manifest import OWN_ENTRIES, TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.files.origins import versions_told
 from lora_plugins.files.other_root import check_root
@@ -24,6 +25,7 @@ __all__ = [
     "TENSOR_FILE",
     "PackedAdapter",
     "by_same_plugins",
+    "check_expressions",
     "check_root",
     "checksum",
     "described",

@@ -22,19 +22,29 @@ for expression in expressions:
 
 
 def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
-    """Checks that the regular expressions of a config that came with a file terminate.
-
-    Matching cannot be stopped from within Python. Expressions that repeat at most twice, and no group, are left to
-    `make_plan` at once: they take at most a time that is cubic in the length of a name.
+    """Checks that the regular expressions of a config that came with a file terminate; see `check_expressions`.
 
     Args:
         config: The config.
         names: The names that `make_plan` will match.
+    """
+    check_expressions(_expressions(config), names)
+
+
+def check_expressions(expressions: Iterable[str], names: Iterable[str]) -> None:
+    """Checks that regular expressions of a file terminate.
+
+    Matching cannot be stopped from within Python. Those that `is_risky` has nothing against are not tried: they take
+    little more than a time that is cubic in the length of a name.
+
+    Args:
+        expressions: What whole names are matched with.
+        names: The names.
 
     Raises:
         AdapterFileError: If they do not within ten seconds.
     """
-    risky = [expression for expression in _expressions(config) if is_risky(expression)]
+    risky = [expression for expression in expressions if is_risky(expression)]
     if not risky or not sys.executable:
         return
     given = json.dumps([risky, list(names)]).encode()

@@ -23,7 +23,7 @@ from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, w
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
-from lora_plugins.inplace import full_name, submodule
+from lora_plugins.inplace import full_name, model_modules, submodule
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -70,6 +70,9 @@ class DiffusersFormat(PortableFormat):
         tensors, metadata = read_tensors(_file(path))
         parts = _parts(tensors)
         configs = _configs(metadata, parts, options["patterns"])
+        modules = [] if model is None else [entry.name for entry in model_modules(model)]
+        for part, config in configs.items():
+            config.check_expressions([*(name.removeprefix(f"{part}.") for name in modules), *parts[part].layers])
         if ALONE in parts and ALONE not in configs and not parts[ALONE].has_alphas:
             warnings.warn(
                 f"{path} says no alpha, neither in keys nor as metadata: the rank of each layer is taken for it, as "

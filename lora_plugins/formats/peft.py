@@ -54,7 +54,9 @@ class PeftFormat(PortableFormat):
         folder = _only_folder(path)
         config = PeftConfig(read_json(folder / CONFIG), options["patterns"])
         tensors, _ = read_tensors(_tensor_file(folder))
-        found = sorted_tensors(tensors, places_by_name(model) if model is not None else ())
+        modules = places_by_name(model) if model is not None else {}
+        found = sorted_tensors(tensors, modules)
+        config.check_expressions([*modules, *found.factors])
         times = _times(config, options["out_proj"]) if found.in_attention else 1
         layers: dict[str, PortableLayer] = {}
         for name, factors in found.factors.items():

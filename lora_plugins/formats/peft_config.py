@@ -1,7 +1,7 @@
 """PEFT's `adapter_config.json`: what it says of each layer, and the fields that have no meaning here."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from lora_plugins.field_checks import (
     map_of,
     shown,
 )
+from lora_plugins.files import check_expressions
 from lora_plugins.formats.peft_patterns import PeftPatterns
 from lora_plugins.formats.portable import PortableLayer, commonest
 from lora_plugins.utils import path_ends
@@ -130,6 +131,9 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _CHANGED_INITS = ("pissa", "olora")
 """The starts that change the base in a way that can be computed again; they have the same names here."""
 
+_ANY_BLOCK = re.compile(r".*?\.[^.]*\.(?P<at>\d+)\.")
+"""What matches a name up to the number of its block, whatever the list of blocks is called."""
+
 
 class PeftConfig:
     """The content of an `adapter_config.json`.
@@ -222,6 +226,20 @@ class PeftConfig:
                 f"{self.fields['use_dora']}. One of the two files is of another adapter."
             )
 
+    def check_expressions(self, names: Iterable[str]) -> None:
+        """Checks that its regular expressions terminate.
+
+        Args:
+            names: What they are matched with.
+
+        Raises:
+            AdapterFileError: If they do not.
+        """
+        targets = (self.fields.get(key) for key in ("target_modules", "exclude_modules"))
+        compiled = [expression.pattern for expression in (*self._around, *self._containers)]
+        whole = [each for each in targets if isinstance(each, str)]
+        check_expressions([*whole, *compiled, *self._patterns.expressions], names)
+
     def parameter_of(self, name: str) -> str | None:
         """Returns the full name of the parameter by which a layer is targeted; None if the layer itself is."""
         for target in self.fields.get("target_parameters", []):
@@ -258,16 +276,18 @@ class PeftConfig:
         """What matches a module that is trained in full, and all inside of it."""
         return [re.compile(rf"(^|.*\.){saved}($|\..*)") for saved in self.fields.get("modules_to_save", [])]
 
+    @cached_property
+    def _containers(self) -> list[re.Pattern[str]]:
+        """What matches a name up to the number of its block, where the config names the lists of blocks."""
+        named = self.fields.get("layers_pattern", [])
+        patterns = [named] if isinstance(named, str) else named
+        return [re.compile(rf"(?:^|.*?\.){pattern}\.(?P<at>\d+)\.") for pattern in patterns]
+
     def _in_block(self, name: str) -> bool:
         blocks = self.fields.get("layers_to_transform")
         if blocks is None or blocks == []:
             return True
-        containers = self.fields.get("layers_pattern", [])
-        patterns = [containers] if isinstance(containers, str) else containers
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<at>\d+)\." for pattern in patterns] or [
-            r".*?\.[^.]*\.(?P<at>\d+)\."
-        ]
-        found = next((match for expression in expressions if (match := re.match(expression, name))), None)
+        found = next((match for each in self._containers or [_ANY_BLOCK] if (match := each.match(name))), None)
         return found is not None and int(found["at"]) in ([blocks] if isinstance(blocks, int) else blocks)
 
 

@@ -66,6 +66,9 @@ class PeftPatterns:
         fields: The config, whose patterns are regular expressions.
         counts: Which of several patterns counts that match a layer, the `first` or the `longest`; None where they must
             agree. Where it is said, and no version is, patterns mean what they mean to PEFT now.
+
+    Attributes:
+        expressions: What the names of layers are matched with.
     """
 
     def __init__(self, fields: Mapping[str, Any], counts: str | None) -> None:
@@ -78,6 +81,8 @@ class PeftPatterns:
         version = fields.get("peft_version")
         self._rules = _RULES if version is None and counts is None else (_rule(version),)
         self._pairs = cache(self._said)
+        keys = [key for each in values.values() for key in each]
+        self.expressions = [rule.form.format(key) for rule in self._rules for key in keys]
 
     def ranks(self, name: str) -> list[Any]:
         """Returns the ranks that a layer may have."""

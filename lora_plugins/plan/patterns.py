@@ -10,6 +10,11 @@ _LITERAL = re.compile(r"[\w\-./:]+")
 
 _REPEAT = re.compile(r"[*+}]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
+_OPTION = re.compile(r"(?<!\()\?")
+"""What may be there or not; not the mark of a kind of groups, as in `(?:`."""
+
+_MOST_CHOICES = 8
+"""How many choices of two ways an expression may leave: together they make 256 ways to match a name."""
 
 
 def ends_with(pattern: str, name: str) -> bool:
@@ -55,9 +60,11 @@ def compiled(field: str, pattern: str) -> re.Pattern[str]:
 def is_risky(expression: str) -> bool:
     """Whether matching can take more than a time that is cubic in the length of a name.
 
-    An expression that repeats at most twice, and no group, cannot.
+    An expression that repeats at most twice, and no group, and leaves few other choices cannot.
     """
-    return len(_REPEAT.findall(expression)) > 2 or _REPEATED_GROUP.search(expression) is not None
+    choices = len(_OPTION.findall(expression)) + (expression.count("|") if "(" in expression else 0)
+    repeats_much = len(_REPEAT.findall(expression)) > 2 or _REPEATED_GROUP.search(expression) is not None
+    return repeats_much or choices > _MOST_CHOICES
 
 
 def is_literal(pattern: str) -> bool:

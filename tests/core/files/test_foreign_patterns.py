@@ -31,6 +31,8 @@ def saved(folder, **changes):
         {"exclude_modules": "(a*)*b"},
         {"rank_pattern": {"(a+)+b": 2}},
         {"target_modules": "a*" * 40 + "b"},
+        {"target_modules": "a?" * 40 + "b"},
+        {"target_modules": "(a|.)" * 30 + "b"},
     ],
     ids=str,
 )

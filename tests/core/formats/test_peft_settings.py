@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins.files import foreign_patterns
 from tests.core.formats.peft_cases import (
     ATTENTION,
     BY_ID,
@@ -414,3 +415,23 @@ class TestHostileFiles:
         with_peft(LINEAR).save_pretrained(tmp_path)
         (tmp_path / CONFIG).write_text("[" * 100_000)
         refused(LINEAR, tmp_path, untouched, "cannot be read as JSON")
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"target_modules": "(a+)+b"},
+            {"exclude_modules": "(a+)+b"},
+            {"modules_to_save": ["(a+)+b"]},
+            {"rank_pattern": {"(a+)+b": 2}},
+            {"alpha_pattern": {"(a+)+b": 2}},
+            {"layers_to_transform": [0], "layers_pattern": "(a+)+b"},
+        ],
+        ids=str,
+    )
+    def test_an_expression_that_takes_for_ever(self, fields, tmp_path, untouched, monkeypatch):
+        monkeypatch.setattr(foreign_patterns, "_SECONDS", 1.0)
+        name = "a" * 40
+        case = Case("", lambda: nn.ModuleDict({name: nn.Linear(4, 4)}), {"target_modules": [name]})
+        with_peft(case).save_pretrained(tmp_path)
+        edit_config(tmp_path, **fields)
+        refused(case, tmp_path, untouched, "take more than 1 seconds")
