@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -103,6 +103,9 @@ class LoraModel(metaclass=Told):
         <class 'torch.nn.modules.linear.Linear'>
     """
 
+    _called: ClassVar[str] = "the model itself: lora.model(...)"
+    """What is called in place of the handle."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -118,7 +121,8 @@ class LoraModel(metaclass=Told):
             self.add_adapter(adapter_name, config, init_data=init_data)
         elif model_state(model) is None:
             check_not_nested(model)
-            raise StateError("The model has no adapter. Give LoraModel a LoraConfig, or use LoraModel.load_adapter.")
+            handle = type(self).__name__
+            raise StateError(f"The model has no adapter. Give {handle} a LoraConfig, or use {handle}.load_adapter.")
 
     def __repr__(self) -> str:
         state = model_state(self.model)
@@ -591,11 +595,11 @@ class LoraModel(metaclass=Told):
             model = None if name in MEMBERS or name.startswith("_") else vars(self).get("model")
             handle = f"It is a handle; the model itself has it: lora.model.{name}" if hasattr(model, name) else ""
             said = handle or said_of_member(name, self)
-            raise AttributeError(f"LoraModel has no attribute {name!r}. {said}".rstrip())
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}. {said}".rstrip())
 
         def __call__(self, *_: Any, **__: Any) -> NoReturn:
             """Refuses a call, which is usual with PEFT's models."""
-            raise TypeError("LoraModel is a handle and computes nothing; call the model itself: lora.model(...)")
+            raise TypeError(f"{type(self).__name__} is a handle and computes nothing; call {self._called}")
 
     @property
     def _state(self) -> ModelState:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -51,6 +51,8 @@ class LoraPipeline(LoraModel):
         TargetError: As in `LoraModel`.
         StateError: As in `LoraModel`.
     """
+
+    _called: ClassVar[str] = "the pipeline itself: pipe(...)"
 
     def __init__(
         self,

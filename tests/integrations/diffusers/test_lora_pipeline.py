@@ -219,8 +219,17 @@ def test_a_second_handle_sees_the_same_adapters():
     LoraPipeline(pipe, config(pipe), "style")
     assert list(LoraPipeline(pipe).adapters) == ["style"]
     LoraPipeline(pipe).unload()
-    with pytest.raises(StateError, match="no adapter"):
+    with pytest.raises(StateError, match=r"no adapter.*LoraPipeline\.load_adapter"):
         LoraPipeline(pipe)
+
+
+def test_a_handle_that_is_called_names_the_pipeline():
+    pipe = build("Stable Diffusion")
+    lora = LoraPipeline(pipe, config(pipe))
+    with pytest.raises(TypeError, match=r"LoraPipeline is a handle .* call the pipeline itself: pipe\(\.\.\.\)"):
+        lora("a photo")
+    with pytest.raises(AttributeError, match="LoraPipeline has no attribute 'scheduler'"):
+        _ = lora.scheduler
 
 
 def test_merged_for_good_it_is_a_pipeline_like_any_other(tmp_path):
