@@ -76,14 +76,15 @@ CORE_COMMANDS: Mapping[str, Command] = {
 
 def installed_commands() -> Commands:
     """Returns the commands of all entry points, then those of the core; an earlier owner of a name keeps it."""
-    owners = dict.fromkeys(CORE_COMMANDS, "lora-plugins")
+    owners = dict.fromkeys(CORE_COMMANDS, DISTRIBUTION)
     table: dict[str, Command] = {}
     problems: list[str] = []
     for point in _entry_points():
         owner = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
         try:
             found = dict(_checked(point.load()))
-        except Exception as error:  # whatever a stranger's module raises must not stop the other commands
+        # Whatever a stranger's module raises must not stop the other commands; sys.exit() is how some end an import.
+        except (Exception, SystemExit) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             problems.append(f"The commands {point.name!r} of {owner} cannot be loaded: {reason}")
             continue

@@ -211,8 +211,9 @@ class TestCommandsOfOthers:
             ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
             ("COMMANDS = {'greet': print}", "TypeError: it is not a mapping of names to lora_plugins.cli.Command"),
             ("", "AttributeError: module 'commands_of_rude' has no attribute 'COMMANDS'"),
+            ("raise SystemExit('needs a card')", "SystemExit: needs a card"),
         ],
-        ids=["import", "type", "name"],
+        ids=["import", "type", "name", "exit"],
     )
     def test_a_table_that_fails_stops_no_other_command(self, distribution, capsys, text, reason):
         distribution("rude", "[lora_plugins.commands]\nrude = commands_of_rude:COMMANDS\n", commands_of_rude=text)
