@@ -159,9 +159,9 @@ class TrainingGuard(TrainerCallback):
             return
         self._seen, model = True, kwargs["model"]
         self._check_buffers(model)
-        factors = adapter_tensors(model).keys()
+        factors = adapter_tensors(model).keys() & trained(model).keys()
         without = [name for name, parameter in trained(model).items() if parameter.grad is None]
-        if factors & trained(model).keys() and factors & trained(model).keys() <= set(without):
+        if factors and factors <= set(without):
             raise StateError(
                 "The first backward gave the adapter no gradient. Checkpointing of activations with "
                 "use_reentrant=True does that when its inputs need none; use_reentrant=False is right. So does what "

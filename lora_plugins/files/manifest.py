@@ -13,6 +13,7 @@ from lora_plugins.adapter import ADAPTER_NAME
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.field_checks import MAX_RANK, is_whole
 from lora_plugins.files.fingerprint import KEYS
+from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plugins import PlannedLayer, Slot
 
 FORMAT = 1
@@ -72,7 +73,7 @@ def checked_manifest(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
         raise AdapterFileError(f"The manifest has the format version {version!r}; it is not one of lora_plugins.")
     if version > FORMAT:
         raise AdapterFileError(
-            f"The adapter has format {version}, and this lora_plugins {metadata.version('lora-plugins')} reads up to "
+            f"The adapter has format {version}, and this lora_plugins {metadata.version(DISTRIBUTION)} reads up to "
             f"{FORMAT}. It was written by lora_plugins {manifest.get('lora_plugins')}: upgrade to that."
         )
     for key, is_proper in _ENTRIES.items():

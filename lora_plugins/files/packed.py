@@ -12,6 +12,7 @@ from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix,
 from lora_plugins.files.origins import origin
 from lora_plugins.files.stored_base import described
 from lora_plugins.inplace import slot_tensors, submodule
+from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import INITS, LAYERS, VARIANTS, PackedAdapter, PlannedLayer, Registry, registry_of
 
@@ -77,7 +78,7 @@ def manifest_of(
     """
     return {
         "format": FORMAT,
-        "lora_plugins": metadata.version("lora-plugins"),
+        "lora_plugins": metadata.version(DISTRIBUTION),
         "adapter_name": adapter_name,
         "config": plan.config.to_dict(),
         "init": {"name": plan.init.name, **origin(registry, INITS, plan.init.name)},

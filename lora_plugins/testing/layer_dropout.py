@@ -175,7 +175,7 @@ def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: S
     Of a layer that multiplies its inputs, as a bilinear one, nothing is left then. One column of the other inputs is
     kept there, and the two elements are in different rows, so that whichever input is dropped, each is by itself.
     """
-    if not _drops_each(case, model, slot, inputs, _zeros, axes=None):
+    if not _drops_each(case, model, slot, inputs, torch.zeros_like, axes=None):
         _drops_each(case, model, slot, inputs, _first_column, axes=(0,))
 
 
@@ -258,10 +258,6 @@ def _only(inputs: Sequence[Any], at: int, positions: Sequence[tuple[int, ...]], 
         return x * mask
 
     return mapped(inputs, masked, [is_values(x) for x in inputs])
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros_like(x)
 
 
 def _first_column(x: Tensor) -> Tensor:
