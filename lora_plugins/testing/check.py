@@ -175,9 +175,10 @@ def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float = T
     require(found == wanted, f"{what} is {found} instead of {wanted}")
     if torch.equal(got, expected) or not expected.numel():
         return
+    got, expected = in_float64(as_real(got)), in_float64(as_real(expected))
     # An untouched layer may give NaN, as the mean of no rows is, and infinities, as scores that are masked are.
     same = (got == expected) | (got.isnan() & expected.isnan())
-    difference = float((in_float64(got) - in_float64(expected)).masked_fill(same, 0).abs().max())
+    difference = float((got - expected).masked_fill(same, 0).abs().max())
     largest = float(expected.masked_fill(~expected.isfinite(), 0).abs().max())
     # Written so that NaN where a number is expected fails.
     require(
@@ -185,6 +186,11 @@ def require_close(what: str, got: Tensor, expected: Tensor, tolerance: float = T
         f"{what} differs by up to {difference:.2g}, where values are up to {largest:.2g}"
         + ("" if tolerance else " and every bit should agree"),
     )
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Returns complex numbers as pairs of real ones; other tensors as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -195,6 +201,11 @@ def tensors_of(output: Any) -> list[Tensor]:
         return tensors_of([getattr(output, field.name) for field in fields(output)])
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
     return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def real_tensors_of(output: Any) -> list[Tensor]:
+    """Returns the tensors of a layer's output as real ones, which can be added up to a loss."""
+    return [as_real(tensor) for tensor in tensors_of(output)]
 
 
 def require_all_close(what: str, got: Any, expected: Any, tolerance: float = TIGHT) -> None:

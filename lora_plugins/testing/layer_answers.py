@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_plugins.inplace import detached_weight
 from lora_plugins.plugins import LayerPlugin, Slot
-from lora_plugins.testing.check import Check, require, require_close, tensors_of
+from lora_plugins.testing.check import Check, real_tensors_of, require, require_close
 from lora_plugins.testing.layer_case import Holder, LayerCase, batched, call, is_values, mapped, runs
 
 _OUTPUTS = 12
@@ -86,7 +86,7 @@ def _vectors_of(case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any
 
 
 def _flat(output: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors_of(output) if tensor.requires_grad])
+    return torch.cat([tensor.flatten() for tensor in real_tensors_of(output) if tensor.requires_grad])
 
 
 def _gradient(case: LayerCase, model: Holder, slot: Slot, value: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from lora_plugins.plugins import PLAIN, Slot
 from lora_plugins.testing.check import (
     Check,
     random_states,
+    real_tensors_of,
     refuse,
     require,
     require_all_close,
     require_close,
     require_unmoved,
-    tensors_of,
 )
 from lora_plugins.testing.layer_case import (
     VARIANT,
@@ -79,7 +79,7 @@ def _draws_itself(case: LayerCase) -> bool:
 
 def _values(output: Any) -> Tensor:
     """Returns the floating numbers of all tensors of an output, one after another."""
-    return torch.cat([tensor.flatten() for tensor in tensors_of(output) if tensor.is_floating_point()])
+    return torch.cat([tensor.flatten() for tensor in real_tensors_of(output) if tensor.is_floating_point()])
 
 
 def _drops_of_its_own(case: LayerCase, first: float, second: float) -> None:

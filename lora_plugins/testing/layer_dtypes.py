@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.inplace import factors, layer_state
-from lora_plugins.testing.check import Check, require, tensors_of
+from lora_plugins.testing.check import Check, real_tensors_of, require
 from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, require_lawful, runs
 
 NEAR = 0.05
@@ -95,7 +95,7 @@ def _gradients(
     model: nn.Module, inputs: tuple[Any, ...], leaves: Sequence[Tensor], autocast: bool
 ) -> Sequence[Tensor | None]:
     with torch.autocast(leaves[0].device.type, torch.bfloat16) if autocast else nullcontext():
-        outputs = tensors_of(call(model.train(), inputs))
+        outputs = real_tensors_of(call(model.train(), inputs))
     total = torch.stack([output.float().sum() for output in outputs if output.requires_grad]).sum()
     return torch.autograd.grad(total, leaves, allow_unused=True)
 

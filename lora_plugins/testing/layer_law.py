@@ -12,7 +12,16 @@ from lora_plugins.errors import listing, near
 from lora_plugins.inplace import detached_weight, layer_state
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot, class_path
-from lora_plugins.testing.check import MODES, TIGHT, Check, require, require_all_close, require_close, tensors_of
+from lora_plugins.testing.check import (
+    MODES,
+    TIGHT,
+    Check,
+    real_tensors_of,
+    require,
+    require_all_close,
+    require_close,
+    tensors_of,
+)
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
@@ -167,7 +176,7 @@ def _updated_names(layer: nn.Module) -> list[str]:
 
 
 def _gradients_of(module: nn.Module, inputs: Sequence[Any], leaves: Sequence[Tensor]) -> list[Tensor]:
-    outputs = [tensor for tensor in tensors_of(call(module, inputs)) if tensor.requires_grad]
+    outputs = [tensor for tensor in real_tensors_of(call(module, inputs)) if tensor.requires_grad]
     require(bool(outputs), "the output needs no gradient")
     loss = torch.stack(
         [

@@ -18,6 +18,7 @@ from lora_plugins.testing.check import (
     CPU,
     Check,
     copied,
+    real_tensors_of,
     require,
     require_all_close,
     require_same_state,
@@ -86,7 +87,7 @@ def _unload(case: LayerCase) -> None:
 
 
 def _backward(output: Any) -> None:
-    torch.stack([tensor.sum() for tensor in tensors_of(output) if tensor.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
+    torch.stack([tensor.sum() for tensor in real_tensors_of(output) if tensor.requires_grad]).sum().backward()  # type: ignore[no-untyped-call]
 
 
 class _Twice(Holder):

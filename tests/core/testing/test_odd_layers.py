@@ -158,6 +158,23 @@ def test_a_layer_of_complex_parameters_beside_its_weight_and_of_an_extra_state_p
     check_layer_plugin(TurnedPlugin(), Turned, lambda layer: torch.randn(3, 5))
 
 
+class Spectrum(nn.Linear):
+    def __init__(self):
+        super().__init__(5, 4)
+
+    def forward(self, x):
+        return torch.fft.fft(super().forward(x))
+
+
+class SpectrumPlugin(RowMajorPlugin):
+    name = "spectrum"
+    module_type = Spectrum
+
+
+def test_a_layer_of_complex_outputs_passes():
+    check_layer_plugin(SpectrumPlugin(), Spectrum, lambda layer: torch.randn(3, 5))
+
+
 class ByKeyword(nn.Module):
     def __init__(self):
         super().__init__()
