@@ -67,6 +67,8 @@ CALLS = [
     pytest.param(lambda: LoraModel(lora(), CONFIG), "model is a LoraModel.*attribute 'model'", id="a handle"),
     pytest.param(lambda: lora().save_adapter(3), r"path is an int.*save_adapter\(path\)", id="no path"),
     pytest.param(lambda: lora().merge_and_unload(safe_merge=True), "'safe_merge'.*always checked", id="safe_merge"),
+    pytest.param(lambda: lora().unload(adapter_name="a"), "Where several may be named, it is", id="one of all"),
+    pytest.param(lambda: lora().delete_adapter(adapter_names=["a"]), "it is .adapter_name. here", id="several"),
     pytest.param(
         lambda: lora().merge_and_unload(dequantize="no"), "dequantize is a str.* has to be True or False", id="no flag"
     ),
