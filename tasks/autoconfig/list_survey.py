@@ -11,9 +11,9 @@ from lora_plugins.tasks.autoconfig.folders import class_names
 from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, labels_survey, shared
 from lora_plugins.tasks.autoconfig.lookalikes import images_of_list_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
-from lora_plugins.tasks.autoconfig.readable import check_no_problems, image_size, unequal, unreadable
+from lora_plugins.tasks.autoconfig.readable import check_no_problems, unequal, unreadable
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import TRAIN, read_list, row_split
+from lora_plugins.tasks.files import TRAIN, read_list, row_split, shown_size
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -59,7 +59,7 @@ def _of_masks(data: Path, rows: Rows, splits: Mapping[str, Rows], found: str, fl
     coding = mask_coding(masks, flags.classes or class_names(data.parent), flags.ignore_index)
     share, counts = shared({split: len(members) for split, members in splits.items()}, [len(splits[TRAIN])], flags)
     arguments = {"file": str(data.absolute()), **coding.arguments(), **share}
-    size = common_size([image_size(image) for image in images])
+    size = common_size([shown_size(image) for image in images])
     return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, found, size, coding)
 
 

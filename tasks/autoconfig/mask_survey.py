@@ -6,8 +6,8 @@ from lora_plugins.tasks.autoconfig.folders import beside, class_names, splits_in
 from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.lookalikes import IMAGES_FOLDER, MASKS_FOLDER, images_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
-from lora_plugins.tasks.autoconfig.readable import check_no_problems, image_size, unequal, unreadable
-from lora_plugins.tasks.files import MASK_SUFFIXES, TRAIN, check_folder, image_files, left_out, paired
+from lora_plugins.tasks.autoconfig.readable import check_no_problems, unequal, unreadable
+from lora_plugins.tasks.files import MASK_SUFFIXES, TRAIN, check_folder, image_files, left_out, paired, shown_size
 
 
 def mask_survey(data: Path, flags: Flags) -> Survey:
@@ -41,7 +41,7 @@ def mask_survey(data: Path, flags: Flags) -> Survey:
         coding.classes,
         counts,
         f"images with masks in {masks_folder}",
-        common_size([image_size(image) for image, _ in flat]),
+        common_size([shown_size(image) for image, _ in flat]),
         coding,
         [*(beside(images_folder, splits) if nested and splits else ()), *unread],
     )

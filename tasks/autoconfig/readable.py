@@ -3,29 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from lora_plugins.tasks.errors import DataError, listed
-from lora_plugins.tasks.files import decoding, open_image, read_errors
-
-ORIENTATION, UPRIGHT = 0x0112, 1
-"""Where EXIF says how an image is turned, and the value by which it is not."""
+from lora_plugins.tasks.files import read_errors, shown_size
 
 
 def unreadable(paths: Sequence[Path]) -> list[str]:
     """The images that cannot be read, each with the reason, as their headers tell."""
-    return [error for error in read_errors(paths, image_size) if error]
+    return [error for error in read_errors(paths, shown_size) if error]
 
 
 def unequal(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
     """The masks that cannot be read, or differ in size from their images, which are rotated as their files say."""
     return [error for error in read_errors(pairs, _check_sizes) if error]
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the header of a file."""
-    with decoding(path), Image.open(path) as image:
-        return image.size
 
 
 def check_no_problems(problems: Sequence[str]) -> None:
@@ -38,10 +27,6 @@ def check_no_problems(problems: Sequence[str]) -> None:
 
 def _check_sizes(pair: tuple[Path, Path]) -> None:
     image, mask = pair
-    width, height = image_size(mask)
-    with decoding(image), Image.open(image) as opened:
-        size, is_turned = opened.size, opened.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT
-    if is_turned:  # which of the two sizes the header of a turned file has depends on its format
-        size = open_image(image).size
+    (width, height), size = shown_size(mask), shown_size(image)
     if (width, height) != size:
         raise DataError(f"{mask} is {width}x{height}, and its image is {size[0]}x{size[1]} (width x height)")

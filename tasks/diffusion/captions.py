@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_plugins.tasks.errors import DataError, listed
-from lora_plugins.tasks.files import image_files, read_errors, read_image, read_list
+from lora_plugins.tasks.files import image_files, read_errors, read_image, read_list, shown_size
 
 CAPTION_SUFFIX = ".txt"
 IMAGE, PROMPT = "image", "prompt"
@@ -86,5 +86,5 @@ def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Capti
 
 
 def _size(path: Path) -> tuple[int, int]:
-    width, height = read_image(path).size
+    width, height = shown_size(path)
     return height, width

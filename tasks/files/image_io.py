@@ -2,14 +2,15 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lora_plugins.errors import listing, no_folder
 from lora_plugins.tasks.errors import DataError, listed
@@ -21,6 +22,25 @@ NO_IMAGE = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
 
 OPEN_MODES = frozenset({"I", "F"})
 """Of images whose values end nowhere."""
+
+ORIENTATION = 0x0112
+"""Where EXIF says how an image is turned."""
+
+TO_UPRIGHT: Mapping[int, Image.Transpose] = MappingProxyType(
+    {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+)
+"""What makes an image upright, by its orientation."""
+
+SIDEWAYS = frozenset(TO_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+"""What exchanges width and height."""
 
 READER_THREADS = 4
 
@@ -173,13 +193,12 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         DataError: If it cannot be read, with its path.
     """
-    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
-        raise DataError(f"{path} cannot be read: it is no regular file")
+    _check_regular(path)
     return decode_image(path, str(path))
 
 
 def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
-    """Decodes an image and rotates it as its EXIF orientation says.
+    """Decodes an image and rotates it as its EXIF orientation says, whatever else is wrong in its EXIF.
 
     Args:
         source: The encoded image.
@@ -190,8 +209,32 @@ def decode_image(source: str | Path | IO[bytes], name: str) -> Image.Image:
     """
     with decoding(name), Image.open(source) as image:
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
+        turn = _turn(image)
+        return image if turn is None else image.transpose(turn)
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file as it is shown, from its header.
+
+    Raises:
+        DataError: If it cannot be read, with its path.
+    """
+    _check_regular(path)
+    with decoding(path), Image.open(path) as image:
+        turn, (width, height), is_tiff = _turn(image), image.size, image.format == "TIFF"
+    if turn is not None and is_tiff:  # of which Pillow's versions give one size or the other
+        return open_image(path).size
+    return (height, width) if turn in SIDEWAYS else (width, height)
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise DataError(f"{path} cannot be read: it is no regular file")
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright; `ImageOps.exif_transpose` writes its EXIF anew, and fails at tags that it reads."""
+    return TO_UPRIGHT.get(image.getexif().get(ORIENTATION, 0))
 
 
 def as_png(image: Image.Image) -> bytes:

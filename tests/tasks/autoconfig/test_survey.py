@@ -583,6 +583,18 @@ def test_an_image_is_measured_as_its_file_says_that_it_is_turned(tmp_path, kind)
     assert survey(tmp_path / "data", Flags()).counts["train"] == 4
 
 
+@pytest.mark.parametrize("kind", ["folders", "list"])
+def test_the_size_of_images_is_that_in_which_they_are_shown(tmp_path, kind):
+    """Of photos of a camera that was held upright, as of all others."""
+    root, exif = masked(tmp_path / "data", [0, 1]), Image.Exif()
+    exif[0x0112] = 6
+    for path in (root / "images").iterdir():
+        Image.fromarray(noise(60, 40)).save(path, exif=exif)
+    rows = [{"image": f"images/{at}.jpg", "mask": f"masks/{at}.png"} for at in range(5)]
+    data = root if kind == "folders" else written(root / "list.csv", rows)
+    assert survey(data, Flags()).size == (32, 64)
+
+
 @pytest.mark.parametrize("kind", ["flat_folders", "class_folders", "masks"])
 def test_what_is_not_read_is_said(kind, request, tmp_path):
     root = masked(tmp_path / "data", [0, 1]) if kind == "masks" else request.getfixturevalue(kind)

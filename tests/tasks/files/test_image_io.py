@@ -1,21 +1,22 @@
 """Images of every kind are read alike, or refused by name; they are rotated as their EXIF orientation says."""
 
 import os
+import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lora_plugins.tasks import (
     DataError,
     HubImageDataModule,
     MaskFolderDataModule,
 )
-from lora_plugins.tasks.files import read_image
+from lora_plugins.tasks.files import read_image, shown_size
 
-from ..conftest import loaded, write_image
+from ..conftest import loaded, noise, write_image
 
 
 def held_on_its_side(path):
@@ -37,6 +38,27 @@ class TestPicturesOnTheirSide:
         write_image(mask_folders / "masks" / "val" / "0.png", np.zeros((20, 10), dtype=np.uint8))
         data = loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], image_size=(20, 10)))
         assert is_upright(data.splits["val"][0]["image"])
+
+    @pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_every_way_to_be_turned(self, tmp_path, orientation, ending):
+        """As Pillow itself turns them; it turns a TIFF when it is read."""
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(noise(20, 10)).save(tmp_path / f"a.{ending}", exif=exif)
+        with Image.open(tmp_path / f"a.{ending}") as image:
+            image.load()
+            expected = ImageOps.exif_transpose(image)
+        assert np.array_equal(np.asarray(read_image(tmp_path / f"a.{ending}")), np.asarray(expected))
+        assert shown_size(tmp_path / f"a.{ending}") == expected.size
+
+    def test_what_else_is_wrong_in_their_exif_does_not_matter(self, tmp_path):
+        """Cameras write resolutions that Pillow reads, and cannot write: here a text."""
+        tags = [(0x0112, 3, 1, struct.pack("<I", 6)), (0x011A, 2, 4, b"72\0\0")]
+        entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+        Image.fromarray(noise(20, 10)).save(tmp_path / "a.jpg", exif=exif)
+        assert read_image(tmp_path / "a.jpg").size == shown_size(tmp_path / "a.jpg") == (20, 10)
 
     def test_hugging_face(self, tmp_path):
         pytest.importorskip("datasets")
@@ -88,10 +110,11 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, name, content):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
-def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
+@pytest.mark.parametrize("read", [read_image, shown_size], ids=["read", "measured"])
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png cannot be read: it is no regular file"):
-        read_image(tmp_path / "a.png")
+        read(tmp_path / "a.png")
 
 
 def test_what_to_do_with_an_image_that_is_too_large_is_said(tmp_path):
