@@ -15,10 +15,8 @@ RUNS = Path("runs")
 LOCK = ".lock"
 """A file in the folder that is locked while a run goes on there, and gone when it has ended."""
 
-LEFT = frozenset(
-    {ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs", LOCK, f".{ADAPTER}{LOCK}", f".{MERGED}{LOCK}"}
-)
-"""What runs leave in their folder, those that were killed among them."""
+LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs"})
+"""What runs leave in their folder, beside hidden files of those that were killed."""
 
 
 def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
@@ -33,7 +31,7 @@ def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
     """
     if out is not None:
         return iter([_checked(out, data)])
-    name = "digits" if data is None else data.stem
+    name = "digits" if data is None else data.name if data.is_dir() else data.stem
     # Inside of a folder of data, runs would count as data the next time.
     runs = RUNS if data is None or not RUNS.resolve().is_relative_to(data) else data.parent / RUNS
     tried = (runs / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
@@ -59,7 +57,7 @@ def held(tried: Iterable[Path]) -> Iterator[Path]:
     finally:
         lock.release()
         with suppress(OSError):
-            (path / LOCK).unlink()
+            (path / LOCK).unlink(missing_ok=True)
             for folder in made:
                 folder.rmdir()  # where nothing was left
 
@@ -69,13 +67,16 @@ def _locked(path: Path) -> FileLock | None:
     lock = FileLock(path / LOCK)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror or error}. Name another place: --out DIR."
         ) from error
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError):  # on a disk without locks
+        pass
     if _has_results(path):
         lock.release()
         return None
@@ -86,7 +87,8 @@ def _checked(out: Path, data: Path | None) -> Path:
     check_writable_folder(out, "--out")
     if _has_results(out):
         raise ConfigError(f"--out is {out}, and there are results already. Name a new folder.")
-    others = [each.name for each in out.iterdir() if each.name not in LEFT] if out.exists() else []
+    names = [each.name for each in out.iterdir()] if out.exists() else []
+    others = [name for name in names if name not in LEFT and not name.startswith(".")]
     if others:
         raise ConfigError(
             f"--out is {out}, which holds something else: {listing(sorted(others), 3)}. Name a new folder."

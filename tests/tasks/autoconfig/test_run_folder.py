@@ -36,6 +36,13 @@ def test_runs_at_the_same_time_have_folders_of_their_own(photos):
     assert first_free(photos) == Path("runs/photos")
 
 
+def test_it_has_the_name_of_the_data(tmp_path):
+    (tmp_path / "photos.v2").mkdir()
+    (tmp_path / "list.csv").touch()
+    found = [first_free(tmp_path / name) for name in ("photos.v2", "list.csv")]
+    assert found == [Path("runs/photos.v2"), Path("runs/list")]
+
+
 def test_one_with_results_stays(photos):
     with held(folders(None, photos)) as out:
         (out / "adapter").mkdir()
@@ -77,6 +84,23 @@ def test_a_killed_run_does_not_keep_its_folder(photos):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert first_free(photos) == Path("runs/photos")
+
+
+def test_what_a_killed_run_was_writing_does_not_keep_a_named_folder(photos, tmp_path):
+    (out := tmp_path / "out").mkdir()
+    for name in ("train.yaml", ".lock", ".merged.safetensors.0a1b2c3d-123-4e5f6a7b", ".DS_Store"):
+        (out / name).touch()
+    with held(folders(out, photos)) as given:
+        assert given == out
+
+
+def test_a_disk_without_locks_is_trained_on_all_the_same(photos, monkeypatch):
+    def refused(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("lora_plugins.tasks.autoconfig.run_folder.FileLock.acquire", refused)
+    assert first_free(photos) == Path("runs/photos")
+    assert not Path("runs").exists()
 
 
 def test_nothing_is_left_of_a_run_that_could_not_begin(tmp_path, capsys):
