@@ -30,7 +30,7 @@ def _csv_rows(text: str, path: Path) -> list[Row]:
         raise DataError(f"{path} is no CSV: {error}") from error
     if len(names) == 1 and (other := next((sign for sign in _NO_COMMAS if sign in names[0]), None)):
         raise DataError(f"The columns of {path} are separated by {other!r}, not by commas: {names[0]!r}. Write commas.")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted({name for name in names if name and names.count(name) > 1})  # spreadsheets end lines in commas
     if twice:
         raise DataError(f"{path} has the column {twice[0]!r} more than once. Give each column a name of its own.")
     for number, row in enumerate(rows, 1):

@@ -26,6 +26,12 @@ def test_whole_numbers_are_texts_too(tmp_path):
     assert read_list(path, ("image", "label")) == [{"image": 7, "label": 0}]
 
 
+def test_columns_without_a_name_may_be_several(tmp_path):
+    """As spreadsheets write them that had more columns once."""
+    (tmp_path / "list.csv").write_text("image,label,,\na.jpg,cat,,\n")
+    assert read_list(tmp_path / "list.csv", ("image", "label")) == [{"image": "a.jpg", "label": "cat", "": ""}]
+
+
 @pytest.mark.parametrize("header", ["image,label,label", "image,label, label "], ids=["alike", "but for spaces"])
 def test_a_column_that_is_there_twice_is_refused(tmp_path, header):
     (tmp_path / "list.csv").write_text(f"{header}\na.jpg,cat,dog\n")
