@@ -67,7 +67,10 @@ def _of_labels(data: Path, splits: Mapping[str, Rows], found: str, flags: Flags)
     if flags.ignore_index is not None:
         raise DataError(f"--ignore-index is for masks; {data} has labels.")
     labels = {split: Counter(str(row["label"]) for row in members) for split, members in splits.items()}
-    classes = flags.classes or tuple(sorted({*itertools.chain(*labels.values())}))
+    occurring = {*itertools.chain(*labels.values())}
+    classes = flags.classes or tuple(sorted(occurring))
+    if unnamed := sorted(occurring - {*classes}):
+        raise DataError(f"{data} has the labels {listing(unnamed)}, which --classes does not name.")
     if len(classes) < 2:
         raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
     chosen = {} if flags.classes is None else {"classes": [*classes]}

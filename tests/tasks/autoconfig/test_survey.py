@@ -485,10 +485,14 @@ def test_an_address_is_downloaded_first(kind):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [({"masks": Path("masks")}, "are in its column 'mask'"), ({"ignore_index": 0}, "has labels")],
-    ids=["masks", "ignore_index"],
+    [
+        ({"masks": Path("masks")}, "are in its column 'mask'"),
+        ({"ignore_index": 0}, "has labels"),
+        ({"classes": ("b", "c")}, "has the labels 'a', which --classes does not name"),
+    ],
+    ids=["masks", "ignore_index", "classes without a label"],
 )
-def test_what_a_list_of_labels_has_no_use_for(tmp_path, flags, message):
+def test_flags_that_a_list_of_labels_does_not_take(tmp_path, flags, message):
     for number in range(10):
         write_image(tmp_path / f"{number}.jpg", noise())
     data = written(tmp_path / "list.csv", [{"image": f"{at}.jpg", "label": "ab"[at % 2]} for at in range(10)])
