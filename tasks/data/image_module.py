@@ -132,6 +132,13 @@ class ImageDataModule(VisionDataModule):
         """The stratum of a sample when splits are made: its class, for samples with one class each."""
         return item.target if isinstance(item.target, int) else 0
 
+    def setup(self, stage: str) -> None:
+        """Loads the splits, once; their images become what the model says that is trained or measured now."""
+        super().setup(stage)
+        for split, samples in self.splits.items():
+            if isinstance(samples, LazySamples):  # a subclass may load others
+                samples.transform = self._transform_of(split)
+
     def load(self) -> dict[str, Dataset[Any]]:
         """Finds the samples, checks them, and splits them.
 
@@ -152,11 +159,7 @@ class ImageDataModule(VisionDataModule):
         _warn_of_repeats(items, seen)
         if seen:
             self._check_classes(frozenset().union(*(seen[id(item)].classes for item in items[TRAIN])))
-        plain, augmented = self.plain_transform(), self._transform(self.size(), self.augmentation)
-        return {
-            split: LazySamples(members, self.read, augmented if split == TRAIN else plain)
-            for split, members in items.items()
-        }
+        return {split: LazySamples(members, self.read, self._transform_of(split)) for split, members in items.items()}
 
     def size(self) -> Size:
         """Height and width of the images.
@@ -172,6 +175,9 @@ class ImageDataModule(VisionDataModule):
     def plain_transform(self) -> Any:
         """The transform without augmentation, for all splits but train."""
         return self._transform(self.size(), "none")
+
+    def _transform_of(self, split: str) -> Any:
+        return self._transform(self.size(), self.augmentation) if split == TRAIN else self.plain_transform()
 
     def _transform(self, size: Size, augmentation: str) -> Any:
         return image_transform(

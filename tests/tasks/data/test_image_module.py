@@ -10,14 +10,16 @@ from PIL import Image
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
     DataError,
+    ImageClassificationTask,
     ImageFolderDataModule,
     ImageListDataModule,
     MaskFolderDataModule,
     MaskListDataModule,
+    SemanticSegmentationTask,
 )
 from lora_plugins.tasks.data import Batch
 
-from ..conftest import SIZE, loaded, noise, write_image, written
+from ..conftest import SIZE, loaded, noise, tiny_segformer, tiny_vit, write_image, written
 
 
 class TestProblems:
@@ -126,6 +128,24 @@ class TestClassesThatDoNotOccur:
     def test_one_of_several(self, mask_folders):
         with pytest.warns(UserWarning, match="The train split holds nothing of 'd'"):
             loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c", "d"], **SIZE))
+
+
+@pytest.mark.parametrize("kind", ["labels", "masks"])
+def test_one_model_after_another_has_images_of_its_own_size(kind, class_folders, mask_folders, trainer):
+    data, tasks = {
+        "labels": (
+            ImageFolderDataModule(str(class_folders), batch_size=4),
+            [ImageClassificationTask(tiny_vit(2, img_size=side)) for side in (32, 64)],
+        ),
+        "masks": (
+            MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"]),
+            [SemanticSegmentationTask(tiny_segformer(3), ignore_index=255) for _ in range(2)],
+        ),
+    }[kind]
+    for task, size in zip(tasks, ((32, 32), (64, 64)), strict=True):
+        task.image_size = size
+        trainer().fit(task, datamodule=data)
+        assert [data.splits[split][0]["image"].shape[1:] for split in ("train", "val")] == [size, size]
 
 
 class TestSampling:
