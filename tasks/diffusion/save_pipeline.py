@@ -11,6 +11,7 @@ from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.tasks.argument_checks import check_path
+from lora_plugins.tasks.diffusion.packaged import INDEX, pipeline_source
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
 from lora_plugins.writable import check_writable_folder
 
@@ -37,7 +38,7 @@ class SavePipeline(Callback):
         """Checks that there is a task with a pipeline, that its adapters will be merged, and a place to write to.
 
         Raises:
-            ConfigError: For another module, adapters that stay, or a folder that cannot be written.
+            ConfigError: For another module, adapters that stay, or a folder that cannot be written, or is the base's.
         """
         if not isinstance(pl_module, TextToImageTask):
             raise ConfigError(f"SavePipeline needs a TextToImageTask; {type(pl_module).__name__} is none.")
@@ -45,6 +46,11 @@ class SavePipeline(Callback):
             return
         if not all(each.merge_on_fit_end for each in lora_callbacks(trainer)):
             raise ConfigError(_NOT_MERGED)
+        if self.folder.resolve() == Path(pipeline_source(pl_module.model)).resolve():
+            raise ConfigError(
+                f"folder of SavePipeline is {self.folder}, which the pipeline is read from: it would be replaced. Name "
+                "a new folder."
+            )
         check_by_writer(trainer, lambda: check_writable_folder(self.folder, "folder of SavePipeline"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -58,5 +64,7 @@ class SavePipeline(Callback):
         task = cast(TextToImageTask, pl_module)
         if model_state(task.parts) is not None:
             raise ConfigError(_NOT_MERGED)
+        # Written last, it makes a pipeline of the folder: a process killed before leaves none of old and new parts.
+        (self.folder / INDEX).unlink(missing_ok=True)
         task.pipe.save_pretrained(self.folder)
         tell_written(trainer, {"Merged pipeline": self.folder})

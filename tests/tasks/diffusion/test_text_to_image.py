@@ -1,6 +1,7 @@
 """The task: every family on two batches, what is cached, what is trained, and a run that is interrupted."""
 
 import copy
+import errno
 import json
 import pickle
 import re
@@ -355,6 +356,27 @@ def test_a_pipeline_is_saved_merged_or_not_at_all(folders, pictures, tmp_path):
         fit(TextToImageTask(folders()), pictures(), SavePipeline(str(tmp_path / "merged")), losses, lora=lora)
     assert not losses.values  # told before training
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_pipeline_whose_writing_was_stopped_is_none(folders, pictures, tmp_path, monkeypatch):
+    """Not one of parts of two fits."""
+    merged = SavePipeline(str(tmp_path / "merged"))
+    fit(TextToImageTask(folders()), pictures(), merged)
+    task = TextToImageTask(folders())
+
+    def stopped(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(task.pipe.unet, "save_pretrained", stopped)
+    with pytest.raises(OSError, match="No space left"):
+        fit(task, pictures(), merged)
+    with pytest.raises(ConfigError, match="merged"):
+        load_pipeline(tmp_path / "merged")
+
+
+def test_the_base_is_not_replaced_by_what_is_trained_on_it(folders, pictures):
+    with pytest.raises(ConfigError, match=r"which the pipeline is read from: it would be replaced\."):
+        fit(TextToImageTask(folders()), pictures(), SavePipeline(folders()))
 
 
 @pytest.mark.parametrize("make", [lambda folder: SamplePictures(folder, ["a sks dog"], 1, SAMPLING), SavePipeline])
