@@ -23,10 +23,12 @@ from lora_plugins.tasks.command_lines import (
 
 
 def _predict(arguments: list[str]) -> int:
-    asked = {"-h", "--help"} & {*arguments}
-    if not asked and any(argument.startswith("-") for argument in arguments[:2]):
+    parser, asked = predict_parser(), {"-h", "--help"} & {*arguments}
+    first = "".join(arguments[1:2]).partition("=")[0]
+    of_the_trainer = arguments[0].startswith("-") or (first.startswith("-") and first not in parser.flags)
+    if of_the_trainer and not asked:
         return OF_LIGHTNING["predict"].run(arguments)
-    given = predict_parser().parse_args(arguments[1:])
+    given = parser.parse_args(arguments[1:])
     if _is_complete():
         check_model(given.model)
     with importing():

@@ -23,6 +23,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         self._elsewhere = elsewhere or {}
 
+    @property
+    def flags(self) -> list[str]:
+        """All flags."""
+        return [*self._option_string_actions]
+
     def error(self, message: str) -> NoReturn:
         """Raises the mistake.
 
@@ -33,9 +38,9 @@ class Parser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.+)\)", message)
         if unknown is not None and unknown[1].startswith("-"):
             flag = unknown[1].partition("=")[0]
-            hint = self._elsewhere.get(flag) or _near_flag(flag, self._option_string_actions)
+            hint = self._elsewhere.get(flag) or _near_flag(flag, self.flags)
             message = f"there is no flag {flag}. {hint}"
-            if flag in self._option_string_actions:
+            if flag in self.flags:
                 message = f"{flag} is no flag behind --; write it before"
         elif unknown is not None:
             message = f"{unknown[1]!r} is one argument too many"

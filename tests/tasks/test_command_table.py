@@ -13,12 +13,20 @@ from lora_plugins.tasks.command_table import COMMANDS
     ("arguments", "message"),
     [
         (["predict", "no_adapter", "photos"], "There is no no_adapter. Give a checkpoint, an adapter folder"),
+        (["predict", "--out", "seen", "no_adapter", "photos"], "There is no no_adapter. Give a checkpoint"),
         (["predict", "--config", "no.yaml"], "There is no file no.yaml"),
         (["--config", "no.yaml", "predict"], "There is no file no.yaml"),
         (["export", "no_adapter", "out.onnx"], "There is no no_adapter. Give a checkpoint, an adapter folder"),
         (["export", "no.ckpt", "out.safetensors", "--model", "no.such.Class"], "there is no module 'no"),
     ],
-    ids=["predict paths", "predict flags", "flags before predict", "export a path", "export of a class"],
+    ids=[
+        "predict paths",
+        "flags before the paths",
+        "predict flags",
+        "flags before predict",
+        "export a path",
+        "export of a class",
+    ],
 )
 def test_paths_are_for_the_tasks_and_flags_for_lightning(arguments, message, capsys):
     assert main(arguments) == 1
