@@ -8,10 +8,11 @@ from torch.nn.functional import interpolate, pad
 from torchvision.transforms.v2 import functional
 
 from lora_plugins import ConfigError
+from lora_plugins.errors import sentence
 from lora_plugins.tasks.data import INTERPOLATIONS, Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
-from lora_plugins.tasks.training import VisionTask
+from lora_plugins.tasks.training import VisionTask, is_of_sizes
 
 WINDOWS_PER_BATCH = 4
 
@@ -46,7 +47,7 @@ def mask_probabilities(
         flips: Whether to average over the image and its mirror image.
 
     Raises:
-        ConfigError: For an overlap or a window out of range.
+        ConfigError: For an overlap or a window out of range, or a window that the network does not take.
     """
     if window is not None and min(window) < 1:
         raise ConfigError(f"window is {window[0]}x{window[1]}; both are at least 1.")
@@ -63,11 +64,25 @@ def mask_probabilities(
     windows = list(_windows(padded.shape[-2], padded.shape[-1], window, overlap))
     for start in range(0, len(windows), WINDOWS_PER_BATCH):
         batch = windows[start : start + WINDOWS_PER_BATCH]
-        results = _probabilities(task, torch.stack([padded[:, rows, columns] for rows, columns in batch]), flips)
+        images = torch.stack([padded[:, rows, columns] for rows, columns in batch])
+        results = _of_windows(task, images, flips)
         for (rows, columns), probabilities in zip(batch, results, strict=True):
             total[:, rows, columns] += probabilities
             count[rows, columns] += 1
     return (total / count)[:, :height, :width]
+
+
+def _of_windows(task: VisionTask, windows: Tensor, flips: bool) -> Tensor:
+    try:
+        return _probabilities(task, windows, flips)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if not is_of_sizes(error):
+            raise
+        height, width = windows.shape[-2:]
+        raise ConfigError(
+            f"{task.model_config.name} takes no window of {height}x{width}: {sentence(error)} Choose another `window` "
+            "(--window), or none."
+        ) from error
 
 
 @torch.inference_mode()

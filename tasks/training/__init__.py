@@ -13,6 +13,7 @@ from lora_plugins.tasks.training.optimization import (
     warmup_cosine,
 )
 from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance
+from lora_plugins.tasks.training.refused_sizes import is_of_sizes
 from lora_plugins.tasks.training.vision_task import CONFUSION, VisionTask
 from lora_plugins.tasks.training.what_follows import next_steps
 
@@ -31,6 +32,7 @@ __all__ = [
     "balanced_weights",
     "check_optimizer",
     "check_scheduler",
+    "is_of_sizes",
     "next_steps",
     "warmup_cosine",
 ]

@@ -1,8 +1,13 @@
 """Probabilities by sliding window and with mirror images."""
 
+import pytest
 import torch
 
+from lora_plugins import ConfigError
+from lora_plugins.tasks import SemanticSegmentationTask
 from lora_plugins.tasks.inference import mask_probabilities
+
+from ..conftest import unet
 
 
 class TestMasks:
@@ -11,6 +16,11 @@ class TestMasks:
         image = torch.rand(3, 64, 64)
         found = mask_probabilities(task, image, window=(64, 64))
         torch.testing.assert_close(found, task(image[None]).softmax(1)[0].detach())
+
+    def test_a_window_that_the_network_does_not_take_is_named(self):
+        task = SemanticSegmentationTask(unet(decoder="UnetPlusPlus")).eval()
+        with pytest.raises(ConfigError, match=r"UnetPlusPlus takes no window of 30x32: .*divisible by 8\..* Choose"):
+            mask_probabilities(task, torch.rand(3, 64, 64), window=(30, 32))
 
     def test_images_may_be_where_the_task_is(self, fitted, device):
         """With --device; the answer is on the CPU."""
