@@ -24,7 +24,7 @@ from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.command_lines import check_model
 from lora_plugins.tasks.errors import WeightsError
-from lora_plugins.tasks.file_kinds import SAFETENSORS
+from lora_plugins.tasks.file_kinds import SAFETENSORS, WEIGHTS_FILES
 from lora_plugins.tasks.models import AUTO, NONE
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
@@ -143,7 +143,8 @@ def _arguments(provenance: Provenance, weights: str | Path | None) -> dict[str, 
     """The arguments of the task, with the weights of its base where they are now."""
     arguments = dict(provenance["arguments"])
     base = str(arguments["model"]["weights"] if weights is None else weights)
-    if os.sep in base and not Path(base).exists():
+    is_path = os.sep in base or Path(base).suffix in WEIGHTS_FILES
+    if is_path and not Path(base).exists():
         raise WeightsError(
             f"The weights of the base are {'no more ' if weights is None else 'not '}in {base}. Say where they are: "
             "--weights FILE, or load_task(path, weights). The merged file of a run needs none."

@@ -21,9 +21,10 @@ from lora_plugins.tasks import (
     WeightsError,
     load_task,
 )
+from lora_plugins.tasks.models import CLASSIFIERS, build_network
 from tests.core.file_cases import manifest_of, write_manifest
 
-from ..conftest import HALF, noise, write_image
+from ..conftest import HALF, noise, tiny_vit, write_image
 from .conftest import FILES, fit, fit_task
 
 
@@ -58,6 +59,20 @@ def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
         now.rename(base)
     images = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["checkpoint", "adapter"])
+def test_a_base_that_another_folder_has(tmp_path, monkeypatch, file):
+    """The fit ran there, and named it without a folder."""
+    (there := tmp_path / "there").mkdir()
+    monkeypatch.chdir(there)
+    save_file(build_network(tiny_vit(), CLASSIFIERS).module.state_dict(), "base.safetensors")
+    task = ImageClassificationTask(tiny_vit(weights="base.safetensors"))
+    files = fit_task(task, DigitsDataModule([0, 1, 2]), there, "head")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=r"no more in base\.safetensors\. Say where they are: --weights"):
+        load_task(files[file])
+    assert load_task(files[file], there / "base.safetensors").class_names == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("file", ["checkpoint", "adapter"])
