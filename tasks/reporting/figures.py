@@ -53,7 +53,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 def labels_figure(task: VisionTask, images: Tensor, labels: Tensor, predicted: Tensor) -> Any:
     """A figure of images (N, channels, H, W) in a row, each with its true and predicted class."""
-    names = task.class_labels
+    names = _literal(task.class_labels)
     width, height = _cell(images)
     figure = new_figure(width * len(images), height + 0.6)
     axes = figure.subplots(1, len(images), squeeze=False)
@@ -106,8 +106,9 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Any:
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if len(names) <= MOST_TICKS:
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
-        axis.set_yticks(range(len(names)), names, fontsize="small")
+        shown = _literal(names)
+        axis.set_xticks(range(len(names)), shown, rotation=45, ha="right", rotation_mode="anchor", fontsize="small")
+        axis.set_yticks(range(len(names)), shown, fontsize="small")
     if len(names) <= MOST_NUMBERS:
         for (row, column), share in np.ndenumerate(shares):
             color = "white" if share > 0.5 else "black"
@@ -117,8 +118,9 @@ def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Any:
 
 
 def as_pixels(image: Tensor) -> Pixels:
-    """An image (channels, H, W) in [0, 1] as 8-bit pixels (H, W, 3)."""
-    pixels: Pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
+    """An image (channels, H, W) in [0, 1] as 8-bit pixels (H, W, 3): its first three channels, or its first as gray."""
+    shown = image[: 3 if len(image) >= 3 else 1].clamp(0, 1) * 255
+    pixels: Pixels = shown.round().byte().permute(1, 2, 0).expand(-1, -1, 3).cpu().numpy()
     return pixels
 
 
@@ -128,11 +130,16 @@ def _cell(images: Tensor) -> tuple[float, float]:
     return INCHES * math.sqrt(width / height), INCHES * math.sqrt(height / width)
 
 
+def _literal(names: Sequence[str]) -> list[str]:
+    """Names that matplotlib shows as they are: what is between two dollars it takes for a formula."""
+    return [name.replace("$", r"\$") for name in names]
+
+
 def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
     """A patch for each class that occurs, and one for ignored pixels."""
     from matplotlib.patches import Patch
 
-    classes, names = task.model_config.num_classes, task.class_labels
+    classes, names = task.model_config.num_classes, _literal(task.class_labels)
     colors = cast(Any, class_colors(classes) / 255)
     occurring = [i for i in range(classes) if bool(((masks == i) | (predicted == i)).any())][:MOST_KEYS]
     keys = [Patch(facecolor=colors[i], label=names[i]) for i in occurring]
