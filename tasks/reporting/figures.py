@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lora_plugins.tasks.segmentation import IGNORED, Pixels, class_colors, colorize, overlay
 from lora_plugins.tasks.training import VisionTask
@@ -152,6 +152,11 @@ def first_val_loader(trainer: Trainer) -> DataLoader[Any]:
     """The first loader of the val split, of a trainer that validates."""
     loaders = trainer.val_dataloaders
     return cast("DataLoader[Any]", loaders[0] if isinstance(loaders, list) else loaders)
+
+
+def has_places(loader: DataLoader[Any]) -> bool:
+    """Whether samples of a loader can be read again by their place; those of a stream cannot."""
+    return not isinstance(loader.dataset, IterableDataset)
 
 
 def has_validated(trainer: Trainer, what: str) -> bool:

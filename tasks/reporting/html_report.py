@@ -24,7 +24,7 @@ from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
 from lora_plugins.tasks.reporting.class_results import class_results, most_confused
-from lora_plugins.tasks.reporting.figures import first_val_loader, has_validated
+from lora_plugins.tasks.reporting.figures import first_val_loader, has_places, has_validated
 from lora_plugins.tasks.reporting.run_facts import (
     Facts,
     data_facts,
@@ -56,8 +56,8 @@ class HtmlReport(Callback):
 
     It holds the metrics before training (the frozen base with a new head; they need a sanity check over the whole
     split, `num_sanity_val_steps: -1`) and after it, for all classes and for each; curves; the confusion matrix; samples
-    of the val split, worst first; what was adapted; what it took; how the run was made, and how to go on. A JSON file
-    of the same name has the numbers, for `lora-plugins report compare`.
+    of the val split, worst first, unless it is a stream; what was adapted; what it took; how the run was made, and how
+    to go on. A JSON file of the same name has the numbers, for `lora-plugins report compare`.
 
     Classes and samples are judged anew with the weights that the fit leaves, on the device that it ran on. The metrics
     are those of its last validation, or that of the best weights where these are left; where steps follow it, the page
@@ -190,7 +190,8 @@ class HtmlReport(Callback):
         task, loader = cast(VisionTask, pl_module), first_val_loader(trainer)
         with on_device_of(trainer, task):
             judged = judge(task, loader)
-            examples = [example(task, loader, index, judged) for index in choose(judged, self.samples)]
+            chosen = choose(judged, self.samples) if has_places(loader) else []
+            examples = [example(task, loader, index, judged) for index in chosen]
         run = as_stored(self._run(trainer, task, judged, epoch))
         void = "#{:02x}{:02x}{:02x}".format(*IGNORED) if judged.has_ignored else None
         self.path.parent.mkdir(parents=True, exist_ok=True)

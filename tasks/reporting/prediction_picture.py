@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from lora_plugins import ConfigError
@@ -19,6 +20,7 @@ from lora_plugins.tasks.reporting.figures import (
     evenly_spaced,
     examples_figure,
     first_val_loader,
+    has_places,
     has_validated,
     save_figure,
 )
@@ -98,6 +100,9 @@ class PredictionPicture(Callback):
         if stage != "fit" or not writes_files(trainer) or not has_validated(trainer, "picture of predictions"):
             return
         task, loader = cast(SemanticSegmentationTask, pl_module), first_val_loader(trainer)
+        if not has_places(loader):
+            rank_zero_warn("There is no picture of predictions: samples of a stream cannot be read again.")
+            return
         indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
         with on_device_of(trainer, task):
             path = draw_predictions(task, loader, indices, self.path)

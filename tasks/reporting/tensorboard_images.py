@@ -16,6 +16,7 @@ from lora_plugins.tasks.reporting.figures import (
     evenly_spaced,
     examples_figure,
     first_val_loader,
+    has_places,
 )
 from lora_plugins.tasks.training import VisionTask
 
@@ -69,13 +70,13 @@ class TensorBoardImages(Callback):
                 cast(Any, writer).add_figure(name, figure, trainer.global_step, close=False)
 
     def _figures(self, trainer: Trainer, task: VisionTask) -> dict[str, Any]:
-        loader = first_val_loader(trainer)
-        indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
-        batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
-        figures = {}
-        if batch.targets is not None:
-            predicted = eval_logits(task, batch.images).argmax(1)
-            figures["val/examples"] = examples_figure(task, batch.images, batch.targets, predicted)
+        loader, figures = first_val_loader(trainer), dict[str, Any]()
+        if has_places(loader):
+            indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
+            batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
+            if batch.targets is not None:
+                predicted = eval_logits(task, batch.images).argmax(1)
+                figures["val/examples"] = examples_figure(task, batch.images, batch.targets, predicted)
         if "val" in task.confusion:
             figures["val/confusion"] = confusion_figure(task.confusion["val"], task.class_labels)
         return figures

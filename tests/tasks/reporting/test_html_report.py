@@ -293,6 +293,24 @@ def test_data_without_a_module_or_a_length(trainer, tmp_path):
     assert "sample 0" in path.read_text()
 
 
+class Stripes(IterableDataset):
+    """Images with masks that come one after another."""
+
+    def __iter__(self):
+        for i in range(4):
+            yield torch.rand(3, 32, 32), torch.full((32, 32), i % 3)
+
+
+def test_of_a_stream_there_are_numbers_and_no_samples(trainer, tmp_path):
+    path = tmp_path / "r.html"
+    callbacks = [HtmlReport(str(path)), PredictionPicture(str(tmp_path / "r.png")), TensorBoardImages()]
+    fit = trainer(callbacks=callbacks, logger=TensorBoardLogger(tmp_path))
+    with pytest.warns(UserWarning, match="no picture of predictions: samples of a stream"):
+        fit.fit(SemanticSegmentationTask(tiny_segformer(3)), DataLoader(Stripes(), 2), DataLoader(Stripes(), 2))
+    assert sum(map(sum, read_run(path).confusion)) == 4 * 32 * 32
+    assert "Examples from the val split" not in path.read_text()
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [("report.txt", "ends in .html"), ("file/report.html", "is a file"), ("folder.html", "is a folder")],
