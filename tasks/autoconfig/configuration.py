@@ -32,7 +32,7 @@ class Settings:
     epochs: int | None
     rank: int | None
     lr: float | None
-    batch_size: int | None
+    batch_size: int
     image_size: tuple[int, int] | None
     device: str
     seed: int
@@ -79,7 +79,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             **found.arguments,
             **({} if size is None else {"image_size": [*size]}),
             augmentation="crop_flip",
-            batch_size=settings.batch_size or batch_size(found, settled),
+            batch_size=settings.batch_size,
         ),
         "lora": lora_fields(settled, settings.rank),
         "lora_callback": {
