@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel
+from lora_plugins.errors import sentence
 
 SHARE = 0.5
 """Of the memory that is free; the rest is for gradients, optimizers, workers, and what a step needs for moments."""
@@ -65,8 +66,8 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
         raise
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise ConfigError(
-            f"The model {model['name']} cannot be trained on images of {height}x{width}: {error} Choose another "
-            "--image-size or --model."
+            f"The model {model['name']} cannot be trained on images of {height}x{width}: {sentence(error)} Choose "
+            "another --image-size or --model."
         ) from error
     return sum(kept.values()) // TRIED
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins import ConfigError, LoraError
+from lora_plugins.errors import sentence
 
 ERRORS = (AssertionError, ValueError, RuntimeError)
 """What networks raise then."""
@@ -23,6 +24,6 @@ def refused_size(name: str, images: Tensor, error: Exception) -> ConfigError:
     height, width = images.shape[-2:]
     alone = ", a larger data.init_args.batch_size (--batch-size of train)" if len(images) == 1 else ""
     return ConfigError(
-        f"{name} fails on images of {height}x{width}: {str(error).strip()} If that is no size for it, choose another "
+        f"{name} fails on images of {height}x{width}: {sentence(error)} If that is no size for it, choose another "
         f"data.init_args.image_size (--image-size of train){alone}, or another model."
     )
