@@ -46,6 +46,12 @@ def test_names_of_classes_are_no_formulas(draw, tmp_path):
     assert (tmp_path / "it.png").stat().st_size
 
 
+def test_the_key_of_masks_names_every_class():
+    """As programs for annotations name the background."""
+    (legend,) = masks_of(["_background_", "car"]).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_background_", "car"]
+
+
 @pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
 def test_images_of_any_number_of_channels_are_shown(channels, shown):
     image = torch.rand(channels, 4, 6)
