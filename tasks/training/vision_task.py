@@ -205,7 +205,17 @@ class VisionTask(BaseTask):
         return logits.argmax(1)
 
     def raw_logits(self, images: Tensor) -> Tensor:
-        """Normalizes images (N, channels, H, W) in [0, 1], of any precision, and calls the network on them."""
+        """Normalizes images (N, channels, H, W) in [0, 1], of any precision, and calls the network on them.
+
+        Raises:
+            ConfigError: If they have another number of channels than the network takes.
+        """
+        own, given = len(self.mean), images.shape[1]
+        if own not in (1, given):
+            raise ConfigError(
+                f"{self.model_config.name} takes images of {own} channels, for which it has a `mean`, and these have "
+                f"{given}. Files are read in color, with 3."
+            )
         images = (images.to(self.mean) - self.mean) / self.std
         return self.network_logits(self.network, images.flip(1) if self.bgr else images)
 

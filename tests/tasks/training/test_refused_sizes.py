@@ -1,13 +1,25 @@
 """Images of a size that a network refuses are told as that."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import ImageClassificationTask
+from lora_plugins.tasks.inference import label_probabilities
 
 from ..conftest import tiny_vit
+
+
+def test_another_number_of_channels_is_told_as_that(trainer):
+    """Neither as a size, nor, by commands that predict, as an error of torch."""
+    task = ImageClassificationTask(replace(tiny_vit(in_chans=4), mean=(0.5,) * 4, std=(0.5,) * 4))
+    loader = DataLoader(TensorDataset(torch.rand(2, 3, 16, 16), torch.tensor([0, 1])), batch_size=2)
+    for judge in (lambda: trainer().validate(task, loader), lambda: label_probabilities(task, torch.rand(3, 16, 16))):
+        with pytest.raises(ConfigError, match=r"takes images of 4 channels, .* and these have 3\."):
+            judge()
 
 
 @pytest.mark.parametrize("count", [1, 2])
