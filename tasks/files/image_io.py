@@ -1,6 +1,7 @@
 """Finds, reads and encodes image files."""
 
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,14 +120,19 @@ def paired(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, P
         problems.append(without_images(images))
     repeated: set[str] = set()
     for paths in (pictures, found):
-        count = Counter(path.stem for path in paths)
-        twice = [path for path in paths if count[path.stem] > 1]
+        count = Counter(map(_stem, paths))
+        twice = [path for path in paths if count[_stem(path)] > 1]
         problems += [f"{path} is one of several files of one name, so that its mask is ambiguous" for path in twice]
-        repeated |= {path.stem for path in twice}
-    by_stem, shown = ({path.stem: path for path in paths} for paths in (found, pictures))
-    problems += [f"{path} has no mask {masks / path.stem}.png" for path in pictures if path.stem not in by_stem]
-    problems += [f"{path} has no image in {images}" for path in found if path.stem not in shown]
-    return [(path, by_stem[path.stem]) for path in pictures if path.stem in by_stem.keys() - repeated]
+        repeated |= {*map(_stem, twice)}
+    by_stem, shown = ({_stem(path): path for path in paths} for paths in (found, pictures))
+    problems += [f"{path} has no mask {masks / path.stem}.png" for path in pictures if _stem(path) not in by_stem]
+    problems += [f"{path} has no image in {images}" for path in found if _stem(path) not in shown]
+    return [(path, by_stem[_stem(path)]) for path in pictures if _stem(path) in by_stem.keys() - repeated]
+
+
+def _stem(path: Path) -> str:
+    """The name of a file without its ending, with accents as a part of their letters; some systems write them apart."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def named_by_text(paths: Sequence[Path]) -> list[Path]:

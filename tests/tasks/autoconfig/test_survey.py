@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,13 @@ class TestMasks:
                 survey(tmp_path, Flags())
         else:
             assert survey(tmp_path, Flags()).classes == ("class_0", "class_1", "class_2")
+
+    def test_names_with_accents_that_one_system_writes_apart(self, tmp_path):
+        root = masked(tmp_path / "data", [0, 1])
+        for folder, form in (("images", "NFC"), ("masks", "NFD")):
+            for path in (root / folder).iterdir():
+                path.rename(path.with_stem(unicodedata.normalize(form, f"é{path.stem}")))
+        assert survey(root, Flags()).counts == {"train": 4, "val": 1}
 
     def test_masks_elsewhere(self, tmp_path):
         root = masked(tmp_path / "data", [0, 1])
