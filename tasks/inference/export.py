@@ -85,12 +85,14 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
         The largest difference between the file's logits and the task's, relative to the largest logit.
 
     Raises:
-        ConfigError: For another suffix, an unknown image size or one that the network does not take, or a missing
-            package.
+        ConfigError: For another suffix, an unknown image size or one that the network does not take, a missing
+            package, or the file of the task's own weights.
         WeightsError: If the logits of the file differ from those of the task; it is not written then.
     """
     check_fields({"task": task, "path": path, "size": size}, _CHECKS)
     path = _checked(path)
+    if path.exists() and path.resolve() == Path(task.model_config.weights).resolve():
+        raise ConfigError(f"The file is {path}, which the task is read from: it would be replaced. Name a new file.")
     with _on_the_cpu(task):
         return _write_weights(task, path) if path.suffix == SAFETENSORS else _write_program(task, path, size)
 

@@ -1,6 +1,7 @@
 """Exported networks answer as the task does."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,14 @@ class TestExport:
         with pytest.raises(WeightsError, match=r"m\.\w+ .*\bis not written"):
             export_task(task, file)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {file.name: b"earlier"}
+
+    def test_the_base_of_an_adapter_is_not_replaced(self, fitted, capsys):
+        task, files = fitted["labels"]
+        base = Path(task.model_config.weights)
+        before = base.read_bytes()
+        assert export([str(files["adapter"]), str(base)]) == 1
+        assert f"The file is {base}, which the task is read from: it would be replaced" in capsys.readouterr().err
+        assert base.read_bytes() == before
 
     def test_a_wrong_ending_or_place_is_told_before_the_model_is_loaded(self, tmp_path, capsys):
         assert export(["nowhere", "m.tflite"]) == 1
