@@ -80,7 +80,6 @@ class ModelState:
         weights: What the updates of active adapters are multiplied by, where that is not 1.
         merged: Those of the active ones whose update is in the weights.
         trainable: Whether active adapters are trained.
-        kept: The untouched weights while something is merged, by full name.
         values: The model's own tensors that depend on the active adapter.
         requires_grad: Which parameters required a gradient before there were adapters, or one for what was built since.
         leaving: Whether `merge_and_unload` has begun: some layers may be merged already.
@@ -94,7 +93,6 @@ class ModelState:
     weights: Mapping[str, float] = field(default_factory=dict)
     merged: tuple[str, ...] = ()
     trainable: bool = True
-    kept: dict[str, Tensor] = field(default_factory=dict)
     values: OwnedTensors = field(default_factory=OwnedTensors)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     leaving: bool = False

@@ -116,5 +116,5 @@ def _known(modules: list[nn.Module]) -> Iterator[Content]:
     for module in modules:
         if (state := vars(module).get(MODEL_STATE)) is not None:
             values = state.values
-            yield from (vars(state), state.adapters, state.kept, state.requires_grad, state.guards)
+            yield from (vars(state), state.adapters, state.requires_grad, state.guards)
             yield from (vars(values), values.base, values.owner, values.values, *values.values.values())

@@ -46,6 +46,7 @@ from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored,
 from lora_plugins.inplace.storing import make_dense, put_stored
 from lora_plugins.inplace.strip import strip_adapters
 from lora_plugins.inplace.weights import (
+    LostWeightError,
     detached_weight,
     frozen_statistics,
     is_shard,
@@ -62,6 +63,7 @@ __all__ = [
     "Contents",
     "LayerState",
     "LibraryWeight",
+    "LostWeightError",
     "NamedModule",
     "StoredWeight",
     "all_stored",

@@ -46,5 +46,5 @@ def _contents(module: nn.Module) -> list[Content]:
     if module._buffers:
         found.append(module._buffers)
     if (layer := attributes.get(STATE)) is not None:
-        found += [vars(layer), layer.adapters, layer.merged]
+        found += [vars(layer), layer.adapters, layer.merged, layer.kept]
     return found

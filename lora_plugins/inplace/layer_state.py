@@ -53,6 +53,7 @@ class LayerState:
         weights: What the update of an active adapter is multiplied by, where that is not 1.
         merged: Weights with merged updates that are not written into a parameter: since something computes them, or
             not yet.
+        kept: The untouched values of the parameters that merged updates are written into.
         branch: What computes the active updates, if not the layer's own forward.
         rows: While rows of one batch have adapters of their own: the adapter of each, None for the base.
         index: Then, for each row, the position of its adapter in `active`, or their number for the base; on the layer's
@@ -69,6 +70,7 @@ class LayerState:
     active: tuple[str, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     merged: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     branch: Branch | None = None
     rows: tuple[str | None, ...] | None = None
     index: Tensor | None = None

@@ -18,7 +18,7 @@ from lora_plugins.adapter import (
     check_shared,
 )
 from lora_plugins.errors import MergeError, StateError, listing
-from lora_plugins.inplace import foreign_kind, holder_of, layer_state, recompute, state_of
+from lora_plugins.inplace import LostWeightError, foreign_kind, layer_state, recompute, state_of
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 from lora_plugins.plugins import PLAIN
 
@@ -81,11 +81,14 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
     sharing = _sharing(layers)
     for delta, weight in merged:
         parameter = delta.layer._parameters.get(delta.tensor)
+        holders = [(layer_state(layer), tensor) for layer, tensor in sharing[place_of(delta.layer, delta.tensor)]]
         if parameter is None or foreign_kind(parameter) is not None:
-            for layer, tensor in sharing[place_of(delta.layer, delta.tensor)]:
-                layer_state(layer).merged[tensor] = weight
+            for own, tensor in holders:
+                own.merged[tensor] = weight
         else:
-            state.kept.setdefault(delta.name, parameter.data)
+            untouched = parameter.data
+            for own, tensor in holders:
+                own.kept.setdefault(tensor, untouched)
             parameter.data = weight
             increment_version(parameter)
     state.merged = (*state.merged, *adapters)
@@ -94,24 +97,25 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
 
 
 def unmerge(model: nn.Module, state: ModelState) -> None:
-    """Puts the kept weights back, bit for bit.
+    """Puts the kept weights back, bit for bit; layers that were replaced meanwhile stay as they are.
 
     Raises:
-        StateError: If nothing is merged, or the merged weights are offloaded: they would come back.
+        StateError: If nothing is merged, or a weight was taken away or is offloaded: it would come back.
     """
     state.check("unmerge_adapter")
     if not state.merged:
         raise StateError("Nothing is merged.")
     check_here(model, "unmerge_adapter")
-    for name, weight in state.kept.items():
-        module, key = holder_of(model, name)
-        parameter = module._parameters[key]
-        assert parameter is not None
-        parameter.data = weight.to(parameter)
-        increment_version(parameter)
     for layer in adapted_layers(model).values():
-        layer_state(layer).merged.clear()
-    state.kept = {}
+        own = layer_state(layer)
+        for name, weight in own.kept.items():
+            parameter = layer._parameters.get(name)
+            if parameter is None:
+                raise LostWeightError(layer, name)
+            parameter.data = weight.to(parameter)
+            increment_version(parameter)
+        own.kept.clear()
+        own.merged.clear()
     state.merged = ()
     apply_state(model, state)
 

@@ -51,7 +51,7 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
         check_storing(layers, adapters, max_error)
     for group in _sharing(layers):
         merged = {place_of(delta.layer, delta.tensor): delta.effective() for delta in weight_deltas(group, adapters)}
-        state.leaving, state.kept = True, {}
+        state.leaving = True
         for layer in group.values():
             _answer_with(layer, merged)
         for layer in group.values():

@@ -92,6 +92,48 @@ def test_an_adapted_layer(call):
     assert type(lora.model[2]) is nn.Linear
 
 
+NEW_LAYERS = {
+    "alike": lambda: nn.Linear(4, 6),
+    "of another shape": lambda: nn.Linear(4, 5),
+    "without a weight": nn.Identity,
+}
+
+
+@pytest.mark.parametrize("end", ["unmerge_adapter", "unload"])
+@pytest.mark.parametrize("make", NEW_LAYERS.values(), ids=NEW_LAYERS)
+def test_an_adapted_layer_while_its_update_is_merged(make, end):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    other = model[2].weight.detach().clone()
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    lora.merge_adapter()
+    model[0] = new = make()
+    before = copy.deepcopy(new.state_dict())
+    getattr(lora, end)()
+    assert model[0] is new
+    torch.testing.assert_close(new.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(model[2]._parameters["weight"], other)
+
+
+def test_a_merged_weight_that_is_computed_from_now_on():
+    model = nn.Sequential(nn.Linear(4, 6))
+    lora = LoraModel(model, LoraConfig(r=2), "a")
+    lora.merge_adapter()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(StateError, match=r"'weight' of '0' was taken away while the layer is adapted"):
+        lora.unmerge_adapter()
+
+
+def test_adapted_layers_that_change_places_while_merged():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = [*model]
+    before = [layer.weight.detach().clone() for layer in layers]
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    lora.merge_adapter()
+    model[0], model[1] = layers[1], layers[0]
+    lora.unmerge_adapter()
+    assert all(torch.equal(layer._parameters["weight"], weight) for layer, weight in zip(layers, before, strict=True))
+
+
 def test_a_part_that_is_fused_into_another(tmp_path):
     """As by reparameterize_model of timm, in place."""
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 6)), nn.Linear(6, 2))
