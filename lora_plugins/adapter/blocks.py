@@ -163,7 +163,7 @@ def _step_outside(model: nn.Module, state: ModelState) -> Outside:
 def _step_back(model: nn.Module, state: ModelState) -> None:
     outside = state.outside
     assert outside is not None
-    state.values.activate(model, state.active)
+    state.values.activate(model, state.active, back=True)
     mark_restored(outside.versions)
     for name, tensor in outside.trained.items():
         require_gradient(tensor, True, state.guards, name)

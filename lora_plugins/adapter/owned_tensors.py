@@ -63,7 +63,7 @@ class OwnedTensors:
                         f"of {name!r}. Activate one of them, or combine them with add_weighted_adapter."
                     )
 
-    def activate(self, model: nn.Module, adapters: Iterable[str], *, lasting: bool = False) -> None:
+    def activate(self, model: nn.Module, adapters: Iterable[str], *, lasting: bool = False, back: bool = False) -> None:
         """Puts the values of these adapters in place, and the base's value of every other tensor.
 
         Args:
@@ -71,19 +71,23 @@ class OwnedTensors:
             adapters: Names of adapters.
             lasting: Whether they stay there, so that a backward through an earlier forward has to end in an error.
                 Inside a block the values of before come back, and with them what that backward needs.
+            back: Whether they come back at the end of a block, which has to end: tensors that were replaced in it stay
+                as they are.
 
         Raises:
             StateError: If one of the tensors is gone, has another shape than its values, or is offloaded.
         """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
-        replaced = [name for name in self.replaced(model) if self.owner.get(name) != wanted.get(name)]
-        if replaced:
+        differ = [name for name in self.base if self.owner.get(name) != wanted.get(name)]
+        gone = set(self.replaced(model))
+        replaced = [name for name in differ if name in gone]
+        if replaced and not back:
             raise StateError(
                 f"{listing(replaced)} is gone or has another shape than when it was adapted: the layer was "
                 "replaced. unload() the adapters, which leaves the new layer as it is, or keep their updates by "
                 "merge_and_unload(), and adapt the model again."
             )
-        changing = [name for name in self.base if self.owner.get(name) != wanted.get(name)]
+        changing = [name for name in differ if name not in gone]
         away = [name for name in changing if _is_away(own_tensor(model, name), self._values(wanted.get(name))[name])]
         if away:
             raise StateError(
@@ -113,16 +117,20 @@ class OwnedTensors:
         differ otherwise: a head that is trained on a base in half precision is of single precision.
         """
         for name in self.base:
-            self._followed(model, name)
+            if (tensor := found_tensor(model, name)) is not None:
+                self._follow(tensor, name)
 
     def _followed(self, model: nn.Module, name: str) -> Tensor:
         """Returns the tensor that is in place, after its values have followed a cast of it."""
         tensor = own_tensor(model, name)
+        self._follow(tensor, name)
+        return tensor
+
+    def _follow(self, tensor: Tensor, name: str) -> None:
         if name in self.base and tensor.dtype != self._values(self.owner.get(name))[name].dtype:
             for values in (self.base, *self.values.values()):
                 if name in values:
                     values[name] = values[name].to(tensor.dtype)
-        return tensor
 
     def forget_replaced(self, model: nn.Module) -> None:
         """Forgets the values of tensors that were removed, or replaced by ones of another shape."""

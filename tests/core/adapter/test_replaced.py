@@ -56,6 +56,26 @@ def test_a_head_without_the_tensors_that_were_there(head, call):
     assert type(lora.model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("head", [nn.Identity, lambda: nn.Linear(6, 5)], ids=["identity", "another shape"])
+def test_a_head_that_is_replaced_inside_a_block(head):
+    lora = headed()
+    with lora.disable_adapter() as model:
+        model[2] = new = head()
+        before = copy.deepcopy(new.state_dict())
+    with pytest.raises(StateError, match=r"'2\.weight', '2\.bias' is gone"):
+        lora.set_adapter("a")
+    assert lora.unload()[2] is new
+    torch.testing.assert_close(new.state_dict(), before, rtol=0, atol=0)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_norm_that_is_taken_out_inside_a_block():
+    lora = convolutional(norm="track")
+    with lora.disable_adapter() as model:
+        model[1] = nn.Identity()
+    assert type(lora.unload()[1]) is nn.Identity
+
+
 @pytest.mark.parametrize("head", [*HEADS.values(), lambda: nn.Linear(6, 5)], ids=[*HEADS, "another shape"])
 def test_merging_for_good_beside_a_new_head_keeps_the_update(head):
     lora = headed()
