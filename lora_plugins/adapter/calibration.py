@@ -20,7 +20,7 @@ from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
 from lora_plugins.arguments import with_checked_call
 from lora_plugins.errors import ConfigError, PluginError, noted
 from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
-from lora_plugins.inplace import submodule
+from lora_plugins.inplace import own_mode, set_own_mode, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
 from lora_plugins.utils import own_randomness, run_seed
@@ -196,7 +196,7 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Restores the modes, buffers and `requires_grad` of a model after the block."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, own_mode(module)) for module in model.modules()]
     buffers = [
         (module, key, buffer, buffer.data)
         for module in model.modules()
@@ -210,7 +210,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            set_own_mode(module, mode)
         for module, key, buffer, value in buffers:
             module._buffers[key], buffer.data = buffer, value
         for parameter, flag in flags:

@@ -49,6 +49,14 @@ def own_mode(module: nn.Module) -> bool:
     return bool(module.__dict__.get(_TRAINING, module.training))
 
 
+def set_own_mode(module: nn.Module, mode: bool) -> None:
+    """Puts a module, and not what is in it, into a mode: now, or if it is kept in eval mode here, after `thaw`."""
+    if is_frozen(module):
+        module.__dict__[_TRAINING], module.training = mode, False
+    else:
+        module.training = mode
+
+
 def has_statistics(module: nn.Module) -> bool:
     """Whether a module's forward changes its buffers in training mode: running statistics, or a power iteration."""
     if class_path(base_class_of(module)) == _POWER_ITERATION:

@@ -126,6 +126,16 @@ class TestUndisturbed:
             assert torch.equal(parameter, value)
             assert parameter.requires_grad == requires_grad
 
+    @needs
+    @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+    def test_modes_of_norms_that_another_adapter_freezes(self, config, training):
+        model = net().train(training)
+        lora = LoraModel(model, LoraConfig(r=2, target_modules=["conv"]))
+        calibrate(model, LoraModel.plan(model, config), InitData(batches(), loss))
+        assert not model.norm.training
+        lora.unload()
+        assert {module.training for module in model.modules()} == {training}
+
 
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
