@@ -106,11 +106,11 @@ def effective_weight(layer: nn.Module, name: str) -> Tensor:
     if not state.active or is_shard(layer, name) or (weight.is_meta and _is_offloaded(layer, state)):
         return weight
     with in_full(weight):
+        deltas = []
         for adapter in state.active:
             if terms := terms_of(layer, name, adapter):
-                delta = state.adapters[adapter].plugin.from_matrix(sum_of_deltas(terms), weight.shape)
-                weight = add_delta(weight, delta)
-    return weight
+                deltas.append(state.adapters[adapter].plugin.from_matrix(sum_of_deltas(terms), weight.shape))
+        return add_delta(weight, sum(deltas[1:], deltas[0])) if deltas else weight
 
 
 def _is_offloaded(layer: nn.Module, state: LayerState) -> bool:

@@ -147,6 +147,23 @@ def test_updates_of_active_adapters_add_up():
     torch.testing.assert_close(weights["a", "b"], weights["a",] + weights["b",] - base, rtol=1e-12, atol=1e-12)
 
 
+def test_updates_of_active_adapters_are_rounded_together():
+    """Each alone is less than half of what bfloat16 tells apart near one."""
+    model = nn.Sequential(nn.ConvTranspose1d(2, 2, 1)).bfloat16()
+    lora = LoraModel(model, LoraConfig(r=1, alpha=1), "a")
+    lora.add_adapter("b", LoraConfig(r=1, alpha=1))
+    with torch.no_grad():
+        model[0]._parameters["weight"].fill_(1)
+        for name in ("a", "b"):
+            model[0].lora_A[name].fill_(0.003)
+            model[0].lora_B[name].fill_(1)
+    lora.set_adapter(["a", "b"])
+    found = model[0].weight.detach()
+    lora.merge_adapter(max_error=1)
+    assert torch.equal(found, model[0].weight)
+    assert (found > 1).all()
+
+
 def test_two_values_of_one_head_cannot_be_active_together():
     model = Net()
     lora = LoraModel(model, config(modules_to_save=["head"]), "a")
