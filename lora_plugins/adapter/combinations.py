@@ -98,13 +98,16 @@ def check_options(kind: str, options: Mapping[str, float]) -> None:
         raise ConfigError(f"rank is a whole number of at least 1, not {options['rank']!r}.")
 
 
-def combined_update(updates: Sequence[Update], kind: str, options: Mapping[str, float]) -> tuple[Tensor, Tensor, float]:
+def combined_update(
+    updates: Sequence[Update], kind: str, options: Mapping[str, float], generator: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
     """Returns A and B of the new update, and its relative error against the exact combination.
 
     Args:
         updates: Those of the adapters, in float64.
         kind: A combination, as `COMBINATIONS` has it.
         options: Its options.
+        generator: What is drawn from, on the CPU; one for all layers, so that none repeats what another one drew.
     """
     A, B = _cat(updates)
     full = min(A.shape[1], B.shape[0])
@@ -116,7 +119,6 @@ def combined_update(updates: Sequence[Update], kind: str, options: Mapping[str, 
     if kind in PRUNED:
         products = torch.stack([update.B @ update.A for update in updates])
         weights = torch.tensor([update.weight for update in updates], dtype=torch.float64, device="cpu").view(-1, 1, 1)
-        generator = torch.Generator().manual_seed(torch.initial_seed())
         exact = PRUNED[kind](products.cpu(), weights, options["density"], generator)
     ranks = [len(update.A) for update in updates]
     default = {"linear": full, "svd": max(ranks)}.get(kind, sum(ranks))

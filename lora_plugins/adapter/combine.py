@@ -53,7 +53,7 @@ def combine(
     for layer in (layer for source in sources for layer in source.layers):
         layers.setdefault(layer.name, layer)
     results: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    error = 0.0
+    generator, error = torch.Generator().manual_seed(torch.initial_seed()), 0.0
     for layer in layers.values():
         module = submodule(model, layer.name)
         for slot in layer.slots:
@@ -62,7 +62,7 @@ def combine(
                 for adapter, own, weight in zip(adapters, planned, weights, strict=True)
                 if layer.name in own
             ]
-            A, B, relative = combined_update(updates, combination_type, options)
+            A, B, relative = combined_update(updates, combination_type, options, generator)
             largest = A.abs().amax() * B.abs().amax() * len(A)  # of B @ A, which is not formed here
             _check_range(layer.name, factor_dtype(detached_weight(module, slot.tensor)), A, B, largest)
             results[layer.name, slot.suffix] = (A, B)

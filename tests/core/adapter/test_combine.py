@@ -89,6 +89,20 @@ def test_pruned_combinations_equal_those_of_peft(kind, density):
     torch.testing.assert_close(update_of(lora, "c"), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
+def test_each_layer_drops_elements_of_its_own(kind):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5)).double()
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    first, second = model
+    with torch.no_grad():
+        second.lora_A["a"].copy_(first.lora_A["a"])
+        second.lora_B["a"].copy_(first.lora_B["a"])
+    lora.add_weighted_adapter(["a"], [1.0], "c", kind, density=0.5, rank=5)
+    lora.set_adapter("c")
+    kept = [(layer.weight - layer._parameters["weight"]).abs() > 1e-9 for layer in model]
+    assert not torch.equal(*kept)
+
+
 def test_adapters_on_different_layers():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
     lora = LoraModel(model, LoraConfig(r=2, init="none", target_modules=["0"]), "a")
