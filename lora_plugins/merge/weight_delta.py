@@ -66,7 +66,9 @@ class WeightDelta:
             wide = common_type(self.weight.dtype, self.term.A.dtype)
             largest = float(torch.linalg.vector_norm(self.weight.to(wide))) + norm
             kind = torch.finfo(self.weight.dtype)
-            bound = kind.eps / 2 * largest / norm
+            # Elements below the smallest normal number, common in float16, are rounded as that one is.
+            smallest = kind.smallest_normal * math.sqrt(self.weight.numel())
+            bound = kind.eps / 2 * (largest + smallest) / norm
             is_bound = bound <= _SURELY_SMALL and largest <= kind.max  # above it, an element may be rounded to infinity
             return bound if is_bound else _share(self._lost(wide), norm)
 

@@ -79,6 +79,17 @@ def test_an_update_that_is_next_to_nothing_is_no_loss(dtype, scale):
     lora.merge_and_unload()
 
 
+def test_an_update_below_what_float16_tells_from_zero_is_refused():
+    """Its elements, of 1e-9 at most, are lost, though they are as large as those of the weight."""
+    model = nn.Sequential(nn.Linear(16, 16)).half()
+    nn.init.zeros_(model[0].weight)
+    lora = adapt(model)
+    with torch.no_grad():
+        model[0].lora_B["default"].mul_(1e-9)
+    with pytest.raises(MergeError, match="would lose 100%"):
+        lora.merge_adapter()
+
+
 @pytest.mark.parametrize(("base", "refused"), [(1e4, False), (1.0, True)], ids=["large", "small"])
 def test_what_is_next_to_nothing_is_told_by_the_weight(base, refused):
     model = nn.Sequential(nn.Linear(16, 16)).to(torch.bfloat16)
