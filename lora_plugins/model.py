@@ -49,6 +49,7 @@ from lora_plugins.words import MEMBERS, Told, said_of_member
 from lora_plugins.writable import check_writable_place
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Name = TypeVar("Name", bound=str | None)
 
 
 def _whole(method: Method) -> Method:
@@ -229,7 +230,8 @@ class LoraModel(metaclass=Told):
     def mixed_batch(self, adapter_names: Sequence[str | None]) -> AbstractContextManager[nn.Module]:
         """Gives each row of a batch its own adapter inside a `with` block; for inference.
 
-        All rows go through the model at once. The batch has to be the first dimension of what adapted layers get.
+        All rows go through the model at once. The batch has to be the first dimension of what adapted layers get. Each
+        adapter has the weight 1, whatever `set_adapter` gave it.
 
         Args:
             adapter_names: The adapter of each row of the batch; None for the base model.
@@ -248,7 +250,7 @@ class LoraModel(metaclass=Told):
             torch.Size([3, 2])
         """
         check_not_fused(self.model)
-        return mixed_batch(self.model, tuple(adapter_names))
+        return mixed_batch(self.model, _names(adapter_names))
 
     @_changing
     def delete_adapter(self, adapter_name: str) -> None:
@@ -357,7 +359,8 @@ class LoraModel(metaclass=Told):
                 merged.
         """
         with self._adding(adapter_name):
-            new, error = combine(self.model, self._state, self._registry, adapters, weights, combination_type, options)
+            names = _names(adapters)
+            new, error = combine(self.model, self._state, self._registry, names, weights, combination_type, options)
             add(self.model, adapter_name, new)
         return error
 
@@ -633,5 +636,6 @@ def _read(
         return chosen.read(found, model, registry, options)
 
 
-def _names(adapter_names: str | Sequence[str]) -> tuple[str, ...]:
+def _names(adapter_names: str | Sequence[Name]) -> tuple[str | Name, ...]:
+    """Returns one name, which Python takes for a sequence of its letters, or several."""
     return (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)

@@ -119,7 +119,7 @@ class ModelState:
             StateError: If there is none of that name.
         """
         if name not in self.adapters:
-            raise StateError(f"The model has no adapter {name!r}. {near(name, self.adapters)}")
+            raise StateError(f"The model has no adapter {name!r}. {near(str(name), self.adapters)}")
         return self.adapters[name]
 
     @property

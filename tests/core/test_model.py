@@ -164,6 +164,29 @@ def test_updates_of_active_adapters_are_rounded_together():
     assert (found > 1).all()
 
 
+def test_one_name_is_no_list_of_its_letters():
+    model, x = nn.Sequential(nn.Linear(4, 2)).eval(), torch.randn(1, 4)
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "rain")
+    expected = model(x)
+    lora.add_weighted_adapter("rain", [1.0], "same")
+    for name in ("rain", "same"):
+        with torch.no_grad(), lora.mixed_batch(name):
+            torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda lora: lora.set_adapter([None]), id="set"),
+        pytest.param(lambda lora: lora.merge_adapter([None]), id="merge"),
+        pytest.param(lambda lora: lora.add_weighted_adapter([None], [1.0], "c"), id="combine"),
+    ],
+)
+def test_none_names_no_adapter(call):
+    with pytest.raises(StateError, match=r"no adapter None\. There is 'rain'"):
+        call(LoraModel(nn.Sequential(nn.Linear(4, 2)), LoraConfig(r=2), "rain"))
+
+
 def test_two_values_of_one_head_cannot_be_active_together():
     model = Net()
     lora = LoraModel(model, config(modules_to_save=["head"]), "a")
