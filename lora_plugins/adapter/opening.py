@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins.adapter.base_state_dict import accept_base
 from lora_plugins.adapter.gradients import require_gradient
@@ -11,6 +11,7 @@ from lora_plugins.adapter.pretrained import restore_save, warn_on_save
 from lora_plugins.adapter.state import MODEL_STATE, ModelState, model_state
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import (
+    full_name,
     let_load,
     model_modules,
     own_mode,
@@ -59,9 +60,21 @@ def close_state(model: nn.Module) -> None:
         unpin_attributes(module)
         let_load(module)
     for name, parameter in own_parameters(modules).items():
-        required = state.requires_grad.get(name, parameter.requires_grad)
-        require_gradient(parameter, required, state.guards, name)
+        require_gradient(parameter, _required(state, name, parameter), state.guards, name)
     del model.__dict__[MODEL_STATE]
+
+
+def _required(state: ModelState, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter required a gradient before there were adapters, or what it was computed from, if it was.
+
+    What was built since is as its author has it.
+    """
+    if name in state.requires_grad:
+        return state.requires_grad[name]
+    module, _, key = name.rpartition(".")
+    sources = (full_name(module, f"parametrizations.{key}."), f"{name}_")
+    flags = [flag for other, flag in state.requires_grad.items() if other.startswith(sources)]
+    return any(flags) if flags else parameter.requires_grad
 
 
 def check_not_nested(model: nn.Module) -> None:

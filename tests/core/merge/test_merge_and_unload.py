@@ -55,6 +55,22 @@ def test_what_a_hook_will_compute_is_merged_not_what_it_computed_last(hook, trai
     torch.testing.assert_close(models[0].eval()(x), expected, rtol=1e-14, atol=1e-14)
 
 
+COMPUTED = HOOKS | {
+    "weight_norm of parametrizations": nn.utils.parametrizations.weight_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("computed", COMPUTED.values(), ids=COMPUTED)
+def test_what_was_frozen_before_is_frozen_again(computed, frozen):
+    model = nn.Sequential(computed(nn.Linear(5, 4))).requires_grad_(not frozen)
+    model(torch.randn(3, 5))
+    adapt(model).merge_and_unload(max_error=10)
+    assert [parameter.requires_grad for parameter in model.parameters()] == [not frozen] * 2
+
+
 def doubled_bias(layer: nn.Module) -> nn.Module:
     class Double(nn.Module):
         def forward(self, bias: torch.Tensor) -> torch.Tensor:
