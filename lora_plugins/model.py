@@ -298,17 +298,17 @@ class LoraModel(metaclass=Told):
         Where the base is stored in fewer bytes (`LoraConfig.quantize`), its float values were not kept.
 
         Args:
-            dequantize: Whether stored weights become parameters with their dense values, or stay stored. Left out, they
-                stay, and a warning says which.
+            dequantize: Whether stored weights become parameters with their dense values, also where no adapter is left,
+                or stay stored. Left out, they stay, and a warning says which.
 
         Raises:
             StateError: If a block is open, or `merge_and_unload` was stopped in the middle.
         """
-        state = self._state
-        state.check("unload")
-        if state.merged:
-            unmerge(self.model, state)
-        unload(self.model, state, dequantize)
+        if (state := model_state(self.model)) is not None:
+            state.check("unload")
+            if state.merged:
+                unmerge(self.model, state)
+        unload(self.model, dequantize)
         return self.model
 
     @outside_inference

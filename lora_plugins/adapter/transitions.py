@@ -27,7 +27,7 @@ from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.same_start import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
-from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state
+from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing
 from lora_plugins.field_checks import finite
@@ -176,16 +176,20 @@ def check_not_owned(model: nn.Module, weights: Iterable[str]) -> None:
                 )
 
 
-def unload(model: nn.Module, state: ModelState, dequantize: bool | None) -> None:
+def unload(model: nn.Module, dequantize: bool | None) -> None:
     """Takes all adapters off a model whose weights hold no merged update.
 
     Args:
         model: The model.
-        state: Its adapters.
         dequantize: Whether stored weights become dense. None leaves them, with a warning.
+
+    Raises:
+        StateError: If it has none any more, nor stored weights that are to become dense.
     """
-    strip(model, state)
     stored = dict.fromkeys(weight for _, _, weight in all_stored(model))
+    state = model_state(model) if stored and dequantize else present_state(model)
+    if state is not None:
+        strip(model, state)
     if dequantize:
         make_dense(model)
     elif stored and dequantize is None:

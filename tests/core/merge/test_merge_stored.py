@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, MergeError
+from lora_plugins import LoraConfig, LoraModel, MergeError, StateError
 from lora_plugins.inplace import StoredWeight
 
 
@@ -142,6 +142,9 @@ def test_unloading():
     with pytest.warns(UserWarning, match=r"2 weights stay stored as 'nf4': their float values were not kept"):
         model = lora.unload()
     assert model[0].weight_stored.codes is codes
+    assert torch.equal(lora.unload(dequantize=True)[0].weight, dense)  # as the warning says
+    with pytest.raises(StateError, match="no adapter any more"):
+        lora.unload(dequantize=True)
     model = adapted().unload(dequantize=True)
     assert torch.equal(model[0].weight, dense)
     assert model[0].weight.requires_grad
