@@ -158,7 +158,7 @@ class OwnedTensors:
         tensor = self._followed(model, name)
         return self.base[name] if name in self.owner else tensor.data
 
-    def release(self, model: nn.Module, adapter: str) -> None:
+    def release(self, adapter: str) -> None:
         """Forgets an adapter that is not active, and the base's copies that nobody else needs."""
         del self.values[adapter]
         needed = {name for values in self.values.values() for name in values}

@@ -267,7 +267,7 @@ def delete(model: nn.Module, state: ModelState, adapter: str) -> None:
     state.active = tuple(name for name in state.active if name != adapter)
     state.weights = {name: weight for name, weight in state.weights.items() if name != adapter}
     apply_state(model, state)
-    state.values.release(model, adapter)
+    state.values.release(adapter)
     for layer in adapted_layers(model).values():
         if adapter in layer_state(layer).adapters:
             detach(layer, adapter)

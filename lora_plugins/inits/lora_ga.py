@@ -1,7 +1,7 @@
 """LoRA-GA: the first step of the adapter follows the gradient of full fine-tuning.
 
-The gradient of the weight is G = U·S·Vᵀ. `direction` chooses r of the 2r leading singular vectors for A and the others
-for B; `scale` chooses their size. With s the adapter's scaling, the base becomes W - s·B·A, so that the model starts as
+The gradient of the weight is G = U·S·Vᵀ. `direction` chooses r of its 2r leading singular vectors for A, and r for B;
+`scale` chooses their size. With s the adapter's scaling, the base becomes W - s·B·A, so that the model starts as
 it was. With c = ∜out/√gamma, the default is what PEFT computes: A = Vᵀ[:r], B = U[:, r:2r]·S[r:2r]·c. The paper's own
 equation leaves S out and scales both, A = Vᵀ[:r]·c and B = U[:, r:2r]·c: that is `scale="paper"`.
 Source: Wang et al., LoRA-GA, arXiv 2407.05000, algorithm 1.

@@ -127,10 +127,14 @@ def frozen_statistics(layer: nn.Module) -> Iterator[None]:
 
 def weight_key(layer: nn.Module, name: str) -> int | None:
     """Identifies what is behind a weight, the same for all layers that share it; None if it is computed."""
-    parameters = layer._parameters
-    parameter = parameters[name] if name in parameters else None  # noqa: SIM401  # of a ScriptModule, it has no get
+    parameter = _parameter(layer, name)
     held = stored_weight(layer, name) if parameter is None else parameter
     return None if held is None else id(held)
+
+
+def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else None  # noqa: SIM401  # of a TorchScript module, it has no `get`
 
 
 def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
@@ -145,8 +149,7 @@ def is_shard(layer: nn.Module, name: str) -> bool:
     They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter. Of what is
     none, a buffer or a weight that is computed, it is whether they hold the update in parts.
     """
-    parameters = layer._parameters
-    parameter = parameters[name] if name in parameters else None  # a TorchScript module has no `get`  # noqa: SIM401
+    parameter = _parameter(layer, name)
     if is_distributed(parameter):
         return True
     if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
