@@ -4,8 +4,9 @@ Modes, buffers, gradients, `requires_grad` and random numbers are afterwards wha
 connected by `torch.distributed`, each of them has to call `calibrate`, and gets the sum over all.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral
@@ -23,7 +24,7 @@ from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
 from lora_plugins.inplace import own_mode, set_own_mode, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
-from lora_plugins.utils import own_randomness, run_seed
+from lora_plugins.utils import outside_inference, own_randomness, run_seed
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -95,6 +96,7 @@ class Calibration:
 
 
 @with_checked_call
+@outside_inference
 def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
     """Reads the data once and returns what the plan's init needs to know about each slot.
 
@@ -127,6 +129,7 @@ def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
         without_adapters(model) if state is not None else nullcontext(),
         _undisturbed(model),
         own_randomness(seed, model, data.batches),
+        _without_compilers(),
     ):
         return Calibration(watch(model, plan, batches, data.step))
 
@@ -215,6 +218,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             module._buffers[key], buffer.data = buffer, value
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _without_compilers() -> AbstractContextManager[object]:
+    """Runs what is compiled as it is written: what was compiled before the watches' hooks came does not call them."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

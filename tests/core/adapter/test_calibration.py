@@ -136,6 +136,26 @@ class TestUndisturbed:
         lora.unload()
         assert {module.training for module in model.modules()} == {training}
 
+    @needs
+    def test_what_was_called_before_it_is_compiled(self, config):
+        """Compilers do not look for hooks that come after a call."""
+        model = net().eval()
+        plan = LoraModel.plan(model, config)
+        expected = calibrate(model, plan, InitData(batches(), loss)).by_slot
+        compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            loss(compiled, batches()[0])
+        assert_same(calibrate(compiled, plan, InitData(batches(), loss)).by_slot, expected)
+
+    @needs
+    def test_in_inference_mode(self, config):
+        model, data = net(), InitData(batches(), loss)
+        plan = LoraModel.plan(model, config)
+        expected = calibrate(model, plan, data).by_slot
+        with torch.inference_mode():
+            assert_same(calibrate(model, plan, data).by_slot, expected)
+        loss(model, batches()[0]).backward()
+
 
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
