@@ -48,13 +48,18 @@ def swap(model: nn.Module, state: ModelState, adapter: str, other: NewAdapter) -
         tensors = slot_tensors(submodule(model, layer.name), adapter, slot)
         fitted = _fitted(tensors, layer, given.get(layer.name), other.content.get((layer.name, slot.suffix)))
         new += [(tensor, fitted[name]) for name, tensor in tensors.items()]
+    waiting: dict[str, Tensor] = {}
     for name, value in other.values.items():
         present = state.values.value(model, adapter, name)
-        target = own_tensor(model, name) if state.values.owner.get(name) == adapter else present
-        new.append((target, value.to(present.device, present.dtype, copy=True)))
+        taken = value.to(present.device, present.dtype, copy=True)
+        if state.values.owner.get(name) == adapter:
+            new.append((own_tensor(model, name), taken))
+        else:
+            waiting[name] = taken
     for tensor, value in new:
         tensor.data = value
         increment_version(tensor)
+    state.values.values[adapter].update(waiting)
 
 
 def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:

@@ -141,7 +141,16 @@ def picture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Picture:
         "adapters": lora and sorted(lora.adapters),
         "active": lora and lora.active_adapters,
         "merged": lora and lora.merged_adapters,
+        "values": {} if lora is None else _values(lora),
         "process": process(),
+    }
+
+
+def _values(lora: LoraModel) -> dict[tuple[str, str], Any]:
+    """Returns what each adapter has of heads, biases and statistics, in place or not."""
+    values = lora._state.values
+    return {
+        (name, key): _bits(values.value(lora.model, name, key)) for name in lora.adapters for key in values.of(name)
     }
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
+from tests.state.interrupted import passed, stopped
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 TARGETS = {"target_modules": ["0", "2"]}
@@ -79,6 +80,27 @@ def test_one_that_is_not_active_waits_with_the_new_values(own, other, saved):
     assert torch.equal(lora.model(X), before)
     lora.set_adapter("a")
     close(lora.model(X), expected)
+
+
+def test_one_that_is_not_active_is_what_it_was_where_the_swap_is_stopped(saved):
+    path, _ = saved(**FITTING["heads"][1])
+    lora = adapted(name="first", r=1)
+    adapted(model=lora.model, **FITTING["heads"][0])
+
+    def swap(model):
+        return lambda: LoraModel(model).swap_adapter("a", path)
+
+    def tensors(model):
+        return LoraModel(model).pack("a").tensors
+
+    swap(copy.deepcopy(lora.model))()  # what is made once is there from now on
+    lines = passed(swap(copy.deepcopy(lora.model)))
+    for at in [at for at, line in enumerate(lines) if "swap.py" in line][-12:]:
+        model = copy.deepcopy(lora.model)
+        where, raised = stopped(swap(model), at)
+        assert raised
+        for key, value in tensors(lora.model).items():
+            assert torch.equal(tensors(model)[key], value), f"{key} at {where}"
 
 
 def test_what_was_compiled_stays_compiled(saved):
