@@ -32,6 +32,7 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
         raise StateError("Mixing adapters in one batch is for inference. Call model.eval() first.")
     for name in names:
         state.adapter(name)
+    state.values.check_there(model, names)
     modules = model_modules(model)
     shared = [
         name

@@ -63,6 +63,15 @@ class OwnedTensors:
                         f"of {name!r}. Activate one of them, or combine them with add_weighted_adapter."
                     )
 
+    def check_there(self, model: nn.Module, adapters: Iterable[str]) -> None:
+        """Checks that the tensors are there of which adapters have values.
+
+        Raises:
+            StateError: If one of them was removed, or replaced by one of another shape.
+        """
+        owned = {name for adapter in adapters for name in self.of(adapter)}
+        _check_there(name for name in self.replaced(model) if name in owned)
+
     def activate(self, model: nn.Module, adapters: Iterable[str], *, lasting: bool = False, back: bool = False) -> None:
         """Puts the values of these adapters in place, and the base's value of every other tensor.
 
@@ -80,13 +89,8 @@ class OwnedTensors:
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
         differ = [name for name in self.base if self.owner.get(name) != wanted.get(name)]
         gone = set(self.replaced(model))
-        replaced = [name for name in differ if name in gone]
-        if replaced and not back:
-            raise StateError(
-                f"{listing(replaced)} is gone or has another shape than when it was adapted: the layer was "
-                "replaced. unload() the adapters, which leaves the new layer as it is, or keep their updates by "
-                "merge_and_unload(), and adapt the model again."
-            )
+        if not back:
+            _check_there(name for name in differ if name in gone)
         changing = [name for name in differ if name not in gone]
         away = [name for name in changing if _is_away(own_tensor(model, name), self._values(wanted.get(name))[name])]
         if away:
@@ -166,6 +170,15 @@ class OwnedTensors:
 
     def _values(self, owner: str | None) -> dict[str, Tensor]:
         return self.base if owner is None else self.values[owner]
+
+
+def _check_there(replaced: Iterable[str]) -> None:
+    if names := list(replaced):
+        raise StateError(
+            f"{listing(names)} is gone or has another shape than when it was adapted: the layer was replaced. unload() "
+            "the adapters, which leaves the new layer as it is, or keep their updates by merge_and_unload(), and adapt "
+            "the model again."
+        )
 
 
 def _is_away(tensor: Tensor, value: Tensor) -> bool:

@@ -21,6 +21,7 @@ CALLS = {
     "disable": lambda lora: lora.disable_adapter().__enter__(),
     "save": lambda lora: lora.pack("a"),
     "delete": lambda lora: lora.delete_adapter("a"),
+    "mixed": lambda lora: lora.mixed_batch(["b"]).__enter__(),
 }
 
 
