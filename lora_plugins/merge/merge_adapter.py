@@ -165,7 +165,9 @@ def _check_adapters(
             f"The update of a variant ({listing(variants)}) depends on the untouched weight, so all active adapters "
             f"have to be merged at once: {listing(state.active)}."
         )
-    for name in () if state.leaving else adapters:  # layers that have left may share a weight with those that have not
+    if state.leaving:  # layers that have left may share a weight with those that have not
+        return
+    for name in (*state.merged, *adapters):
         check_complete(model, state, name)
         check_shared(model, _weights_of(layers, name))
 

@@ -135,6 +135,15 @@ def test_an_adapted_layer_while_its_update_is_merged(make, end):
     assert torch.equal(model[2]._parameters["weight"], other)
 
 
+def test_an_update_that_was_merged_into_a_layer_that_is_gone():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    lora.merge_adapter()
+    model[0] = nn.Linear(4, 6)
+    with pytest.raises(StateError, match=r"The update of '0' by the adapter 'a' is gone: the layer was replaced"):
+        lora.merge_and_unload()
+
+
 def test_a_merged_weight_that_is_computed_from_now_on():
     model = nn.Sequential(nn.Linear(4, 6))
     lora = LoraModel(model, LoraConfig(r=2), "a")
