@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_plugins import LoraModel
+from lora_plugins.adapter import present_state
 from lora_plugins.inplace import named_tensors, own_tensor
 from lora_plugins.integrations.lightning.checkpoint.adapted_networks import without_networks
 from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import with_plain_dicts
@@ -21,7 +22,6 @@ from lora_plugins.integrations.lightning.module import (
     frozen_as_built,
     frozen_keys,
     merged_weights,
-    state_of_adapters,
 )
 from lora_plugins.utils import plain_name
 
@@ -73,7 +73,7 @@ def shrink(checkpoint: Mapping[str, Any], module: nn.Module, *, whole: bool = Fa
 
 
 def _adapter_entries(path: str, target: nn.Module, saved: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    lora, owner = LoraModel(target), state_of_adapters(target).values.owner
+    lora, owner = LoraModel(target), present_state(target).values.owner
     for name in lora.adapters:
         check_not_replaced(target, name)
         packed = lora.pack(name)

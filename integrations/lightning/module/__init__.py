@@ -24,7 +24,6 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_weights,
     adapters_by_place,
     layers_of_factors,
-    state_of_adapters,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
 from lora_plugins.integrations.lightning.module.built_layers import with_built_layers
@@ -133,7 +132,6 @@ __all__ = [
     "set_modes_of_frozen_norms",
     "set_training_mode",
     "start_alike",
-    "state_of_adapters",
     "take_fingerprints",
     "temporarily_merged",
     "tensors_beside_merges",

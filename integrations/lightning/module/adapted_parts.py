@@ -2,8 +2,7 @@
 
 from torch import nn
 
-from lora_plugins import LoraError
-from lora_plugins.adapter import Adapter, ModelState, adapted_layers, adapter_tensors, model_state
+from lora_plugins.adapter import Adapter, adapted_layers, adapter_tensors, model_state, present_state
 from lora_plugins.inplace import full_name, model_modules, submodule
 
 
@@ -12,24 +11,12 @@ def adapted_targets(module: nn.Module) -> dict[str, nn.Module]:
     return {entry.name: entry.module for entry in model_modules(module) if model_state(entry.module) is not None}
 
 
-def state_of_adapters(target: nn.Module) -> ModelState:
-    """Returns the state of the adapters of a module that carries some.
-
-    Raises:
-        LoraError: If it carries none.
-    """
-    state = model_state(target)
-    if state is None:
-        raise LoraError("The module lost its adapters while they were read.")
-    return state
-
-
 def adapters_by_place(module: nn.Module) -> dict[tuple[str, str], Adapter]:
     """Returns the adapters of all adapted targets, by the path of the target and the adapter's name."""
     return {
         (path, name): adapter
         for path, target in adapted_targets(module).items()
-        for name, adapter in state_of_adapters(target).adapters.items()
+        for name, adapter in present_state(target).adapters.items()
     }
 
 

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lora_plugins.adapter import adapter_tensors
+from lora_plugins.adapter import adapter_tensors, present_state
 from lora_plugins.inplace import full_name, model_modules, own_parameters, state_of, submodule
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
     adapters_by_place,
-    state_of_adapters,
     trained_in_place,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, is_constant
@@ -220,6 +219,6 @@ def _required_by_author(module: nn.Module) -> dict[str, bool]:
     """Returns by name which parameters required a gradient before there were adapters."""
     required = {name: p.requires_grad for name, p in own_parameters(model_modules(module)).items()}
     for path, target in adapted_targets(module).items():
-        before = state_of_adapters(target).requires_grad
+        before = present_state(target).requires_grad
         required.update({full_name(path, name): needed for name, needed in before.items()})
     return required

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel
-from lora_plugins.adapter import ModelState
+from lora_plugins.adapter import ModelState, present_state
 from lora_plugins.files import PackedAdapter
 from lora_plugins.inplace import own_tensor
-from lora_plugins.integrations.lightning.module.adapted_parts import state_of_adapters
 
 Fingerprints = dict[str, dict[str, float]]
 """Of weights, by full name."""
@@ -33,13 +32,13 @@ class MergedAdapter:
         """Puts the adapter on a module that has the raw weights again."""
         changed = {key: value.to(own_tensor(target, key).device) for key, value in self.changed.items()}
         lora = LoraModel.load_packed(target, self.packed, name, changed=changed)
-        state_of_adapters(target).adapters[name].kept.update(self.kept)
+        present_state(target).adapters[name].kept.update(self.kept)
         return lora
 
 
 def adapters_to_merge(target: nn.Module) -> dict[str, MergedAdapter]:
     """Returns the adapters of a module, in the order in which they were added."""
-    lora, state = LoraModel(target), state_of_adapters(target)
+    lora, state = LoraModel(target), present_state(target)
     for adapter in state.adapters.values():
         adapter.fingerprints.clear()  # of what was written past autograd (`weight.data`) in the meantime
     return {name: _merged_adapter(lora, state, name) for name in state.adapters}

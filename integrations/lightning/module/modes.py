@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
+from lora_plugins.adapter import present_state
 from lora_plugins.errors import listing
 from lora_plugins.inplace import AdapterTensors, is_frozen, model_modules, own_mode, state_of
-from lora_plugins.integrations.lightning.module.adapted_parts import state_of_adapters
 from lora_plugins.utils import path_starts, plain_name, within
 
 
@@ -63,7 +63,7 @@ def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> N
 def _kept_in_eval_mode(target: nn.Module, averages: Collection[nn.Module]) -> dict[str, nn.Module]:
     """Returns by name the parts below the target that their author put into eval mode permanently."""
     required: dict[str, list[bool]] = {}
-    for name, value in state_of_adapters(target).requires_grad.items():
+    for name, value in present_state(target).requires_grad.items():
         for start in path_starts(name):
             required.setdefault(start, []).append(value)
     parts: dict[str, nn.Module] = {}

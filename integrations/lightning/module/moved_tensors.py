@@ -9,12 +9,12 @@ from types import MappingProxyType
 from torch import nn
 
 from lora_plugins import LoraModel
+from lora_plugins.adapter import present_state
 from lora_plugins.inplace import full_name
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
     adapted_weights,
     adapters_by_place,
-    state_of_adapters,
 )
 
 Fingerprints = Mapping[str, Mapping[str, float]]
@@ -75,7 +75,7 @@ def take_fingerprints(module: nn.Module) -> None:
     it was built, which is how it will be built again.
     """
     for target in adapted_targets(module).values():
-        for name, adapter in state_of_adapters(target).adapters.items():
+        for name, adapter in present_state(target).adapters.items():
             if not adapter.fingerprints:
                 LoraModel(target).pack(name)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel, StateError
-from lora_plugins.adapter import adapted_layers, adapter_tensors, base_in_place, model_state, whole
+from lora_plugins.adapter import adapted_layers, adapter_tensors, base_in_place, model_state, present_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import fingerprint
 from lora_plugins.inplace import (
@@ -31,7 +31,6 @@ from lora_plugins.inplace import (
     quantizer_marks,
     stored_weights,
 )
-from lora_plugins.integrations.lightning.module.adapted_parts import state_of_adapters
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums
 from lora_plugins.integrations.lightning.module.merged_adapters import MergedAdapter, adapters_to_merge
 from lora_plugins.integrations.lightning.module.merged_base import (
@@ -157,7 +156,7 @@ def merge_reversibly(
 
 
 def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Mapping[str, int]) -> ReversibleMerge:
-    lora, state, normed = LoraModel(target), state_of_adapters(target), normed_weights(target)
+    lora, state, normed = LoraModel(target), present_state(target), normed_weights(target)
     adapters, parameters, active = adapters_to_merge(target), adapter_tensors(target), lora.active_weights
     effective = {
         full_name(layer, tensor): (layer, tensor)

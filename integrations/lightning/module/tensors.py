@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel
-from lora_plugins.adapter import adapted_layers, adapter_tensors
+from lora_plugins.adapter import adapted_layers, adapter_tensors, present_state
 from lora_plugins.inplace import (
     StoredWeight,
     full_name,
@@ -16,7 +16,7 @@ from lora_plugins.inplace import (
     own_buffers,
     own_parameters,
 )
-from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights, state_of_adapters
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
 from lora_plugins.integrations.lightning.module.moved_tensors import moved_by_hand
 
@@ -56,7 +56,7 @@ def frozen_by_author(module: nn.Module) -> set[str]:
     return {
         full_name(path, name)
         for path, target in adapted_targets(module).items()
-        for name, required in state_of_adapters(target).requires_grad.items()
+        for name, required in present_state(target).requires_grad.items()
         if not required
     }
 
@@ -79,7 +79,7 @@ def built_too_late(module: nn.Module) -> list[str]:
     """Returns the layers that were built since and that an adapter would adapt, if it were added now."""
     found: list[str] = []
     for path, target in adapted_targets(module).items() if built_since(module) else ():
-        for adapter in state_of_adapters(target).adapters.values():
+        for adapter in present_state(target).adapters.values():
             known = {layer.name for layer in adapter.plan.layers}
             where = replace(
                 adapter.plan.config,
@@ -101,7 +101,7 @@ def _frozen_names(module: nn.Module) -> set[str]:
 
 
 def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
-    plans = [adapter.plan for adapter in state_of_adapters(target).adapters.values()]
+    plans = [adapter.plan for adapter in present_state(target).adapters.values()]
     changing = {name for plan in plans for name in (*plan.trained, *plan.saved_buffers)}
     norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
     modules = model_modules(target)
@@ -117,7 +117,7 @@ def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
 def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for path, target in adapted_targets(module).items():
-        state = state_of_adapters(target)
+        state = present_state(target)
         acting = state.unmerged if state.trainable else ()
         in_place = {name for adapter in acting for name in state.adapters[adapter].plan.trained}
         factors = {name for name in adapter_tensors(target) if name.rpartition(".")[2] in acting}
@@ -127,7 +127,7 @@ def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _built_since(target: nn.Module) -> list[str]:
-    known, adapted = state_of_adapters(target).requires_grad, adapted_layers(target)
+    known, adapted = present_state(target).requires_grad, adapted_layers(target)
     modules = model_modules(target)
     ours = adapted.keys() | {entry.name for entry in modules if isinstance(entry.module, StoredWeight)}
     own = own_parameters(modules)
