@@ -9,12 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.errors import near, sentence
 from lora_plugins.integrations.lightning.checkpoint import KEY, Global, load_from_checkpoint, read_checkpoint
+from lora_plugins.integrations.lightning.cli.yaml_texts import parsed_yaml
 from lora_plugins.integrations.lightning.module import (
     adapted_targets,
     file_entries,
@@ -133,7 +133,7 @@ def _argument(given: str) -> tuple[str, Any]:
     name, equals, value = given.partition("=")
     if not equals or not name.isidentifier():
         raise ConfigError(f"--argument is {given!r}. It has the form NAME=VALUE, such as width=64.")
-    return name, yaml.safe_load(value)
+    return name, parsed_yaml(value)
 
 
 def _with_suffix(path: str | Path, suffix: str) -> Path:

@@ -73,6 +73,21 @@ def test_files_have_the_names_that_the_module_gives_them(tmp_path):
         assert not differing(values(fresh), values(module))
 
 
+class TakesANumber(Classifier):
+    def __init__(self, lr):
+        assert isinstance(lr, float)
+        super().__init__(lr=lr)
+
+
+@pytest.mark.parametrize("number", ["1e-3", "0.001"])
+def test_arguments_are_numbers_as_in_a_configuration(tmp_path, number):
+    run = trainer(tmp_path, [lora()], max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    paths = [str(tmp_path / "it.ckpt"), str(tmp_path / "x.safetensors")]
+    assert main(["export", *paths, "--model", f"{__name__}.TakesANumber", "--argument", f"lr={number}"]) == 0
+
+
 class TestFiles:
     """A checkpoint becomes a file that needs no lora_plugins."""
 
