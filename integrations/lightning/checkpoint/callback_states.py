@@ -34,8 +34,8 @@ def without_base_of_callbacks(
     found = [
         (path, name) for path, value in large if (name := names.get(checksum(value))) and _equal(base[name], value)
     ]
-    for (*parents, key), _ in found:
-        states = changed_at(states, parents, partial(_without, key))
+    for path, _ in found:
+        states = changed_at(states, path, lambda _: None)  # its place stays: some pair by position
     return {**checkpoint, CALLBACKS: states} if found else {**checkpoint}, [([*path], name) for path, name in found]
 
 
@@ -50,8 +50,8 @@ def with_base_of_callbacks(
     """
     states = checkpoint.get(CALLBACKS, {})
     present = [(path, tensor) for path, tensor in found if path[0] in states]  # somebody may have removed a state
-    for (*parents, key), tensor in present:
-        states = changed_at(states, parents, partial(_with, key, tensor.detach().cpu().clone()))
+    for path, tensor in present:
+        states = changed_at(states, path, partial(_copy_of, tensor))
     return {**checkpoint, CALLBACKS: states} if present else {**checkpoint}
 
 
@@ -67,9 +67,5 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 
-def _without(key: Any, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {each: value for each, value in state.items() if each != key}
-
-
-def _with(key: Any, value: Any, state: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {**state, key: value}
+def _copy_of(tensor: Tensor, _: None) -> Tensor:
+    return tensor.detach().cpu().clone()

@@ -1,5 +1,6 @@
 """Values in nested dictionaries and lists, by the keys that lead to them."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,13 @@ Path = tuple[Any, ...]
 
 
 def changed_at(value: Any, path: Sequence[Any], change: Callable[[Any], Any]) -> Any:
-    """Returns a nested value in which `change` was applied to what is at a path; nothing given is changed."""
+    """Returns a nested value in which `change` was applied to what is at a path, None if nothing is.
+
+    Nothing given is changed. Dictionaries keep their class, and what they know beside their items, as state dicts do.
+    """
     if not path:
         return change(value)
     key, *inner = path
-    items = dict(value) if isinstance(value, dict) else dict(enumerate(value))
-    items[key] = changed_at(items[key], inner, change)
+    items = copy.copy(value) if isinstance(value, dict) else dict(enumerate(value))
+    items[key] = changed_at(items.get(key), inner, change)
     return items if isinstance(value, dict) else type(value)(items.values())

@@ -285,4 +285,4 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
         return named if named and not named.keys() & current.keys() else {**present, **named}
 
     of_callbacks = [(path, current[rename(name)]) for path, name in entry.get("of_callbacks", [])]
-    return with_base_of_callbacks(map_state_dicts(checkpoint, completed), of_callbacks)
+    return map_state_dicts(with_base_of_callbacks(checkpoint, of_callbacks), completed)

@@ -34,6 +34,16 @@ class Average(Callback):
                 self.values[key].lerp_(tensor, 1 - self.decay)
 
 
+class InOrder(Average):
+    """The same, paired with the module by position."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        own = pl_module.get_submodule(self.part).state_dict().values()
+        for average, tensor in zip(self.values.values(), own, strict=True):
+            if tensor.is_floating_point():
+                average.lerp_(tensor, 1 - self.decay)
+
+
 class OfTorch(Average):
     """The same by torch (rfdetr's), whose mean of equal values differs from them by rounding."""
 
@@ -71,7 +81,9 @@ def tensors(value, key=""):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 @pytest.mark.parametrize(
-    ("make", "part"), [(Average, "net"), (OfTorch, "")], ids=["in a dictionary, of a part", "of torch, of the module"]
+    ("make", "part"),
+    [(Average, "net"), (InOrder, "net"), (OfTorch, "")],
+    ids=["in a dictionary, of a part", "the same in order", "of torch, of the module"],
 )
 class TestAverages:
     def fit(self, folder, make, part, epochs, width, every, **options):
@@ -93,4 +105,5 @@ class TestAverages:
         whole = self.fit(tmp_path, make, part, 3, width=300, every=4)
         resumed = self.fit(tmp_path / "resumed", make, part, 3, width=300, every=4, ckpt_path=tmp_path / "step=8.ckpt")
         assert whole.values.keys() == resumed.values.keys()
+        assert resumed.loaded._metadata  # of the versions of layers, as torch's state dicts have it
         assert all(torch.equal(value, resumed.values[key]) for key, value in whole.values.items())
