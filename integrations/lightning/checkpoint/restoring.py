@@ -1,5 +1,6 @@
 """Restores the adapters of a checkpoint on a module, and completes its state dicts with the base."""
 
+import copy
 from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -282,7 +283,12 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
 
     def completed(state: StateDict) -> StateDict:
         named = {rename(key): value for key, value in state.items()}
-        return named if named and not named.keys() & current.keys() else {**present, **named}
+        if named and not named.keys() & current.keys():
+            return named
+        complete: StateDict = copy.copy(own)  # which has the versions of layers, by which some read their values
+        complete.clear()
+        complete.update({**present, **named})
+        return complete
 
     of_callbacks = [(path, current[rename(name)]) for path, name in entry.get("of_callbacks", [])]
     return map_state_dicts(with_base_of_callbacks(checkpoint, of_callbacks), completed)

@@ -46,9 +46,9 @@ def by_exception(folder):
     return folder / "it.ckpt"
 
 
-def by_trainer(folder, **options):
+def by_trainer(folder, cls=Classifier, **options):
     run = trainer(folder, [callback()])
-    run.fit(Classifier(), loader())
+    run.fit(cls(), loader())
     run.save_checkpoint(folder / "it.ckpt", **options)
     return folder / "it.ckpt"
 

@@ -60,6 +60,28 @@ def test_layers_that_are_built_late(cls, tmp_path):
     assert not base & differing(values(module), values(again))
 
 
+class Versioned(nn.Linear):
+    """Reads its values by the version of the layer that wrote them, as MNASNet of torchvision does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *more):
+        assert local_metadata["version"] == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+
+
+class OfVersions(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net[3].__class__ = Versioned
+
+
+def test_layers_are_told_their_version(tmp_path):
+    path = by_trainer(tmp_path, cls=OfVersions)
+    trainer(tmp_path, [callback()], max_epochs=3).fit(OfVersions(), loader(), ckpt_path=path)
+    load_from_checkpoint(OfVersions, path)
+
+
 class TestRefused:
     """Each bad file stops before training, says what to do, and leaves the trainer usable."""
 
