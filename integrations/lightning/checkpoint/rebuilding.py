@@ -141,7 +141,7 @@ def check_arguments(cls: type[LightningModule], checkpoint: Mapping[str, Any], g
                 raise ConfigError(f"{cls.__name__} takes no argument {name!r}. {near(name, [*parameters][1:])}")
     names = {*saved, *given, *([one] if one and one != "kwargs" else [])}
     missing = missing_arguments(cls, dict.fromkeys(names))
-    if missing:
+    if missing and given.get("hparams_file") is None:  # which brings all of them
         raise AdapterFileError(
             f"{cls.__name__} needs {listing(missing)}, which the checkpoint does not have: its save_hyperparameters() "
             "left them out, or they are adapted networks, which would bring the base along. Give them to "

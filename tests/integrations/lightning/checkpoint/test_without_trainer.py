@@ -57,6 +57,21 @@ class TestOneLiner:
         assert module.net[0].out_features == 24
         assert LoraModel(module).active_adapters == ("default",)
 
+    def test_arguments_come_from_a_file_of_their_own(self, tmp_path):
+        class Needs(Classifier):
+            def __init__(self, width):
+                super().__init__(width=width)
+
+            def save_hyperparameters(self):
+                pass
+
+        run = trainer(tmp_path, [callback()])
+        run.fit(Needs(24), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        (tmp_path / "hparams.yaml").write_text("width: 24")
+        module = load_from_checkpoint(Needs, tmp_path / "it.ckpt", hparams_file=tmp_path / "hparams.yaml")
+        assert module.net[0].out_features == 24
+
     @pytest.mark.parametrize("base", [ABC, Generic[T]], ids=["ABC", "Generic"])
     def test_class_has_another_base_before_lightnings(self, tmp_path, base):
         class Other(base, LightningModule):
