@@ -287,7 +287,8 @@ def _complete(module: nn.Module, checkpoint: Mapping[str, Any], entry: Mapping[s
             return named
         complete: StateDict = copy.copy(own)  # which has the versions of layers, by which some read their values
         complete.clear()
-        complete.update({**present, **named})
+        # Those of the file first: Lightning's loader puts the module on the device that the first one is on.
+        complete.update({**named, **{key: value for key, value in present.items() if key not in named}})
         return complete
 
     of_callbacks = [(path, current[rename(name)]) for path, name in entry.get("of_callbacks", [])]

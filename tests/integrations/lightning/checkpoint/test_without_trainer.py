@@ -72,6 +72,17 @@ class TestOneLiner:
         module = load_from_checkpoint(Needs, tmp_path / "it.ckpt", hparams_file=tmp_path / "hparams.yaml")
         assert module.net[0].out_features == 24
 
+    def test_what_is_loaded_first_is_of_the_file(self, tmp_path):
+        """By that, Lightning tells the device of the module."""
+
+        class Notes(Classifier):
+            def load_state_dict(self, state_dict, *args, **kwargs):
+                self.first = next(iter(state_dict))
+                return super().load_state_dict(state_dict, *args, **kwargs)
+
+        path = by_trainer(tmp_path, cls=Notes)
+        assert load_from_checkpoint(Notes, path).first == "net.0.lora_A.default"
+
     @pytest.mark.parametrize("base", [ABC, Generic[T]], ids=["ABC", "Generic"])
     def test_class_has_another_base_before_lightnings(self, tmp_path, base):
         class Other(base, LightningModule):
