@@ -191,12 +191,11 @@ class CheckpointShims:
         shims = self._hook_shims = MethodShims(module)
 
         def after_hook(_: object) -> None:
-            shims.remove()
             put_base(module, base)
             start.mark_written(module)  # such as an average that the module keeps out of its state dict
             complete.update(self._restored(without_base(module, complete)))
 
-        shims.after("on_load_checkpoint", after_hook)
+        shims.after("on_load_checkpoint", after_hook, before=shims.remove)  # ahead of it, as it may raise an error
         return complete
 
     def _restored(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
