@@ -145,7 +145,7 @@ def _load(
             f"puts it on a {cls.__name__}."
         )
     with TemporaryDirectory() as folder:
-        small = _as_written(path, Path(folder))
+        small = _as_written(path, Path(folder), weights_only=weights_only is not False)
         if _is_lightnings_own(cls):
             options["weights_only"] = weights_only if small is None else False
         return own(small or path, **options)
@@ -187,8 +187,8 @@ def _before_hook(module: LightningModule, checkpoint: dict[str, Any]) -> tuple[d
     return with_present_base(module, checkpoint), {}
 
 
-def _as_written(path: Any, folder: Path) -> Path | None:
-    """Writes a small checkpoint again as its module wrote it, if it can be read without unpickling objects.
+def _as_written(path: Any, folder: Path, *, weights_only: bool) -> Path | None:
+    """Writes a small checkpoint again as its module wrote it, if it can be read.
 
     Returns:
         Where it is; None for any other checkpoint.
@@ -197,7 +197,7 @@ def _as_written(path: Any, folder: Path) -> Path | None:
         return None
     try:
         with allowed():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
     except Exception:  # Lightning says what is wrong with a file that is no checkpoint
         return None
     return _write(original(checkpoint), folder) if isinstance(checkpoint, dict) and KEY in checkpoint else None

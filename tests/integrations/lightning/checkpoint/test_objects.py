@@ -113,6 +113,14 @@ def test_harmless_types_are_read_as_they_are(kind, through, tmp_path):
         assert loaded.option.b[0].c + loaded.option.b[1][1].d == 6
 
 
+def test_attributes_beside_objects_are_read_as_they_are(tmp_path):
+    class Ours(LoraCheckpointMixin, Configured):
+        pass
+
+    path = written(tmp_path, Configured([AttributeDict(a=1), Mode.LARGE]))
+    assert Ours.load_from_checkpoint(path, weights_only=False).option[0].a == 1
+
+
 class OwnLoader(Classifier):
     """Reads the file itself before Lightning does, twice, as chemprop does."""
 
