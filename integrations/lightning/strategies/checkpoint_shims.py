@@ -141,7 +141,8 @@ class CheckpointShims:
         if self._hook_shims is not None:  # of a checkpoint that was read and not loaded
             self._hook_shims.remove()
         if is_sharded(self._trainer):
-            return load_sharded(self._trainer, checkpoint_path, self._load, *args, **kwargs)
+            with allowed():
+                return load_sharded(self._trainer, checkpoint_path, self._load, *args, **kwargs)
         with allowed(), reading_errors(checkpoint_path):
             checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
         check_whole(checkpoint_path, checkpoint)

@@ -414,6 +414,22 @@ def test_stages_follow_one_another_on_a_sharded_module(tmp_path, one_process, di
     assert not differing({n: whole(p) for n, p in module.named_parameters() if p.requires_grad}, trained)
 
 
+class OfAFolder(Sharded):
+    def __init__(self, folder):
+        super().__init__()
+        self.save_hyperparameters("folder")
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 writes sharded files by it
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed", "full"])
+def test_a_path_among_hyperparameters_is_read_by_a_sharded_module(tmp_path, one_process, distributed):
+    lora, strategy = LoraCallback(CONFIG, merge_on_fit_end=False), one_process(save_distributed_checkpoint=distributed)
+    run = trainer(tmp_path, [lora], strategy=strategy, inference_mode=False, max_epochs=1)
+    run.fit(module := OfAFolder(tmp_path), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+
+
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 writes sharded files by it
 @pytest.mark.parametrize(
     ("damage", "message"),
