@@ -7,7 +7,7 @@ checkpoint is written.
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ _BUILT = "_lora_built"
 Fingerprint = dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Built:
+class _Built(NamedTuple):
     """The values of a tensor when the module was built."""
 
     dtype: torch.dtype
@@ -61,8 +60,8 @@ def note_built(module: nn.Module, names: Collection[str] | None = None) -> None:
         wanted = name not in moved_by_hand(module) if names is None else name in names
         if wanted and (name not in notes or notes[name].was_converted_to(tensor)):
             notes[name] = _Built.of(tensor)
-    if notes:
-        module.__dict__[_BUILT] = notes
+    if notes:  # of plain types: who loads a pickle of the module may have no lora_plugins
+        module.__dict__[_BUILT] = {name: tuple(built) for name, built in notes.items()}
 
 
 def frozen_as_built(module: nn.Module) -> dict[str, Fingerprint]:
@@ -116,7 +115,7 @@ def outside(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _notes(module: nn.Module) -> dict[str, _Built]:
-    return dict(module.__dict__.get(_BUILT, {}))
+    return {name: _Built(*values) for name, values in module.__dict__.get(_BUILT, {}).items()}
 
 
 def _frozen(module: nn.Module) -> Iterator[str]:

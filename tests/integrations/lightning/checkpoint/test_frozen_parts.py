@@ -1,6 +1,7 @@
 """Frozen parts outside of the target: left out of files while they are as they were built, and exact always."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -265,3 +266,9 @@ def test_copy_of_a_module_knows_as_well(tmp_path):
     fitted(tmp_path, other, 1, "other")
     again = load_from_checkpoint(Parts, tmp_path / "other" / "epoch=0.ckpt")
     assert not differing(values(again), values(other))
+
+
+def test_pickle_of_a_merged_module_is_free_of_us(tmp_path):
+    module = Parts()
+    trainer(tmp_path, [lora(merge_on_fit_end=True)], max_epochs=1).fit(module, loader())
+    assert b"lora_plugins" not in pickle.dumps(module)
