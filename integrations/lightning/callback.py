@@ -389,11 +389,12 @@ class LoraCallback(Callback):
         elif self.merge_source == "best":
             start_averages_from(trainer, pl_module)
         group = self._group(trainer)
-        leaves_files = bool(places_of_results(trainer)) and not is_fast_dev_run(trainer)
+        is_trial = is_fast_dev_run(trainer)
+        leaves_files = bool(places_of_results(trainer)) and not is_trial
         held = self._run.held(pl_module, self.target or "", leaves_files) if group[-1] is self else {}
-        written = group[: group.index(self) + 1]  # those behind write theirs later
+        written = [] if is_trial else group[: group.index(self) + 1]  # those behind write theirs later
         with explaining_merges([file for callback in written for file in callback.adapter_files]):
-            files = {} if is_fast_dev_run(trainer) else self._results().write(trainer, pl_module, self._run.written)
+            files = {} if is_trial else self._results().write(trainer, pl_module, self._run.written)
             lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
             if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
                 self._merge_adapters(trainer, pl_module)

@@ -379,6 +379,16 @@ class TestLittleLearned:
             trainer(tmp_path, [lora], max_epochs=1, precision="bf16-true").fit(Classifier(lr=1e-4), loader())
         LoraModel.load_adapter(Classifier().bfloat16(), saved)
 
+    def test_nothing_is_saved_in_a_debugging_run(self, tmp_path):
+        class Diverges(Classifier):
+            def configure_optimizers(self):
+                return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e38)
+
+        callback = LoraCallback(CONFIG, save_adapter_to=str(tmp_path / "adapter"))
+        with pytest.raises(MergeError, match="not finite") as refused:
+            trainer(tmp_path, [callback], fast_dev_run=3).fit(Diverges(), loader())
+        assert "The adapter is saved" not in str(refused.value)
+
     def test_max_error_is_an_argument(self, tmp_path):
         def fit(**options):
             run = trainer(tmp_path, [LoraCallback(CONFIG, **options)], max_epochs=1, precision="bf16-true")
