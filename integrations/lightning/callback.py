@@ -44,6 +44,7 @@ from lora_plugins.integrations.lightning.module import (
     check_merged_base,
     check_not_nested,
     check_not_replaced,
+    check_only_tensors,
     find_target,
     freeze_alike,
     known_bases,
@@ -287,6 +288,8 @@ class LoraCallback(Callback):
         check_not_replaced(target, self.adapter_name)
         freeze_new_norms(target)  # those that Trainer(sync_batchnorm=True) has made
         self._check_mergeable(trainer, target)
+        if self.export_to is not None:
+            check_only_tensors(target)
         check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
         check_by_writer(trainer, lambda: check_room(self.adapter_files, self.export_to, plan))

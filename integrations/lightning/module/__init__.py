@@ -59,7 +59,12 @@ from lora_plugins.integrations.lightning.module.moved_tensors import (
     put_back_known_bases,
     take_fingerprints,
 )
-from lora_plugins.integrations.lightning.module.plain_file import plain_state_dict, whole_state_dict, write_safetensors
+from lora_plugins.integrations.lightning.module.plain_file import (
+    check_only_tensors,
+    plain_state_dict,
+    whole_state_dict,
+    write_safetensors,
+)
 from lora_plugins.integrations.lightning.module.reversible_merge import (
     check_mergeable,
     merge_reversibly,
@@ -96,6 +101,7 @@ __all__ = [
     "check_merged_base",
     "check_not_nested",
     "check_not_replaced",
+    "check_only_tensors",
     "checksum",
     "checksums",
     "copy_factors",

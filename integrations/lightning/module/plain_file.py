@@ -8,12 +8,33 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from lora_plugins import StateError
+from lora_plugins.errors import listing
 from lora_plugins.utils import replace_file
 
 
 def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
-    """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires."""
+    """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires.
+
+    Raises:
+        StateError: If it holds something else than tensors.
+    """
+    check_only_tensors(target)
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in whole_state_dict(target).items()}
+
+
+def check_only_tensors(target: nn.Module) -> None:
+    """Checks that a `.safetensors` file can hold the state dict of a module.
+
+    Raises:
+        StateError: If it holds something else than tensors, naming the keys.
+    """
+    others = [key for key, value in whole_state_dict(target).items() if not isinstance(value, Tensor)]
+    if others:
+        raise StateError(
+            f"{listing(others)} of the state dict of {type(target).__name__} are no tensors (get_extra_state), and a "
+            ".safetensors file holds nothing else. Leave export_to out: a checkpoint of the merged module has them."
+        )
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Any]:

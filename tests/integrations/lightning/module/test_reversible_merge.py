@@ -277,6 +277,20 @@ class TestFiles:
         trainer(tmp_path, [lora], fast_dev_run=1).fit(Classifier(), loader())
         assert not (tmp_path / "adapter").exists()
 
+    def test_what_is_no_tensor_is_refused_before_training(self, tmp_path):
+        class KeepsMore(nn.Linear):
+            def get_extra_state(self):
+                return {"calls": 0}
+
+            def set_extra_state(self, state):
+                pass
+
+        module = Classifier()
+        module.net[3].__class__ = KeepsMore
+        export = str(tmp_path / "merged.safetensors")
+        with pytest.raises(StateError, match=r"'net\.3\._extra_state' of the state dict of Classifier"):
+            trainer(tmp_path, [LoraCallback(CONFIG, export_to=export)]).fit(module, loader())
+
     def test_other_ending_is_refused(self):
         with pytest.raises(ConfigError, match=r"\.safetensors"):
             LoraCallback(CONFIG, export_to="merged.bin")
