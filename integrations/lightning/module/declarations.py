@@ -35,7 +35,8 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
         ConfigError: If a declared head does not exist, or its name would match other modules as well; or if the
             declared targets are layers of another part of the module.
     """
-    declared: Iterable[str] = getattr(module, "head_modules", ())
+    given: Iterable[str] | str = getattr(module, "head_modules", ())
+    declared = [given] if isinstance(given, str) else given
     prefix = f"{path}." if path else ""
     heads = [name.removeprefix(prefix) for name in declared if name.startswith(prefix)]
     names = [*(entry.name for entry in model_modules(target)), *named_parameters(target)]

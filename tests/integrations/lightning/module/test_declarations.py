@@ -19,6 +19,12 @@ class TestDeclaredHeads:
         assert {"net.3.weight", "net.3.bias"} < set(load(tmp_path / "it.ckpt")["state_dict"])
         assert not differing(values(module), values(load_from_checkpoint(self.Declares, tmp_path / "it.ckpt")))
 
+    def test_one_may_be_named_alone(self):
+        class Declares(Classifier):
+            head_modules = "net.3"
+
+        assert lora(LoraConfig(r=2)).plan(Declares()).trained == ("net.3.weight", "net.3.bias")
+
     def test_below_a_target(self, tmp_path):
         module = self.Declares()
         trainer(tmp_path, [lora(LoraConfig(r=2), target="net")]).fit(module, loader())
