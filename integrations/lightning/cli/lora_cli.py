@@ -202,6 +202,5 @@ class PlanCLI(LoraCLI):
         callbacks = lora_callbacks(self.trainer)
         if not callbacks:
             raise ConfigError("There is nothing to plan: no `lora:` section and no LoraCallback among the callbacks.")
-        model.configure_model()
         for callback in callbacks:
             print_plan(callback.plan(model), f"LoRA adapter {callback.adapter_name!r}, not trained yet")

@@ -53,6 +53,16 @@ def test_options_without_a_command(arguments, capsys):
     assert f"{arguments[0]} is given, and no command: lora-plugins fit" in capsys.readouterr().err
 
 
+class BuildsInTurn(Classifier):
+    """Has a part after `setup`, which `configure_model` goes on with."""
+
+    def setup(self, stage):
+        self.first = self.net[0]
+
+    def configure_model(self):
+        self.first.requires_grad_(False)
+
+
 class TestOtherCommands:
     def test_plan_prints_and_trains_nothing(self, config, capsys, tmp_path):
         assert main(["plan", "--config", config()]) == 0
@@ -60,6 +70,9 @@ class TestOtherCommands:
         assert "net.0,3 x2" in out
         assert "not trained yet" in out
         assert {path.name for path in tmp_path.iterdir()} == {"config.in.yaml"}
+
+    def test_plan_builds_in_the_order_of_fit(self, config):
+        assert main(["plan", "--config", config(model={"class_path": f"{__name__}.BuildsInTurn"})]) == 0
 
     def test_plan_of_nothing(self, config, capsys):
         assert main(["plan", "--config", config(lora=None)]) == 1
