@@ -19,7 +19,8 @@ def _prepared(arguments: list[str], *, adapts: bool, writes: bool = False) -> li
 
     written = ["--help" if argument == "--help-all" else argument for argument in expanded(arguments)]
     command = _named_command(written)
-    given = [argument for argument in written if argument not in _TRAINER_COMMANDS]
+    given = [*written]
+    given.remove(command)  # once: a value may be the same word, as in --data.init_args.split test
     config = check(given, tuple(SHORT), command=command, writes=writes)
     if adapts and config is not None:
         with _given_arguments(), without_collections():
@@ -33,7 +34,7 @@ def _prepared(arguments: list[str], *, adapts: bool, writes: bool = False) -> li
 def _trainer(arguments: list[str]) -> int:
     if _asks_for_help(arguments):
         return _print_help(_named_command(arguments))
-    fits = "fit" in arguments and not _prints(arguments)
+    fits = _given_command(arguments) == "fit" and not _prints(arguments)
     return _run_cli(_prepared(arguments, adapts=fits, writes=fits))
 
 
@@ -64,9 +65,14 @@ def _print_help(command: str) -> int:
     return 0
 
 
+def _given_command(arguments: list[str]) -> str | None:
+    """The command, which options may precede; None if there is none."""
+    return next((argument for argument in arguments if argument in _TRAINER_COMMANDS), None)
+
+
 def _named_command(arguments: list[str]) -> str:
-    """The command, which options may precede."""
-    named = next((argument for argument in arguments if argument in _TRAINER_COMMANDS), None)
+    """The command, or an error if there is none."""
+    named = _given_command(arguments)
     if named is None:
         from lora_plugins.errors import ConfigError  # noqa: PLC0415
 

@@ -74,6 +74,10 @@ class TestOtherCommands:
     def test_plan_builds_in_the_order_of_fit(self, config):
         assert main(["plan", "--config", config(model={"class_path": f"{__name__}.BuildsInTurn"})]) == 0
 
+    @pytest.mark.parametrize("value", ["fit", "test"])
+    def test_a_value_is_called_as_a_command(self, config, value):
+        assert main(["plan", "--config", config(), "--trainer.default_root_dir", value]) == 0
+
     def test_plan_of_nothing(self, config, capsys):
         assert main(["plan", "--config", config(lora=None)]) == 1
         assert "nothing to plan" in capsys.readouterr().err
