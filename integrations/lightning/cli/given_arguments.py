@@ -59,7 +59,7 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str)
             _refuse_flag(flag, flags)
         if flag in ("--config", "-c"):
             _merge(given, _configuration(value, command))
-        elif flag.endswith(".help"):
+        elif section == "help" or flag.endswith(".help"):
             given["print_config"] = ""  # it prints and does nothing, too
         elif value is None and "." in flag:
             raise ConfigError(f"{flag} takes a value: {flag} VALUE.")

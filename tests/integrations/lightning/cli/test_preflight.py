@@ -323,6 +323,12 @@ def test_help_is_one_page(capsys):
         assert word in page
 
 
+def test_every_flag_is_in_the_whole_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--help-all"])
+    assert {"--trainer.max_epochs", "--lora", "--lora_callback.target"} <= set(capsys.readouterr().out.split())
+
+
 class TestRecipes:
     def test_they_are_listed_with_their_whole_sentence(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "80")
