@@ -110,7 +110,7 @@ def _stray(argument: str) -> str:
 
 
 def _is_number(argument: str) -> bool:
-    return re.fullmatch(r"-\d+(\.\d*)?(e-?\d+)?", argument) is not None
+    return re.fullmatch(r"-(\d+\.?\d*|\.\d+)(e-?\d+)?", argument) is not None
 
 
 def _refuse_flag(flag: str, short: Sequence[str]) -> None:
@@ -171,16 +171,23 @@ def _merge(given: dict[str, Any], more: Mapping[str, Any]) -> None:
     for key, value in more.items():
         if isinstance(value, Mapping) and isinstance(given.get(key), dict) and key not in _TAKEN_WHOLE:
             _merge(given[key], value)
-        else:
+        elif not (isinstance(value, Mapping) and _is_in_a_file(key, given)):
             given[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def _put(given: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     for key in keys[:-1]:
+        if _is_in_a_file(key, given):
+            return
         if not isinstance(given.get(key), dict):
             given[key] = {}
         given = given[key]
     given[keys[-1]] = value
+
+
+def _is_in_a_file(key: str, given: Mapping[str, Any]) -> bool:
+    """Whether a key is the section `lora` as the path of a file, which the parser reads: a part of it is no config."""
+    return key == "lora" and isinstance(given.get(key), str)
 
 
 def _added(before: Any, value: Any) -> list[Any]:

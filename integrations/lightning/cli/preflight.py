@@ -24,6 +24,9 @@ _OTHER_FILES = frozenset(
 _IN_SHARDED = (".metadata", "meta.pt", "checkpoint", "latest")
 """Of a checkpoint that is a folder: what torch's distributed checkpoints, Lightning and DeepSpeed write into one."""
 
+_OURS = "lora_plugins."
+"""How the paths of our classes begin."""
+
 _OF_A_FOLDER = "FolderDataModule"
 """How the names of the data modules end that read a folder of the user's, `root`."""
 
@@ -63,6 +66,7 @@ def _check_sections(given: Mapping[str, Any]) -> None:
     """Refuses what is in one of our two sections and belongs into the other, or nowhere."""
     config = [field.name for field in fields(LoraConfig)]
     callback = _arguments_in(Path(__file__).parent.parent / "callback.py")
+    callback.remove("config")  # which the section `lora` is
     for section, own, other, others in (
         ("lora", config, "lora_callback", callback),
         ("lora_callback", callback, "lora", config),
@@ -145,7 +149,7 @@ def _check_accelerator(given: Mapping[str, Any]) -> None:
 
 def _check_batch_size(given: Mapping[str, Any]) -> None:
     size = value_at(given, "data", "init_args", "batch_size")
-    if size is not MISSING and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+    if _data_class(given) and size is not MISSING and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ConfigError(f"data.init_args.batch_size is {size!r}; it is a whole number, at least 1.")
 
 
@@ -159,10 +163,16 @@ def _check_seed(given: Mapping[str, Any]) -> None:
 
 def _check_root(given: Mapping[str, Any]) -> None:
     root = value_at(given, "data", "init_args", "root")
-    if "print_config" in given or not str(value_at(given, "data", "class_path")).endswith(_OF_A_FOLDER):
+    if "print_config" in given or not _data_class(given).endswith(_OF_A_FOLDER):
         return  # it is not read, or made first
     if isinstance(root, str) and not Path(root).is_dir():
         raise ConfigError(f"data.init_args.root: {no_folder(Path(root))}")
+
+
+def _data_class(given: Mapping[str, Any]) -> str:
+    """Returns the class path of a data module of ours; empty for those of others, whose arguments are their matter."""
+    path = str(value_at(given, "data", "class_path"))
+    return path if path.startswith(_OURS) else ""
 
 
 def _check_adapter_places(given: Mapping[str, Any]) -> None:
@@ -194,7 +204,7 @@ def _check_other_places(given: Mapping[str, Any]) -> None:
         check_writable_folder(Path(root), "trainer.default_root_dir")
     for number, callback in enumerate(callbacks if isinstance(callbacks, list) else ()):
         path = value_at(callback, "init_args", "path")
-        if str(value_at(callback, "class_path")).startswith("lora_plugins.") and isinstance(path, str):
+        if str(value_at(callback, "class_path")).startswith(_OURS) and isinstance(path, str):
             check_writable_file(Path(path), f"trainer.callbacks[{number}].init_args.path")
 
 

@@ -78,6 +78,11 @@ class TestOtherCommands:
     def test_a_value_is_called_as_a_command(self, config, value):
         assert main(["plan", "--config", config(), "--trainer.default_root_dir", value]) == 0
 
+    def test_fields_beside_those_of_a_file(self, config, tmp_path):
+        (tmp_path / "lora.yaml").write_text("{target_modules: [net.0], init: loftq}")
+        given = ["--lora", str(tmp_path / "lora.yaml"), "--lora.init_options.bits=2"]
+        assert main(["plan", "--config", config(lora=None), *given]) == 0
+
     def test_plan_of_nothing(self, config, capsys):
         assert main(["plan", "--config", config(lora=None)]) == 1
         assert "nothing to plan" in capsys.readouterr().err

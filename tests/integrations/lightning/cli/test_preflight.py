@@ -10,6 +10,7 @@ from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.plugins import LOAD_VARIABLE
 from tests.integrations.lightning.cli.cli_cases import needs_vision
+from tests.integrations.lightning.toys import Data
 
 AT_ONCE = {
     "no such file": (["--config", "nowhere.yaml"], "There is no file nowhere.yaml"),
@@ -44,6 +45,7 @@ AT_ONCE = {
     "no flag": (["recipe:cls"], "A configuration is given by --config recipe:cls."),
     "two values": (["--config", "recipe:cls", "--lora.target_modules", "a", "b"], "'b' has no flag before it."),
     "other section": (["--config", "recipe:cls", "--lora.export_to", "x"], "has: lora_callback.export_to."),
+    "no section": (["--config", "recipe:cls", "--lora_callback.config.r", "8"], "lora_callback has no field 'config'."),
     "flag": (["--config", "recipe:cls", "--epoch", "3"], "There is no flag --epoch. Did you mean '--epochs'"),
     "section": (["--config", "recipe:cls", "--tainer.max_epochs", "3"], "Did you mean '--trainer'"),
     "batch size 0": (
@@ -271,6 +273,7 @@ def test_short_flags_are_the_dotted_ones(capsys):
 
 AS_THE_PARSER = {
     "a power of ten": (["--lora.dropout", "1e-1"], "dropout: 0.1"),
+    "a negative number": (["--model.init_args.lr", "-.5"], "lr: -0.5"),
     "a power without its sign": (["--lora.alpha", "1.5e1"], "alpha: 15.0"),
     "one more in a list": (["--lora.modules_to_save+", "head"], "modules_to_save:\n  - head"),
     "some more in a list": (["--lora.modules_to_save+=[head, fc]"], "modules_to_save:\n  - head\n  - fc"),
@@ -283,6 +286,18 @@ def test_values_are_read_as_the_parser_reads_them(arguments, printed, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config=recipe:cls", *arguments, "--print_config"])
     assert printed in capsys.readouterr().out
+
+
+class AnyFolderDataModule(Data):
+    """Of somebody else, and makes its folder by itself."""
+
+    def __init__(self, root: str, batch_size: list[int]):
+        super().__init__()
+
+
+def test_arguments_of_other_data_modules_are_their_matter(config):
+    data = {"class_path": f"{__name__}.AnyFolderDataModule", "init_args": {"root": "new", "batch_size": [2, 3]}}
+    assert main(["plan", "--config", config(data=data, optimizer=None, lr_scheduler=None)]) == 0
 
 
 def test_options_of_a_later_configuration_are_the_only_ones(tmp_path, capsys):
