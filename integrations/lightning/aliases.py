@@ -27,7 +27,7 @@ def alias_pytorch_lightning() -> None:
     Raises:
         StateError: If `pytorch_lightning` has been imported already, under its own name.
     """
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if _is_set():
         return
     present = [name for name in ALIASES if name in sys.modules]
     if present:
@@ -40,13 +40,13 @@ def alias_pytorch_lightning() -> None:
 
 def alias_in_use() -> bool:
     """Whether something has imported an alias in place of the package itself."""
-    return any(isinstance(finder, _Finder) for finder in sys.meta_path) and bool(ALIASES.keys() & sys.modules.keys())
+    return _is_set() and bool(ALIASES.keys() & sys.modules.keys())
 
 
 @contextmanager
 def pytorch_lightning_aliased() -> Iterator[None]:
     """Sets the alias for the duration of the block, unless `pytorch_lightning` is imported or aliased already."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path) or ALIASES.keys() & sys.modules.keys():
+    if _is_set() or ALIASES.keys() & sys.modules.keys():
         yield
         return
     alias_pytorch_lightning()
@@ -56,6 +56,10 @@ def pytorch_lightning_aliased() -> Iterator[None]:
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
         for name in [name for name in sys.modules if name.partition(".")[0] in ALIASES]:
             del sys.modules[name]
+
+
+def _is_set() -> bool:
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
