@@ -1,7 +1,7 @@
 """Restores the adapters of a checkpoint on a module, and completes its state dicts with the base."""
 
 import copy
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +71,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: boo
         _check_left_out(module, entry, keep_moved=keep_moved)
         whole = bool(entry.get("whole"))
         # Before one is overwritten.
-        located = [_located(module, adapter, state, whole=whole) for adapter in entry["adapters"]]
+        located = _in_order([_located(module, adapter, state, whole=whole) for adapter in entry["adapters"]])
         for adapter, place in zip(entry["adapters"], located, strict=True):
             _attach_or_overwrite(place, undo)
             _set_active(place.target, place.name, adapter["active"], adapter["weight"])
@@ -208,6 +208,21 @@ def _is_rebuilt_alike(own: PackedAdapter, packed: PackedAdapter) -> bool:
     LoftQ changes bases otherwise on other machines.
     """
     return by_same_plugins(own, packed) and own.manifest["changed"] == packed.manifest["changed"]
+
+
+def _in_order(located: Sequence[_Located]) -> list[_Located]:
+    """Lets adapters be put anew that would else stand in another order on their target than in the file.
+
+    States of optimizers belong to parameters by that order, and what is put anew comes to stand behind the others.
+    """
+    anew: set[int] = set()
+    for target in {id(place.target): place.target for place in located}.values():
+        places, state = [place for place in located if place.target is target], model_state(target)
+        present = [] if state is None else [*state.adapters]
+        in_order = [place.name for place in places][: len(present)] == present
+        if not in_order or any(place.is_present and place.own is None for place in places):
+            anew.add(id(target))
+    return [replace(place, own=None) if id(place.target) in anew else place for place in located]
 
 
 def _attach_or_overwrite(place: _Located, undo: ExitStack) -> None:

@@ -62,7 +62,7 @@ class Owner(Protocol):
 
         Args:
             trainer: The trainer.
-            changed: Whether the module had others or none before.
+            changed: Whether the module had others or none before, or in another order.
             whole: Whether the base is about to be loaded from the checkpoint as well.
         """
 
@@ -146,9 +146,9 @@ class CheckpointShims:
         with allowed(), reading_errors(checkpoint_path):
             checkpoint: dict[str, Any] = self._read(checkpoint_path, *args, **kwargs)
         check_whole(checkpoint_path, checkpoint)
-        before = {name for name, _ in self._module.named_parameters()}
+        before = [name for name, _ in self._module.named_parameters()]
         complete = self._prepare(checkpoint_path, checkpoint)
-        changed = before != {name for name, _ in self._module.named_parameters()}
+        changed = before != [name for name, _ in self._module.named_parameters()]
         for owner in self._owners:
             owner.restored(self._trainer, changed, whole=bool(complete.get(KEY, {}).get("whole")))
         return complete

@@ -326,3 +326,24 @@ def test_a_plugin_that_has_come_since_and_changes_no_layer_leaves_the_parameters
     before = {name: id(parameter) for name, parameter in module.named_parameters()}
     run(tmp_path, CONFIG, 2).fit(module, loader(), ckpt_path=path)
     assert {name: id(parameter) for name, parameter in module.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("precision", "turned"),
+    [("bf16-true", False), ("32-true", True)],
+    ids=["one is made anew of the base", "given in another order"],
+)
+def test_each_of_two_adapters_goes_on_with_its_own_state_of_the_optimizer(tmp_path, precision, turned):
+    def fit(epochs, turned=False, **options):
+        configs = {init: LoraConfig(r=2, target_modules=["net.0"], init=init) for init in ("pissa", "kaiming")}
+        callbacks = [LoraCallback(c, adapter_name=name, merge_on_fit_end=False) for name, c in configs.items()]
+        module = Classifier()
+        run = trainer(tmp_path, callbacks[::-1] if turned else callbacks, max_epochs=epochs, precision=precision)
+        run.fit(module, loader(), **options)
+        return run, module
+
+    run, _ = fit(1)
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    _, straight = fit(2)
+    _, resumed = fit(2, turned, ckpt_path=tmp_path / "it.ckpt")
+    assert not differing(values(straight), values(resumed))
