@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_plugins.integrations.lightning.checkpoint.nested_paths import Path, changed_at
 from lora_plugins.integrations.lightning.module import checksum
+from lora_plugins.utils import is_dense
 
 CALLBACKS = "callbacks"
 
@@ -59,7 +60,7 @@ def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, dict):
         for key, each in value.items():
             yield from _tensors(each, (*path, key))
-    elif type(value) in (Tensor, torch.nn.Parameter) and path:
+    elif type(value) in (Tensor, torch.nn.Parameter) and is_dense(value) and path:
         yield path, value
 
 

@@ -19,7 +19,7 @@ from lora_plugins.inplace import model_modules, named_tensors, own_buffers, own_
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 from lora_plugins.integrations.lightning.module.moved_tensors import moved_by_hand
-from lora_plugins.utils import in_float64, plain_name, within
+from lora_plugins.utils import in_float64, is_dense, plain_name, within
 
 _BUILT = "_lora_built"
 """Attribute of a LightningModule with what its tensors outside of the targets were when it was adapted."""
@@ -104,14 +104,14 @@ def built_alike(module: nn.Module, expected: Mapping[str, Fingerprint]) -> set[s
 
 
 def outside(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors of a module that belong to none of its targets, by name."""
+    """Returns the dense tensors of a module that belong to none of its targets, by name; others have no checksums."""
     inside: set[int] = set()
     for target in adapted_targets(module).values():
         modules = model_modules(target)
         own = [*own_parameters(modules).values(), *own_buffers(modules).values()]
         inside |= {id(tensor) for tensor in (*own, *adapter_tensors(target).values())}
     named = named_tensors(module, aliases=True).items()
-    return {name: t.detach() for name, t in named if id(t) not in inside and not (is_lazy(t) or t.is_meta)}
+    return {name: t.detach() for name, t in named if id(t) not in inside and not is_lazy(t) and is_dense(t)}
 
 
 def _notes(module: nn.Module) -> dict[str, _Built]:

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -266,6 +267,30 @@ def test_copy_of_a_module_knows_as_well(tmp_path):
     fitted(tmp_path, other, 1, "other")
     again = load_from_checkpoint(Parts, tmp_path / "other" / "epoch=0.ckpt")
     assert not differing(values(again), values(other))
+
+
+class Meshes(Parts):
+    """Has a matrix that is sparse, as networks on graphs and meshes do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("neighbors", torch.eye(300).to_sparse())
+
+
+class KeepsNeighbors(Callback):
+    def state_dict(self):
+        return {"neighbors": torch.eye(300).to_sparse()}
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+def test_what_is_sparse_is_in_the_files(tmp_path):
+    fitted(tmp_path, Meshes(), 1, callbacks=[KeepsNeighbors()])
+    path = tmp_path / "run" / "epoch=0.ckpt"
+    assert load(path)["state_dict"]["neighbors"].is_sparse
+    fitted(tmp_path, Meshes(), 2, callbacks=[KeepsNeighbors()], given={"ckpt_path": path})
+    load_from_checkpoint(Meshes, path)
 
 
 def test_pickle_of_a_merged_module_is_free_of_us(tmp_path):
