@@ -23,6 +23,9 @@ from lora_plugins.inplace import (
     unwrapped,
 )
 
+_OF_HOOKS = ("_orig", "_g", "_v")
+"""What follows the name of a weight in those that hooks of torch compute it from: norms of weights, and pruning."""
+
 
 def open_state(model: nn.Module) -> ModelState:
     """Returns the adapters of a model, after giving it an empty set of them if it has none.
@@ -72,8 +75,9 @@ def _required(state: ModelState, name: str, parameter: Tensor) -> bool:
     if name in state.requires_grad:
         return state.requires_grad[name]
     module, _, key = name.rpartition(".")
-    sources = (full_name(module, f"parametrizations.{key}."), f"{name}_")
-    flags = [flag for other, flag in state.requires_grad.items() if other.startswith(sources)]
+    parametrized = full_name(module, f"parametrizations.{key}.")
+    hooked = {name + suffix for suffix in _OF_HOOKS}
+    flags = [flag for other, flag in state.requires_grad.items() if other in hooked or other.startswith(parametrized)]
     return any(flags) if flags else parameter.requires_grad
 
 

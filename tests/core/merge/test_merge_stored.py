@@ -167,3 +167,9 @@ def test_a_fresh_adapter_loses_nothing():
     model = lora.merge_and_unload()
     assert stored(model) == ["0.weight_stored", "2.weight_stored"]
     assert torch.equal(output(model), expected)
+
+
+def test_a_base_that_stayed_stored_is_trainable_when_it_is_merged_dense():
+    model = adapted().unload(dequantize=False)
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"])).merge_and_unload(dequantize=True)
+    assert all(parameter.requires_grad for parameter in model.parameters())
