@@ -19,8 +19,7 @@ def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
     Raises:
         StateError: If it holds something else than tensors.
     """
-    check_only_tensors(target)
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in whole_state_dict(target).items()}
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _only_tensors(target).items()}
 
 
 def check_only_tensors(target: nn.Module) -> None:
@@ -29,12 +28,18 @@ def check_only_tensors(target: nn.Module) -> None:
     Raises:
         StateError: If it holds something else than tensors, naming the keys.
     """
-    others = [key for key, value in whole_state_dict(target).items() if not isinstance(value, Tensor)]
+    _only_tensors(target)
+
+
+def _only_tensors(target: nn.Module) -> dict[str, Tensor]:
+    state = whole_state_dict(target)
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise StateError(
             f"{listing(others)} of the state dict of {type(target).__name__} are no tensors (get_extra_state), and a "
             ".safetensors file holds nothing else. Leave export_to out: a checkpoint of the merged module has them."
         )
+    return state
 
 
 def whole_state_dict(module: nn.Module) -> dict[str, Any]:
