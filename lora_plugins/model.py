@@ -42,7 +42,7 @@ from lora_plugins.errors import StateError, noted
 from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
-from lora_plugins.plan import Plan, make_plan
+from lora_plugins.plan import Plan, make_plan, parameter_counts
 from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, default_registry
 from lora_plugins.utils import outside_inference
 from lora_plugins.words import MEMBERS, Told, said_of_member
@@ -586,10 +586,11 @@ class LoraModel(metaclass=Told):
         return pack(self.model, self._state, adapter_name, self._registry, of_first_base=True)
 
     def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trained, of how many, in the form that PEFT made usual."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        total = sum(size for size, _ in sizes)
-        trained = sum(size for size, trained in sizes if trained)
+        """Prints how many parameters are trained, of how many, in the form that PEFT made usual.
+
+        A weight that is stored in fewer bytes counts as the dense one.
+        """
+        trained, total = parameter_counts(self.model)
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     if not TYPE_CHECKING:  # a type checker shall go on to find what does not exist

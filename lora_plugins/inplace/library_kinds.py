@@ -3,6 +3,7 @@
 They are told by the names of their types, so that no library is imported.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Foreign:
         dense: Returns the dense value of a weight of a layer.
         dtype: Returns the type of that value.
         problem: Says why updates cannot be added to it; empty if they can.
+        elements: Returns how many values a weight has once it is dense.
         forward: Computes what the layer does, with the dense weight that it answers with and an input of its type; None
             where the layer's own forward does so.
         dense_class: The class that the layer has once its weight is dense; None for its own.
@@ -34,6 +36,7 @@ class Foreign:
     dense: Callable[[Any, Any], Tensor]
     dtype: Callable[[Any, Any], torch.dtype]
     problem: Callable[[Any, Any], str]
+    elements: Callable[[Any], int]
     forward: Callable[..., Tensor] | None = None
     dense_class: type[nn.Module] | None = None
     pinned: tuple[tuple[str, Any], ...] = ()
@@ -70,6 +73,11 @@ def _problem_4_bits(layer: Any, weight: Any) -> str:
             "model again, and adapt it before it is run"
         )
     return ""
+
+
+def _elements_4_bits(weight: Any) -> int:
+    shape = weight.shape if weight.quant_state is None else weight.quant_state.shape
+    return math.prod(shape)
 
 
 def _dense_8_bits(layer: Any, weight: Any) -> Tensor:
@@ -109,6 +117,10 @@ def _problem_gguf(layer: Any, weight: Any) -> str:
     return ""
 
 
+def _elements_gguf(weight: Any) -> int:
+    return math.prod(weight.quant_shape)
+
+
 def _linear(layer: Any, x: Tensor) -> Tensor:
     """What a linear layer of these libraries computes, with the dense weight that it answers with."""
     weight = layer.weight
@@ -140,7 +152,7 @@ def _problem_torchao(layer: Any, weight: Any) -> str:
     return "" if type(dense) is Tensor else f"is a {type(weight).__name__} of torchao that cannot be made dense"
 
 
-_TORCHAO = Foreign("torchao", _dense_torchao, _own_dtype, _problem_torchao)
+_TORCHAO = Foreign("torchao", _dense_torchao, _own_dtype, _problem_torchao, torch.numel)
 
 _KINDS = {
     "bitsandbytes.nn.modules.Params4bit": Foreign(
@@ -148,16 +160,17 @@ _KINDS = {
         _dense_4_bits,
         _dtype_4_bits,
         _problem_4_bits,
+        _elements_4_bits,
         _linear,
         nn.Linear,
         (("support_avx512bf16_for_cpu", False),),
         breaks=True,
     ),
     "bitsandbytes.nn.modules.Int8Params": Foreign(
-        "bitsandbytes, 8 bits", _dense_8_bits, _dtype_8_bits, _problem_8_bits, _linear, nn.Linear
+        "bitsandbytes, 8 bits", _dense_8_bits, _dtype_8_bits, _problem_8_bits, torch.numel, _linear, nn.Linear
     ),
     "diffusers.quantizers.gguf.utils.GGUFParameter": Foreign(
-        "GGUF", _dense_gguf, _dtype_gguf, _problem_gguf, _linear, nn.Linear
+        "GGUF", _dense_gguf, _dtype_gguf, _problem_gguf, _elements_gguf, _linear, nn.Linear
     ),
 }
 """Kinds by the import path of their type."""

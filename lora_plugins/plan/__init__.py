@@ -6,6 +6,7 @@ One walk over the model (`survey`) gives frozen records (`sites`), and the plan 
 from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
+from lora_plugins.plan.parameter_counts import parameter_counts
 from lora_plugins.plan.patterns import (
     ends_with,
     exact_expression,
@@ -33,6 +34,7 @@ __all__ = [
     "make_plan",
     "matches",
     "named_plugins",
+    "parameter_counts",
     "shortest_ends",
     "weights_to_store",
 ]

@@ -99,7 +99,7 @@ class OwnParameter:
 
     Args:
         key: Which weight it is.
-        size: Its number of elements.
+        size: The number of values that it stands for: all of a dense weight, for one tensor of a stored one.
         floating: Whether its type is a floating one, and not only looks like one to its users.
         dtype: Its type.
         lazy: Whether it has no shape yet.

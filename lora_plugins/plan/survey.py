@@ -13,6 +13,7 @@ from lora_plugins.inplace import (
     base_class_of,
     class_reason,
     detached_weight,
+    element_count,
     foreign_kind,
     foreign_problem,
     full_name,
@@ -41,20 +42,25 @@ def survey(model: nn.Module, registry: Registry) -> Survey:
     modules = model_modules(model)
     parameters = own_parameters(modules)
     aliases: dict[int, list[str]] = {}
+    sizes: dict[int, int] = {}
     for entry in modules:
         for key, parameter in entry.module._parameters.items():
-            aliases.setdefault(id(parameter), []).extend(full_name(name, key) for name in entry.names)
+            if parameter is not None:
+                aliases.setdefault(id(parameter), []).extend(full_name(name, key) for name in entry.names)
+                sizes[id(parameter)] = element_count(entry.module, parameter)
     foreign = foreign_names(modules)
     return Survey(
         tuple(_site(entry, registry, entry.name in foreign) for entry in modules),
-        {name: _parameter(parameter, aliases[id(parameter)][1:]) for name, parameter in parameters.items()},
+        {
+            name: _parameter(parameter, sizes[id(parameter)], aliases[id(parameter)][1:])
+            for name, parameter in parameters.items()
+        },
         tuple(persistent_buffers(modules)),
     )
 
 
-def _parameter(parameter: Tensor, aliases: list[str]) -> OwnParameter:
+def _parameter(parameter: Tensor, size: int, aliases: list[str]) -> OwnParameter:
     lazy = is_lazy(parameter)
-    size = 0 if lazy else parameter.numel()
     floating = parameter.dtype.is_floating_point and foreign_kind(parameter) is None
     return OwnParameter(id(parameter), size, floating, parameter.dtype, lazy, tuple(aliases))
 

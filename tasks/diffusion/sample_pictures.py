@@ -17,7 +17,7 @@ from lora_plugins.field_checks import check_count, optional
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
-from lora_plugins.plan import LayerGroup
+from lora_plugins.plan import LayerGroup, parameter_counts
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
 from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask, without_adapters
@@ -80,8 +80,7 @@ class SamplePictures(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Samples the base model."""
         task = cast(TextToImageTask, pl_module)
-        self._total = sum(p.numel() for p in task.parts.parameters())
-        self._trained = sum(p.numel() for p in task.parts.parameters() if p.requires_grad)
+        self._trained, self._total = parameter_counts(task.parts)
         if model_state(task.parts) is not None:
             plans = LoraModel(task.parts).plans.values()
             self._plan = [group for plan in plans for group in plan.groups()]

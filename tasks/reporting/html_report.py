@@ -20,6 +20,7 @@ from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
+from lora_plugins.plan import parameter_counts
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
@@ -116,9 +117,7 @@ class HtmlReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records what is trained, and how."""
         task = cast(VisionTask, pl_module)
-        parameters = list(task.network.parameters())
-        self._total = sum(p.numel() for p in parameters)
-        self._trained = sum(p.numel() for p in parameters if p.requires_grad)
+        self._trained, self._total = parameter_counts(task.network)
         self._training, self._method = training_facts(trainer, task), method_of(task, self._plans)
         self._first_epoch = trainer.current_epoch
         self._counts = torch.zeros(task.model_config.num_classes, dtype=torch.long)

@@ -139,6 +139,13 @@ def test_the_law_holds_for_the_dense_values(make, fields):
 
 
 @models
+def test_the_dense_values_are_counted(make):
+    model, dense = pair(make)
+    quantized, floats = (LoraModel(each).plans["default"] for each in (model, dense))
+    assert quantized.base_parameters == floats.base_parameters
+
+
+@models
 def test_nothing_dense_is_kept(make):
     model, dense = pair(make)
     assert kept(model, x()) <= 1.02 * kept(dense, x())
