@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_plugins.errors import PluginError, StateError
 from lora_plugins.inplace.made_again import note
@@ -102,9 +103,15 @@ class StoredWeight(nn.Module):
         return note(self._dense(), lambda: self._dense_at(versions))
 
     def rows(self, index: Tensor) -> Tensor:
-        """Returns rows of the dense weight, for any shape of indices."""
+        """Returns rows of the dense weight, for any shape of indices.
+
+        Raises:
+            IndexError: If there is no such row, on a CPU; elsewhere as a lookup of torch does.
+        """
         with torch.no_grad():
-            return self.storage.rows(self.tensors, index, self.shape).to(self.dtype)
+            numbers = torch.arange(self.shape[0], device=index.device)[:, None]
+            own = F.embedding(index, numbers).squeeze(-1)  # a storage may answer for -1, and for what fills a block
+            return self.storage.rows(self.tensors, own, self.shape).to(self.dtype)
 
     def extra_repr(self) -> str:
         """Shows what is stored."""

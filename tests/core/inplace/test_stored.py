@@ -438,6 +438,15 @@ def test_an_embedding_makes_only_the_looked_up_rows_dense(monkeypatch):
     model(index)
 
 
+@pytest.mark.parametrize("storage", ["int8", "nf4"])
+@pytest.mark.parametrize("row", [-1, 100])
+def test_a_row_that_is_not_there_is_an_error(storage, row):
+    model = nn.Sequential(nn.Embedding(100, 33))
+    LoraModel(model, config(quantize=storage)).unload(dequantize=False)
+    with pytest.raises(IndexError):
+        model(torch.tensor([3, row]))
+
+
 def test_adapters_on_one_stored_base():
     model = build()
     lora = LoraModel(model, config(modules_to_save=["4"]), "a")
