@@ -1,12 +1,13 @@
 """The folder for the results of a run: the one that is named, or a new one; used by one run at a time."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from lora_plugins.errors import ConfigError, listing
+from lora_plugins.integrations.lightning.cli import try_lock, unlock
 from lora_plugins.tasks.autoconfig.configuration import ADAPTER, CONFIG, MERGED, PICTURE, REPORT
 from lora_plugins.writable import check_writable_folder
 
@@ -55,29 +56,19 @@ def held(tried: Iterable[Path]) -> Iterator[Path]:
     try:
         yield path
     finally:
-        lock.release()
-        with suppress(OSError):
-            (path / LOCK).unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()  # where nothing was left
+        unlock(lock, made)
 
 
 def _locked(path: Path) -> FileLock | None:
     """Locks a folder, which is made if it does not exist; None if another run uses it, or has just used it."""
-    lock = FileLock(path / LOCK)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror or error}. Name another place: --out DIR."
         ) from error
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    except (OSError, NotImplementedError):  # on a disk without locks
-        pass
-    if _has_results(path):
+    lock = try_lock(path / LOCK)
+    if lock is not None and _has_results(path):
         lock.release()
         return None
     return lock

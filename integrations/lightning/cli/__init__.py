@@ -11,6 +11,7 @@ from lora_plugins.integrations.lightning.cli.short_flags import SHORT, positive,
 from lora_plugins.lazy import lazily
 
 if TYPE_CHECKING:
+    from lora_plugins.integrations.lightning.cli.held_places import try_lock, unlock
     from lora_plugins.integrations.lightning.cli.lora_cli import LoraCLI
     from lora_plugins.integrations.lightning.cli.merged_files import export_checkpoint, merge_checkpoint
     from lora_plugins.integrations.lightning.cli.recipes import recipe_path
@@ -24,6 +25,8 @@ __all__ = [
     "positive",
     "quiet",
     "recipe_path",
+    "try_lock",
+    "unlock",
     "whole",
 ]
 
@@ -32,6 +35,8 @@ _MODULES = {
     "export_checkpoint": "merged_files",
     "merge_checkpoint": "merged_files",
     "recipe_path": "recipes",
+    "try_lock": "held_places",
+    "unlock": "held_places",
 }
 
 __getattr__, __dir__ = lazily(__name__, _MODULES, extra="lightning")

@@ -30,23 +30,44 @@ def held(places: Iterable[str]) -> Iterator[None]:
 def _held(place: Path) -> Iterator[None]:
     file = place.parent / f".{place.name}.lock"
     made = [folder for folder in file.parents if not folder.exists()]
-    lock = FileLock(file)
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
+    lock = try_lock(file)
+    if lock is None:
         raise ConfigError(
             f"Another run is going on that will write {place}, and the later of the two would replace the other's "
             "results. Name another place, or wait for its end."
-        ) from error
-    except (OSError, NotImplementedError):  # the latter on a disk without locks
-        pass
+        )
     try:
         yield
     finally:
-        if lock.is_locked:
-            lock.release()
-            with suppress(OSError):
-                file.unlink()
-                for folder in made:
-                    folder.rmdir()  # where nothing was left
+        unlock(lock, made)
+
+
+def try_lock(file: Path) -> FileLock | None:
+    """Locks a file without waiting; None if another run has locked it.
+
+    On a disk without locks, and where the file cannot be made, nobody is kept out.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except (OSError, NotImplementedError):  # the latter on a disk without locks
+        pass
+    return lock
+
+
+def unlock(lock: FileLock, made: Iterable[Path]) -> None:
+    """Releases a lock, and removes its file.
+
+    Args:
+        lock: The lock.
+        made: Folders that were made for it, the innermost first; they are removed where nothing is in them.
+    """
+    lock.release()
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+        for folder in made:
+            folder.rmdir()
