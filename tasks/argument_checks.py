@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import Check, check_count, check_name, shown, whole_from
+from lora_plugins.field_checks import Check, check_count, check_name, is_whole, shown, whole_from
 
 
 def check_size(name: str, value: Any) -> None:
     """Height and width of images."""
     sides = value if isinstance(value, list | tuple) else ()
-    if len(sides) != 2 or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+    if len(sides) != 2 or any(not is_whole(side) or side < 1 for side in sides):
         raise ConfigError(f"{name} is height and width in pixels, such as (224, 224), not {shown(value)}.")
 
 
@@ -118,4 +118,4 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_digit(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 9
+    return is_whole(value) and 0 <= value <= 9

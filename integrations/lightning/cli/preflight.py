@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import near, near_matches, no_folder
+from lora_plugins.field_checks import is_whole
 from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, read_arguments, value_at
 from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED
 from lora_plugins.writable import check_writable_file, check_writable_folder
@@ -149,7 +150,7 @@ def _check_accelerator(given: Mapping[str, Any]) -> None:
 
 def _check_batch_size(given: Mapping[str, Any]) -> None:
     size = value_at(given, "data", "init_args", "batch_size")
-    if _data_class(given) and size is not MISSING and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+    if _data_class(given) and size is not MISSING and (not is_whole(size) or size < 1):
         raise ConfigError(f"data.init_args.batch_size is {size!r}; it is a whole number, at least 1.")
 
 
