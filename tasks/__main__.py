@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import MappingProxyType
 
+from lora_plugins.errors import near
+
 COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {
         "compare": ("examples", "compare_main", "frozen backbone, LoRA and full fine-tuning on the embedded data"),
@@ -32,8 +34,6 @@ def _usage(given: Sequence[str]) -> str:
     usage = f"usage: python -m lora_plugins.tasks COMMAND [--help] ...\n\n{commands}"
     if not given or given[0].startswith("-"):
         return usage
-    from lora_plugins.errors import near
-
     return f"{usage}\n\nerror: unknown command {given[0]!r}. {near(given[0], COMMANDS)}"
 
 

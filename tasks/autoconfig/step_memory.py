@@ -10,6 +10,13 @@ from torch import Tensor
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel
 from lora_plugins.errors import sentence
+from lora_plugins.integrations.lightning.module import with_declarations
+from lora_plugins.tasks.classification import ImageClassificationTask
+from lora_plugins.tasks.models import ModelConfig, refusing_small_images
+from lora_plugins.tasks.segmentation import SemanticSegmentationTask
+
+Task = ImageClassificationTask | SemanticSegmentationTask
+CLASSES: Mapping[str, type[Task]] = {cls.__name__: cls for cls in (ImageClassificationTask, SemanticSegmentationTask)}
 
 SHARE = 0.5
 """Of the memory that is free; the rest is for gradients, optimizers, workers, and what a step needs for moments."""
@@ -34,16 +41,9 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
     Raises:
         ConfigError: If the network does not take images of that size.
     """
-    from lora_plugins.integrations.lightning.module import with_declarations
-    from lora_plugins.tasks.classification import ImageClassificationTask
-    from lora_plugins.tasks.models import ModelConfig, refusing_small_images
-    from lora_plugins.tasks.segmentation import SemanticSegmentationTask
-
-    classes = {cls.__name__: cls for cls in (ImageClassificationTask, SemanticSegmentationTask)}
-    task = classes[task_class](ModelConfig(**{**model, "weights": "none"}))
+    task = CLASSES[task_class](ModelConfig(**{**model, "weights": "none"}))
+    LoraModel(task.network, with_declarations(LoraConfig(**lora), task, task.network, "network"))
     height, width = size or task.image_size or DEFAULT_SIZE
-    config = with_declarations(LoraConfig(**lora), task, task.network, "network")
-    LoraModel(task.network, config)
     owned = {_place(tensor) for tensor in (*task.parameters(), *task.buffers())}
     kept: dict[int, int] = {}
 

@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAUROC
+from torchmetrics.utilities.data import dim_zero_cat
 
 
 class OccurringAUROC(MulticlassAUROC):
@@ -25,7 +26,5 @@ class OccurringAUROC(MulticlassAUROC):
         return values[values.new_tensor(both).bool()].mean()
 
     def _labels(self) -> Tensor:
-        from torchmetrics.utilities.data import dim_zero_cat
-
         labels: Tensor = dim_zero_cat(self.target)
         return labels[labels != self.ignore_index]

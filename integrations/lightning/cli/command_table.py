@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from lora_plugins.cli import INTERRUPTED, Command, importing, without_collections
+from lora_plugins.errors import ConfigError
 from lora_plugins.integrations.lightning.cli.noise import quiet
 
 
@@ -74,8 +75,6 @@ def _named_command(arguments: list[str]) -> str:
     """The command, or an error if there is none."""
     named = _given_command(arguments)
     if named is None:
-        from lora_plugins.errors import ConfigError  # noqa: PLC0415
-
         raise ConfigError(f"{arguments[0]} is given, and no command: lora-plugins fit {arguments[0]} ...")
     return named
 
