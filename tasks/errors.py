@@ -35,3 +35,16 @@ def listed(problems: Sequence[str]) -> str:
     rest = len(problems) - MAX_LISTED
     lines = [f"  {problem}" for problem in problems[:MAX_LISTED]]
     return "\n".join(lines + ([f"  ... and {rest} more"] if rest > 0 else []))
+
+
+def unfetched(whose: str, error: OSError) -> ConfigError:
+    """An error for pretrained weights that cannot be had from where they are published.
+
+    Args:
+        whose: What they are of, such as "timm's resnet18".
+        error: Why.
+    """
+    return ConfigError(
+        f"The pretrained weights of {whose} could not be fetched ({error}). Without a network, give the path of a "
+        "safetensors file in `weights`."
+    )

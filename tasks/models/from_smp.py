@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.errors import unfetched, unknown
 from lora_plugins.tasks.models.from_timm import check_name
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network, children_except, is_inside
@@ -75,10 +75,7 @@ def _create(config: ModelConfig) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"smp's {config.name} cannot be built with the options {config.options}: {error}") from error
     except OSError as error:
-        raise ConfigError(
-            f"The pretrained weights of the encoder {encoder} could not be fetched ({error}). Without a network, give "
-            "the path of a safetensors file in `weights`."
-        ) from error
+        raise unfetched(f"the encoder {encoder}", error) from error
 
 
 def _check_options(config: ModelConfig, decoder: type) -> None:

@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.errors import unfetched, unknown
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
@@ -51,10 +51,7 @@ def _create(config: ModelConfig, **keywords: Any) -> Any:
     except TypeError as error:
         raise ConfigError(f"timm's {config.name} cannot be built with the options {config.options}: {error}") from error
     except OSError as error:
-        raise ConfigError(
-            f"The pretrained weights of timm's {config.name} could not be fetched ({error}). Without a network, give "
-            "the path of a safetensors file in `weights`."
-        ) from error
+        raise unfetched(f"timm's {config.name}", error) from error
 
 
 def _pretrained(config: ModelConfig) -> tuple[Any, tuple[str, ...]]:

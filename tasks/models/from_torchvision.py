@@ -4,12 +4,11 @@ Their auxiliary classifier, which is only for a second loss, is left out.
 """
 
 from typing import Any, cast
-from urllib.error import URLError
 
 from torch import Tensor, nn
 
 from lora_plugins import ConfigError
-from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.errors import unfetched, unknown
 from lora_plugins.tasks.models.model_config import ModelConfig
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
@@ -67,8 +66,5 @@ def _default_weights(name: str) -> Any:
 def _published_weights(name: str) -> dict[str, Tensor]:
     try:
         return dict(_default_weights(name).get_state_dict(progress=False, check_hash=True))
-    except (URLError, OSError) as error:
-        raise ConfigError(
-            f"The pretrained weights of torchvision's {name} could not be fetched ({error}). Without a network, give "
-            "the path of a safetensors file in `weights`."
-        ) from error
+    except OSError as error:
+        raise unfetched(f"torchvision's {name}", error) from error
