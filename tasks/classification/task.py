@@ -55,10 +55,9 @@ class ImageClassificationTask(VisionTask):
 
     def build_metrics(self) -> MetricCollection:
         """All metrics, from probabilities."""
-        classes = self.model_config.num_classes
-        shared: dict[str, Any] = {"num_classes": classes, "ignore_index": self.ignore_index, "validate_args": False}
+        shared = self.metric_options
         metrics: dict[str, Metric | MetricCollection] = {
-            **self._cheap_metrics(shared),
+            **self._cheap_metrics(),
             "auroc": OccurringAUROC(average="none", **shared),
             "calibration_error": MulticlassCalibrationError(**shared),
             CONFUSION: MulticlassConfusionMatrix(**shared),
@@ -67,9 +66,7 @@ class ImageClassificationTask(VisionTask):
 
     def build_train_metrics(self) -> MetricCollection:
         """Accuracy and F1: the metrics that do not store all predictions."""
-        classes = self.model_config.num_classes
-        shared: dict[str, Any] = {"num_classes": classes, "ignore_index": self.ignore_index, "validate_args": False}
-        return MetricCollection(self._cheap_metrics(shared), compute_groups=False)
+        return MetricCollection(self._cheap_metrics(), compute_groups=False)
 
     def preds(self, logits: Tensor) -> Tensor:
         """The probabilities (N, classes)."""
@@ -90,7 +87,8 @@ class ImageClassificationTask(VisionTask):
         """Logits (N, classes) for labels (N,)."""
         return self.raw_logits(images)
 
-    def _cheap_metrics(self, shared: dict[str, Any]) -> dict[str, Metric | MetricCollection]:
+    def _cheap_metrics(self) -> dict[str, Metric | MetricCollection]:
+        shared = self.metric_options
         top = {"top5": MulticlassAccuracy(average="micro", top_k=TOP, **shared)} if shared["num_classes"] > TOP else {}
         return {
             "accuracy": MulticlassAccuracy(average="micro", **shared),

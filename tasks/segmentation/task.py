@@ -1,7 +1,7 @@
 """Semantic segmentation."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,10 @@ class SemanticSegmentationTask(VisionTask):
 
     def build_metrics(self) -> MetricCollection:
         """All metrics, from the predicted labels."""
-        classes, ignored = self.model_config.num_classes, self.ignore_index
-        shared: dict[str, Any] = {"num_classes": classes, "ignore_index": ignored, "validate_args": False}
+        shared = self.metric_options
         metrics: dict[str, Metric | MetricCollection] = {
             "mean_iou": MulticlassJaccardIndex(average="macro", **shared),
-            "iou": ClassIoU(classes, ignored),
+            "iou": ClassIoU(self.model_config.num_classes, self.ignore_index),
             # F1 over all pixels of a split is their Dice coefficient.
             "dice": MulticlassF1Score(average="macro", **shared),
             "pixel_accuracy": MulticlassAccuracy(average="micro", **shared),

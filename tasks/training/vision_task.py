@@ -309,6 +309,12 @@ class VisionTask(BaseTask):
         return images, targets
 
     @property
+    def metric_options(self) -> dict[str, Any]:
+        """The arguments that metrics of torchmetrics over the classes of the task have in common."""
+        classes, ignored = self.model_config.num_classes, self.ignore_index
+        return {"num_classes": classes, "ignore_index": ignored, "validate_args": False}
+
+    @property
     def class_labels(self) -> Sequence[str]:
         """Names of the classes, or else their indices."""
         return self.class_names or [str(i) for i in range(self.model_config.num_classes)]
