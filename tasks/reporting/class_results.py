@@ -25,7 +25,7 @@ def class_results(
     """
     scores = [None if matrix is None else _scores(matrix, per_pixel) for matrix in (before, after)]
     precision = _shares(after.diagonal(), after.sum(0))
-    colors = ["#{:02x}{:02x}{:02x}".format(*color) for color in class_colors(len(names)).tolist()]
+    colors = [f"#{bytes(color).hex()}" for color in class_colors(len(names))]
     return tuple(
         ClassResult(
             name=name,

@@ -192,7 +192,7 @@ class HtmlReport(Callback):
             chosen = choose(judged, self.samples) if has_places(loader) else []
             examples = [example(task, loader, index, judged) for index in chosen]
         run = as_stored(self._run(trainer, task, judged, epoch))
-        void = "#{:02x}{:02x}{:02x}".format(*IGNORED) if judged.has_ignored else None
+        void = f"#{bytes(IGNORED).hex()}" if judged.has_ignored else None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         page, numbers = render_report(run, examples, void).encode(), run_as_json(run).encode()
         replace_files({self.path: page, self.path.with_suffix(".json"): numbers})

@@ -5,7 +5,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -121,14 +121,14 @@ def _with_masks(task: VisionTask, common: Example, targets: Tensor, logits: Tens
     size = (common.width, common.height)
     truth, guess = (_mask_url(mask[0].cpu().numpy(), classes, ignored, size) for mask in (targets, predicted))
     score = mean_iou(count_confusion(targets, predicted, classes, ignored).cpu())
-    return Example(**{**vars(common), "truth": truth, "prediction": guess, "score": score})
+    return replace(common, truth=truth, prediction=guess, score=score)
 
 
 def _with_labels(common: Example, targets: Tensor, logits: Tensor) -> Example:
     probabilities, labels = logits[0].float().softmax(0).topk(min(RANKS, logits.shape[1]))
     true = int(targets[0])
     ranking = tuple(zip(labels.tolist(), probabilities.tolist(), strict=True))
-    return Example(**{**vars(common), "true_class": true if 0 <= true < logits.shape[1] else None, "ranking": ranking})
+    return replace(common, true_class=true if 0 <= true < logits.shape[1] else None, ranking=ranking)
 
 
 def _targets_and_logits(task: VisionTask, batch: Batch) -> tuple[Tensor, Tensor]:

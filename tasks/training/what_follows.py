@@ -39,11 +39,8 @@ def next_commands(trainer: Trainer, config: ModelConfig) -> dict[str, str]:
 def note_on_the_base(trainer: Trainer, config: ModelConfig) -> str | None:
     """What to say when training starts, if its adapter will be of no use; it is for a base that is in no file."""
     callbacks = lora_callbacks(trainer)
-    if (
-        config.weights != NONE
-        or not any(each.adapter_files for each in callbacks)
-        or any(e.export_to for e in callbacks)
-    ):
+    leaves_adapters, leaves_all = any(c.adapter_files for c in callbacks), any(c.export_to for c in callbacks)
+    if config.weights != NONE or not leaves_adapters or leaves_all:
         return None
     return (
         "note: the network starts at random (weights: none), and its adapter fits no other. Let export_to of the "
