@@ -46,7 +46,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """
     given = _parser().parse_args(arguments)
     if given.data == "":  # which a path takes for the current folder
-        raise ConfigError("DATA is empty, as a variable of the shell is that was not set. Name a folder or a list.")
+        raise ConfigError("DATA is empty, perhaps from a shell variable that is not set. Name a folder or a list.")
     return given
 
 
@@ -95,7 +95,7 @@ def _parser() -> Parser:
 
 def _place(text: str) -> Path:
     if not text:  # which a path takes for the current folder
-        raise argparse.ArgumentTypeError("it is empty, as a variable of the shell is that was not set")
+        raise argparse.ArgumentTypeError("it is empty, perhaps from a shell variable that is not set")
     return Path(text)
 
 
@@ -124,7 +124,7 @@ def _index(text: str) -> int:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if len(names) < 2 or len({*names}) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} are not two or more different names with commas between")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of two or more different names, joined by commas")
     return names
 
 

@@ -151,7 +151,7 @@ def _images(count: int) -> str:
 def _found(images: str) -> list[Path]:
     """The images that an argument names."""
     if not images:  # which a path takes for the current folder
-        raise DataError("A name of images is empty, as a variable of the shell is that was not set.")
+        raise DataError("A name of images is empty, perhaps from a shell variable that is not set.")
     path = Path(images)
     is_pattern = glob.has_magic(images) and not path.exists()  # the name of a folder may have brackets
     if not is_pattern and not path.exists():

@@ -193,7 +193,7 @@ def test_without_data_a_folder_can_have_any_name(name, tmp_path, monkeypatch, ca
         (["--image-size", "15"], "cannot be trained on images of 15x15"),
         (["--image-size", "9999999"], "cannot be trained on images of 9999999x9999999"),
         (["--", "--epochs", "3"], "--epochs is no flag behind --; write it before"),
-        (["--out", ""], "argument --out: it is empty, as a variable of the shell is that was not set"),
+        (["--out", ""], "argument --out: it is empty, perhaps from a shell variable that is not set"),
         (["--masks", ""], "argument --masks: it is empty"),
         (["--save-config", ""], "argument --save-config: it is empty"),
     ],
