@@ -136,11 +136,11 @@ def check_whole(path: object, checkpoint: Any) -> None:
             return  # of a release of torch that wrote no zip files
         with zipfile.ZipFile(stream) as file:
             names = [name for name in file.namelist() if KEY in checkpoint or name.endswith(_PICKLE)]
-            damaged = [name for name in names if not _is_whole(file, name)]
+            broken = [name for name in names if not _is_whole(file, name)]
             # torch writes no sums at all after torch.serialization.set_crc32_options(False).
-            if damaged and any(_is_whole(file, name) for name in file.namelist()):
+            if broken and any(_is_whole(file, name) for name in file.namelist()):
                 raise AdapterFileError(
-                    f"{path} is damaged: {listing(damaged)} in it are not what was written. Use another checkpoint."
+                    f"{path} is damaged: {listing(broken)} in it are not what was written. Use another checkpoint."
                 )
 
 

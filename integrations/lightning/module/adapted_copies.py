@@ -19,10 +19,10 @@ def is_adapted_alike(module: nn.Module, copy: NetworkCopy) -> bool:
 
 
 def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) -> None:
-    """Lets an adapter that was just added start in equal copies as in their origins.
+    """Gives equal copies the same start of a new adapter as their origins.
 
-    The average of a product `B @ A` is that of B only while A is the same. What an init made of the base is equal
-    already, as far as the base is.
+    An average of B is one of the product `B @ A` only while A is the same. What an init made of the base is the same
+    already, where the base is.
     """
     for copy in copies:
         if copy.equal and is_adapted_alike(module, copy):
@@ -32,11 +32,12 @@ def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) 
 def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
     """Freezes the adapters of equal copies that their author froze: gradients do not train them."""
     for copy in copies:
-        if copy.began_equal and copy.frozen and is_adapted_alike(module, copy):
-            shared = {id(parameter) for parameter in submodule(module, copy.origin).parameters()}
-            for parameter in submodule(module, copy.name).parameters():
-                if id(parameter) not in shared:
-                    parameter.requires_grad_(False)
+        if not (copy.began_equal and copy.frozen and is_adapted_alike(module, copy)):
+            continue
+        shared = {id(parameter) for parameter in submodule(module, copy.origin).parameters()}
+        for parameter in submodule(module, copy.name).parameters():
+            if id(parameter) not in shared:
+                parameter.requires_grad_(False)
 
 
 def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:

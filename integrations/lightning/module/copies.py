@@ -109,13 +109,20 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
         if len(free) < 2 or not adapted:
             continue
         origin = next((part for part in adapted if part.required), adapted[0])
-        for part in free:
-            if part.is_disjoint_from(origin):
-                equal, frozen = part.equals(origin), origin.required and not part.required
-                if frozen or (equal and not _are_repeated(module, origin.name, part.name)):
-                    began = equal or _began_equal(origin.name, part.name, pretrained)
-                    found.append(NetworkCopy(origin.name, part.name, equal, began, frozen))
+        others = (part for part in free if part.is_disjoint_from(origin))
+        found += [copy for part in others if (copy := _copy_of(origin, part, module, pretrained)) is not None]
     return found
+
+
+def _copy_of(
+    origin: _Part, part: _Part, module: nn.Module, pretrained: Mapping[str, Fingerprint]
+) -> NetworkCopy | None:
+    """Returns a part as a copy of another one of its layout; None if it is none."""
+    equal, frozen = part.equals(origin), origin.required and not part.required
+    if not frozen and (not equal or _are_repeated(module, origin.name, part.name)):
+        return None
+    began = equal or _began_equal(origin.name, part.name, pretrained)
+    return NetworkCopy(origin.name, part.name, equal, began, frozen)
 
 
 def _of_pretrained(module: nn.Module) -> dict[str, Fingerprint]:
