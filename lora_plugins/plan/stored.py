@@ -34,7 +34,8 @@ def stored_weights(
     """
     if storage is None:
         return {}
-    sites = targets if config.quantize_modules is None else _chosen(config, survey, saved)
+    wanted = config.quantize_modules
+    sites = targets if wanted is None else _chosen(wanted, survey, saved)
     least = storage.options["min_size"]
     large = {name: (site, weight) for name, site, weight in _weights(sites) if _size(weight) >= least}
     refused = [f"{name!r}: {reason}" for name, found in large.items() if (reason := _reason(*found, storage, loading))]
@@ -51,13 +52,12 @@ def stored_weights(
     return dict.fromkeys(large, storage)
 
 
-def _chosen(config: LoraConfig, survey: Survey, saved: set[str]) -> list[Site]:
-    adaptable = [site for site in survey.sites if site.plugin]
+def _chosen(wanted: Sequence[str] | str, survey: Survey, saved: set[str]) -> list[Site]:
     free = [site for site in survey.outside(saved) if site.plugin]
-    if config.quantize_modules is None or config.quantize_modules == "all":
+    if wanted == "all":
         return free
-    _refuse_trained(config.quantize_modules, adaptable, free)
-    found = patterns.select("quantize_modules", config.quantize_modules, [n for site in free for n in site.names])
+    _refuse_trained(wanted, [site for site in survey.sites if site.plugin], free)
+    found = patterns.select("quantize_modules", wanted, [n for site in free for n in site.names])
     chosen = {name for matches in found.values() for name in matches}
     return [site for site in free if chosen & set(site.names)]
 

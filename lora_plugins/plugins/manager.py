@@ -17,7 +17,7 @@ from lora_plugins.arguments import with_checked_call
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import PluginError, listing, near
 from lora_plugins.plugins import hookspecs
-from lora_plugins.plugins.discovery import sources
+from lora_plugins.plugins.discovery import Source, sources
 from lora_plugins.plugins.hookspecs import KINDS
 from lora_plugins.plugins.kind import GROUP, PluginKind
 from lora_plugins.plugins.overrides import replaced
@@ -95,17 +95,8 @@ def found_plugins(
     infos: list[PluginInfo] = []
     owned: dict[str, list[Owned[Any]]] = {kind.name: [] for kind in KINDS}
     for source in sources(extra, allow, block, files):
-        infos.append(source.info)
-        if source.info.blocked:
-            continue
-        try:
-            registrars = _register(manager, source.info, source.load())
-        # Whatever a third-party module raises, only its own users are concerned; sys.exit() is how some end an import.
-        except (Exception, SystemExit) as error:
-            infos[-1] = replace(source.info, error=error)
-            if source.required:
-                raise PluginError(f"Plugin {infos[-1].owner} {infos[-1].state}") from error
-            continue
+        info, registrars = _loaded(manager, source)
+        infos.append(info)
         for registrar in registrars:
             owned[registrar.kind.name] += registrar.owned
     _warn_of_misspelt(
@@ -141,6 +132,20 @@ def _manager() -> pluggy.PluginManager:
         manager.trace.root.setwriter(sys.stderr.write)
         manager.enable_tracing()
     return manager
+
+
+def _loaded(manager: pluggy.PluginManager, source: Source) -> tuple[PluginInfo, list[Registrar[Any]]]:
+    """Returns a plugin with what it registers: nothing if it is blocked, or if it fails, which the plugin then says."""
+    if source.info.blocked:
+        return source.info, []
+    try:
+        return source.info, _register(manager, source.info, source.load())
+    # Whatever a third-party module raises, only its own users are concerned; sys.exit() is how some end an import.
+    except (Exception, SystemExit) as error:
+        failed = replace(source.info, error=error)
+        if source.required:
+            raise PluginError(f"Plugin {failed.owner} {failed.state}") from error
+        return failed, []
 
 
 def _register(manager: pluggy.PluginManager, info: PluginInfo, plugin: Any) -> list[Registrar[Any]]:
