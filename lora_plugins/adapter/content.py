@@ -271,23 +271,24 @@ def with_own_tensors(
     """
     completed = dict(content)
     for layer, slot, _ in plan.slots():
-        if layer.variant is not None:
-            tensors = content[layer.name, slot.suffix]
-            name = full_name(layer.name, slot.tensor)
-            if name in stored:
-                weight = stored[name].dense()
-            else:
-                weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
-            A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
-            place = f"first_values() of the variant {layer.variant.name!r}, for {layer.name!r}"
-            with in_full(weight), read_only(weight, place):
-                matrix = slot_matrix(layer, slot, weight).to(A.dtype)
-                with noted(place):
-                    returned = layer.variant.first_values(matrix, A, B, layer.scaling)
-                own = own_values(layer, slot, returned)
-                if plan.init.changes_base:
-                    check_first_update(plan.init, layer, matrix, A, B, own)
-            completed[layer.name, slot.suffix] = replace(tensors, own=own)
+        if layer.variant is None:
+            continue
+        tensors = content[layer.name, slot.suffix]
+        name = full_name(layer.name, slot.tensor)
+        if name in stored:
+            weight = stored[name].dense()
+        else:
+            weight = changed.get(name, detached_weight(submodule(model, layer.name), slot.tensor))
+        A, B = tensors.A.to(weight.device), tensors.B.to(weight.device)
+        place = f"first_values() of the variant {layer.variant.name!r}, for {layer.name!r}"
+        with in_full(weight), read_only(weight, place):
+            matrix = slot_matrix(layer, slot, weight).to(A.dtype)
+            with noted(place):
+                returned = layer.variant.first_values(matrix, A, B, layer.scaling)
+            own = own_values(layer, slot, returned)
+            if plan.init.changes_base:
+                check_first_update(plan.init, layer, matrix, A, B, own)
+        completed[layer.name, slot.suffix] = replace(tensors, own=own)
     return completed
 
 

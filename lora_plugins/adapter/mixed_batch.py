@@ -33,6 +33,12 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
     for name in names:
         state.adapter(name)
     state.values.check_there(model, names)
+    _check_values(model, names, state)
+    _check_layers(model, names)
+
+
+def _check_values(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
+    """Refuses values that adapters have of their own in modules around adapted layers."""
     modules = model_modules(model)
     shared = [
         name
@@ -44,6 +50,10 @@ def _check(model: nn.Module, names: tuple[str, ...], state: ModelState) -> None:
             f"Adapters have their own values of what {listing(shared)} holds, beside updates that go in by rows. Run "
             "one batch for each adapter, with set_adapter."
         )
+
+
+def _check_layers(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Refuses layers whose rows cannot have adapters of their own."""
     layers = adapted_layers(model)
     problems = [
         (name, problem)

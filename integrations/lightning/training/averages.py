@@ -49,12 +49,11 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule, note_moved:
     note_moved()
     moved = moved_by_hand(module)
     frozen = {name: tensor for name, tensor in _frozen(module).items() if name not in moved}
-    for average, path in averages:
-        named = {full_name(path, name): tensor for name, tensor in named_tensors(average).items()}
-        with torch.no_grad():
-            for name, tensor in frozen.items():
-                if name in named:
-                    named[name].copy_(tensor)
+    with torch.no_grad():
+        for average, path in averages:
+            named = {full_name(path, name): tensor for name, tensor in named_tensors(average).items()}
+            for name in frozen.keys() & named.keys():
+                named[name].copy_(frozen[name])
 
 
 def put_back_statistics(trainer: Trainer, module: LightningModule) -> None:
