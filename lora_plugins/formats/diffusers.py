@@ -83,16 +83,7 @@ class DiffusersFormat(PortableFormat):
         if model is None:
             return _adapter(layers, {part: part for part in parts}, configs)
         denoiser = denoiser_of(model)
-        unnamed = [part for part in (ORIGINAL, ALONE) if part in layers]
-        for part in unnamed:
-            if denoiser in layers:
-                words = f"as {part!r}" if part else f"with no part of a pipeline in front ({min(layers[part])!r})"
-                raise AdapterFileError(
-                    f"The adapter has layers of the denoiser {words} and as {denoiser!r}, and it cannot be told which "
-                    "of them are meant. Take one of the two out of the file."
-                )
-            layers[denoiser] = layers.pop(part)
-            configs |= {denoiser: configs[part]} if part in configs else {}
+        _name_denoiser(denoiser, layers, configs)
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
@@ -167,6 +158,26 @@ def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: 
     return {part: PeftConfig(known | own, patterns) for part, own in fields.items() if own}
 
 
+def _name_denoiser(denoiser: str, layers: dict[str, dict[str, PortableLayer]], configs: dict[str, PeftConfig]) -> None:
+    """Puts the layers of a part without a name, or with an original one, under the name of the denoiser.
+
+    Raises:
+        AdapterFileError: If the file has layers by the name of the denoiser as well.
+    """
+    for part in (ORIGINAL, ALONE):
+        if part not in layers:
+            continue
+        if denoiser in layers:
+            words = f"as {part!r}" if part else f"with no part of a pipeline in front ({min(layers[part])!r})"
+            raise AdapterFileError(
+                f"The adapter has layers of the denoiser {words} and as {denoiser!r}, and it cannot be told which of "
+                "them are meant. Take one of the two out of the file."
+            )
+        layers[denoiser] = layers.pop(part)
+        if part in configs:
+            configs[denoiser] = configs[part]
+
+
 def _adapter(
     layers: Mapping[str, Mapping[str, PortableLayer]], paths: Mapping[str, str], configs: Mapping[str, PeftConfig]
 ) -> PortableAdapter:
@@ -184,8 +195,8 @@ def _adapter(
 def _keys(part: str, layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:
     """Returns the tensors of a part's layers by their keys in it.
 
-    Text encoders of which no layer is called as CLIP's projections are have diffusers' own keys: of PEFT's it renames
-    those of such projections alone, and refuses a file without any of them.
+    A text encoder without layers named like CLIP's projections gets diffusers' own keys: of PEFT's keys, diffusers
+    renames only those of such projections, and it refuses a file without any of them.
     """
     keys = layer_keys(layers, "")
     if not part.startswith("text_encoder") or any(name.endswith(CLIP_PROJECTIONS) for name in layers):

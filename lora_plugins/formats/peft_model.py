@@ -70,17 +70,25 @@ def for_model(
         check_meaning(modules, adapter)
     check_started(modules, adapter)
     check_parameters(modules, adapter, config)
-    visited = [
-        (name, _layer_type(entry.module))
-        for name, entry in places.items()
-        if name in adapter.layers
-        and (not adapter.layers[name].in_attention or config.is_target(former.get(name, name)))
-    ]
-    fan_in_fan_out = bool(config.fields.get("fan_in_fan_out"))
-    adapter = replace(adapter, layers=with_transposed(adapter.layers, visited, fan_in_fan_out=fan_in_fan_out))
+    adapter = replace(adapter, layers=_transposed(adapter.layers, modules, config, former))
     adapted = {name: places[name] for name in adapter.layers if name in places}
     warn_of_second_paths(model, adapted, "The adapter is loaded as what it is when merged.")
     return adapter
+
+
+def _transposed(
+    layers: Mapping[str, PortableLayer],
+    modules: Mapping[str, nn.Module],
+    config: PeftConfig,
+    former: Mapping[str, str],
+) -> dict[str, PortableLayer]:
+    """Returns layers with those output projections of attentions transposed that PEFT transposes in this model."""
+    visited = [
+        (name, _layer_type(module))
+        for name, module in modules.items()
+        if name in layers and (not layers[name].in_attention or config.is_target(former.get(name, name)))
+    ]
+    return with_transposed(layers, visited, fan_in_fan_out=bool(config.fields.get("fan_in_fan_out")))
 
 
 def in_model(
