@@ -53,7 +53,7 @@ Name = TypeVar("Name", bound=str | None)
 
 
 def _whole(method: Method) -> Method:
-    """Makes a method change the model whole or, where it is stopped, not at all; and outside of inference mode."""
+    """Makes a method all or nothing: stopped in the middle, it leaves no change. It runs outside of inference mode."""
 
     @functools.wraps(method)
     @outside_inference
@@ -64,7 +64,7 @@ def _whole(method: Method) -> Method:
 
 
 def _changing(method: Method) -> Method:
-    """Makes a method change what adapters compute, as `_whole` does, or refuse where they do not compute."""
+    """As `_whole`, for what changes the adapters; it is refused where fused copies compute in their place."""
 
     @functools.wraps(method)
     def changed(self: "LoraModel", *args: Any, **kwargs: Any) -> Any:
@@ -86,8 +86,8 @@ class LoraModel(metaclass=Told):
         config: The first adapter, or None for a handle to a model that is adapted already.
         adapter_name: Name of that adapter.
         registry: The plugins to use; by default those that are installed and that the config lets load.
-        init_data: What the init learns from, if it is one that does, such as `eva` and `lora_ga`: data that are read
-            once, or what `calibrate` made of them before.
+        init_data: Data for an init that learns from them, such as `eva` or `lora_ga`: they are read once. Or the result
+            of `calibrate`.
 
     Raises:
         TargetError: If a pattern matches nothing or a targeted layer cannot be adapted. The model is untouched.
@@ -176,7 +176,7 @@ class LoraModel(metaclass=Told):
             init_data: What the init learns from; as in `LoraModel`.
 
         Raises:
-            ConfigError: If the name is taken or is none, or the init learns from data and there are none.
+            ConfigError: If the name is taken or not valid, or the init learns from data and there are none.
             TargetError: If the config does not fit the model. The model is untouched.
             StateError: If something is merged.
         """
@@ -237,9 +237,9 @@ class LoraModel(metaclass=Told):
             adapter_names: The adapter of each row of the batch; None for the base model.
 
         Raises:
-            StateError: If the model is in training mode, something is merged, an adapter is unknown, a layer is of a
-                type that cannot mix, or an adapter has its own values (such as of a head) of a module that has adapted
-                layers, or, once that is called, that takes more than one tensor with the batch first.
+            StateError: If the model is in training mode, something is merged, an adapter is unknown, or a layer cannot
+                mix. Also if an adapter has its own values, such as a trained head, of a module that has adapted layers
+                inside or that is called with more than one batched tensor.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(4, 2)).eval()
@@ -346,17 +346,17 @@ class LoraModel(metaclass=Told):
             adapters: Names of the adapters to combine.
             weights: The weight of each.
             adapter_name: Name of the new adapter, which is added but not active.
-            combination_type: How; `lora_plugins.adapter.combinations` describes each.
-            **options: Options of that way, such as `density`.
+            combination_type: How they are combined; `lora_plugins.adapter.combinations` describes each type.
+            **options: Options of that type, such as `density`.
 
         Returns:
             The largest relative error of a layer's new update, as a share of the norm of the exact combination.
 
         Raises:
-            ConfigError: If the way or an option is unknown, the numbers of adapters and weights differ, or the name is
+            ConfigError: If the type or an option is unknown, the numbers of adapters and weights differ, or the name is
                 taken.
-            StateError: If an adapter is unknown, of a variant, or of an init that changed the base, or something is
-                merged.
+            StateError: If an adapter is unknown, has a variant, or has an init that changed the base; or if something
+                is merged.
         """
         with self._adding(adapter_name):
             names = _names(adapters)
@@ -473,11 +473,11 @@ class LoraModel(metaclass=Told):
 
         Args:
             model: The base model that the adapter was trained on, with untouched weights.
-            path: The folder or file; or where it is on the Hub, `hf://owner/name@revision`, with the path of a folder
-                or file in the repository if need be, `hf://owner/name/style.safetensors`. The Hub needs
-                huggingface_hub (`.[hub]`).
+            path: The folder or file; or a repository of the Hub, `hf://owner/name@revision`, if need be with the path
+                of a folder or file in it, `hf://owner/name/style.safetensors`. The Hub needs huggingface_hub
+                (`.[hub]`).
             adapter_name: Name of the adapter on this model; by default the one it was saved under.
-            format: The format of it; by default the one that recognizes it.
+            format: Its format; by default the one that recognizes it.
             format_options: Options of that format.
             registry: The plugins to use; by default those that are installed and that the adapter's config lets load.
 
@@ -487,7 +487,7 @@ class LoraModel(metaclass=Told):
         Raises:
             AdapterFileError: If the file is damaged, or belongs to another model, or says what cannot be expressed
                 here. The model is untouched.
-            ConfigError: If the name is taken, or an option is none of the format's.
+            ConfigError: If the name is taken, or the format has no such option.
             StateError: If something is merged, or a block is open.
             PluginError: If there is no such format.
         """
@@ -537,15 +537,15 @@ class LoraModel(metaclass=Told):
         format: str | None = None,
         format_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Gives an adapter the values of a saved one, so that nothing that was compiled is compiled again.
+        """Gives an adapter the values of a saved one; what was compiled stays valid.
 
         The adapter keeps its name, its configuration and its ranks: a smaller rank is filled up with zeros, a layer
         that the saved one does not adapt has no update, and another scaling goes into B.
 
         Args:
             adapter_name: The adapter that is there.
-            path: As in `load_adapter`, as are the others.
-            format: The format of it; by default the one that recognizes it.
+            path: As in `load_adapter`.
+            format: Its format; by default the one that recognizes it.
             format_options: Options of that format.
 
         Raises:
@@ -575,8 +575,8 @@ class LoraModel(metaclass=Told):
     def pack(self, adapter_name: str) -> PackedAdapter:
         """Returns an adapter as its manifest and tensors, which `load_packed` takes; what `save_adapter` writes.
 
-        The tensors are the model's own, as in a state dict: a training that goes on changes them. It loads onto the
-        base as it was before a training moved weights of it by hand, which checkpoints hold beside the adapter.
+        The tensors are the model's own, as in a state dict: further training changes them. The adapter loads onto the
+        base as it was before training moved weights of it by hand; checkpoints hold those beside the adapter.
 
         Raises:
             StateError: If there is no such adapter, or something is merged.
@@ -586,14 +586,14 @@ class LoraModel(metaclass=Told):
         return pack(self.model, self._state, adapter_name, self._registry, of_first_base=True)
 
     def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trained, of how many, in the form that PEFT made usual.
+        """Prints how many parameters are trained, of how many, in the format of PEFT.
 
         A weight that is stored in fewer bytes counts as the dense one.
         """
         trained, total = parameter_counts(self.model)
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
-    if not TYPE_CHECKING:  # a type checker shall go on to find what does not exist
+    if not TYPE_CHECKING:  # so that type checkers still report what does not exist
 
         def __getattr__(self, name: str) -> NoReturn:
             model = None if name in MEMBERS or name.startswith("_") else vars(self).get("model")

@@ -19,11 +19,11 @@ from lora_plugins.utils import is_dense, shape_or_value, version
 
 @contextmanager
 def read_only(weight: Tensor, place: str) -> Iterator[None]:
-    """Checks that a block leaves a weight alone that a plugin is handed without a copy, which would take too long.
+    """Checks that a plugin does not write into a weight that it is handed to read; a copy would take too long.
 
     Args:
-        weight: The model's own weight, or one that was made of it.
-        place: Which method of which plugin the block calls, and for what.
+        weight: The model's own weight, or one that was computed from it.
+        place: Which method of which plugin the block calls, and for which layer.
 
     Raises:
         PluginError: If it was written to.
@@ -79,7 +79,7 @@ def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str,
         returned: What its `fill` returned.
 
     Raises:
-        PluginError: If that is no mapping of tensors, or has some that no file can hold or that the init does not need.
+        PluginError: If that is no mapping of tensors, or has tensors that no file can hold or the init does not need.
     """
     others = {name: value for name, value in _items(returned) if not isinstance(value, Tensor)}
     if not isinstance(returned, Mapping) or others:
@@ -148,7 +148,7 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
         returned: What `first_values` of the variant returned.
 
     Raises:
-        PluginError: If they are not those of its `shapes`, or are called as factors are.
+        PluginError: If they do not have the names, shapes and types of a variant's tensors, or have no finite values.
     """
     assert layer.variant is not None
     with noted(f"shapes() of the variant {layer.variant.name!r}, for {layer.name!r}"):

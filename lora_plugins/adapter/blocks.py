@@ -27,7 +27,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _OPENED: ContextVar[tuple[Block, ...]] = ContextVar("opened", default=())
-"""The blocks that the present thread or task has opened; what it starts with its context has opened them too."""
+"""The blocks that the present thread or task has opened; it shares them with what it starts in its own context."""
 
 _OPENING = threading.RLock()
 """Held while a block is opened."""
@@ -39,8 +39,8 @@ _LATER = (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
 class Within(AbstractContextManager[nn.Module, None]):
     """The `with` statement of a block, or a decorator that opens one for each call of a function.
 
-    Where leaving the block is interrupted, it is left once more. With those of `contextlib`, an interruption could come
-    before they call what leaves it.
+    Where leaving the block is interrupted, it is left once more. It is a class of its own, since an interruption could
+    come before a context manager of `contextlib` runs the code that leaves the block.
 
     Args:
         model: An adapted model.

@@ -1,6 +1,6 @@
-"""One pass over the user's data, for inits that learn from it, before anything of the model is changed.
+"""One pass over the user's data, for inits that learn from it, before the model is changed.
 
-Modes, buffers, gradients, `requires_grad` and random numbers are afterwards what they were before. Where processes are
+Afterwards modes, buffers, gradients, `requires_grad` and random numbers are what they were. Where processes are
 connected by `torch.distributed`, each of them has to call `calibrate`, and gets the sum over all.
 """
 

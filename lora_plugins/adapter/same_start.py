@@ -1,4 +1,4 @@
-"""Checks that a model starts as it was where an init changes its base: rounding, or a variant, could lose of it."""
+"""Checks, where an init changes the base, that the model starts as it was: rounding or a variant could change it."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ _LOST = 0.01
 """The share of a weight that may be lost: several times what rounding to bfloat16 loses of any weight."""
 
 _LARGEST_STORED = 4.0
-"""How many times as large a weight may become that is stored in fewer bytes, and loses a tenth of itself by that."""
+"""How many times as large a weight that is stored in fewer bytes may become; storing it loses a tenth of it."""
 
 
 def check_rounded(

@@ -1,4 +1,4 @@
-"""What training has changed in a model beside an adapter, or not at all: its files do not hold it."""
+"""Warnings as an adapter is saved: of changes to the model that it does not hold, and of training without effect."""
 
 import warnings
 

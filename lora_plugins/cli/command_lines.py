@@ -7,14 +7,14 @@ from lora_plugins.cli.parser import Parser
 
 
 def inspect_parser() -> Parser:
-    """Those of `inspect`."""
+    """Returns the parser of `inspect`."""
     parser = Parser(prog="lora-plugins inspect", description="Show what is in an adapter file.")
     parser.add_argument("path", help="a folder or file of any format, or hf://owner/name")
     return parser
 
 
 def convert_parser() -> Parser:
-    """Those of `convert`."""
+    """Returns the parser of `convert`."""
     parser = Parser(prog="lora-plugins convert", description="Write an adapter in another format.")
     parser.add_argument("source", help="a folder or file of any format, or hf://owner/name")
     parser.add_argument("target", type=Path, help="the folder or file to write")
@@ -34,12 +34,12 @@ def convert_parser() -> Parser:
 
 
 def plugins_parser() -> Parser:
-    """Those of `plugins`."""
+    """Returns the parser of `plugins`."""
     return Parser(prog="lora-plugins plugins", description="List all plugins.")
 
 
 def doctor_parser() -> Parser:
-    """Those of `doctor`."""
+    """Returns the parser of `doctor`."""
     return Parser(
         prog="lora-plugins doctor",
         description="Check the installation, the optional packages, the plugins and the command `lightning`.",
@@ -47,7 +47,7 @@ def doctor_parser() -> Parser:
 
 
 def new_plugin_parser() -> Parser:
-    """Those of `new-plugin`."""
+    """Returns the parser of `new-plugin`."""
     parser = Parser(
         prog="lora-plugins new-plugin",
         description="Write a package with a layer type and an init to start from, and tests that use the kit.",

@@ -1,7 +1,7 @@
 """Commands of the other distributions that own a script called `lightning`, such as lightning-sdk.
 
-Two distributions may install a script of one name, and the one that was installed last has the file. Where that is
-ours, it hands over what it does not know.
+Two distributions may install a script of one name, and the one that was installed last has the file. If that is
+ours, it hands over the commands that it does not know.
 """
 
 from importlib import metadata

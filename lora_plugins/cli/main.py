@@ -133,7 +133,7 @@ def _with_notes(error: LoraError) -> str:
 
 
 def _of_place(error: Exception) -> str | None:
-    """Returns what the system has against a place, and what to do; None for other errors."""
+    """Returns why the system cannot use a path, and what to do; None for other errors."""
     if not isinstance(error, OSError) or error.errno is None or error.errno not in OF_PLACES:
         return None
     advice = OF_PLACES[error.errno]

@@ -34,8 +34,8 @@ def load_quantized(
 ) -> nn.Module:
     """Loads values into a model on the meta device, and stores those in fewer bytes that a config names.
 
-    Each tensor is read, stored and forgotten before the next one, so that memory peaks at the stored size and what one
-    layer takes meanwhile. The same bits are stored as by `LoraModel(model, config)` on the float model, which may
+    Each tensor is read, stored and forgotten before the next one, so that memory peaks at the stored size plus what one
+    layer takes. The same bits are stored as by `LoraModel(model, config)` on the float model, which may
     follow with the same config.
 
     Args:

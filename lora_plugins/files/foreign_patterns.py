@@ -34,8 +34,8 @@ def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
 def check_expressions(expressions: Iterable[str], names: Iterable[str]) -> None:
     """Checks that regular expressions of a file terminate.
 
-    Matching cannot be stopped from within Python. Those that `is_risky` has nothing against are not tried: they take
-    little more than a time that is cubic in the length of a name.
+    Matching cannot be stopped from within Python. Those that are not `is_risky` are not tried: their time is
+    little more than cubic in the length of a name.
 
     Args:
         expressions: What whole names are matched with.

@@ -54,7 +54,7 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
 
 @contextmanager
 def versions_told(manifest: Mapping[str, Any], registry: Registry) -> Iterator[None]:
-    """Adds to the error that an adapter does not fit which third-party plugins have changed since.
+    """Adds the third-party plugins that have changed since to an error that an adapter does not fit.
 
     Raises:
         AdapterFileError: The error of the block, with them.

@@ -1,6 +1,6 @@
 """The parts of a diffusion pipeline: a file may hold adapters of several, and a model may be one of them or have them.
 
-A pipeline of diffusers is no module. One of its parts is loaded by itself, or all of them together as the children of
+A diffusers pipeline is not a module. One of its parts is loaded by itself, or all of them together as the children of
 one module that are named as the pipeline names them: `nn.ModuleDict({"unet": pipe.unet, "text_encoder": ...})`.
 """
 
@@ -78,8 +78,8 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
         asked: Which part the model is, or which of its parts is written; the others are left out then.
 
     Raises:
-        ConfigError: If it cannot be told which part the model is, and it was not said; if there are no layers in the
-            part that was asked for; or for two parts that no file has both.
+        ConfigError: If the part that the model is can neither be inferred nor was given; if the part that was asked for
+            has no layers; or if no file can hold both of two parts.
     """
     check_name(asked)
     split = {name: name.partition(".") for name in names}

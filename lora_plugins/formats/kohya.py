@@ -1,7 +1,7 @@
 """Adapters of kohya's scripts and of LyCORIS, which the WebUI reads: names without dots, an alpha for each layer.
 
 `lora_unet_down_blocks_0_..._to_q.lora_down.weight` is A of the layer whose name has dots where the underscores are.
-Which they are is looked up in the model, by its own names and the original ones. LoCon's third factor, a small
+The model tells which underscores are dots, by its own names and the original ones. LoCon's third factor, a small
 convolution between two of size 1 (Yeh et al., arXiv 2309.14859), is multiplied into A.
 """
 

@@ -1,4 +1,4 @@
-"""Names that layers have in the implementations in which a model was published, and which diffusers has changed.
+"""Original names of layers: those of the implementation that a model was published with, which diffusers has changed.
 
 Scripts that train on those implementations write them: `input_blocks.4.1` of Stable Diffusion is `down_blocks.1.
 attentions.0`, and `img_attn.qkv` of Flux is one layer for three; for transformers, there are `original_tables`. Names
@@ -129,7 +129,7 @@ def is_of_transformer(name: str) -> bool:
 
 
 def _with_rows(layer: PortableLayer, rows: Callable[[Tensor], Tensor]) -> PortableLayer:
-    """Returns a layer with the outputs that a function takes."""
+    """Returns a layer with only those outputs that `rows` selects."""
     return replace(layer, B=rows(layer.B), magnitude=None if layer.magnitude is None else rows(layer.magnitude))
 
 

@@ -9,7 +9,7 @@ Table = Mapping[str, tuple[str, ...]]
 
 
 def _layers_in(modules: Mapping[str, str], layers: Mapping[str, str]) -> Table:
-    """Returns the layers that each of some modules has, where both have a name for either, and one layer is one."""
+    """Returns the table of modules that all have the same layers, from the original and our names of both."""
     return {
         f"{original}.{layer}": (f"{ours}.{own}",) for original, ours in modules.items() for layer, own in layers.items()
     }

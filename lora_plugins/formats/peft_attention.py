@@ -44,7 +44,7 @@ def with_attention(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:
 
 
 def as_applied(layers: Mapping[str, PortableLayer]) -> dict[str, PortableLayer]:
-    """Returns layers as a file has them, of which PEFT applies the output projections more than once."""
+    """Returns the layers as a file has them: B of an output projection is divided by how often PEFT applies it."""
     return {
         name: replace(layer, B=layer.B / _APPLIED) if layer.in_attention else layer for name, layer in layers.items()
     }

@@ -101,8 +101,8 @@ def check_biases(model: nn.Module, adapter: PortableAdapter) -> None:
 def check_untied(model: nn.Module, adapter: PortableAdapter) -> None:
     """Refuses a module that PEFT trained as a copy of its own, where its tensor is that of another module here.
 
-    Where `ensure_weight_tying` has let PEFT train the tensor of both, the file has it by the names of both; it is no
-    sign of that, since PEFT does not find all that is tied, as in models that hold a language model.
+    With `ensure_weight_tying`, PEFT can train one tensor for both, which the file then has under both names. The option
+    alone does not show that: PEFT misses some ties, as in models that hold a language model.
 
     Raises:
         AdapterFileError: If there is one.
@@ -121,9 +121,9 @@ def check_untied(model: nn.Module, adapter: PortableAdapter) -> None:
 
 
 def check_copies(model: nn.Module, copies: Mapping[str, Tensor], adapter: PortableAdapter) -> None:
-    """Checks that weights which a file has beside an adapter, unchanged, are those of the model.
+    """Checks that the untrained weights which a file has beside an adapter are those of the model.
 
-    Of a layer whose start has changed the base, a file has what that left of the weight, which has its shape.
+    If the init of a layer has changed its base, the file has the changed weight, so only its shape is compared.
 
     Args:
         model: The model.
@@ -150,7 +150,7 @@ def check_copies(model: nn.Module, copies: Mapping[str, Tensor], adapter: Portab
 def check_meaning(modules: Mapping[str, nn.Module], adapter: PortableAdapter) -> None:
     """Refuses the output projection of an attention that is not adapted: PEFT ignores it until it is merged.
 
-    One that PEFT itself has trained got no gradients, so that its update is zero and has one meaning.
+    If PEFT itself trained it, it got no gradients: its update is zero, and there is nothing to refuse.
 
     Raises:
         AdapterFileError: If there is one.

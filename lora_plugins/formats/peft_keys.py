@@ -91,9 +91,9 @@ def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str]) -> P
 
 
 def _unused(keys: Iterable[str], modules: Collection[str]) -> set[str]:
-    """Returns what keys of second wrappers of output projections of attentions have before these.
+    """Returns the paths of attentions with keys of an unused second wrapper of their output projection.
 
-    PEFT puts one beside its wrapper of the attention where `out_proj` is targeted too, and computes nothing with it.
+    PEFT adds one beside its wrapper of the attention where `out_proj` is targeted too, and computes nothing with it.
     """
     parts = {key.partition(f".{WRAPPER}{_PROJECTION}lora_")[::2] for key in keys}
     paths = {path for path, rest in parts if rest}

@@ -116,7 +116,7 @@ class PeftPatterns:
         )
 
     def _said(self, name: str) -> list[tuple[Any, Any, _Rule]]:
-        """Returns the ranks and alphas that a layer may have together, and by which rule, those that count first."""
+        """Returns the pairs of rank and alpha that a layer may have, each with its rule, in the order they count."""
         found: list[tuple[Any, Any, _Rule]] = []
         for rule in self._rules:
             ranks, alphas = self._ranks.keys(name, rule.form), self._alphas.keys(name, rule.form)

@@ -44,7 +44,7 @@ class PortableFormat(AdapterFormat):
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
         """Writes a file, in place of the one that is there; returns its path.
 
-        `replace_files` writes several files or, where the disk is full, none, so that none is read with one of before.
+        `replace_files` writes several files, or none if the disk is full, so that a new file never meets an old one.
 
         Args:
             path: The file or folder; the folder that it is in is there.

@@ -39,7 +39,7 @@ def warn_of_second_paths(model: nn.Module, modules: Mapping[str, NamedModule], o
 
 
 def _names_in_lists(model: nn.Module) -> dict[int, list[str]]:
-    """Returns what modules are called in plain lists, by which a model calls what a wrapper has not replaced."""
+    """Returns the names of modules in plain lists: a model that calls them from there bypasses a wrapper."""
     found: dict[int, list[str]] = {}
     for entry in model_modules(model):
         for key, value in vars(entry.module).items():

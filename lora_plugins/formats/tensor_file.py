@@ -121,7 +121,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_described_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Path, content: Mapping[str, Any]
 ) -> None:
-    """Writes a safetensors file and the JSON file that describes it, of which no old and new one come together.
+    """Writes a safetensors file and the JSON file that describes it; an old file is never left with a new one.
 
     Args:
         path: The file of tensors.

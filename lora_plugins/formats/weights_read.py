@@ -62,7 +62,7 @@ def _nodes(cls: type[nn.Module]) -> list[ast.AST]:
 
 
 def _told(node: ast.AST) -> Iterator[ast.AST]:
-    """Yields what is only asked for its type and shape."""
+    """Yields the expressions of which a node reads only the type or the shape."""
     if isinstance(node, ast.Attribute) and node.attr in _TELLING:
         yield node.value
     elif isinstance(node, ast.Call):
@@ -72,7 +72,7 @@ def _told(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _path(node: ast.AST) -> str:
-    """Returns `a.0.b` of `self.a[0].b`; empty of anything else."""
+    """Returns `a.0.b` for `self.a[0].b`; empty for anything else."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute | ast.Subscript):
         if isinstance(node, ast.Attribute):

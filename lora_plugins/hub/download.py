@@ -49,8 +49,8 @@ class Location:
 def located(path: str | Path, registry: Registry | None = None) -> Path:
     """Returns where an adapter is on this machine: a path as it is, one on the Hub in the client's cache.
 
-    Of a repository, or of a folder in it, those files are downloaded that the formats there are have in a folder; of a
-    file, this file.
+    From a repository, or a folder in it, only the files that the registered formats know are downloaded. If the
+    location names a file, that file is downloaded.
 
     Args:
         path: A path, or a location on the Hub.

@@ -1,13 +1,13 @@
 """Layers that look newly initialized and that nobody trains: a head that was forgotten.
 
-Nothing but the values tells it, so it is said and nothing is done. What looks new:
+Only their values show it, so there is a warning and nothing is changed. What looks new:
 
 - weights that fill the interval of torch's default for linear layers and convolutions evenly, `1 / sqrt(fan_in)` to
   both sides; those of training have tails;
 - a bias of zeros, as most models start theirs.
 
-It is said only of what comes after the last adapted layer, and only where most of the adapted layers do not look new:
-in a model that is new altogether, a head is no more forgotten than the rest.
+Only layers after the last adapted one are reported, and only if most of the adapted layers do not look new: in a model
+that is new altogether, a head is no more forgotten than the rest.
 """
 
 import math

@@ -1,7 +1,6 @@
 """Modules that belong to adapters of other libraries: they are trained or merged there, and never adapted by "all".
 
-Modules of PEFT say themselves which of their children hold adapters; those of others are known by what everyone calls
-them.
+PEFT's modules list the children that hold adapters; those of other libraries are recognized by their usual names.
 """
 
 import re

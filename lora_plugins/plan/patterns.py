@@ -60,7 +60,7 @@ def compiled(field: str, pattern: str) -> re.Pattern[str]:
 def is_risky(expression: str) -> bool:
     """Whether matching can take more than a time that is cubic in the length of a name.
 
-    An expression that repeats at most twice, and no group, and leaves few other choices cannot.
+    It cannot with at most two repetitions, none of them of a group, and few other choices.
     """
     choices = len(_OPTION.findall(expression)) + (expression.count("|") if "(" in expression else 0)
     repeats_much = len(_REPEAT.findall(expression)) > 2 or _REPEATED_GROUP.search(expression) is not None

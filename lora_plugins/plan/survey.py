@@ -153,14 +153,14 @@ def _problem(weight: Tensor) -> str:
 
 
 def _shared(layer: nn.Module, tensor: str) -> str:
-    """Finds the same parameter under another name of the layer, where a merge would write a second update or none."""
+    """Returns a problem if the layer has the parameter under two names: a merge would write two updates, or none."""
     own = layer._parameters.get(tensor)
     others = [name for name, each in layer._parameters.items() if own is not None and each is own and name != tensor]
     return f"is the same parameter as {listing(others)} of this layer; exclude the layer" if others else ""
 
 
 def _read_as_another(layer: nn.Module, tensor: str) -> str:
-    """Asks whether the class answers with something else than the parameter, to which an update would be added."""
+    """Returns a problem if reading the weight gives another tensor than the parameter that an update is added to."""
     own = layer._parameters.get(tensor)
     if own is None or type(layer) is not base_class_of(layer) or getattr(layer, tensor) is own:
         return ""

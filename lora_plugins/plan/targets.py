@@ -127,7 +127,7 @@ def _means_all(config: LoraConfig) -> bool:
 
 
 def left_out(config: LoraConfig, survey: Survey, saved: set[str]) -> tuple[LeftOut, ...]:
-    """What "all" does not adapt though it has weights of two dimensions or more; nothing where fewer layers are asked.
+    """What "all" leaves out though it has weights of two dimensions or more; nothing if not all layers were asked for.
 
     Args:
         config: The configuration.

@@ -7,13 +7,13 @@ allowed and blocked plugins, most processes a single one.
 
 What holds for every hook:
 
-- It registers by the registrar it is handed, and returns nothing.
-- It sees no other plugin, and cannot count on an order; to replace what another plugin owns, it says so with
+- It registers with the registrar that it is given, and returns nothing.
+- It sees no other plugin, and cannot rely on an order; to replace what another plugin owns, it calls
   `registrar.add(..., override=True)`.
-- It must not import a heavy package only to name one of its classes, for which import paths as strings serve; must not
-  touch a device, draw random numbers or change global state: it also runs when plugins are merely listed.
-- What it raises makes the plugin fail as a whole: nothing of it is registered, and its error is shown to whoever asks
-  for something that is missing.
+- It must not import a heavy package only to name one of its classes, since an import path as a string will do. Nor may
+  it touch a device, draw random numbers or change global state: it also runs when plugins are merely listed.
+- If it raises, the plugin fails as a whole: nothing of it is registered, and its error is shown to whoever asks for
+  something that is missing.
 
 There is one hook for each kind of plugins: `lora_plugins_register_` and the name of the kind. `KINDS` lists them.
 """

@@ -118,7 +118,7 @@ class InitPlugin(ABC):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises an error for a value that an option cannot have; unknown keys were refused before.
 
-        It is asked again when an adapter is loaded, so that it refuses nothing for what a file or a machine lacks.
+        It is called again when an adapter is loaded, so it must not refuse one for a file or device that is missing.
 
         Args:
             options: `options` of the class, updated with those of the config.

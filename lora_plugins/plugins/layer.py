@@ -51,9 +51,9 @@ class LayerPlugin(ABC, Generic[Layer]):
             `adapters.factors`.
         rows_are_outputs: Whether each row of the matrix belongs to one output. Variants such as DoRA need that; the
             rows of a transposed convolution are an output at one place of the kernel.
-        function: torch's function of `input`, `weight` and `bias` that the layer's forward is, if `branch` and `mixed`
-            read nothing of the layer but its bias. A module that calls it with the layer's weight gets what they
-            compute, with the bias that it gives, where no weight can say it: with dropout and in mixed batches.
+        function: torch's function of `input`, `weight` and `bias` that the layer's forward calls, if `branch` and
+            `mixed` read only the bias of the layer. A module that calls this function with the layer's weight then
+            gets their result, with the bias of the call, where no weight has it: with dropout and in mixed batches.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
             reads its weights elsewhere than in the attributes that the slots name, such as a list of them. The forward
             itself is none of them.

@@ -53,7 +53,7 @@ class Registrar(Generic[P]):
         self._owned.append(Owned(plugin, self.info, override))
 
     def close(self) -> None:
-        """Takes nothing any more: what is added from now on would be in no registry."""
+        """Refuses further objects: what is added from now on would be in no registry."""
         self._closed = True
 
     @property

@@ -160,8 +160,8 @@ def add_updates(y: Tensor, updates: Sequence[Tensor]) -> Tensor:
     """Returns the sum of a layer's own output and updates of it, in type and layout of the output.
 
     Updates are to be computed before the layer's own output. Then the gradient of the layer's own input is the first to
-    arrive in the backward, and its layout is that of the sum: torch's normalizations (2.13, on a CPU) are wrong without
-    a word for some others.
+    arrive in the backward, and its layout is that of the sum: torch's normalizations (2.13, on a CPU) are silently
+    wrong for some others.
 
     Args:
         y: The output of the layer itself.

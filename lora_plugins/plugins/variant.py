@@ -44,8 +44,8 @@ class VariantPlugin(ABC):
     def first_values(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Mapping[str, Tensor]:
         """Returns the first values of the variant's own tensors, by name.
 
-        It draws no random numbers, since all processes of a run have to agree: values that shall differ come from
-        those of A, which the init drew, as `A.flip(0)` does. In layers that look rows up, A is zero and B is drawn.
+        It draws no random numbers, since all processes of a run have to agree: take values that must differ from those
+        of A, which the init drew, as in `A.flip(0)`. In layers that look rows up, A is zero and B is drawn.
 
         Args:
             weight: `W`, `(out, in)`, as the init left it.
@@ -56,7 +56,7 @@ class VariantPlugin(ABC):
 
     @abstractmethod
     def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
-        """Returns by what `W` changes, `(out, in)`, in plain operations that autograd follows.
+        """Returns the change of `W`, `(out, in)`, in plain operations that autograd follows.
 
         Args:
             weight: `W`, `(out, in)`, in the type of A.
