@@ -14,7 +14,7 @@ from types import ModuleType
 from lora_plugins import StateError
 
 ALIASES = {"pytorch_lightning": "lightning.pytorch", "lightning_fabric": "lightning.fabric"}
-"""Packages of one name, and the same of another."""
+"""By the name of a package, the package that is imported in its place."""
 
 
 def alias_pytorch_lightning() -> None:

@@ -216,11 +216,10 @@ class LoraCallback(Callback):
         return f"{type(self).__qualname__}{key}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state of torch's random numbers, so that shuffling and dropout go on as they would have.
+        """Returns the state of torch's random numbers, and the ratios of learning rates.
 
-        And the ratios of learning rates, which parameter groups and the state of their optimizer depend on.
-
-        The adapter itself is not the callback's: it is in the checkpoint's entry `lora_plugins`.
+        With the former, shuffling and dropout go on as they would have; parameter groups and the state of their
+        optimizer depend on the latter. The adapter itself is in the checkpoint's entry `lora_plugins`.
         """
         return {**random_numbers(), "rates": vars(self.rates)}
 
@@ -320,9 +319,9 @@ class LoraCallback(Callback):
         self._run.expected_warnings.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the random numbers of a checkpoint again, where the first epoch is about to draw its batches anew.
+        """Sets the random numbers of a checkpoint again, if the first epoch is about to draw its batches anew.
 
-        So it is where Lightning runs what is left of the epoch of the file, which is nothing, before that.
+        It does so where Lightning first runs what is left of the epoch of the file, which is nothing after its end.
         """
         loop = trainer.fit_loop
         if not (loop.epoch_loop.restarting or getattr(loop, "is_resuming", False)):

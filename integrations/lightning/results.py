@@ -103,7 +103,7 @@ class Results:
             )
         changed = {full_name(self.target, n) for n in moved_base(target, present_state(target), self.adapter_name)}
         told = sorted(changed - (moved_by_hand(module) - written).union(moved))
-        if told and any(file.is_ours for file in self.files):  # the other formats are saved by what warns itself
+        if told and any(file.is_ours for file in self.files):  # of the other formats, save_adapter warns by itself
             rank_zero_warn(
                 f"{listing(told, 3)} have changed since the adapter was added, as codebooks and queues do, or weights "
                 "that a hook of the module writes, and the files of the adapter do not have them: on the base as it "

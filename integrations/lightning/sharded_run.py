@@ -1,7 +1,7 @@
-"""A run whose strategy splits tensors over processes: what is done otherwise, and what is left out.
+"""A run whose strategy splits tensors over processes: what differs, and what is left out.
 
-The module is adapted before it is sharded, in every stage. What compares whole tensors is left out, as no process has
-them: copies of networks, what the module writes into its base ahead of the training, what is changed after it.
+The module is adapted before it is sharded, in every stage. No process has whole tensors, so what compares them is left
+out: copies of networks, what the module writes into its base before training, and what changes after it.
 """
 
 from collections.abc import Callable

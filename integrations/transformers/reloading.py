@@ -18,9 +18,9 @@ def holds_adapter(folder: Path) -> bool:
 def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
     """Restores an adapter from a saved one of the same configuration.
 
-    Its tensors stay the same objects, with which an optimizer goes on, unless its init has changed the base otherwise
-    than in the file, or has given other ranks, or a plugin that was installed since has other layers: then it is taken
-    off and put on again.
+    Its tensors stay the same objects, so that an optimizer goes on with them. Only where the init has changed the base
+    in another way than in the file, or has given other ranks, or where another plugin is installed since, is the
+    adapter taken off and put on again.
 
     Args:
         model: The model.

@@ -211,9 +211,9 @@ def _is_rebuilt_alike(own: PackedAdapter, packed: PackedAdapter) -> bool:
 
 
 def _in_order(located: Sequence[_Located]) -> list[_Located]:
-    """Lets adapters be put anew that would else stand in another order on their target than in the file.
+    """Marks all adapters of a target to be put on anew if they would otherwise be in another order than in the file.
 
-    States of optimizers belong to parameters by that order, and what is put anew comes to stand behind the others.
+    The state of an optimizer belongs to parameters by their order, and what is put on anew comes last.
     """
     anew: set[int] = set()
     for target in {id(place.target): place.target for place in located}.values():

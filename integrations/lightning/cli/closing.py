@@ -25,8 +25,8 @@ def closing_lines(
 ) -> list[str]:
     """Returns what is printed at the end of a fit.
 
-    A module may have a method `next_commands(trainer)` that returns commands by what they do; others are validated, if
-    they were during the fit, inspected and loaded.
+    A module may name the next commands itself, by a method `next_commands(trainer)` that returns them by what they do.
+    Otherwise they validate the checkpoint, if the fit validated, inspect the adapter, and load the module.
 
     Args:
         trainer: The trainer.

@@ -11,8 +11,8 @@ from lora_plugins.integrations.lightning.shims import callbacks_of
 def shown_metrics(trainer: Trainer) -> dict[str, float]:
     """Returns what the module logs for the progress bar, or else all that it logs, the main metric first.
 
-    That is what a ModelCheckpoint or EarlyStopping monitors, or else one of the val split that is no loss, the loss of
-    the val split, one of the train split, its loss.
+    The main one is what a ModelCheckpoint or EarlyStopping monitors. Without that, metrics of the val split come before
+    those of the train split, and in each split the loss comes last.
     """
     metrics: Mapping[str, Any] = trainer.progress_bar_metrics or trainer.callback_metrics
     monitored = {getattr(callback, "monitor", None) for callback in callbacks_of(trainer)}

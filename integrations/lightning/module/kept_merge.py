@@ -36,7 +36,7 @@ class KeptMerge:
     def undo(self, target: nn.Module, module_name: str) -> bool:
         """Undoes the merge if the target still has the merged values, and returns whether it does.
 
-        Elsewhere the weights that are there win, and a line says so if it is the target that was merged.
+        If the target has other values by now, these stay, and a line says so if it is the target that was merged.
         """
         merge = self._merge
         if merge is None or model_state(target) is not None:

@@ -39,7 +39,7 @@ def adapted_layers_moved(module: nn.Module) -> list[str]:
 
 
 def mark_moved(module: nn.Module, names: Iterable[str], before: Fingerprints = MappingProxyType({})) -> None:
-    """Records, on the module, that it changes tensors of a teacher by hand: checkpoints hold them from now on.
+    """Records on the module that it changes tensors by hand, as those of a teacher: checkpoints hold them from now on.
 
     Args:
         module: The module.
@@ -69,10 +69,10 @@ def known_fingerprints(module: nn.Module) -> Fingerprints:
 
 
 def take_fingerprints(module: nn.Module) -> None:
-    """Takes fingerprints of what adapters are trained on, where none have been taken since it was loaded.
+    """Takes the fingerprints of what adapters are trained on, where none have been taken since the base was loaded.
 
-    They have to be taken before the module moves any of it by hand; those that are known are of the values it had when
-    it was built, which is how it will be built again.
+    They have to be taken before the module moves any of it by hand: the module will be built again with the values
+    that it had before.
     """
     for target in adapted_targets(module).values():
         for name, adapter in present_state(target).adapters.items():

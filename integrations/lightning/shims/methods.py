@@ -1,15 +1,15 @@
 """Functions that stand in for methods of one object, and are removed again.
 
-No class is patched and no method of the Trainer is replaced. Methods of five kinds are, all of them public, and all of
-it was checked against Lightning 2.6.6:
+No class is patched, and no method of the Trainer is replaced. These public methods of a module or a strategy are;
+checked against Lightning 2.6.6:
 
 - `module.setup`, `module.configure_model`: layers may be built there, after `Callback.setup`, and optimizers are made
   before the next callback hook. The adapters have to be attached in between.
 - `module.on_load_checkpoint`: the module may build layers there as well, and what it loads of the base is put back.
 - `module.configure_optimizers`: the one moment when an optimizer that was built too early can still be completed.
 - `module.on_before_optimizer_step`: the last hook ahead of a step, where learning rates follow those of their groups.
-- `strategy.setup`, `strategy.load_checkpoint`: when the first begins, a checkpoint is restored and no optimizer is made
-  yet, so adapters whose init learns from data are attached there.
+- `strategy.setup`, `strategy.load_checkpoint`: when the first one begins, a checkpoint has been restored and there is
+  no optimizer yet, so adapters whose init learns from data are attached there.
 """
 
 from collections.abc import Callable

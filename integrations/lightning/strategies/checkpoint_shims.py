@@ -106,9 +106,9 @@ class CheckpointShims:
 
     @staticmethod
     def load_own(trainer: Trainer, path: str) -> dict[str, Any]:
-        """Reads a checkpoint of this run; with all objects among its hyperparameters if it was written here.
+        """Reads a checkpoint of this run; if this process wrote it, with all objects among its hyperparameters.
 
-        What the module has moved by hand since it was written is kept, as the training is over.
+        Training is over, so what the module has moved by hand since then is kept.
         """
         shims = getattr(trainer.strategy.save_checkpoint, "lora_shims", None)
         if shims is None:

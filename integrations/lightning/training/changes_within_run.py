@@ -27,7 +27,7 @@ from lora_plugins.utils import within
 
 
 class ChangesWithinRun:
-    """Names each change once, and takes back those of the frozen base.
+    """Warns of each change once, and freezes again what was made trainable of the base.
 
     Args:
         trainer: The trainer, which has its optimizers.
@@ -77,7 +77,7 @@ class ChangesWithinRun:
         self._check_late_layers()
 
     def freeze_base(self) -> None:
-        """Freezes what was made trainable since, as GANs switch the gradients of their parts, and names it once.
+        """Freezes again what was made trainable of the base, as by GANs that switch gradients, and warns once.
 
         Raises:
             StateError: If an optimizer trains it.

@@ -11,12 +11,12 @@ from lora_plugins.integrations.lightning.module import checksum, frozen_tensors
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Returns the names of the tensors of the base that require no gradient: all, but for those of new layers."""
+    """Returns the names of the tensors of the base that require no gradient: all but those of new layers."""
     return {name for name, tensor in frozen_tensors(module).items() if not tensor.requires_grad}
 
 
 def freeze_again(module: nn.Module, frozen: Collection[str]) -> None:
-    """Freezes what `configure_optimizers` has made trainable of the base, by an option of its own say, and names it.
+    """Freezes again what `configure_optimizers` has made trainable of the base, with a warning that names it.
 
     Args:
         module: The adapted module, whose optimizers were just made.
