@@ -107,7 +107,7 @@ def rounded(
     *,
     in_full_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Returns the tensors of a call as autocast rounds them, but a weight to which its update is added in full."""
+    """Returns the tensors of a call as autocast rounds them, except a weight to which its update is added in full."""
     if not in_full_weight:
         weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
     return x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B

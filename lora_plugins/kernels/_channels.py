@@ -4,7 +4,7 @@ Convolutions with few channels are slow, and what a low-rank update needs of the
 `(batch, channels, *positions)`, either contiguous or with their channels last.
 
 Gradients have the format in memory that those of torch's own layers have: operations take it from each other, and
-torch's normalizations (2.13, on a CPU) are wrong without a word for some pairs of formats of input and gradient.
+torch's normalizations (2.13, on a CPU) are silently wrong for some pairs of formats of input and gradient.
 """
 
 import torch
@@ -17,8 +17,8 @@ from lora_plugins.kernels.matmul import transposed_product
 def channels_last(image: Tensor) -> bool:
     """Whether channels are innermost in memory, as torch's convolutions see it, and would not be so if contiguous.
 
-    A dimension of 1, as a batch of one image, can have any step behind views. Where it is less than what is inside of
-    it, torch takes the image for contiguous.
+    After a view, a dimension of 1, such as a batch of one image, can have any stride. If that is less than the size of
+    what is inside of it, torch takes the image for contiguous.
     """
     if image.is_contiguous():
         return False

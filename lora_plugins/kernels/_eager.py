@@ -47,7 +47,7 @@ def needs_law(gradient: Tensor) -> bool:
 
 
 def types_agree(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch's own layer computes with such types. With others it is called, and says what is wrong."""
+    """Whether torch's own layer computes with such types. Otherwise it is called, and its error says what is wrong."""
     if autocast_dtype(x) is not None:  # which leaves integers and double precision alone
         return x.is_floating_point() and weight.dtype != torch.float64
     return x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)

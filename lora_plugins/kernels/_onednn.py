@@ -29,7 +29,7 @@ def takes(dtype: torch.dtype, left: Tensor, right: Tensor, bias: Tensor | None =
         dtype: Of the product.
         left: One matrix.
         right: The other one, `(out, in)`; a part of a larger one would take thousands of times as long.
-        bias: What is added; one that is strided would be read wrongly without a word.
+        bias: What is added; a strided one would silently be read wrongly.
     """
     return (
         left.shape[0] * right.numel() >= _LEAST

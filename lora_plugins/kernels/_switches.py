@@ -54,7 +54,7 @@ def kernel_report() -> list[KernelStatus]:
 def disabled_kernels(*names: str) -> Iterator[None]:
     """Switches kernels off for the duration of a block, in the whole process; for tests and benchmarks.
 
-    Whole training steps belong into the block: what gradient checkpointing computes again after it may differ.
+    Put whole training steps into the block: what gradient checkpointing computes again after it may differ.
 
     Args:
         *names: Names of kernels, or `all`.

@@ -29,8 +29,8 @@ def compiled_linear(
 ) -> Tensor | None:
     """Computes `lora_linear`; None for images, and where something other than `torch.compile` is at work.
 
-    And under autocast without dropout: there, ordinary operations took 1.17 of the frozen model's step, the operator
-    1.24 (ViT-S in bfloat16, two cores of an AMD EPYC, Zen 5).
+    Also None under autocast without dropout: there, ordinary operations took 1.17 of the frozen model's step, the
+    operator 1.24 (ViT-S in bfloat16, two cores of an AMD EPYC, Zen 5).
     """
     one_block = weight.is_contiguous() or weight.T.is_contiguous()
     if axis != -1 or not one_block or not takes_operator("lora_linear", x, weight, bias, A, B):

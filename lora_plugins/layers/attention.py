@@ -130,7 +130,7 @@ def _is_plain(cls: Any) -> bool:
 def _thirds_of(
     layer: nn.MultiheadAttention, inputs: Sequence[Tensor], project: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
-    """Projects to all three at once, an input that is given more than once only once, and takes the part of each."""
+    """Projects to all three at once and takes the part of each; an input that is given repeatedly is projected once."""
     outputs: list[Tensor] = []
     for x in inputs:
         same = [y for other, y in zip(inputs[: len(outputs)], outputs, strict=True) if other is x]

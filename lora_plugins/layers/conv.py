@@ -40,7 +40,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
     branch_takes_rescaling = True
 
     def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
-        """The patches that the kernel is laid on, those of all groups together; x is `(n, channels, ...)`."""
+        """The patches that the kernel is applied to, those of all groups together; x is `(n, channels, ...)`."""
         dimensions = len(layer.kernel_size)
         x = x if x.dim() == dimensions + 2 else x[None]
         x = _padded(layer, x)
@@ -175,7 +175,7 @@ class TimmConv2dSamePlugin(_ConvPlugin):
     branch_types: ClassVar = ("timm.layers.conv2d_same.Conv2dSame",)
 
     def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
-        """The patches that the kernel is laid on, in the padded `x`."""
+        """The patches that the kernel is applied to, in the padded `x`."""
         return super().inputs(layer, slot, _padded_to_same(layer, x))
 
     def branch(self, layer: Conv, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Deformable convolutions of torchvision, whose kernel is laid on places that an input of their own says.
+"""Deformable convolutions of torchvision, whose kernel is applied at positions that a second input gives.
 
 Source: Zhu et al., Deformable ConvNets v2: More Deformable, Better Results, arXiv 1811.11168.
 """

@@ -22,9 +22,9 @@ _FEW_POSITIONS = 400
 
 
 def is_large_depthwise(x: Tensor, kernel: Tensor, geometry: Geometry, dy: Tensor | None = None) -> bool:
-    """Whether it is a depthwise kernel of images on a CPU that is larger than 3x3 and moves by one or two.
+    """Whether it is a depthwise kernel of images on a CPU that is larger than 3x3, with a stride of one or two.
 
-    Not where it has one position to go to: the output's gradient, as kernels of one position, would be very slow.
+    Not if the output has a single position: the output's gradient, as kernels of one position, would be very slow.
     """
     depthwise = geometry.groups == x.shape[1] == kernel.shape[0]
     large = kernel.ndim == 4 and max(kernel.shape[2:]) > 3 and max(geometry.stride) <= 2

@@ -1,6 +1,6 @@
 """A convolution with a low-rank update as one autograd function.
 
-Only the input is saved for the backward, and what is small beside it.
+Only the input, and what is small compared with it, is saved for the backward.
 """
 
 from collections.abc import Callable

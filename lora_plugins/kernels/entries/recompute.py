@@ -2,7 +2,7 @@
 
 `memory="low"` in the config: an input that is the output of a normalization or an activation is computed again in the
 backward from what autograd saves for that operation itself, under private names. It costs one elementwise pass; nothing
-is approximated. An input of another origin is saved as ever.
+is approximated. An input of another origin is saved as usual.
 """
 
 from collections.abc import Callable, Mapping
