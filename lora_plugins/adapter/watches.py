@@ -1,6 +1,7 @@
 """Hooks that record, while a model reads data, the inputs of its layers or the gradients of its weights."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,20 +28,14 @@ def input_moments(
         (layer.name, slot.suffix): _Sums(layer, slot, shape[1], next(submodule(model, layer.name).parameters()).device)
         for layer, slot, shape in plan.slots()
     }
-    hooks = [
-        submodule(model, name).register_forward_pre_hook(total.add, with_kwargs=True)
-        for (name, _), total in sums.items()
-    ]
     model.eval()
     read = 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                step(model, batch)
-                read += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for (name, _), total in sums.items():
+            hooks.enter_context(submodule(model, name).register_forward_pre_hook(total.add, with_kwargs=True))
+        for batch in batches:
+            step(model, batch)
+            read += 1
     _check_read(torch.tensor(read, device=next(iter(sums.values())).device))
     moments = {key: total.reduced() for key, total in sums.items()}
     unseen = [key[0] for key, (count, _, _) in moments.items() if not count]

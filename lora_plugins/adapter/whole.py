@@ -57,14 +57,16 @@ def _leave_inference(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             f"{listing(names)} were made in inference mode, and torch refuses to change them. Build, load or copy the "
             "model outside of torch.inference_mode(); it may be called inside."
         )
-    kept = [module._buffers for module in modules if any(map(_is_of_inference, _present(module._buffers)))]
-    if kept:
-        with torch.inference_mode(False):
-            renewed: dict[Tensor, Tensor] = {}  # one that several modules share stays one
-            for buffers in kept:
-                for name, buffer in buffers.items():
-                    if buffer is not None and _is_of_inference(buffer):
-                        buffers[name] = renewed.setdefault(buffer, buffer.clone())
+    kept = [
+        (module._buffers, name, buffer)
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None and _is_of_inference(buffer)
+    ]
+    renewed: dict[Tensor, Tensor] = {}  # one that several modules share stays one
+    with torch.inference_mode(False):
+        for buffers, name, buffer in kept:
+            buffers[name] = renewed.setdefault(buffer, buffer.clone())
 
 
 def _is_of_inference(tensor: Tensor) -> bool:
