@@ -62,7 +62,7 @@ def _check_unshared(pipe: Any, parts: nn.ModuleDict) -> None:
         raise StateError(
             f"{listing(shared)} of this {type(pipe).__name__} has adapters of another pipeline, which was made with "
             "the same parts, as from_pipe does, or it was copied by itself from one. They act here too. Their handle "
-            "is that of the other pipeline: go on with it, or call its unload() first."
+            "is that of the other pipeline: use that one, or call its unload() first."
         )
 
 

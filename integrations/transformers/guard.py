@@ -163,9 +163,9 @@ class TrainingGuard(TrainerCallback):
         without = [name for name, parameter in trained(model).items() if parameter.grad is None]
         if factors and factors <= set(without):
             raise StateError(
-                "The first backward gave the adapter no gradient. Checkpointing of activations with "
-                "use_reentrant=True does that when its inputs need none; use_reentrant=False is right. So does what "
-                "takes gradients within the backward, such as an optimizer in a hook; let the Trainer's optimizer step."
+                "The first backward gave the adapter no gradient. Activation checkpointing with use_reentrant=True "
+                "causes this when its inputs need none: set use_reentrant=False. So does code that takes gradients "
+                "within the backward, such as an optimizer in a hook; let the Trainer's optimizer step."
             )
         if without:
             warnings.warn(f"{listing(without)} got no gradient in the first step, and stay as they are.", stacklevel=2)

@@ -214,8 +214,8 @@ class LoraTrainer(Trainer):
         if chosen and (name in _IN_BACKWARD or name.endswith(_LAYERWISE)):
             raise StateError(
                 f"optim={name!r} changes tensors within the backward, where it cannot be checked that the adapter is "
-                "trained, and keeps what checkpoints would resume from to itself. It saves memory where all weights "
-                "are trained; gradients of A and B are small. Choose another, such as optim='adamw_torch'."
+                "trained, and gives checkpoints no state to resume from. It saves memory where all weights are "
+                "trained; gradients of A and B are small. Choose another, such as optim='adamw_torch'."
             )
 
     def _check_optimizer(self) -> None:

@@ -48,7 +48,7 @@ class _RefuseLoss:
         if tensor is not None and not tensor.requires_grad:
             raise StateError(
                 f"This backward would give no gradient to {self.name!r}, which was trained in the forward and is "
-                "frozen now. Run the backward before what acts in the model is changed, or the forward again after it. "
-                "A model that keeps what it computes in eval mode, as LeViT its attention biases, forgets it in "
-                "train()."
+                "frozen now. Run the backward before changing which adapters act, or run the forward again after that. "
+                "A model that keeps what it computes in eval mode, as LeViT does with its attention biases, forgets it "
+                "in train()."
             )

@@ -76,7 +76,7 @@ def check_norms(model: nn.Module, state: ModelState, adapter: str) -> None:
     moving = [e.name for e in modules if e.name in frozen and has_statistics(e.module) and not is_frozen(e.module)]
     if moving:
         raise StateError(
-            f"{listing(moving)} took the place of norms that stand still for the adapter {adapter!r}, and their "
-            "statistics, which it does not hold, may have moved. Replace norms before adapters are added, as by "
-            "convert_sync_batchnorm, or let them move: norm='track'."
+            f"{listing(moving)} replaced norms that are frozen for the adapter {adapter!r}, and their statistics, "
+            "which it does not hold, may have moved. Replace norms (convert_sync_batchnorm does that) before adapters "
+            "are added, or let them move: norm='track'."
         )

@@ -97,7 +97,7 @@ def check_not_nested(model: nn.Module) -> None:
         raise StateError(
             "This model is a part of an adapted one, and shares its layers, or it was copied from such a part. Use the "
             "LoraModel of the whole model; unload() takes its adapters off. For a copy that can be changed, copy the "
-            "whole model and take the part of that."
+            "whole model and take the part from that copy."
         )
 
 

@@ -35,15 +35,15 @@ def warn_of_unsaved(model: nn.Module, state: ModelState, adapter: str) -> None:
         warnings.warn(
             f"The adapter does not hold {listing(moved, 3)}, which have changed since it was added: on the base as "
             "it was, it computes something else. Codebooks, queues and the like, which layers update themselves, "
-            "belong into modules_to_save. Frozen weights that something wrote into are saved by the state dict, or "
-            "by merging.",
+            "belong in modules_to_save. Frozen weights that something wrote into are saved by the state dict, or by "
+            "merging.",
             stacklevel=_STACKLEVEL,
         )
     if _waits_for_a_step(model, state.adapters[adapter].plan, adapter):
         warnings.warn(
-            f"The adapter {adapter!r} still changes nothing, though gradients have come to all its layers. An "
-            "optimizer that was made before the adapter does not train it: make it afterwards, of the parameters that "
-            "require a gradient.",
+            f"The adapter {adapter!r} still changes nothing, though all its layers have had gradients. An optimizer "
+            "that was made before the adapter does not train it: make it afterwards, from the parameters that require "
+            "a gradient.",
             stacklevel=_STACKLEVEL,
         )
 

@@ -96,7 +96,7 @@ def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
     if stored:
         kinds = listing(dict.fromkeys(str(entry.get("storage")) for entry in stored.values()))
         warnings.warn(
-            f"The adapter was trained on {len(stored)} weights stored as {kinds}, which this format cannot say. On "
+            f"The adapter was trained on {len(stored)} weights stored as {kinds}, which this format cannot record. On "
             "float weights it adds the same update to values that differ by what storing rounded; our own format "
             "stores them again.",
             stacklevel=4,

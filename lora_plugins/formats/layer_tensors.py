@@ -39,8 +39,8 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
     alpha = float(factors.get("alpha", 1))
     if not (math.isfinite(alpha) and alpha > 0):
         raise AdapterFileError(
-            f"The alpha of {name!r} is {alpha:g}, where a positive, finite number belongs. Of 0 other programs make "
-            "different things: kohya's scripts the rank, the WebUI no update. Write what is meant into the file, or "
+            f"The alpha of {name!r} is {alpha:g}; it has to be a positive, finite number. Other programs read 0 "
+            "differently: kohya's scripts as the rank, the WebUI as no update. Write what is meant into the file, or "
             "leave the layer out."
         )
 

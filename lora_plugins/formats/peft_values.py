@@ -100,9 +100,9 @@ def _values_of_taken(saved: tuple[str, ...], adapter: PortableAdapter, model: nn
     wrong += [name for name in adapter.layers if any(_taken_for(f"{name}.{each}", saved) for each in _INSIDE)]
     if wrong:
         raise AdapterFileError(
-            "The adapter cannot be written in this format: PEFT trains each module in full whose name ends with the "
-            f"letters of {listing(saved)}, and so {listing(dict.fromkeys(wrong))}, which it cannot do where that is "
-            "adapted, or in another such module. Rename it."
+            "The adapter cannot be written in this format: PEFT trains every module in full whose name ends with the "
+            f"letters of {listing(saved)}, and so {listing(dict.fromkeys(wrong))}. It cannot do that to a module that "
+            "is adapted, or inside another such module. Rename it."
         )
     return {name: tensors[name] for name, paths in taken.items() if paths}
 

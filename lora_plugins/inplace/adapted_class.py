@@ -160,8 +160,8 @@ def _weight_property(name: str, base: Any) -> property:
         if _is_traced(layer, name):
             raise StateError(
                 f"The weight of {state.name!r} is used by another module without calling the layer, so torch.fx would "
-                "trace what it is now, and not what it is computed from. Merge it before, by merge_and_unload(), or "
-                "add the layer to exclude_modules."
+                "trace its present value, and not how it is computed. Merge it first, by merge_and_unload(), or add "
+                "the layer to exclude_modules."
             )
         weight = held(layer, name, effective_weight)
         if not torch.compiler.is_compiling() and state.on_read is not None and not state.held:

@@ -50,9 +50,9 @@ def remover(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]
     if known is not None:
         return known
     raise MergeError(
-        f"{full_name!r} is no parameter of its {base_class_of(layer).__name__}, but a buffer, or computed in a way "
-        "that is not known, so it cannot be merged for good. Make it a parameter first, or use merge_adapter(), which "
-        "can be taken back."
+        f"{full_name!r} is not a parameter of its {base_class_of(layer).__name__}: it is a buffer, or computed in an "
+        "unknown way, so it cannot be merged for good. Make it a parameter first, or use merge_adapter(), which can be "
+        "taken back."
     )
 
 

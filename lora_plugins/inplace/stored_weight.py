@@ -134,10 +134,10 @@ class StoredWeight(nn.Module):
         if are_changed(self._parameters.values()):
             raise StateError(
                 f"The integers of a weight of shape {list(self.shape)}, stored as {self.storage.plugin.name}, were "
-                "changed in a copy of a model, as an average of all parameters does, which cuts them off. Average "
-                "floating tensors alone (docs/howto/quantize.md has a function for AveragedModel), and load the "
-                "others again: copied.load_state_dict({key: value for key, value in model.state_dict().items() if "
-                "'_stored.' in key}, strict=False)."
+                "changed in a copy of a model: an average of all parameters truncates them. Average only floating "
+                "tensors (docs/howto/quantize.md has a function for AveragedModel), and load the others again: "
+                "copied.load_state_dict({key: value for key, value in model.state_dict().items() if '_stored.' in "
+                "key}, strict=False)."
             )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

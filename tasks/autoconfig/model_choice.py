@@ -189,8 +189,8 @@ def _check_reachable(name: str, found: _Found) -> None:
     hint = f" Or did you mean {library[0]}/{name.partition('/')[2]}?" if library and library[0] not in name else ""
     raise ConfigError(
         f"The pretrained weights of {name} are on the Hugging Face hub, which cannot be reached from here. Download "
-        f"them where it can ({found.repository}), and give the file: --weights FILE "
-        f"({', '.join(WEIGHTS_FILES[:2])}). Those of {DEFAULT}, which is taken without --model, are installed.{hint}"
+        f"them on a machine that can reach it ({found.repository}), and give the file: --weights FILE "
+        f"({', '.join(WEIGHTS_FILES[:2])}). Those of the default model, {DEFAULT}, are installed.{hint}"
     )
 
 

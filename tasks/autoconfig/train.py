@@ -119,9 +119,9 @@ def _check_started_once() -> None:
     processes = os.environ.get("WORLD_SIZE") or "1"
     if processes != "1":
         raise ConfigError(
-            f"train was started {processes} times (WORLD_SIZE), as by torchrun, and chooses data, model and folder of "
-            "one run. Let it write them down, `lora-plugins train ... --plan --save-config FILE`, and start `python -m "
-            "lora_plugins fit --config FILE` as often."
+            f"train was started {processes} times (WORLD_SIZE), as by torchrun, but it sets up data, model and folder "
+            "of one run. Let it write a configuration, `lora-plugins train ... --plan --save-config FILE`, and start "
+            f"`python -m lora_plugins fit --config FILE` {processes} times."
         )
 
 

@@ -422,7 +422,7 @@ class TestNested:
         with pytest.raises(StateError, match="a part of an adapted one"):
             LoraModel(model[1])
         assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])] == []
-        with pytest.raises(StateError, match="copy the whole model and take the part of that"):
+        with pytest.raises(StateError, match="copy the whole model and take the part from that copy"):
             LoraModel(copy.deepcopy(model[1]))
         copied = copy.deepcopy(model)
         LoraModel(copied).unload()

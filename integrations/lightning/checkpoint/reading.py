@@ -60,19 +60,19 @@ def _refused(path: object, error: UnpicklingError) -> AdapterFileError:
     objects = not_allowed(path)
     if objects and not need_unpickling(objects):
         return AdapterFileError(
-            f"{path} holds objects that are not read without being allowed: "
-            f"{listing(objects)}. Where the file is from somebody you trust, allow them by "
-            f"allow_globals={objects!r} of load_from_checkpoint, merge_checkpoint and export_checkpoint, or "
-            "--allow-globals of the commands; a Trainer takes weights_only=False beside ckpt_path."
+            f"{path} holds objects that must be allowed before they are read: {listing(objects)}. If you trust the "
+            f"source of the file, allow them by allow_globals={objects!r} of load_from_checkpoint, merge_checkpoint "
+            "and export_checkpoint, or --allow-globals of the commands; a Trainer takes weights_only=False beside "
+            "ckpt_path."
         )
     if not is_archive(path):
         return damaged(path, error)
     nested = f"among them a class inside of another one, or a method: {listing(objects)}."
     reason = nested if objects else f"though their types are allowed: {_reason(error)}"
     return AdapterFileError(
-        f"{path} holds objects that are not read without unpickling them, {reason} Where the file is from "
-        "somebody you trust, load_from_checkpoint, merge_checkpoint, export_checkpoint and a Trainer, beside "
-        "ckpt_path, take weights_only=False."
+        f"{path} holds objects that can only be read by unpickling them, {reason} If you trust the source of the "
+        "file, load_from_checkpoint, merge_checkpoint, export_checkpoint and a Trainer, beside ckpt_path, take "
+        "weights_only=False."
     )
 
 

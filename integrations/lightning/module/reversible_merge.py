@@ -214,9 +214,9 @@ def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = 
     unknown = [weight for weight, (_, is_known) in computed.items() if not is_known]
     if unknown:
         raise StateError(
-            f"{listing(unknown)}: no parameter, but a buffer, or computed in a way that is not known, so that nothing "
-            "can be merged into it for good. Make it a parameter first, add its layer to exclude_modules, or keep the "
-            "adapter beside the base: set merge_on_fit_end=False and export_to=None."
+            f"{listing(unknown)}: not a parameter, but a buffer, or computed in an unknown way, so that nothing can be "
+            "merged into it for good. Make it a parameter first, add its layer to exclude_modules, or keep the adapter "
+            "beside the base: set merge_on_fit_end=False and export_to=None."
         )
     if computed:
         raise StateError(

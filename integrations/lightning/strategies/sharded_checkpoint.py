@@ -171,7 +171,7 @@ def _check_optimizers(trainer: Trainer, path: Path, checkpoint: Mapping[str, Any
         if saved and set(saved) != set(own):
             raise AdapterFileError(
                 f"{path} was not written by a strategy that shards parameters: the state of its optimizer numbers them "
-                "in another way, so training cannot go on from it here. Use the strategy that wrote it; validate, test "
+                "differently, so training cannot resume from it here. Use the strategy that wrote it; validate, test "
                 "and predict take the file."
             )
 

@@ -22,8 +22,8 @@ def check_trainer(trainer: object) -> None:
     if not isinstance(trainer, Trainer):
         raise StateError(
             f"LoraCallback belongs to lightning.pytorch, and the Trainer is {type(trainer).__module__}."
-            f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch; where a package of "
-            "others imports the other one, first call alias_pytorch_lightning() of lora_plugins.integrations.lightning."
+            f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch; if another package "
+            "imports the other one, first call alias_pytorch_lightning() of lora_plugins.integrations.lightning."
         )
 
 

@@ -72,8 +72,8 @@ def check_unchanged(moved: Sequence[str]) -> None:
         raise StateError(
             f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
             "hold them and would be put onto another base. Likely causes: a module that unfreezes a part of itself, "
-            "such as its head, which belongs into modules_to_save; a callback or a training step that writes into "
-            "weights, which those of a teacher may do: freeze it with requires_grad_(False); a layer that updates "
-            "statistics in a buffer while frozen; or an optimizer that writes into all that it has, as LBFGS does once "
-            "a training has diverged: give it only what requires a gradient."
+            "such as its head, which belongs in modules_to_save; a callback or a training step that writes into "
+            "weights, which is allowed for a teacher: freeze it with requires_grad_(False); a layer that updates "
+            "statistics in a buffer while frozen; or an optimizer that writes into everything it has, as LBFGS does "
+            "once training has diverged: give it only what requires a gradient."
         )

@@ -42,10 +42,10 @@ class LostWrites:
         if self._written:
             raise StateError(
                 f"The module writes into {listing(sorted(self._written))} from outside of the layer, as into a "
-                "codebook that is moved by averages, or to keep weights in bounds. What an adapted layer gives as its "
-                "weight is computed from the base and the adapter at each reading, so what is written into it is lost. "
-                "Name the layer in modules_to_save, which trains it in full, or in exclude_modules if it is not "
-                "trained by itself, as such a codebook (requires_grad=False)."
+                "codebook that is moved by averages, or to keep weights in bounds. An adapted layer computes its "
+                "weight from the base and the adapter at each read, so what is written into it is lost. Name the layer "
+                "in modules_to_save, which trains it in full, or in exclude_modules if nothing trains it, like such a "
+                "codebook (requires_grad=False)."
             )
 
     def stop(self) -> None:

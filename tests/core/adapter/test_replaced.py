@@ -226,7 +226,7 @@ REPLACED = {
 def test_a_norm_that_stands_still(replace):
     lora = convolutional()
     replace(lora.model)
-    with pytest.raises(StateError, match=r"'1' took the place of norms that stand still .*convert_sync_batchnorm"):
+    with pytest.raises(StateError, match=r"'1' replaced norms that are frozen for .*convert_sync_batchnorm"):
         lora.pack("a")
     lora.set_adapter("a")  # as any call, it makes them stand still
     assert not lora.model.train()[1].training

@@ -179,7 +179,7 @@ def test_swapping(tmp_path, untouched):
 
 def test_formats_of_others(tmp_path):
     lora = adapted(modules_to_save=[], target_modules=["0", "2"])
-    with pytest.warns(UserWarning, match="trained on 2 weights stored as 'nf4', which this format cannot say"):
+    with pytest.warns(UserWarning, match="trained on 2 weights stored as 'nf4', which this format cannot record"):
         lora.save_adapter(tmp_path / "peft", format="peft")
     model = build()
     LoraModel(model, config(modules_to_save=[], target_modules=["0", "2"])).unload(dequantize=False)

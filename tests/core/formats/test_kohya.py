@@ -169,7 +169,7 @@ class TestRefused:
     @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
     def test_an_alpha_that_is_no_scaling(self, alpha, tmp_path, untouched):
         path = self.edited(tmp_path, lambda tensors: tensors.update({"lora_unet_conv_in.alpha": torch.tensor(alpha)}))
-        self.refused(path, untouched, f"The alpha of 'lora_unet_conv_in' is {alpha:g}, where a positive")
+        self.refused(path, untouched, f"The alpha of 'lora_unet_conv_in' is {alpha:g}; it has to be a positive")
 
     def test_a_name_with_two_meanings(self, tmp_path, untouched):
         model = nn.ModuleDict({"a_b": nn.Linear(3, 3), "a": nn.ModuleDict({"b": nn.Linear(3, 3)})})

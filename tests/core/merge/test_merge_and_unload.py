@@ -107,7 +107,7 @@ def test_a_weight_computed_in_an_unknown_way_is_refused_before_anything_changes(
     double_weight(layer, None)
     lora = adapt(model)
     expected = model(x)
-    with pytest.raises(MergeError, match=r"'1\.weight' is no parameter of its Linear,"):
+    with pytest.raises(MergeError, match=r"'1\.weight' is not a parameter of its Linear:"):
         lora.merge_and_unload()
     assert torch.equal(model(x), expected)
     assert list(lora.adapters) == ["default"]

@@ -129,7 +129,7 @@ def test_what_a_callback_changes_while_it_trains(tmp_path, event, change, messag
 def test_reentrant_checkpointing_that_cuts_the_backward(tmp_path):
     kwargs = {"use_reentrant": True}
     run = trainer(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
-    with pytest.raises(StateError, match="use_reentrant=False is right"):
+    with pytest.raises(StateError, match="need none: set use_reentrant=False"):
         run.train()
 
 

@@ -243,7 +243,7 @@ def test_weights_that_cannot_be_had(folders, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "timm/vit_small_patch16_224 are on the Hugging Face hub, which cannot be reached" in err
     assert "--weights FILE" in err
-    assert "Those of timm/tf_efficientnet_lite0, which is taken without --model, are installed." in err
+    assert "Those of the default model, timm/tf_efficientnet_lite0, are installed." in err
     assert "did you mean" not in err
     assert main(["train", "photos", "--model", "tim/vit_small_patch16_224"]) == 1
     assert "Or did you mean timm/vit_small_patch16_224?" in capsys.readouterr().err

@@ -80,14 +80,14 @@ def test_objects_have_to_be_allowed(kind, tmp_path):
     option, names = OBJECTS[kind]
     module = Configured(option)
     path = written(tmp_path, module)
-    with pytest.raises(AdapterFileError, match="not read without being allowed") as refused:
+    with pytest.raises(AdapterFileError, match="must be allowed before they are read") as refused:
         load_from_checkpoint(Configured, path)
     assert f"allow_globals={names!r}" in str(refused.value)
     assert "truncated" not in str(refused.value)
     loaded = load_from_checkpoint(Configured, path, allow_globals=names)
     assert repr(loaded.option) == repr(option)
     assert not differing(values(loaded), values(module))
-    with pytest.raises(AdapterFileError, match="not read without being allowed"):  # nothing stays allowed
+    with pytest.raises(AdapterFileError, match="must be allowed before they are read"):  # nothing stays allowed
         load_from_checkpoint(Configured, path)
 
 

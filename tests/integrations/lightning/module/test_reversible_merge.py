@@ -513,7 +513,7 @@ def test_a_merge_that_no_call_makes_for_good_is_refused_before_training(tmp_path
     del module.net[0].weight
     hold(module.net[0], "weight", weight)
     module.on_train_batch_start = lambda *_: steps.append(1)
-    with pytest.raises(StateError, match=r"'net\.0\.weight': no parameter.*, add its layer to exclude_modules"):
+    with pytest.raises(StateError, match=r"'net\.0\.weight': not a parameter.*, add its layer to exclude_modules"):
         trainer(tmp_path, [LoraCallback(CONFIG)]).fit(module, loader())
     assert not steps
     trainer(tmp_path, [LoraCallback(CONFIG, merge_on_fit_end=False)]).fit(module, loader())

@@ -369,7 +369,7 @@ WRONG_FILES = {
     "another base": (lambda: (Sharded(base_seed=1), [LoraCallback(CONFIG)]), "another base"),
     "another model": (lambda: (Sharded(width=8), [LoraCallback(CONFIG)]), "another model"),
     "another adapter": (lambda: (Sharded(), [LoraCallback(CONFIG, adapter_name="other")]), "adapter 'other'"),
-    "of one device": (lambda: (Sharded(), [LoraCallback(CONFIG)]), "training cannot go on from it here"),
+    "of one device": (lambda: (Sharded(), [LoraCallback(CONFIG)]), "training cannot resume from it here"),
 }
 
 

@@ -357,7 +357,7 @@ class ByLBFGS(Classifier):
 
 
 def test_base_that_moved_as_a_training_diverged_is_told_the_cause(tmp_path):
-    with pytest.raises(StateError, match=r"frozen tensors changed.*LBFGS does once a training has diverged"):
+    with pytest.raises(StateError, match=r"frozen tensors changed.*LBFGS does once training has diverged"):
         fit(tmp_path, ByLBFGS())
 
 
