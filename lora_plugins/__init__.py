@@ -3,7 +3,7 @@
 Three lines adapt a model in place:
 
     lora = LoraModel(model, LoraConfig(r=8, target_modules=["attn.qkv"]))
-    ...  # train `model` as ever: only the adapter requires gradients
+    ...  # train `model` as usual: only the adapter requires gradients
     lora.merge_and_unload()
 
 A plugin is a module named by an entry point of the group `lora_plugins`, with functions marked by `hookimpl` that

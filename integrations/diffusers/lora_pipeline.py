@@ -188,7 +188,7 @@ def _warn_of_left_out(pipe: Any, parts: Collection[str]) -> None:
     left_out = [part for part in parts if part not in read]
     if read and left_out:
         warnings.warn(
-            f"load_lora_weights of a {type(pipe).__name__} reads layers of {listing(read)} alone, and leaves out those "
-            f"of {listing(left_out)} without a word. lora_plugins reads all of them.",
+            f"load_lora_weights of a {type(pipe).__name__} reads layers of {listing(read)} alone, and silently leaves "
+            f"out those of {listing(left_out)}. lora_plugins reads all of them.",
             stacklevel=2,
         )

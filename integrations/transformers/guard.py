@@ -55,7 +55,7 @@ def check_active(model: nn.Module, adapter_name: str) -> None:
     if state.weights:
         raise StateError(
             f"The adapter {adapter_name!r} acts with the weight {state.weights[adapter_name]}, which no checkpoint "
-            f"would hold. Call LoraModel(model).set_adapter({adapter_name!r}) first; a factor belongs into alpha."
+            f"would hold. Call LoraModel(model).set_adapter({adapter_name!r}) first; a factor belongs in alpha."
         )
     check_in_place(model, state, adapter_name)
 
@@ -88,7 +88,7 @@ class TrainingGuard(TrainerCallback):
             print(f"LoRA adapter {self.adapter_name!r}: {plan.summary()}")
         if forgotten := forgotten_layers(model, plan):
             warnings.warn(
-                f"{listing(forgotten, 3)} look newly initialized, and nothing trains them. A new head belongs into "
+                f"{listing(forgotten, 3)} look newly initialized, and nothing trains them. A new head belongs in "
                 "modules_to_save of the LoraConfig; one that is to stay as it is can be left so.",
                 stacklevel=2,
             )

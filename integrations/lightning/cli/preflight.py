@@ -64,7 +64,7 @@ def _check_model(given: Mapping[str, Any]) -> None:
 
 
 def _check_sections(given: Mapping[str, Any]) -> None:
-    """Refuses what is in one of our two sections and belongs into the other, or nowhere."""
+    """Refuses what is in one of our two sections and belongs in the other, or nowhere."""
     config = [field.name for field in fields(LoraConfig)]
     callback = _arguments_in(Path(__file__).parent.parent / "callback.py")
     callback.remove("config")  # which the section `lora` is

@@ -30,7 +30,7 @@ def freeze_again(module: nn.Module, frozen: Collection[str]) -> None:
         rank_zero_warn(
             f"configure_optimizers of {type(module).__name__} made {len(thawed)} tensors of the frozen base trainable, "
             f"as an option that freezes nothing does: {listing(thawed)}. They are frozen again, and only adapters are "
-            "trained. What is to be trained in full, such as a new head, belongs into modules_to_save."
+            "trained. What is to be trained in full, such as a new head, belongs in modules_to_save."
         )
 
 

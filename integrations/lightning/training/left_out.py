@@ -51,7 +51,7 @@ class LeftOut:
         if self.layers:
             rank_zero_warn(
                 f"{listing(self.layers, 3)} of {name} look newly initialized, and nothing trains them. A new head "
-                "belongs into modules_to_save, or into an attribute head_modules of the module; one that is to stay "
+                "belongs in modules_to_save, or in an attribute head_modules of the module; one that is to stay "
                 "as it is can be left so."
             )
         if self.copies:
