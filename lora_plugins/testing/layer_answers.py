@@ -117,11 +117,11 @@ def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: T
     """Requires that the vectors have the right size, which the bias tells: it is multiplied by 1 where W is by x.
 
     That holds where the output is a sum of products with W. Where it is not, or there is no bias to compare with, or
-    the weight meets a sum of several vectors, nothing is required.
+    the weight meets a sum of several vectors or another parameter, nothing is required.
     """
     biases = {name: model.layer._parameters.get(name) for name in case.plugin.biases(model.layer)}
     given = [bias for name, bias in biases.items() if bias is not None and _is_added(case, name, {slot.tensor})]
-    if not given or not _is_linear_in(case, slot):
+    if not given or not _is_linear_in(case, slot) or _meets_others(case, slot, biases):
         return
     lengths = vectors.square().sum(1)
     for value in _spread(output):
@@ -151,6 +151,15 @@ def _is_linear_in(case: LayerCase, slot: Slot) -> bool:
         _flat(call(_scaled(case, slot.tensor, factor), case.arguments(case.model().layer))) for factor in (0, 1, 2)
     ]
     return torch.allclose(outputs[2] - outputs[1], outputs[1] - outputs[0])
+
+
+def _meets_others(case: LayerCase, slot: Slot, biases: Collection[str]) -> bool:
+    """Whether the gradient of the weight depends on other parameters of the layer, as where two weights are a chain."""
+    parameters = case.model().layer._parameters.items()
+    floating = {name for name, each in parameters if each is not None and each.is_floating_point()}
+    others = floating - {slot.tensor, *biases}
+    first, second = (_gradient_of(case, slot.tensor, 0, factor, others) for factor in (1, 2))
+    return first is not None and second is not None and not torch.allclose(first.to_dense(), second.to_dense())
 
 
 def _scaled(case: LayerCase, tensor: str, factor: float) -> Holder:

@@ -475,6 +475,43 @@ def test_dropout_of_channels_that_do_not_meet_is_checked(options):
         )
 
 
+class Factored(nn.Module):
+    """y = U V x + b: what the bias is added to is no product with V alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.V, self.U = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5, 3))
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.V), self.U, self.bias)
+
+
+class FactoredPlugin(RowMajorPlugin):
+    name = "factored"
+    module_type = Factored
+
+    def slots(self, layer):
+        return [Slot("V", "v"), Slot("U", "u")]
+
+    def inputs(self, layer, slot, x):
+        return x if slot.tensor == "V" else F.linear(x, layer.V)
+
+
+class FeedsBothTheSame(FactoredPlugin):
+    def inputs(self, layer, slot, x):
+        return x if slot.tensor == "V" else x[:, :3]
+
+
+def test_a_layer_of_a_weight_in_two_factors_and_a_bias_passes():
+    check_layer_plugin(FactoredPlugin(), Factored, lambda layer: torch.randn(7, 4))
+
+
+def test_what_goes_into_the_second_factor_is_checked():
+    with pytest.raises(CheckError, match="fails the check 'inputs'"):
+        check_layer_plugin(FeedsBothTheSame(), Factored, lambda layer: torch.randn(7, 4))
+
+
 class RarelyPlugin(GluPlugin):
     """Has its branch replace the layer's own forward only where dropout acts."""
 
