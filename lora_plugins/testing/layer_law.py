@@ -93,8 +93,9 @@ def _layout(case: LayerCase) -> None:
         require(
             0 <= start < stop <= total == rows, f"the slot of {name} has rows={slot.rows}, and its matrix {rows} rows"
         )
-    for first, second in combinations(case.plugin.parts(layer).values(), 2):
-        require(not _overlap(first, second), f"the parts {first.part!r} and {second.part!r} have rows in common")
+    for slots in (case.plugin.slots(layer), case.plugin.parts(layer).values()):
+        for first, second in combinations(slots, 2):
+            require(not _overlap(first, second), f"the parts {first.part!r} and {second.part!r} have rows in common")
 
 
 def _moves_values(case: LayerCase, weight: Tensor, name: str) -> None:

@@ -371,6 +371,14 @@ class OverlappingParts(Complete):
         }
 
 
+class OverlappingSlots(OverlappingParts):
+    def slots(self, layer):
+        return [*super().parts(layer).values()]
+
+    def parts(self, layer):
+        return {}
+
+
 class FailsOnChannelsThatDoNotNeedGradients(Complete):
     """Saves for the backward what only a training forward has."""
 
@@ -496,6 +504,7 @@ PLANTED = {
     SwitchesGradientsOff: "pure",
     WritesIntoA: "pure",
     OverlappingParts: "layout",
+    OverlappingSlots: "layout",
     Doubles: "layout",
     FirstTwo: "several",
     MixesTwo: "mixed",
