@@ -12,6 +12,7 @@ from lora_plugins.model import LoraModel
 from lora_plugins.testing.check import (
     MODES,
     Check,
+    elsewhere,
     random_states,
     require,
     require_close,
@@ -47,6 +48,18 @@ def _pure(case: VariantCase) -> None:
             require_close(
                 f"the output{name} after A, B and the variant's own tensors moved", case.run(lora.model), expected
             )
+    _follows_the_base(case, lora)
+
+
+def _follows_the_base(case: VariantCase, lora: LoraModel) -> None:
+    """Requires that another weight of the shape, as a second layer has it, gives what it gives elsewhere."""
+    other = case.model()
+    with torch.no_grad():
+        for model in (other, lora.model):
+            model[0]._parameters["weight"].mul_(1.25).add_(0.03)  # type: ignore[index]
+    replace(case, variant=elsewhere(case.elsewhere)).adapt(other, init="none")
+    other.load_state_dict(lora.model.state_dict())
+    require_close("the output after the weight moved", case.run(lora.model), case.run(other), 0)
 
 
 def _device(case: VariantCase) -> None:
@@ -91,11 +104,11 @@ def _copies(case: VariantCase) -> None:
 
 
 def _files(case: VariantCase) -> None:
-    elsewhere = replace(case, variant=case.elsewhere)
+    other = replace(case, variant=case.elsewhere)
     lora, fresh = case.trained(), case.model()
     with tempfile.TemporaryDirectory() as folder:
         lora.save_adapter(Path(folder))
-        LoraModel.load_adapter(fresh, Path(folder), registry=elsewhere.registry())
+        LoraModel.load_adapter(fresh, Path(folder), registry=other.registry())
     require_same_state("the loaded model", fresh.state_dict(), lora.model.state_dict())
     require_close("the output of the loaded model", case.run(fresh), case.run(lora.model), 0)
 

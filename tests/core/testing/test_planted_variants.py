@@ -191,6 +191,16 @@ class KeepsItsFirstA(Product):
         return super().delta_weight(weight, A + self.kept[A.shape].to(A.dtype), B, scaling, own)
 
 
+class KeepsItsFirstWeight(Product):
+    """For all layers of a shape."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return self.kept.setdefault(weight.shape, weight.clone()) * super().delta_weight(weight, A, B, scaling, own)
+
+
 PLANTED = {
     StartsTwiceAtZero: "trainable",
     CountsOnADrawnA: "trainable",
@@ -207,6 +217,7 @@ PLANTED = {
     OnlySquare: "shapes",
     OnlyRankTwo: "ranks",
     KeepsTensors: "pure",
+    KeepsItsFirstWeight: "pure",
     DetachedA: "gradients",
     OnDefaultDevice: "device",
     InFloat32: "dtype",
