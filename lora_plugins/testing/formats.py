@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ def _registration(case: FormatCase) -> None:
 
 
 def _recognized(case: FormatCase) -> None:
-    with case.written() as (_, path):
+    with case.written() as (lora, path):
         require(case.elsewhere.recognizes(path), f"{path.name} is not recognized")
+        _travels(replace(case, file_name="any_name"), "of any name", lora, case.model())
         nothing, strange = path.parent / "nothing", path.parent / "strange.safetensors"
         (path.parent / "empty").mkdir()
         strange.write_bytes(b"\xff" * 64)
@@ -221,8 +223,10 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
     Check(
         "recognized",
         _recognized,
-        "recognizes knows what write wrote, and raises for nothing: not for what is not there, empty or no such file",
-        "recognizes opens a file without looking whether it is there, or goes by the ending of its name alone.",
+        "recognizes knows what write wrote, under the name that it was given, and raises for nothing: not for what is "
+        "not there, empty or no such file",
+        "recognizes opens a file without looking whether it is there, or goes by the ending of its name alone; or a "
+        "library writes to that name with an ending, as np.savez does.",
     ),
     Check(
         "output",

@@ -53,6 +53,12 @@ def test_the_folder_of_its_file_is_made_where_there_is_none(registry, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_it_writes_under_the_name_that_it_is_given(registry, tmp_path):
+    path = adapted(registry).save_adapter(tmp_path / "adapter", format="npz")
+    assert [*tmp_path.iterdir()] == [path]
+    LoraModel.load_adapter(LINEAR.build(), path, registry=registry)
+
+
 def test_it_refuses_by_name_what_it_cannot_say(registry, tmp_path):
     lora = adapted(registry, variant="dora")
     with pytest.raises(AdapterFileError, match=r"'inner\.fc' has no form in an archive"):

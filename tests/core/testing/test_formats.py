@@ -243,6 +243,19 @@ class InOneFile(PortableFormat):
         return path
 
 
+class WithAnEnding(InOneFile):
+    """Writes to another name than the one that it is given, as `np.savez` does, unless that ends as it wants."""
+
+    def save(self, path, adapter, model, options):
+        super().save(path.with_suffix(".lora"), adapter, model, options)
+        return path
+
+
+def test_a_file_of_another_name_than_the_given_one_is_found():
+    with pytest.raises(CheckError, match=r"fails the check 'recognized'(?s:.*)Did you mean 'any_name\.lora'"):
+        check_format_plugin(WithAnEnding(), "adapter.lora", only=["recognized"])
+
+
 class TurnsKernels(PeftFormat):
     def load(self, path, model, options):
         adapter = super().load(path, model, options)

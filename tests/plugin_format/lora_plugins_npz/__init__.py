@@ -1,5 +1,6 @@
 """Adapters as NumPy archives: `NAME/A`, `NAME/B` and `NAME/alpha` for each layer."""
 
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_plugins import AdapterFileError, FormatRegistrar, hookimpl
-from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer
+from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, replace_files
 
 PARTS = {"A", "B", "alpha"}
 
@@ -53,11 +54,13 @@ class NpzFormat(PortableFormat):
         return [f"{what!r} has no form in an archive" for what in (*dora, *rslora, *adapter.values)]
 
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
-        """Writes an archive."""
+        """Writes an archive under just that name: given a path, NumPy puts an ending behind it."""
         arrays: dict[str, Any] = {}
         for name, layer in adapter.layers.items():
             arrays |= {f"{name}/A": layer.A.numpy(), f"{name}/B": layer.B.numpy(), f"{name}/alpha": layer.alpha}
-        np.savez(path, **arrays)
+        archive = io.BytesIO()
+        np.savez(archive, **arrays)
+        replace_files({path: archive.getvalue()})
         return path
 
 
