@@ -120,7 +120,7 @@ def planned(
         frozen_norms=tuple(name for name in norms if name not in tracked),
         base_parameters=sum(parameter.size for parameter in survey.parameters.values()),
         trained_parameters=sum(survey.parameters[name].size for name in trained),
-        left_out=left_out(config, survey, saved),
+        left_out=left_out(config, survey, saved, registry.failed()),
         layer_types=tuple(sorted(registry.of(LAYERS))),
         stored=stored,
     )

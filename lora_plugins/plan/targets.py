@@ -126,13 +126,14 @@ def _means_all(config: LoraConfig) -> bool:
     return config.target_modules in (None, "all")
 
 
-def left_out(config: LoraConfig, survey: Survey, saved: set[str]) -> tuple[LeftOut, ...]:
+def left_out(config: LoraConfig, survey: Survey, saved: set[str], failed: str = "") -> tuple[LeftOut, ...]:
     """What "all" leaves out though it has weights of two dimensions or more; nothing if not all layers were asked for.
 
     Args:
         config: The configuration.
         survey: The model.
         saved: The modules that are trained in full.
+        failed: What to say of plugins that failed, one of which may be missing here.
     """
     if not _means_all(config) or config.layers_to_transform is not None:
         return ()
@@ -142,7 +143,7 @@ def left_out(config: LoraConfig, survey: Survey, saved: set[str]) -> tuple[LeftO
     free = [site for site in free if not excluded & set(site.names)]
     adapted = _weights_of_layers(free, survey)
     for site in free:
-        if site.matrices and (reason := _reason(site, adapted)):
+        if site.matrices and (reason := _reason(site, adapted, failed)):
             found.setdefault((_title(site), reason), []).append(site.name or "the model itself")
     return tuple(LeftOut(cls, tuple(names), reason) for (cls, reason), names in found.items())
 
@@ -164,14 +165,15 @@ def _weights_of_layers(sites: Iterable[Site], survey: Survey) -> dict[str, str]:
     return found
 
 
-def _reason(site: Site, adapted: Mapping[str, str]) -> str:
+def _reason(site: Site, adapted: Mapping[str, str], failed: str) -> str:
     if site.foreign_adapter:
         return "they belong to an adapter of another library; merge it into the base, or name them"
     if site.plugin is not None:
         return ""
     shared = [adapted[name] for key in site.matrices if (name := full_name(site.name, key)) in adapted]
     reads = f". It reads {listing(shared, 3)} without the update, which cannot be merged" if shared else ""
-    return f"no plugin adapts this type, which has {listing(site.matrices, 3)}{reads}"
+    said = f".{failed.removesuffix('.')}" if failed else ""
+    return f"no plugin adapts this type, which has {listing(site.matrices, 3)}{reads}{said}"
 
 
 def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site]) -> set[str]:

@@ -67,10 +67,13 @@ class Registry:
 
     def absent(self) -> str:
         """Returns sentences on the plugins that failed or are blocked, for a message about something missing."""
+        blocked = "".join(f" Plugin {info.owner} is {sentence(info.state)}" for info in self.plugins if info.blocked)
+        return f"{self.failed()}{blocked}"
+
+    def failed(self) -> str:
+        """Returns sentences on the plugins that failed, which nobody asked for."""
         return "".join(
-            f" Plugin {info.owner} {'is ' if info.blocked else ''}{sentence(info.state)}"
-            for info in self.plugins
-            if info.blocked or info.error is not None
+            f" Plugin {info.owner} {sentence(info.state)}" for info in self.plugins if info.error is not None
         )
 
     def cause(self, name: str = "") -> BaseException | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, TargetError
+from lora_plugins import LoraConfig, LoraModel, TargetError, build_registry
 
 
 class Bank(nn.Module):
@@ -30,6 +30,13 @@ class TestTypesWithoutAPlugin:
             "not adapted: Bank ('bank'): no plugin adapts this type, which has 'codes'",
         ]
         assert str(found.left_out[0]) in str(found)
+
+    def test_a_plugin_that_failed_is_named_there(self):
+        registry = build_registry([("mine", object())])
+        found = LoraModel.plan(self.model, LoraConfig(r=2), registry=registry)
+        assert "which has 'weight'. Plugin 'mine' of (given in code) - failed: " in str(found.left_out[0])
+        adapted = LoraModel.plan(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2), registry=registry)
+        assert "mine" not in str(adapted)
 
     def test_they_are_named_where_nothing_could_be_adapted(self):
         model = nn.Sequential(nn.Bilinear(4, 4, 2), Bank())
