@@ -90,6 +90,17 @@ def check_slots(method: str, slots: Sequence[Slot], rows: Mapping[str, int]) -> 
             )
 
 
+def check_parts(parts: Mapping[str, Slot]) -> None:
+    """Refuses a part whose A and B would have the name of another one.
+
+    Raises:
+        PluginError: If there is one.
+    """
+    for part, slot in parts.items():
+        if slot.part != part:
+            raise PluginError(f"parts() gives {part!r} a slot whose A and B are named by the part {slot.part!r}")
+
+
 def weight_of(layer: nn.Module, tensor: str, read: Callable[[nn.Module, str], Tensor]) -> Tensor:
     """Reads a weight that a layer type names.
 

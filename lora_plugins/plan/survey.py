@@ -27,7 +27,16 @@ from lora_plugins.inplace import (
     weight_key,
 )
 from lora_plugins.plan.other_libraries import foreign_names
-from lora_plugins.plan.served import biases_of, check_slots, failure, matrix_shape, parts_of, slots_of, weight_of
+from lora_plugins.plan.served import (
+    biases_of,
+    check_parts,
+    check_slots,
+    failure,
+    matrix_shape,
+    parts_of,
+    slots_of,
+    weight_of,
+)
 from lora_plugins.plan.sites import OwnParameter, Site, Survey, Weight
 from lora_plugins.plugins import LayerPlugin, Registry, Slot, class_path, computes_as
 
@@ -112,6 +121,7 @@ def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
     rows = {tensor: weight.shape[0] for tensor, weight in weights.items() if not weight.problem}
     for method, given in {"slots": slots, "parts": tuple(parts.values())}.items():
         check_slots(method, given, rows)
+    check_parts(parts)
     return {
         "slots": slots,
         "parts": parts,

@@ -64,6 +64,11 @@ class PartsOfOneName(PairPlugin):
         return {"q": Slot("first", rows=(0, 2, 4)), "k": Slot("first", rows=(2, 4, 4))}
 
 
+class PartsOfEachOther(PairPlugin):
+    def parts(self, layer):
+        return {"q": Slot("first", "k", (0, 2, 4)), "k": Slot("first", "q", (2, 4, 4))}
+
+
 def giving(*slots):
     return type("PairPlugin", (PairPlugin,), {"given": slots})()
 
@@ -89,6 +94,7 @@ WRONG = {
     "nothing": (giving(), r"slots\(\) names no weight"),
     "one part": (giving(Slot("first"), Slot("second")), r"slots\(\) gives 'first' and 'second' the part ''"),
     "parts of one name": (PartsOfOneName(), r"parts\(\) gives 'first' and 'first' the part ''"),
+    "parts of each other": (PartsOfEachOther(), r"parts\(\) gives 'q' a slot whose A and B are named by the part 'k'"),
     "misspelt": (giving(Slot("frist")), r"the weight 'frist', which is none of the layer's own. Did you mean 'first'"),
     "of a child": (giving(Slot("child.weight")), r"names the weight 'child.weight', which is none"),
     "a gap": (giving(Slot("gap")), r"names the weight 'gap', which is none"),
