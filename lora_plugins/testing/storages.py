@@ -1,6 +1,7 @@
 """The conformance kit for storages of weights."""
 
 import copy
+import pickle
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_plugins.config import LoraConfig
 from lora_plugins.devices import usable_device
+from lora_plugins.model import LoraModel
 from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
 from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import (
@@ -84,6 +87,20 @@ class StorageCase:
     def rows(self, stored: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> Tensor:
         """Returns rows of the dense weight of that shape."""
         return self.elsewhere.rows(stored, index, shape, self.options)
+
+    def model(self) -> nn.Sequential:
+        """Builds a model of one adapted layer, whose weight is stored; the same each time."""
+        with own_randomness(0):
+            model = nn.Sequential(nn.Linear(48, 64)).to(self.device)
+        options = {**self.given, "min_size": 0}
+        config = LoraConfig(r=2, quantize=self.plugin.name, quantize_options=options, init="none")
+        LoraModel(model, config, registry=registry_with(STORAGES, self.plugin))
+        return model
+
+    def batch(self) -> Tensor:
+        """Returns what the model is called with, the same each time."""
+        with own_randomness(1):
+            return torch.randn(3, 48).to(self.device)
 
 
 def _registration(case: StorageCase) -> None:
@@ -214,6 +231,21 @@ def _size(case: StorageCase) -> None:
     require(stored <= 2 * weight.numel(), f"{weight.numel()} values take {stored} bytes")
 
 
+def _copies(case: StorageCase) -> None:
+    model, x = case.model(), case.batch()
+    for what, twin in (("deep copy", copy.deepcopy(model)), ("pickled copy", pickle.loads(pickle.dumps(model)))):
+        require_close(f"the output of a {what} of a model", twin(x), model(x), 0)
+
+
+def _compile(case: StorageCase) -> None:
+    model, x = case.model(), case.batch()
+    try:
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        require_close("the output of a compiled model", compiled(x), model(x), _ROUNDED)
+    finally:
+        torch.compiler.reset()
+
+
 _CHECKS: tuple[Check[StorageCase], ...] = (
     Check(
         "registration",
@@ -279,6 +311,18 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         _size,
         "a weight takes at most half of its bytes in float32",
         "codes of 4 bits lie in a byte each, or in int64.",
+    ),
+    Check(
+        "copies",
+        _copies,
+        "a deep copy and a pickled copy of a model with stored weights compute the same",
+        "the plugin's class is defined inside a function, or the plugin object holds a lambda, a lock or a file.",
+    ),
+    Check(
+        "compile",
+        _compile,
+        "torch.compile(fullgraph=True) compiles a layer whose weight is stored",
+        "restore decides by the value of a tensor (.item(), if scales.max() > 0).",
     ),
 )
 

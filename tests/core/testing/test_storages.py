@@ -258,6 +258,17 @@ class Unpacked(NF4Storage):
         return self.table[codes[positions]]
 
 
+class HoldsALambda(NF4Storage):
+    def __init__(self):
+        self.function = lambda codes: codes
+
+
+class AsksForAValue(Int8Storage):
+    def restore(self, tensors, shape, options):
+        dense = super().restore(tensors, shape, options)
+        return dense if float(dense.sum()) else dense.clone()
+
+
 VIOLATIONS = {
     "registration": [Unnamed, OwnMinSize],
     "names": [TakenName, FloatingCodes],
@@ -280,6 +291,8 @@ VIOLATIONS = {
     "rows": [WrongRows],
     "device": [TableOnDefaultDevice, StoredOnDefaultDevice, RowsOnDefaultDevice],
     "size": [Unpacked],
+    "copies": [HoldsALambda],
+    "compile": [AsksForAValue],
 }
 
 
