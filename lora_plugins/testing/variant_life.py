@@ -1,6 +1,7 @@
 """What the kit for variants checks around the law: what is left alone, merging, copies and files."""
 
 import copy
+import pickle
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -97,10 +98,19 @@ def _merging(case: VariantCase) -> None:
 
 def _copies(case: VariantCase) -> None:
     lora = case.trained()
-    twin = copy.deepcopy(lora.model)
-    require_close("the output of a deep copy", case.run(twin), case.run(lora.model), 0)
-    state = layer_state(twin[0])  # type: ignore[index]
-    require(state.adapters["default"].variant is not None, "the copy has lost its variant")
+    for what, twin in (("deep", copy.deepcopy(lora.model)), ("pickled", pickle.loads(pickle.dumps(lora.model)))):
+        require_close(f"the output of a {what} copy", case.run(twin), case.run(lora.model), 0)
+        state = layer_state(twin[0])  # type: ignore[index]
+        require(state.adapters["default"].variant is not None, f"the {what} copy has lost its variant")
+
+
+def _compile(case: VariantCase) -> None:
+    lora = case.trained()
+    try:
+        compiled = torch.compile(lora.model, fullgraph=True, backend="eager")
+        require_close("the output of a compiled model", compiled(case.batch()), case.run(lora.model))
+    finally:
+        torch.compiler.reset()
 
 
 def _files(case: VariantCase) -> None:
@@ -141,8 +151,15 @@ LIFE_CHECKS: tuple[Check[VariantCase], ...] = (
     Check(
         "copies",
         _copies,
-        "a deep copy of the model computes the same",
-        "state is kept on the plugin and not in tensors.",
+        "a deep copy and a pickled copy of the model compute the same",
+        "state is kept on the plugin and not in tensors; its class is defined inside a function, or the plugin object "
+        "holds a lambda, a lock or a file.",
+    ),
+    Check(
+        "compile",
+        _compile,
+        "torch.compile(fullgraph=True) compiles the adapted layer",
+        "delta_weight or row_factors decides by the value of a tensor (.item(), if own['gate'] > 0).",
     ),
     Check(
         "files",

@@ -201,6 +201,13 @@ class KeepsItsFirstWeight(Product):
         return self.kept.setdefault(weight.shape, weight.clone()) * super().delta_weight(weight, A, B, scaling, own)
 
 
+class HoldsALambda(Product):
+    """Which no pickle can hold."""
+
+    def __init__(self):
+        self.function = lambda x: x
+
+
 PLANTED = {
     StartsTwiceAtZero: "trainable",
     CountsOnADrawnA: "trainable",
@@ -224,6 +231,7 @@ PLANTED = {
     OneTensorInFloat32: "dtype",
     OtherGradient: "gradients",
     HalfAGradient: "gradients",
+    HoldsALambda: "copies",
 }
 
 

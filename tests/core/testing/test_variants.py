@@ -88,6 +88,16 @@ class Double(DoraVariant):
         return super().delta_weight(weight, A, B, scaling, own)
 
 
+class AsksForAValue(DoraVariant):
+    def delta_weight(self, weight, A, B, scaling, own):
+        delta = super().delta_weight(weight, A, B, scaling, own)
+        return delta if float(delta.detach().sum()) else delta.clone()
+
+    def row_factors(self, direction, own):
+        factors = super().row_factors(direction, own)
+        return factors if float(factors.detach().sum()) else factors.clone()
+
+
 VIOLATIONS = {
     "registration": Unnamed,
     "shapes": WrongShape,
@@ -104,6 +114,7 @@ VIOLATIONS = {
     "base": InPlace,
     "merging": Remembers,
     "copies": ForgetsWhenCopied,
+    "compile": AsksForAValue,
     "files": ForgetsWhenCopied,
 }
 
