@@ -19,6 +19,7 @@ from lora_plugins.testing import check as checks
 from lora_plugins.testing.check import TIGHT, Check, by_name, chosen, require, require_close, require_same_state
 from lora_plugins.testing.format_case import ALPHAS, LAYERS, FormatCase
 from lora_plugins.testing.full_disk import no_file_beyond
+from lora_plugins.testing.no_pickle import no_unpickling
 from lora_plugins.utils import own_randomness
 
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
@@ -209,6 +210,12 @@ def _surplus(case: FormatCase) -> None:
             file.write_bytes(data)
 
 
+def _pickle(case: FormatCase) -> None:
+    with case.written() as (_, path), no_unpickling():
+        case.load(case.model(), path)
+        case.elsewhere.summary(path)
+
+
 def _summary(case: FormatCase) -> None:
     with case.written() as (_, path):
         found = {(layer.r, layer.alpha / layer.r) for layer in case.elsewhere.summary(path).layers}
@@ -291,6 +298,12 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "a file of safetensors with a tensor of another name than those that are known is refused with an "
         "AdapterFileError, and the model is untouched",
         "tensors are looked up by name, and what was not asked for is left out. It may be a bias or a magnitude.",
+    ),
+    Check(
+        "pickle",
+        _pickle,
+        "nothing is unpickled to recognize, read or sum up a file: whoever made it could have anything run",
+        "torch.load without weights_only=True, or a cache of Python objects.",
     ),
     Check(
         "summary",

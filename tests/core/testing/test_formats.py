@@ -284,6 +284,36 @@ class Silent(PeftFormat):
         return AdapterSummary(())
 
 
+class Pickles(InOneFile):
+    """Knows its file by unpickling it."""
+
+    safe = False
+
+    def recognizes(self, path):
+        return path.is_file() and bool(self.read_all(path))
+
+    def read_all(self, path):
+        try:
+            return torch.load(path, weights_only=self.safe)
+        except Exception:
+            return None
+
+    def load(self, path, model, options):
+        return PortableAdapter({name: PortableLayer(*each) for name, each in self.read_all(path).items()})
+
+    def save(self, path, adapter, model, options):
+        torch.save({name: (each.A, each.B, each.alpha) for name, each in adapter.layers.items()}, path)
+        return path
+
+
+class PicklesSafely(Pickles):
+    safe = True
+
+
+def test_what_torch_reads_without_running_it_is_no_pickle():
+    check_format_plugin(PicklesSafely(), only=["pickle", "output"])
+
+
 VIOLATIONS = {
     "registration": [Unnamed],
     "recognized": [KnowsEverything, KnowsNothing, RaisesForStrangers],
@@ -297,6 +327,7 @@ VIOLATIONS = {
     "other model": [Skips],
     "damaged": [PassesErrorsOn],
     "surplus": [WhateverLiesThere, InOneFile],
+    "pickle": [Pickles],
     "summary": [Silent],
 }
 
