@@ -201,6 +201,19 @@ class KeepsItsFirstWeight(Product):
         return self.kept.setdefault(weight.shape, weight.clone()) * super().delta_weight(weight, A, B, scaling, own)
 
 
+class KeepsTheLastNorm(Product):
+    """In its class, which all plugin objects of the process have."""
+
+    norm = None
+
+    def first_values(self, weight, A, B, scaling):
+        type(self).norm = weight.norm()
+        return super().first_values(weight, A, B, scaling)
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return self.norm * super().delta_weight(weight, A, B, scaling, own)
+
+
 class HoldsALambda(Product):
     """Which no pickle can hold."""
 
@@ -225,6 +238,7 @@ PLANTED = {
     OnlyRankTwo: "ranks",
     KeepsTensors: "pure",
     KeepsItsFirstWeight: "pure",
+    KeepsTheLastNorm: "pure",
     DetachedA: "gradients",
     OnDefaultDevice: "device",
     InFloat32: "dtype",
