@@ -35,15 +35,15 @@ class Block(nn.Module):
 
 
 class Pair(nn.Module):
-    """Two layers of one shape, whose names end alike."""
+    """Two layers of one shape, whose names end alike, with a capital letter."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = (nn.ModuleDict({"proj": nn.Linear(4, 4)}) for _ in range(2))
+        self.up, self.down = (nn.ModuleDict({"Proj": nn.Linear(4, 4)}) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes `(n, 4)` from `(n, 4)`."""
-        y: Tensor = self.down["proj"](self.up["proj"](x).tanh())
+        y: Tensor = self.down["Proj"](self.up["Proj"](x).tanh())
         return y
 
 

@@ -16,7 +16,17 @@ from lora_plugins.errors import AdapterFileError
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import AdapterFormat
 from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import TIGHT, Check, by_name, chosen, require, require_close, require_same_state
+from lora_plugins.testing.check import (
+    TIGHT,
+    Check,
+    by_name,
+    chosen,
+    random_states,
+    require,
+    require_close,
+    require_same_state,
+    require_unmoved,
+)
 from lora_plugins.testing.format_case import ALPHAS, LAYERS, FormatCase
 from lora_plugins.testing.full_disk import no_file_beyond
 from lora_plugins.testing.no_pickle import no_unpickling
@@ -163,8 +173,11 @@ def _untouched(case: FormatCase) -> None:
         require_same_state("the model after writing", lora.model.state_dict(), before)
         model = case.model()
         plain = {key: value.clone() for key, value in model.state_dict().items()}
+        randomness = random_states()
         case.load(model, path).unload()
+        require_unmoved(randomness)
         require_same_state("the model after loading and unloading", model.state_dict(), plain)
+        require(not any(each.training for each in model.modules()), "a model in eval mode is loaded into training mode")
 
 
 def _refused(case: FormatCase, path: Path, model: nn.Module, why: str) -> None:
@@ -270,15 +283,17 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
     Check(
         "layers",
         _layers,
-        "an adapter of convolutions, an embedding, an nn.MultiheadAttention, layers whose names end alike, or of rank "
-        "1, is written whole, or refused with an AdapterFileError before anything is written",
-        "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name.",
+        "an adapter of convolutions, an embedding, an nn.MultiheadAttention, layers whose names end alike and have a "
+        "capital, or of rank 1, is written whole, or refused with an AdapterFileError before anything is written",
+        "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name, or by small "
+        "letters.",
     ),
     Check(
         "untouched",
         _untouched,
-        "writing leaves the model alone, and what is loaded can be unloaded, bit for bit",
-        "tensors of the model are changed in place, where a copy is meant.",
+        "writing leaves the model alone, and what is loaded can be unloaded, bit for bit; no random numbers are drawn, "
+        "and modules stay in their mode",
+        "tensors of the model are changed in place, where a copy is meant; or the model is run to find its layers.",
     ),
     Check(
         "other model",

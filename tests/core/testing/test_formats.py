@@ -279,6 +279,26 @@ class ByLastName(InOneFile):
         return replace(adapter, layers={full[name]: layer for name, layer in adapter.layers.items()})
 
 
+class InSmallLetters(InOneFile):
+    def save(self, path, adapter, model, options):
+        layers = {name.lower(): layer for name, layer in adapter.layers.items()}
+        return super().save(path, replace(adapter, layers=layers), model, options)
+
+
+class LeavesEvalMode(PeftFormat):
+    def load(self, path, model, options):
+        adapter = super().load(path, model, options)
+        if model is not None:
+            model.train()
+        return adapter
+
+
+class DrawsNumbers(PeftFormat):
+    def load(self, path, model, options):
+        torch.rand(1)
+        return super().load(path, model, options)
+
+
 class Silent(PeftFormat):
     def summary(self, path):
         return AdapterSummary(())
@@ -322,8 +342,8 @@ VIOLATIONS = {
     "replaced": [WhateverLiesThere],
     "full disk": [WhateverLiesThere, AlphasLast],
     "whole": [LeavesOut, WritesFirst],
-    "layers": [TurnsKernels, Squeezes, ByLastName],
-    "untouched": [InPlace],
+    "layers": [TurnsKernels, Squeezes, ByLastName, InSmallLetters],
+    "untouched": [InPlace, LeavesEvalMode, DrawsNumbers],
     "other model": [Skips],
     "damaged": [PassesErrorsOn],
     "surplus": [WhateverLiesThere, InOneFile],
