@@ -56,7 +56,9 @@ def _chosen(wanted: Sequence[str] | str, survey: Survey, saved: set[str]) -> lis
     free = [site for site in survey.outside(saved) if site.plugin]
     if wanted == "all":
         return free
-    _refuse_trained(wanted, [site for site in survey.sites if site.plugin], free)
+    adaptable = [site for site in survey.sites if site.plugin]
+    _refuse_trained(wanted, adaptable, free)
+    _refuse_unserved(wanted, adaptable, survey)
     found = patterns.select("quantize_modules", wanted, [n for site in free for n in site.names])
     chosen = {name for matches in found.values() for name in matches}
     return [site for site in free if chosen & set(site.names)]
@@ -70,6 +72,17 @@ def _refuse_trained(wanted: Sequence[str] | str, adaptable: Sequence[Site], free
             raise TargetError(
                 f"quantize_modules: {quoted(pattern)} matches {listing(found)}, which modules_to_save trains in full "
                 "and so keeps dense. Take it out of one of the two."
+            )
+
+
+def _refuse_unserved(wanted: Sequence[str] | str, adaptable: Sequence[Site], survey: Survey) -> None:
+    names = {name for site in adaptable for name in site.names}
+    everywhere = [name for site in survey.sites for name in site.names]
+    for pattern, found in patterns.matches("quantize_modules", wanted, everywhere).items():
+        if found and names.isdisjoint(found):
+            raise TargetError(
+                f"quantize_modules: {quoted(pattern)} matches {listing(found)}, which no plugin adapts, and so none "
+                f"stores. {patterns.nearest(pattern, names)}"
             )
 
 

@@ -505,6 +505,7 @@ def test_which_weights_are_stored(fields, expected):
         ({"quantize": "none"}, PluginError, r"Leave it out, or write None"),
         ({"quantize_options": {"bits": 4}}, ConfigError, r"quantize_options: 'nf4' has no option 'bits'"),
         ({"quantize_modules": ["9"]}, TargetError, "quantize_modules: '9' matches no module"),
+        ({"quantize_modules": ["1"]}, TargetError, "quantize_modules: '1' matches '1', which no plugin adapts"),
         ({"quantize_modules": ["0", "4"]}, TargetError, "'4' matches '4', which modules_to_save trains in full"),
         ({"quantize_options": {"block_size": 10**9}}, ConfigError, "is an even count up to 4096, not 1000000000"),
         ({"quantize_options": {}, "target_modules": ["2"], "r": 1}, None, ""),
