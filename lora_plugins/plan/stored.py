@@ -81,8 +81,8 @@ def _refuse_unserved(wanted: Sequence[str] | str, adaptable: Sequence[Site], sur
     for pattern, found in patterns.matches("quantize_modules", wanted, everywhere).items():
         if found and names.isdisjoint(found):
             raise TargetError(
-                f"quantize_modules: {quoted(pattern)} matches {listing(found)}, which no plugin adapts, and so none "
-                f"stores. {patterns.nearest(pattern, names)}"
+                f"quantize_modules: {quoted(pattern)} matches {listing(found)}, which no plugin adapts and none can "
+                f"store. {patterns.nearest(pattern, names)}"
             )
 
 
