@@ -271,6 +271,8 @@ class LoraCallback(Callback):
             lambda configured: self._complete_optimizers(pl_module, configured),
             lambda: self._before_optimizers(trainer, pl_module),
         )
+        # After all hooks in which gradients are switched: the module's own comes after those of the callbacks.
+        shims.after("on_train_batch_start", lambda _: self._run.freeze_base())
         # The last hook before a step: after those of all callbacks, any of which may set rates.
         shims.after("on_before_optimizer_step", lambda _: self.rates.follow_all(trainer.optimizers))
 
@@ -329,11 +331,7 @@ class LoraCallback(Callback):
         self._run.restored = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the audit, after all hooks of the module in which it may load a teacher; keeps the base frozen.
-
-        Raises:
-            StateError: If an optimizer trains the base.
-        """
+        """Starts the audit, after all hooks of the module in which it may load a teacher."""
         self._run.before_batch(trainer, pl_module, batch_idx, self._start)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -125,7 +125,7 @@ class Run:
             self.audit.note_moved()
 
     def before_batch(self, trainer: Trainer, module: LightningModule, number: int, start: Start) -> None:
-        """Keeps the base frozen, and starts the audit ahead of the first batch of all.
+        """Starts the audit ahead of the first batch of all.
 
         Args:
             trainer: The trainer.
@@ -134,7 +134,7 @@ class Run:
             start: The module as it was adapted.
 
         Raises:
-            StateError: If an optimizer trains the base.
+            StateError: If layers that were built since have to be adapted, or adapters are merged.
         """
         self.restored = None
         first = number == 0 or self.audit is None
@@ -144,6 +144,15 @@ class Run:
         if self.audit is None:
             self.audit = Audit(trainer, module, self.copies_to_watch(trainer, module), start)
         self.audit.before_batch(first_of_epoch=first)
+
+    def freeze_base(self) -> None:
+        """Keeps the base frozen.
+
+        Raises:
+            StateError: If an optimizer trains it.
+        """
+        if self.audit is not None:
+            self.audit.freeze_base()
 
     def copies_to_watch(self, trainer: Trainer, module: LightningModule) -> list[NetworkCopy]:
         """Returns the copies that are watched from the first batch on, when there are optimizers."""

@@ -77,10 +77,10 @@ class Audit:
         self._scale = 1.0
 
     def before_batch(self, *, first_of_epoch: bool) -> None:
-        """Keeps the base frozen, names layers that were built since, and notes the rates of the first batches.
+        """Names layers that were built since, and notes the rates of the first batches.
 
         Raises:
-            StateError: If something trains the base, or such layers have to be adapted.
+            StateError: If such layers have to be adapted, or adapters are merged.
         """
         if self._first is not None:
             self._lost_writes.check()
@@ -93,8 +93,15 @@ class Audit:
             self._by_hand.forget()  # callbacks may have exchanged the whole module
             self._changes.before_epoch()
         self._changes.check_trainable()
-        self._changes.freeze_base()
         self._by_hand.before_batch()
+
+    def freeze_base(self) -> None:
+        """Freezes what was made trainable of the base.
+
+        Raises:
+            StateError: If an optimizer trains it.
+        """
+        self._changes.freeze_base()
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Notes in the first steps what has a gradient, and which optimizer makes the step.
