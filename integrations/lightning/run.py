@@ -27,6 +27,7 @@ from lora_plugins.integrations.lightning.training import (
     Audit,
     LateChanges,
     LeftOut,
+    LostWrites,
     explain_computed_weight,
     explain_merged_module,
     keep_base_of_averages,
@@ -50,6 +51,7 @@ class Run:
         restored: The callback's state in a checkpoint, until the first batch.
         known_bases: What adapters knew of the base before the rest of that checkpoint was loaded.
         frozen: The names of what was frozen of the base when its optimizers were to be made.
+        lost_writes: Watches what is written into adapted weights, from then to the end of the first steps.
         audit: Watches the training, once it has started.
         sums: Checksums of the frozen base at the end of the training, by name.
         late_changes: What was trained, as it is saved and merged.
@@ -61,6 +63,7 @@ class Run:
     restored: dict[str, Any] | None = None
     known_bases: KnownBases = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    lost_writes: LostWrites = field(default_factory=LostWrites)
     audit: Audit | None = None
     sums: dict[str, int] = field(default_factory=dict)
     late_changes: LateChanges | None = None
@@ -68,6 +71,7 @@ class Run:
     def end(self) -> None:
         """Restores the methods, and lets warnings pass."""
         self.expected_warnings.close()
+        self.lost_writes.stop()
         for shims in (self.module_shims, self.strategy_shims):
             if shims is not None:
                 shims.remove()
@@ -142,7 +146,8 @@ class Run:
             put_back_known_bases(module, self.known_bases)
             put_back_statistics(trainer, module)
         if self.audit is None:
-            self.audit = Audit(trainer, module, self.copies_to_watch(trainer, module), start)
+            copies = self.copies_to_watch(trainer, module)
+            self.audit = Audit(trainer, module, copies, start, self.lost_writes)
         self.audit.before_batch(first_of_epoch=first)
 
     def freeze_base(self) -> None:

@@ -21,6 +21,7 @@ from lora_plugins.integrations.lightning.training.frozen_base import freeze_agai
 from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import LeftOut
+from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
     complete_optimizers,
     explain_computed_weight,
@@ -34,6 +35,7 @@ __all__ = [
     "LateChanges",
     "LearningRates",
     "LeftOut",
+    "LostWrites",
     "adapt_after_restoring",
     "calibrate_on_train_batches",
     "check_averages",

@@ -50,12 +50,20 @@ class Audit:
         copies: The copies of adapted networks in the module, once there are optimizers.
         start: What the module was when it was adapted: what it has written since, before training, is in no other
             module of its class, and checkpoints hold it.
+        lost_writes: What watches the module since then.
 
     Attributes:
         written: The names of what it has written so, now or in an earlier run, but for teachers and averages.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], start: Start) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        copies: Sequence[NetworkCopy],
+        start: Start,
+        lost_writes: LostWrites,
+    ) -> None:
         self._trainer, self._module = trainer, module
         reshard(module)  # of which the sanity check may have left a part whole
         start.mark_written(module)
@@ -68,7 +76,7 @@ class Audit:
         self._by_hand = MovedByHand(module, copies)
         watched = {name: p for name, p in trained.items() if id(p) in held}
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
-        self._lost_writes = LostWrites(module)
+        self._lost_writes = lost_writes
         self._changes = ChangesWithinRun(trainer, module, self._copies)
         self._objects = frozen_tensors(module)  # no weak references, with which `nn.Module.to` cannot swap a tensor
         self._frozen = checksums(self._objects)

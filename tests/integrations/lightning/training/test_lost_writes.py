@@ -97,6 +97,13 @@ class ByWeight(nn.Module):
         return linear(net[:3](x), net[3].weight)
 
 
+class BoundedByItsNorm(Classifier):
+    """Divides a weight by its norm after each step: the argument is read after the tensor that is written into."""
+
+    def on_before_zero_grad(self, _):
+        self.net[3].weight.data.div_(self.net[3].weight.norm())
+
+
 class ReadsAtLength(Classifier):
     """Uses a weight in a loop, without the layer, and computes with copies of it."""
 
@@ -122,10 +129,21 @@ def test_it_moves_as_ever_where_it_is_excluded(tmp_path, write):
     assert "codes.weight" in differing(before, values(module))
 
 
-@pytest.mark.parametrize("kind", [Bounded, BoundedBefore, BoundedAfter])
+@pytest.mark.parametrize("kind", [Bounded, BoundedBefore, BoundedAfter, BoundedByItsNorm])
 def test_weight_that_is_kept_in_bounds_stops_the_run(tmp_path, kind):
     with pytest.raises(StateError, match=r"writes into .net\.3\.weight. .* in modules_to_save"):
         fit(tmp_path, kind())
+
+
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_weight_that_a_hook_writes_before_training_stops_the_run(tmp_path, hook):
+    def write(self):
+        copy_without_gradients(self.net[3], torch.ones(()))
+        return getattr(Classifier, hook)(self)
+
+    writing = type("Writing", (Classifier,), {hook: write})
+    with pytest.raises(StateError, match=r"writes into .net\.3\.weight. .* load_state_dict"):
+        fit(tmp_path, writing())
 
 
 def test_it_is_kept_in_bounds_where_it_is_trained_in_full(tmp_path):
