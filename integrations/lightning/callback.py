@@ -334,6 +334,14 @@ class LoraCallback(Callback):
         """Starts the audit, after all hooks of the module in which it may load a teacher."""
         self._run.before_batch(trainer, pl_module, batch_idx, self._start)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drops gradients of what the step has made trainable of the base, before it may clip those of all.
+
+        Raises:
+            StateError: If an optimizer trains the base.
+        """
+        self._run.freeze_base()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Notes in the first steps what has a gradient."""
         if self._run.audit is not None:

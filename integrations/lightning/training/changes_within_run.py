@@ -94,8 +94,9 @@ class ChangesWithinRun:
         if new:
             rank_zero_warn(
                 f"{len(new)} tensors of the frozen base were made trainable, as by a GAN that switches the gradients "
-                f"of its parts: {listing(new)}. No optimizer has them, so they are frozen again ahead of each batch. "
-                "If they are to be trained, list their modules in modules_to_save, or leave them out of `target`."
+                f"of its parts: {listing(new)}. No optimizer has them, so they are frozen again ahead of each batch "
+                "and after each backward. If they are to be trained, list their modules in modules_to_save, or leave "
+                "them out of `target`."
             )
 
     def name_adapters(self) -> None:

@@ -214,30 +214,35 @@ def test_base_whose_gradients_the_module_switches_stays_frozen(tmp_path):
     assert not differing(values(found), values(expected))
 
 
-class SwitchesAheadOfBatches(WithBackbone):
-    """Switches gradients on in its own hook, as opensr-srgan does, and clips those of all its parameters."""
+class ClipsAll(WithBackbone):
+    """Switches gradients on, in a hook of its own or in the step, and clips those of all its parameters."""
 
     automatic_optimization = False
 
-    def __init__(self, switches: bool = True):
+    def __init__(self, switches_in: str = ""):
         super().__init__()
-        self.switches = switches
+        self.switches_in = switches_in
+
+    def switch(self, place):
+        if place == self.switches_in:
+            self.net.requires_grad_(True)
 
     def on_train_batch_start(self, batch, batch_idx):
-        if self.switches:
-            self.net.requires_grad_(True)
+        self.switch("on_train_batch_start")
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
         optimizer.zero_grad()
+        self.switch("training_step")
         self.manual_backward(super().training_step(batch, batch_idx))
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 0.01)
         optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:.*frozen base were made trainable:UserWarning")
-def test_base_that_the_module_switches_on_ahead_of_batches_is_not_in_the_norm_of_gradients(tmp_path):
-    found, expected = SwitchesAheadOfBatches(), SwitchesAheadOfBatches(switches=False)
+@pytest.mark.parametrize("place", ["on_train_batch_start", "training_step"])
+def test_base_that_the_module_switches_on_is_not_in_the_norm_of_gradients(tmp_path, place):
+    found, expected = ClipsAll(place), ClipsAll()
     for module in (found, expected):
         fit(tmp_path, module, max_epochs=3)
     assert not differing(values(found), values(expected))
