@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_plugins import ConfigError
 from lora_plugins.cli import Parser
 from lora_plugins.errors import listing, no_folder, nothing_there
-from lora_plugins.integrations.lightning.cli import positive, whole
+from lora_plugins.integrations.lightning.cli import MAX_ERROR, positive, share, whole
 from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS, WEIGHTS_FILES, is_of_its_kind
@@ -116,6 +116,7 @@ def export_parser() -> Parser:
         "--size", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
     )
     parser.add_argument("--weights", metavar="FILE", help=MOVED)
+    parser.add_argument("--max-error", type=share, metavar="X", help=MAX_ERROR)
     return parser
 
 

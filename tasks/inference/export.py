@@ -23,6 +23,7 @@ from lora_plugins import ConfigError
 from lora_plugins.errors import listing, sentence
 from lora_plugins.field_checks import Check, check_fields, optional
 from lora_plugins.integrations.lightning.module import plain_state_dict, write_safetensors
+from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.tasks.argument_checks import check_path, check_size, instance_of
 from lora_plugins.tasks.command_lines import check_ending, check_runtime
 from lora_plugins.tasks.data import Size
@@ -136,7 +137,9 @@ def main(given: Namespace) -> int:
         LoraError: As `export_task` and `merged_task` do.
     """
     _checked(given.out)
-    difference = export_task(merged_task(given.model, given.weights), given.out, given.size)
+    max_error = DEFAULT_MAX_ERROR if given.max_error is None else given.max_error
+    task = merged_task(given.model, given.weights, max_error=max_error)
+    difference = export_task(task, given.out, given.size)
     print(f"{given.out}: logits as the task's, within {difference:.1e} of the largest")
     return 0
 

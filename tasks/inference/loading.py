@@ -21,6 +21,7 @@ from lora_plugins.field_checks import optional
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import KEY, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
+from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.command_lines import check_model
 from lora_plugins.tasks.errors import WeightsError
@@ -117,11 +118,22 @@ def task_of_adapter(path: Path) -> AdapterTask:
     return AdapterTask(path, _checked(manifest.get(PROVENANCE_KEY), path), manifest.get("stored", {}))
 
 
-def merged_task(path: str | Path, weights: str | Path | None = None) -> VisionTask:
-    """As `load_task`, with the adapters merged, so that all layers are plain."""
+def merged_task(
+    path: str | Path, weights: str | Path | None = None, *, max_error: float = DEFAULT_MAX_ERROR
+) -> VisionTask:
+    """As `load_task`, with the adapters merged, so that all layers are plain.
+
+    Args:
+        path: As in `load_task`.
+        weights: Likewise.
+        max_error: Share of an update that rounding may lose, as in `LoraModel.merge_and_unload`.
+
+    Raises:
+        MergeError: If rounding would lose more.
+    """
     task = load_task(path, weights)
     for module in adapted_targets(task).values():
-        LoraModel(module).merge_and_unload(dequantize=True)
+        LoraModel(module).merge_and_unload(max_error=max_error, dequantize=True)
     return task
 
 

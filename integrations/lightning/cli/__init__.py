@@ -6,8 +6,9 @@ What needs Lightning is imported when it is used, so that the overview of all co
 from typing import TYPE_CHECKING
 
 from lora_plugins.integrations.lightning.cli.command_table import COMMANDS
+from lora_plugins.integrations.lightning.cli.merged_file_parser import MAX_ERROR
 from lora_plugins.integrations.lightning.cli.noise import quiet
-from lora_plugins.integrations.lightning.cli.short_flags import SHORT, positive, whole
+from lora_plugins.integrations.lightning.cli.short_flags import SHORT, positive, share, whole
 from lora_plugins.lazy import lazily
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMMANDS",
+    "MAX_ERROR",
     "SHORT",
     "LoraCLI",
     "export_checkpoint",
@@ -25,6 +27,7 @@ __all__ = [
     "positive",
     "quiet",
     "recipe_path",
+    "share",
     "try_lock",
     "unlock",
     "whole",

@@ -1,6 +1,10 @@
 """The arguments of `export` and `merge`, apart from what they do: help and mistakes need not wait for Lightning."""
 
 from lora_plugins.cli import Parser
+from lora_plugins.integrations.lightning.cli.short_flags import share
+
+MAX_ERROR = "share of an update that rounding may lose in a merge (0.1); inf for all"
+"""What `--max-error` is, of each command that merges."""
 
 _DESCRIPTIONS = {
     "export": "Writes the adapted network, merged, as a plain state dict (.safetensors) of the untouched architecture.",
@@ -29,4 +33,5 @@ def merged_file_parser(command: str) -> Parser:
         metavar="PATH",
         help="import paths of classes and functions that hyperparameters in the checkpoint may be",
     )
+    parser.add_argument("--max-error", type=share, metavar="X", help=MAX_ERROR)
     return parser

@@ -22,6 +22,7 @@ from lora_plugins.integrations.lightning.module import (
     whole_state_dict,
     write_safetensors,
 )
+from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.names import TRACEBACK_VARIABLE
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_file
@@ -39,8 +40,11 @@ def run(command: str, given: Namespace) -> None:
     values, module_class = dict(map(_argument, given.argument)), _import_class(given.model)
     if not Path(given.checkpoint).exists():
         raise ConfigError(f"There is no {given.checkpoint}. Give a checkpoint with an adapter.")
+    options = {} if given.max_error is None else {"max_error": given.max_error}
     try:
-        path = write(module_class, given.checkpoint, given.output, allow_globals=given.allow_globals, **values)
+        path = write(
+            module_class, given.checkpoint, given.output, allow_globals=given.allow_globals, **options, **values
+        )
     except TypeError as error:  # of a class that does not take the arguments
         raise ConfigError(
             f"{given.checkpoint} cannot be loaded as a {module_class.__name__}: {sentence(error)} Give --model "
@@ -56,6 +60,7 @@ def export_checkpoint(
     *,
     allow_globals: Sequence[Global] = (),
     weights_only: bool = True,
+    max_error: float = DEFAULT_MAX_ERROR,
     **kwargs: Any,
 ) -> Path:
     """Writes the plain state dict of what a checkpoint's adapters adapt, with the adapters merged.
@@ -66,6 +71,7 @@ def export_checkpoint(
         output: A `.safetensors` file. Its keys are relative to the adapters' target.
         allow_globals: As in `load_from_checkpoint`.
         weights_only: Likewise.
+        max_error: Share of an update that rounding may lose, as in `LoraModel.merge_and_unload`.
         **kwargs: Arguments of the class, as in `load_from_checkpoint`.
 
     Returns:
@@ -74,6 +80,7 @@ def export_checkpoint(
     Raises:
         AdapterFileError: If the checkpoint does not fit the class.
         ConfigError: If the name ends otherwise, nothing can be written there, or the adapters have several targets.
+        MergeError: If rounding would lose more of an update.
     """
     output = _with_suffix(output, ".safetensors")
     module = load_from_checkpoint(
@@ -83,7 +90,7 @@ def export_checkpoint(
     if len(targets) > 1:
         raise ConfigError(f"The adapters have {len(targets)} targets: {', '.join(targets)}. Use `merge` instead.")
     ((name, target),) = targets.items()
-    tensors = plain_state_dict(LoraModel(target).merge_and_unload(dequantize=True))
+    tensors = plain_state_dict(LoraModel(target).merge_and_unload(max_error=max_error, dequantize=True))
     return write_safetensors(output, tensors, file_entries(module, name))
 
 
@@ -94,6 +101,7 @@ def merge_checkpoint(
     *,
     allow_globals: Sequence[Global] = (),
     weights_only: bool = True,
+    max_error: float = DEFAULT_MAX_ERROR,
     **kwargs: Any,
 ) -> Path:
     """Writes a checkpoint with the adapters merged, which `module_class.load_from_checkpoint` loads as any other.
@@ -105,6 +113,7 @@ def merge_checkpoint(
             training cannot go on from it.
         allow_globals: As in `load_from_checkpoint`.
         weights_only: Likewise.
+        max_error: Share of an update that rounding may lose, as in `LoraModel.merge_and_unload`.
         **kwargs: Arguments of the class, as in `load_from_checkpoint`. The file holds those of the checkpoint only.
 
     Returns:
@@ -113,13 +122,14 @@ def merge_checkpoint(
     Raises:
         AdapterFileError: If the checkpoint does not fit the class.
         ConfigError: If the name ends otherwise, or nothing can be written there.
+        MergeError: If rounding would lose more of an update.
     """
     output = _with_suffix(output, ".ckpt")
     module = load_from_checkpoint(
         module_class, checkpoint, allow_globals=allow_globals, weights_only=weights_only, **kwargs
     )
     for target in adapted_targets(module).values():
-        LoraModel(target).merge_and_unload(dequantize=True)
+        LoraModel(target).merge_and_unload(max_error=max_error, dequantize=True)
     read = read_checkpoint(checkpoint, allow_globals=allow_globals, weights_only=weights_only)
     kept = {key: value for key, value in read.items() if key not in (KEY, *_OF_TRAINING)}
     output.parent.mkdir(parents=True, exist_ok=True)

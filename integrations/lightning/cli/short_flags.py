@@ -38,6 +38,21 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A share of something that may be lost, `inf` for all of it.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is none.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:  # nor is NaN
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
 def seed(text: str) -> int:
     """A seed.
 

@@ -63,6 +63,12 @@ class TestExport:
         images = torch.rand(2, 3, *task.image_size)
         assert torch.equal(again(images), task(images))
 
+    def test_what_rounding_may_lose_in_the_merge(self, fitted, tmp_path, capsys):
+        files = [str(fitted["labels"][1]["adapter"]), str(tmp_path / "m.safetensors")]
+        assert export([*files, "--max-error", "0"]) == 1
+        assert "Allow it with max_error" in capsys.readouterr().err
+        assert export([*files, "--max-error", "0.1"]) == 0
+
     @pytest.mark.parametrize("storage", ["nf4", "int8"])
     def test_an_adapter_on_a_stored_base(self, tmp_path, storage):
         base = write_base(ImageClassificationTask, tiny_vit(), tmp_path / "vit.safetensors")

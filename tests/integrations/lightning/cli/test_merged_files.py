@@ -79,6 +79,34 @@ class TakesANumber(Classifier):
         super().__init__(lr=lr)
 
 
+class InHalfPrecision(Classifier):
+    def __init__(self, lr=0.1):
+        super().__init__(lr=lr)
+        self.net.bfloat16()
+
+
+@pytest.mark.parametrize(("command", "ending"), [("export", "safetensors"), ("merge", "ckpt")])
+class TestWhatRoundingMayLose:
+    @pytest.fixture
+    def arguments(self, tmp_path, command, ending):
+        """Those of a merge into a base of bfloat16, which loses most of the update."""
+        run = trainer(tmp_path, [lora(merge_on_fit_end=False)], max_epochs=1)
+        run.fit(Classifier(lr=1e-3), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        paths = [str(tmp_path / name) for name in ("it.ckpt", f"x.{ending}")]
+        return [command, *paths, "--model", f"{__name__}.InHalfPrecision"]
+
+    def test_is_refused_or_allowed(self, arguments, capsys):
+        assert main(arguments) == 1
+        assert "allow it with max_error" in capsys.readouterr().err
+        assert main([*arguments, "--max-error", "inf"]) == 0
+
+    @pytest.mark.parametrize("wrong", ["-1", "nan", "much"])
+    def test_is_a_share(self, arguments, wrong, capsys):
+        assert main([*arguments, f"--max-error={wrong}"]) == 1
+        assert f"'{wrong}' is not a number of at least 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", ["1e-3", "0.001"])
 def test_arguments_are_numbers_as_in_a_configuration(tmp_path, number):
     run = trainer(tmp_path, [lora()], max_epochs=1)
