@@ -1,5 +1,6 @@
 """Reads the arguments of a command, and the configurations that they name, as the keys and values of one table."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str)
         section = flag.lstrip("-").partition(".")[0].rstrip("+")
         if flag.startswith("--") and section not in SECTIONS:
             _refuse_flag(flag, flags)
+        if value == "" and "." not in flag and section != "print_config":
+            raise ConfigError(f"{flag} is empty, as a variable of the shell is that was not set.")
         if flag in ("--config", "-c"):
             _merge(given, _configuration(value, command))
         elif section == "help" or flag.endswith(".help"):
@@ -125,7 +128,7 @@ def _configuration(value: str | None, command: str) -> dict[str, Any]:
     """Returns the configuration that a value of `--config` is, or that is in the file it names."""
     if value is None:
         raise ConfigError("--config takes a YAML file, or recipe:NAME for one that is shipped.")
-    if "\n" in value:  # the text of a configuration
+    if "\n" in value and not os.path.isfile(value):  # the text of a configuration; names may hold all but NUL
         return _below_command(parsed, command) if isinstance(parsed := parsed_yaml(value), dict) else {}
     _check_file(value)
     try:

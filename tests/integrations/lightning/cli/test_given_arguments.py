@@ -22,3 +22,11 @@ def test_tables_that_only_seem_to_have_a_key_twice(text, model, tmp_path):
     path = tmp_path / "some.yaml"
     path.write_text(text)
     assert read_arguments(["--config", str(path)], [], "fit")["model"] == model
+
+
+def test_a_file_whose_name_has_two_lines(tmp_path):
+    """As in a folder that is named after data; other values with an end of a line are the text of a configuration."""
+    path = tmp_path / "two\nlines.yaml"
+    path.write_text("lora: {r: 2}")
+    assert read_arguments(["--config", str(path)], [], "fit") == {"lora": {"r": 2}}
+    assert read_arguments(["--config", "lora:\n  r: 3"], [], "fit") == {"lora": {"r": 3}}

@@ -64,6 +64,13 @@ AT_ONCE = {
         for limit in ("max_epochs", "max_steps", "limit_train_batches")
     },
     "no checkpoint": (["--config", "recipe:cls", "--ckpt_path", "{folder}/lost.ckpt"], "no file {folder}/lost.ckpt"),
+    **{
+        f"{flag} of a variable that is not set": (
+            ["--config", "recipe:cls", flag, ""],
+            f"{flag} is empty, as a variable of the shell is that was not set.",
+        )
+        for flag in ("--ckpt_path", "--config")
+    },
     "best checkpoint": (
         ["--config", "recipe:cls", "--ckpt_path", "best"],
         "Name its file, which fit prints at its end, or write 'last' for that of a ModelCheckpoint with save_last and "
