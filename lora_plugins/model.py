@@ -39,7 +39,16 @@ from lora_plugins.adapter import (
 from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import StateError, noted
-from lora_plugins.files import PackedAdapter, format_of, options_of, pack, rebuilt_bases, saved_name, unpack
+from lora_plugins.files import (
+    TENSOR_FILES,
+    PackedAdapter,
+    format_of,
+    options_of,
+    pack,
+    rebuilt_bases,
+    saved_name,
+    unpack,
+)
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
 from lora_plugins.plan import Plan, make_plan, parameter_counts
@@ -455,7 +464,8 @@ class LoraModel(metaclass=Told):
             summary = chosen.summary(path)
             return CardContent(repository, format, summary, base_model, license, metrics or {}, description)
 
-        return push(write, repository, revision=revision, private=private, message=message)
+        former = [TENSOR_FILES] if format == OWN_FORMAT else []  # whose names are those of their contents
+        return push(write, repository, revision=revision, private=private, message=message, replaces=former)
 
     @classmethod
     @outside_inference

@@ -8,7 +8,15 @@ from lora_plugins.files.differences import by_same_plugins, differing_base, diff
 from lora_plugins.files.fingerprint import checksum, fingerprint, fingerprints, same
 from lora_plugins.files.folder import read, write
 from lora_plugins.files.foreign_patterns import check_expressions
-from lora_plugins.files.manifest import OWN_ENTRIES, TENSOR_FILE, recipe_prefix, recipes, tensor_key, value_key
+from lora_plugins.files.manifest import (
+    OWN_ENTRIES,
+    TENSOR_FILE,
+    TENSOR_FILES,
+    recipe_prefix,
+    recipes,
+    tensor_key,
+    value_key,
+)
 from lora_plugins.files.origins import versions_told
 from lora_plugins.files.other_root import check_root
 from lora_plugins.files.packed import manifest_of, pack, saved_name
@@ -23,6 +31,7 @@ __all__ = [
     "OWN_ENTRIES",
     "PICKLED",
     "TENSOR_FILE",
+    "TENSOR_FILES",
     "PackedAdapter",
     "by_same_plugins",
     "check_expressions",

@@ -23,7 +23,8 @@ _SEAL = "manifest_sha256"
 """The manifest's entry for its own checksum."""
 
 TENSOR_FILE = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
-"""The name of a tensor file, after the first digits of its checksum."""
+TENSOR_FILES = f"adapter-{'[0-9a-f]' * 16}.safetensors"
+"""The name of a tensor file, after the first digits of its checksum; as a shell pattern in `TENSOR_FILES`."""
 
 
 def tensor_key(layer: PlannedLayer, slot: Slot, factor: str) -> str:

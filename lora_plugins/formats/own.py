@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plugins.files import MANIFEST, TENSOR_FILE, read, write
+from lora_plugins.files import MANIFEST, TENSOR_FILE, TENSOR_FILES, read, write
 from lora_plugins.plugins import OWN_FORMAT, AdapterFormat, AdapterSummary, LayerSummary, PackedAdapter, Registry
 
 
@@ -15,7 +15,7 @@ class OwnFormat(AdapterFormat):
     """The folder that `lora_plugins.files` reads and writes."""
 
     name = OWN_FORMAT
-    file_names = (MANIFEST, "adapter-*.safetensors")
+    file_names = (MANIFEST, TENSOR_FILES)
 
     def recognizes(self, path: Path) -> bool:
         """A folder with our manifest, or with our tensors where that is missing."""

@@ -1,7 +1,7 @@
 """Pushes an adapter to the Hub: the files of one format, and a model card."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_plugins.hub.client import errors_told, hub
@@ -15,6 +15,7 @@ def push(
     revision: str | None,
     private: bool | None,
     message: str,
+    replaces: Sequence[str] = (),
 ) -> str:
     """Pushes an adapter, in one commit; returns the address of the commit.
 
@@ -24,6 +25,7 @@ def push(
         revision: The branch; None for the main one.
         private: Whether a new repository is private; None for the owner's default.
         message: The message of the commit.
+        replaces: Names, as shell patterns, of files of a former adapter, which go where they are not written anew.
 
     Raises:
         ConfigError: If huggingface_hub is missing.
@@ -38,6 +40,10 @@ def push(
             api = client.HfApi()
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(
-                repo_id=repository, folder_path=folder, revision=revision, commit_message=message
+                repo_id=repository,
+                folder_path=folder,
+                revision=revision,
+                commit_message=message,
+                delete_patterns=[*replaces] or None,  # with which the client lists what there is
             )
     return str(commit.commit_url)

@@ -113,6 +113,8 @@ class Handler(BaseHTTPRequestHandler):
             entry = json.loads(line)
             if entry["key"] == "header":
                 self.server.messages.append(entry["value"]["summary"])
+            if entry["key"] == "deletedFile":
+                del files[entry["value"]["path"]]
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
         self.repositories[repository][revision] = files

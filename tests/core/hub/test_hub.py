@@ -203,6 +203,35 @@ class TestPushing:
         ):
             assert part in card, card
 
+    def test_the_next_one_replaces_the_files_of_the_former(self, hub, run):
+        """A file of tensors has the name of its contents; what others put there stays."""
+        done = run(
+            """
+            lora = adapted()
+            lora.push_to_hub("owner/new")
+            lora.push_to_hub("owner/new")
+            """
+        )
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["owner/new"]["main"]
+        former = next(name for name in files if name.endswith(".safetensors"))
+        others = {"adapter-old/adapter.safetensors": b"1", "adapter-b.safetensors": b"2"}
+        files |= others
+        done = run(
+            """
+            lora = adapted()
+            with torch.no_grad():
+                lora.model[0].lora_B["default"].add_(1)
+            lora.push_to_hub("owner/new")
+            LoraModel.load_adapter(build(), "hf://owner/new")
+            """
+        )
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["owner/new"]["main"]
+        assert former not in files
+        assert others.items() <= files.items()
+        assert len([name for name in files if name.endswith(".safetensors")]) == 3
+
     def test_in_the_format_of_peft(self, hub, run):
         pytest.importorskip("peft")
         done = run('adapted().push_to_hub("owner/new", format="peft")')
