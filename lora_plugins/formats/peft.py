@@ -21,12 +21,14 @@ from lora_plugins.formats.peft_attention import as_applied, with_attention, with
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
 from lora_plugins.formats.peft_model import for_model, saved_modules
+from lora_plugins.formats.peft_patterns import UntoldError
 from lora_plugins.formats.peft_values import values_for_peft
 from lora_plugins.formats.peft_version import version_of
 from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_json, read_tensors, write_described_tensors
+from lora_plugins.plugins import AdapterSummary
 from lora_plugins.writable import check_writable_folder
 
 CONFIG = "adapter_config.json"
@@ -77,6 +79,14 @@ class PeftFormat(PortableFormat):
             details=_details(config),
         )
         return adapter if model is None else for_model(model, adapter, config, found, options["out_proj"])
+
+    def summary(self, path: Path) -> AdapterSummary:
+        """Returns what is in a file, of two readings PEFT's own, with what has to be said where it is loaded."""
+        try:
+            return super().summary(path)
+        except UntoldError as error:
+            found = self._summary(path, {"out_proj": "twice", "patterns": "first"})
+            return replace(found, details={**found.details, "to be said": str(error)})
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
         """What PEFT has no form for."""
@@ -177,7 +187,7 @@ def _times(config: PeftConfig, asked: str | None) -> int:
     version = version_of(config.fields.get("peft_version") or "0")
     if version is not None and version <= Version(WRITTEN_FOR):
         return 2
-    raise AdapterFileError(
+    raise UntoldError(
         f"The adapter has attention layers and was written by PEFT {config.fields['peft_version']}. PEFT up to "
         f"{WRITTEN_FOR} applies the update of their `out_proj` twice; whether that version does is not known here. "
         "Say how it is meant: format_options={'out_proj': 'once'}, or 'twice'."

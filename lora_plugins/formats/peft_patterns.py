@@ -16,6 +16,10 @@ from lora_plugins.errors import AdapterFileError
 from lora_plugins.formats.peft_version import version_of
 
 
+class UntoldError(AdapterFileError):
+    """A file has two readings, and whoever loads it has to say which is meant."""
+
+
 @dataclass(frozen=True)
 class _Rule:
     """What patterns mean.
@@ -96,7 +100,7 @@ class PeftPatterns:
             rank: Its rank, one of those that it may have.
 
         Raises:
-            AdapterFileError: If several patterns match, with different values: PEFT sorts them when it saves, where the
+            UntoldError: If several patterns match, with different values: PEFT sorts them when it saves, where the
                 first one counted in training. Or if it depends on the version of PEFT, which is not known.
         """
         said = [(alpha, rule) for own, alpha, rule in self._pairs(name) if own == rank]
@@ -104,13 +108,13 @@ class PeftPatterns:
         if self._counts is not None or len(alphas) == 1:
             return float(alphas[0])
         if any(len({alpha for alpha, own in said if own == rule}) > 1 for rule in self._rules):
-            raise AdapterFileError(
+            raise UntoldError(
                 f"alpha_pattern says {alphas} of {name!r}. In training the first pattern that matches counts, and "
                 "PEFT loses their order when it saves. Say which: format_options={'patterns': 'first'} is how PEFT "
                 "reads the file, 'longest' takes the longest pattern."
             )
         by_version = ", ".join(f"{alpha} since {rule.since}" for alpha, rule in said)
-        raise AdapterFileError(
+        raise UntoldError(
             f"The alpha of {name!r} depends on the version of PEFT that trained the adapter ({by_version}), which its "
             'config does not say. Write it there, such as "peft_version": "0.13.2".'
         )

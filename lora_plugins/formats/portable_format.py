@@ -105,7 +105,10 @@ class PortableFormat(AdapterFormat):
 
     def summary(self, path: Path) -> AdapterSummary:
         """Returns what is in a file."""
-        adapter = self._loaded(path, None, self.options)
+        return self._summary(path, self.options)
+
+    def _summary(self, path: Path, options: Mapping[str, Any]) -> AdapterSummary:
+        adapter = self._loaded(path, None, options)
         return AdapterSummary(
             tuple(
                 LayerSummary(name, each.r, each.alpha, each.elements) for name, each in sorted(adapter.layers.items())

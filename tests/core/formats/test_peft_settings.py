@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins.cli.main import main
 from lora_plugins.files import foreign_patterns
 from tests.core.formats.peft_cases import (
     ATTENTION,
@@ -88,6 +89,15 @@ class TestAttention:
         theirs.save_pretrained(tmp_path)
         edit_config(tmp_path, peft_version=version)
         read_exactly(ATTENTION, tmp_path, theirs)
+
+    def test_a_lost_order_is_told_of_a_file_that_is_inspected(self, tmp_path, capsys):
+        """It shows what PEFT reads; the file itself is sound."""
+        with_peft(self.PATTERNS).save_pretrained(tmp_path)
+        assert main(["inspect", str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert "to be said: alpha_pattern says [7, 5] of 'inner.fc'." in told
+        (row,) = [line.split() for line in told.splitlines() if line.startswith("inner.fc ")]
+        assert row[2] == "7"
 
     def test_an_unknown_reading_is_refused(self, tmp_path):
         with_peft(ATTENTION).save_pretrained(tmp_path)
@@ -204,6 +214,15 @@ class TestPatterns:
         assert difference(self.PATTERNS, first, read_by_peft(self.PATTERNS, tmp_path)) <= TOLERANCE
         assert difference(self.PATTERNS, longest, theirs) <= TOLERANCE  # as it was trained
         assert difference(self.PATTERNS, longest, first) > 1e-3
+
+    def test_a_lost_order_is_told_of_a_file_that_is_inspected(self, tmp_path, capsys):
+        """It shows what PEFT reads; the file itself is sound."""
+        with_peft(self.PATTERNS).save_pretrained(tmp_path)
+        assert main(["inspect", str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert "to be said: alpha_pattern says [7, 5] of 'inner.fc'." in told
+        (row,) = [line.split() for line in told.splitlines() if line.startswith("inner.fc ")]
+        assert row[2] == "7"
 
     def test_an_unknown_reading_is_refused(self, tmp_path):
         with_peft(LINEAR).save_pretrained(tmp_path)
