@@ -208,6 +208,8 @@ def _are_levels(values: Sequence[int], ignored: int | None) -> bool:
     if [*values] == [BLACK, WHITE]:
         return ignored not in values
     indices = [value for value in values if value not in (IGNORED, ignored)]
+    if len(indices) == 1 and ignored not in (None, IGNORED):  # then 255 is what it is told apart from
+        indices = [value for value in values if value != ignored]
     return len(indices) > 1 and 2 * len(indices) < max(indices) + 1 - (ignored == 0)
 
 

@@ -108,6 +108,16 @@ class TestMasks:
             ([0, 255], {"classes": ("white", "black")}, {"colors": {"white": [255] * 3, "black": [0] * 3}}),
             ([0, 128, 255], {"ignore_index": 255}, {"classes": ["gray_0", "gray_128"]}),
             (
+                [0, 128, 255],
+                {"ignore_index": 0},
+                {"classes": ["gray_128", "gray_255"], "colors": {f"gray_{at}": [at] * 3 for at in (128, 255, 0)}},
+            ),
+            (
+                [0, 128, 255],
+                {"ignore_index": 128},
+                {"classes": ["background", "object"], "ignore_index": 255},
+            ),
+            (
                 [0, 9, 90],
                 {"classes": ("sky", "car", "cat")},
                 {"colors": {"sky": [0] * 3, "car": [9] * 3, "cat": [90] * 3}},
@@ -126,6 +136,8 @@ class TestMasks:
             "black and white beside a void that no mask has",
             "black and white in another order",
             "a gray level that is void",
+            "the darkest gray level of three that is void",
+            "black and white beside a void that masks have",
             "names of gray levels",
             "names of all gray levels but the void",
         ],
