@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lora_plugins.errors import listing
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import IMAGE_SUFFIXES, TEST, TRAIN, VAL, image_files, read_text
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, image_files, images_below, is_hidden, read_text
 
 NAMES_FILE = "classes.txt"
 """Names of the classes of masks, one a line, beside the data."""
@@ -17,7 +17,7 @@ SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
 
 def has_folders(folder: Path) -> bool:
     """Whether there are folders in a folder, hidden ones apart."""
-    return any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+    return any(path.is_dir() and not is_hidden(path.name) for path in folder.iterdir())
 
 
 def holds_folders_alone(folder: Path) -> bool:
@@ -27,13 +27,12 @@ def holds_folders_alone(folder: Path) -> bool:
 
 def holds_images(folder: Path) -> bool:
     """Whether there is an image in a folder or below it."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    return any(not path.name.startswith(".") for path in files)
+    return next(images_below(folder), None) is not None
 
 
 def beside(folder: Path, read: Iterable[str]) -> list[Path]:
     """What lies beside the folders of classes or splits and is not read: images, and other folders with images."""
-    others = (path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith("."))
+    others = (path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name))
     return [*image_files(folder), *(path for path in others if path.name not in {*read} and holds_images(path))]
 
 

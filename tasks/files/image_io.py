@@ -21,6 +21,9 @@ MASK_SUFFIXES = frozenset({".png"})
 NO_IMAGE = f"no image ({', '.join(sorted(IMAGE_SUFFIXES))})"
 """What a folder holds of which nothing can be read, for messages."""
 
+OF_ARCHIVES = "__MACOSX"
+"""What archives of macOS hold beside the files: a copy of each folder, of hidden files."""
+
 OPEN_MODES = frozenset({"I", "F"})
 """Of images whose values end nowhere."""
 
@@ -59,13 +62,18 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of the data."""
+    return name.startswith(".") or name == OF_ARCHIVES
+
+
 def subfolders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones.
 
     Raises:
         DataError: If the folder is missing, or holds no folder, or one whose name is no text.
     """
-    found = [p for p in check_folder(folder).iterdir() if p.is_dir() and not p.name.startswith(".")]
+    found = [p for p in check_folder(folder).iterdir() if p.is_dir() and not is_hidden(p.name)]
     names = sorted(path.name for path in named_by_text(found))
     if not names:
         raise DataError(f"{folder.absolute()} holds no folder; one a class is expected.")
@@ -79,12 +87,18 @@ def image_files(folder: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list
         DataError: If the folder is missing, or the name of a file is no text.
     """
     files = check_folder(folder).iterdir()
-    return named_by_text(sorted(p for p in files if p.suffix.lower() in suffixes and not p.name.startswith(".")))
+    return named_by_text(sorted(p for p in files if p.suffix.lower() in suffixes and not is_hidden(p.name)))
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """The image files in a folder and in all folders below it, without hidden ones."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return (path for path in found if not any(map(is_hidden, path.relative_to(folder).parts)))
 
 
 def left_out(folders: Iterable[Path]) -> list[Path]:
     """The files in folders of images that are not read."""
-    found = (path for folder in folders for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    found = (path for folder in folders for path in sorted(folder.iterdir()) if not is_hidden(path.name))
     return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
@@ -97,7 +111,7 @@ def why_left_out(path: Path) -> str:
 
 def without_images(folder: Path) -> str:
     """Says that a folder holds no image, and where below it there is one, or what else it holds."""
-    below = next((path.parent for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES), None)
+    below = next((path.parent for path in images_below(folder)), None)
     if below is not None:
         return f"{folder} holds {NO_IMAGE}; {below} does: move them up"
     others = [path.name for path in left_out([folder])]

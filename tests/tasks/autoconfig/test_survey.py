@@ -629,6 +629,21 @@ def test_what_is_not_read_is_said(kind, request, tmp_path):
     assert survey(root, Flags()).left_out == [folder / "0.gif", folder / "more"]
 
 
+def test_what_archives_of_macos_hold_beside_the_files_is_no_class(flat_folders):
+    expected = survey(flat_folders, Flags())
+    forks = flat_folders / "__MACOSX" / "cat"
+    forks.mkdir(parents=True)
+    (forks / "._0.jpg").write_bytes(b"")
+    assert survey(flat_folders, Flags()) == expected
+
+
+@pytest.mark.parametrize("hidden", [".thumbnails/0.jpg", "more/._0.jpg"])
+def test_hidden_images_are_not_said_to_be_moved(flat_folders, hidden):
+    write_images(flat_folders / "cow", hidden)
+    with pytest.raises(DataError, match=r"cow holds no image \([^)]*\)(, but 'more')?$"):
+        survey(flat_folders, Flags())
+
+
 @pytest.mark.parametrize("split", ["", "train"], ids=["classes", "splits"])
 def test_images_beside_the_classes_are_said_to_be_left_out(tmp_path, split):
     write_images(tmp_path / split, *(f"{name}/{at}.jpg" for name in "ab" for at in range(5)), "stray.jpg")
