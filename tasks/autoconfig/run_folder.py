@@ -1,5 +1,7 @@
 """The folder for the results of a run: the one that is named, or a new one; used by one run at a time."""
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,7 @@ def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
     if out is not None:
         return iter([_checked(out, data)])
     name = "digits" if data is None else data.name if data.is_dir() else data.stem
+    name = re.sub("[$%]", "_", name) if _is_expanded(name) else name
     # Inside of a folder of data, runs would count as data the next time.
     runs = RUNS if data is None or not RUNS.resolve().is_relative_to(data) else data.parent / RUNS
     tried = (runs / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
@@ -44,9 +47,14 @@ def held(tried: Iterable[Path]) -> Iterator[Path]:
     """Yields the first folder that no other run uses, and keeps others out for the duration of the block.
 
     Raises:
-        ConfigError: If there is none, or it cannot be made.
+        ConfigError: If there is none, or it cannot be made, or a logger would take its name for another one.
     """
     for path in tried:
+        if _is_expanded(path):
+            raise ConfigError(
+                f"{path} holds what the log takes for a variable of the shell, which is set: it would be written into "
+                f"{os.path.expandvars(path)}. Name another place: --out DIR."
+            )
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         lock = _locked(path)
         if lock is not None:
@@ -89,6 +97,11 @@ def _checked(out: Path, data: Path | None) -> Path:
             f"--out is {out}, inside of DATA, and would count as data the next time. Name another folder."
         )
     return out
+
+
+def _is_expanded(path: str | Path) -> bool:
+    """Whether the log would lie elsewhere: TensorBoard's logger takes `$NAME` for a variable of the shell."""
+    return os.path.expandvars(path) != str(path)
 
 
 def _has_results(folder: Path) -> bool:

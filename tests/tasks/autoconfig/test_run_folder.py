@@ -43,6 +43,20 @@ def test_it_has_the_name_of_the_data(tmp_path):
     assert found == [Path("runs/photos.v2"), Path("runs/list")]
 
 
+def test_names_that_a_logger_takes_for_variables_of_the_shell(tmp_path, monkeypatch):
+    """Of `runs/$SET`, the log would lie in another folder than the rest."""
+    monkeypatch.setenv("SET", "elsewhere")
+    monkeypatch.delenv("UNSET", raising=False)
+    for name in ("a $SET", "$UNSET"):
+        (tmp_path / name).mkdir()
+    assert first_free(tmp_path / "a $SET") == Path("runs/a _SET")
+    assert first_free(tmp_path / "$UNSET") == Path("runs/$UNSET")
+    named = folders(Path("$SET/run"), tmp_path / "$UNSET")
+    with pytest.raises(ConfigError, match=r"\$SET/run holds .* into elsewhere/run\. Name another"), held(named):
+        pass
+    assert not Path("$SET").exists()
+
+
 def test_one_with_results_stays(photos):
     with held(folders(None, photos)) as out:
         (out / "adapter").mkdir()
