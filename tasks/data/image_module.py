@@ -37,6 +37,8 @@ from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, r
 ERROR, SKIP = "error", "skip"
 PROBLEM_POLICIES = (ERROR, SKIP)
 STRIP = 64
+DARK = 64
+"""A value of 255 that some pixel of a set of images reaches; less is left of 14 bits in files of 16."""
 
 _CHECKS: Mapping[str, Check] = {
     "image_size": optional(check_size),
@@ -58,10 +60,12 @@ class _Seen:
     Attributes:
         classes: Those that occur in it.
         pixels: A digest of its image.
+        brightest: The largest value in its image, of 255.
     """
 
     classes: frozenset[int]
     pixels: bytes
+    brightest: int
 
 
 class ImageDataModule(VisionDataModule):
@@ -158,6 +162,7 @@ class ImageDataModule(VisionDataModule):
                 raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")
         _warn_of_repeats(items, seen)
         if seen:
+            _warn_of_darkness(max(each.brightest for each in seen.values()))
             self._check_classes(frozenset().union(*(seen[id(item)].classes for item in items[TRAIN])))
         return {split: LazySamples(members, self.read, self._transform_of(split)) for split, members in items.items()}
 
@@ -200,7 +205,8 @@ class ImageDataModule(VisionDataModule):
         def read(item: Item) -> None:
             image, target = self.read(item)
             labels = frozenset(np.unique(np.asarray(target)).tolist())
-            seen[id(item)] = _Seen(labels - {self.ignore_index}, _digest(image))
+            brightest = int(np.max(image.getextrema()))
+            seen[id(item)] = _Seen(labels - {self.ignore_index}, _digest(image), brightest)
 
         wrong = {id(item): error for item, error in zip(flat, read_errors(flat, read), strict=True) if error}
         good = {split: [item for item in members if id(item) not in wrong] for split, members in items.items()}
@@ -239,6 +245,16 @@ def _digest(image: Image.Image) -> bytes:
     for top in range(0, image.height, STRIP):
         digest.update(image.crop((0, top, image.width, top + STRIP)).tobytes())
     return digest.digest()
+
+
+def _warn_of_darkness(brightest: int) -> None:
+    """Warns of images that are all nearly black: of 16 bits, the upper 8 are taken, and cameras fill 10, 12 or 14."""
+    if brightest < DARK:
+        rank_zero_warn(
+            f"The brightest pixel of all images is {brightest} of 255, so that they are nearly black, as where numbers "
+            "of 12 bits are stored in 16. Write them anew, with the largest number that can be as white, and those to "
+            "predict for likewise."
+        )
 
 
 def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[int, _Seen]) -> None:

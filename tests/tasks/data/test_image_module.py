@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -102,6 +103,25 @@ class TestImagesInTwoSplits:
             shutil.copy(path, path.with_name(f"copy of {path.name}"))
         with pytest.warns(UserWarning, match=r"in train and in another split.*= "):
             loaded(ImageFolderDataModule(str(flat_folders), val_share=0.2, **SIZE))
+
+
+class TestImagesThatAreAllNearlyBlack:
+    """Of 16 bits the upper 8 are taken."""
+
+    @staticmethod
+    def loaded(folder, bits):
+        for number in range(8):
+            values = np.full((8, 8 + number), 2**bits - 1, np.uint16)
+            write_image(folder / ("cat", "dog")[number % 2] / f"{number}.png", values)
+        return loaded(ImageFolderDataModule(str(folder), val_share=0.5, **SIZE))
+
+    @pytest.mark.parametrize(("bits", "brightest"), [(8, 0), (12, 15), (14, 63)])
+    def test_are_told(self, tmp_path, bits, brightest):
+        with pytest.warns(UserWarning, match=f"The brightest pixel of all images is {brightest} of 255"):
+            self.loaded(tmp_path, bits)
+
+    def test_no_word_of_those_that_fill_their_bits(self, tmp_path):
+        assert len(self.loaded(tmp_path, 16).splits["train"]) == 4
 
 
 class TestClassesThatDoNotOccur:
