@@ -8,7 +8,13 @@ from lora_plugins.tasks.inference.export import main as export_main
 from lora_plugins.tasks.inference.loading import AdapterTask, load_task, merged_task, task_of_adapter
 from lora_plugins.tasks.inference.predict import main as predict_main
 from lora_plugins.tasks.inference.predict import predict_folder
-from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities, resized
+from lora_plugins.tasks.inference.probabilities import (
+    label_probabilities,
+    mask_labels,
+    mask_probabilities,
+    most_probable,
+    resized,
+)
 
 __all__ = [
     "AdapterTask",
@@ -16,8 +22,10 @@ __all__ = [
     "export_task",
     "label_probabilities",
     "load_task",
+    "mask_labels",
     "mask_probabilities",
     "merged_task",
+    "most_probable",
     "predict_folder",
     "predict_main",
     "resized",

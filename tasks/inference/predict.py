@@ -40,7 +40,7 @@ from lora_plugins.tasks.files import (
     why_left_out,
 )
 from lora_plugins.tasks.inference.loading import load_task
-from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_probabilities
+from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_labels
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_image
 from lora_plugins.tasks.training import VisionTask
 from lora_plugins.utils import put_files, remove_leftovers, replace_file
@@ -231,8 +231,8 @@ def _write_masks(
             raise _of_another(out / MASKS / name)
     for given, path in paths.items():
         name, image = names[given], _tensor(path)
-        mask = mask_probabilities(task, image, window=window, overlap=overlap, flips=flips).argmax(0).numpy()
-        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        mask = mask_labels(task, image, window=window, overlap=overlap, flips=flips).numpy()
+        pixels = image.permute(1, 2, 0).numpy()
         outputs = {  # the mask last: where it is and nothing over the image, another program wrote it
             OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),
             MASKS: palette_image(mask, colors),
@@ -262,6 +262,6 @@ def _of_another(file: Path) -> ConfigError:
 
 
 def _tensor(path: Path) -> Tensor:
-    """An image (3, H, W) in [0, 1]."""
+    """An image (3, H, W), 8-bit."""
     pixels: Tensor = functional.pil_to_tensor(read_image(path))
-    return pixels.float() / 255
+    return pixels

@@ -1,6 +1,6 @@
 """Class probabilities of one image of any size: whole, or by sliding window, and averaged with its mirror image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ def label_probabilities(task: VisionTask, image: Tensor, *, flips: bool = False)
 
     Args:
         task: The task, in eval mode.
-        image: (channels, H, W) in [0, 1], of any size; it is resized to the size that the task was trained with.
+        image: (channels, H, W), 8-bit or in [0, 1], of any size; it is resized to the size that the task was trained
+            with.
         flips: Whether to average over the image and its mirror image.
     """
     return _probabilities(task, _resized(task, image)[None], flips)[0]
@@ -40,7 +41,7 @@ def mask_probabilities(
 
     Args:
         task: The task, in eval mode.
-        image: (channels, H, W) in [0, 1], of any size.
+        image: (channels, H, W), 8-bit or in [0, 1], of any size.
         window: Height and width of a window that slides over the image at its own resolution; overlapping windows are
             averaged. By default the whole image is resized to the size that the task was trained with.
         overlap: Share of a window that overlaps with the next one.
@@ -49,27 +50,91 @@ def mask_probabilities(
     Raises:
         ConfigError: For an overlap or a window out of range, or a window that the network does not take.
     """
+    _check_window(window, overlap)
+    if window is not None:
+        return _sliding(task, image, window, overlap, flips)
+    return _enlarged(_of_whole(task, image, flips), image.shape[-2:])
+
+
+def mask_labels(
+    task: SemanticSegmentationTask,
+    image: Tensor,
+    *,
+    window: Size | None = None,
+    overlap: float = 0.25,
+    flips: bool = False,
+) -> Tensor:
+    """The most probable class at each pixel, (H, W), 8-bit; probabilities of a large image would fill the memory.
+
+    Args:
+        task: The task, in eval mode, of at most 256 classes.
+        image: As in `mask_probabilities`.
+        window: Likewise.
+        overlap: Likewise.
+        flips: Likewise.
+
+    Raises:
+        ConfigError: As `mask_probabilities` does.
+    """
+    _check_window(window, overlap)
+    if window is not None:
+        return _first_of_the_largest(_sliding(task, image, window, overlap, flips))
+    return most_probable(_of_whole(task, image, flips), image.shape[-2:])
+
+
+def most_probable(probabilities: Tensor, size: Sequence[int]) -> Tensor:
+    """The most probable class at each pixel of a larger image, (H, W), 8-bit.
+
+    Args:
+        probabilities: (classes, h, w), of at most 256 classes.
+        size: Height and width of the image.
+    """
+    return _first_of_the_largest(_enlarged(each[None], size)[0] for each in probabilities)
+
+
+def _first_of_the_largest(planes: Iterable[Tensor]) -> Tensor:
+    """The argmax over planes (H, W), of which one is held at a time; the first is written into."""
+    rest = iter(planes)
+    largest = next(rest)
+    labels = torch.zeros_like(largest, dtype=torch.uint8)
+    for index, plane in enumerate(rest, 1):
+        labels.masked_fill_(plane > largest, index)
+        torch.maximum(largest, plane, out=largest)
+    return labels
+
+
+def _enlarged(probabilities: Tensor, size: Sequence[int]) -> Tensor:
+    return interpolate(probabilities[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def _of_whole(task: SemanticSegmentationTask, image: Tensor, flips: bool) -> Tensor:
+    return _probabilities(task, _resized(task, image)[None], flips)[0]
+
+
+def _check_window(window: Size | None, overlap: float) -> None:
     if window is not None and min(window) < 1:
         raise ConfigError(f"window is {window[0]}x{window[1]}; both are at least 1.")
     if not 0 <= overlap < 1:
         raise ConfigError(f"overlap is {overlap}; it is a share of the window, from 0 to below 1.")
+
+
+def _sliding(task: SemanticSegmentationTask, image: Tensor, window: Size, overlap: float, flips: bool) -> Tensor:
+    """The probabilities by windows, (classes, H, W)."""
     height, width = image.shape[-2:]
-    if window is None:
-        probabilities = _probabilities(task, _resized(task, image)[None], flips)
-        return interpolate(probabilities, size=(height, width), mode="bilinear", align_corners=False)[0]
+    missing = (0, max(0, window[1] - width), 0, max(0, window[0] - height))
     # An image that is smaller than a window is padded with its edge pixels.
-    padded = pad(image[None], (0, max(0, window[1] - width), 0, max(0, window[0] - height)), mode="replicate")[0]
-    total = padded.new_zeros(task.model_config.num_classes, *padded.shape[-2:], device="cpu")  # as probabilities are
-    count = padded.new_zeros(padded.shape[-2:], device="cpu")
+    padded = pad(_unit(image)[None], missing, mode="replicate")[0] if any(missing) else image
+    total = torch.zeros(task.model_config.num_classes, *padded.shape[-2:])  # on the CPU, as probabilities are
+    count = torch.zeros(padded.shape[-2:])
     windows = list(_windows(padded.shape[-2], padded.shape[-1], window, overlap))
     for start in range(0, len(windows), WINDOWS_PER_BATCH):
         batch = windows[start : start + WINDOWS_PER_BATCH]
-        images = torch.stack([padded[:, rows, columns] for rows, columns in batch])
+        images = torch.stack([_unit(padded[:, rows, columns]) for rows, columns in batch])
         results = _of_windows(task, images, flips)
         for (rows, columns), probabilities in zip(batch, results, strict=True):
             total[:, rows, columns] += probabilities
             count[rows, columns] += 1
-    return (total / count)[:, :height, :width]
+    return total.div_(count)[:, :height, :width]
 
 
 def _of_windows(task: VisionTask, windows: Tensor, flips: bool) -> Tensor:
@@ -104,16 +169,24 @@ def resized(image: Tensor, size: Sequence[int] | None, interpolation: str) -> Te
     """Resizes an image as the data of a task were: in 8 bits.
 
     Args:
-        image: (channels, H, W) in [0, 1].
+        image: (channels, H, W), 8-bit or in [0, 1].
         size: Height and width; None leaves it as it is.
         interpolation: How.
+
+    Returns:
+        The image in [0, 1].
     """
     if size is None:
-        return image
+        return _unit(image)
     stored = functional.to_dtype(image, torch.uint8, scale=True)
     new = functional.resize(stored, list(size), interpolation=INTERPOLATIONS[interpolation], antialias=True)
-    unit: Tensor = functional.to_dtype(new, image.dtype, scale=True)
+    unit: Tensor = functional.to_dtype(new, torch.float32 if image.dtype == torch.uint8 else image.dtype, scale=True)
     return unit
+
+
+def _unit(image: Tensor) -> Tensor:
+    """An image in [0, 1]."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 def _resized(task: VisionTask, image: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from PIL import Image
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """An image (H, W, 3), or the colors of classes (classes, 3), 8-bit."""
 
-Mask = np.ndarray[Any, np.dtype[np.int64]]
+Mask = np.ndarray[Any, np.dtype[np.integer[Any]]]
 """Class indices (H, W)."""
 
 CLASS_0 = (20, 20, 20)
@@ -18,6 +18,9 @@ HUES = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 1
 
 IGNORED = (128, 128, 128)
 OPACITY = 0.5
+ROWS = 256
+"""How many are blended at a time: the fractions of a large image would fill the memory."""
+
 STRONGEST = 0.8
 """How far a color is moved toward white or black at most."""
 
@@ -55,8 +58,11 @@ def colorize(mask: Mask, colors: Pixels, ignore_index: int) -> Pixels:
 
 def overlay(image: Pixels, mask: Mask, colors: Pixels, ignore_index: int) -> Pixels:
     """An image with its mask over it, half transparent."""
-    blended = image * (1 - OPACITY) + colorize(mask, colors, ignore_index) * OPACITY
-    return blended.round().astype(np.uint8)
+    blended = np.empty_like(image)
+    for rows in (slice(top, top + ROWS) for top in range(0, len(image), ROWS)):
+        drawn = colorize(mask[rows], colors, ignore_index)
+        blended[rows] = (image[rows] * (1 - OPACITY) + drawn * OPACITY).round()
+    return blended
 
 
 def palette_image(mask: Mask, colors: Pixels) -> Image.Image:

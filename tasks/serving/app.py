@@ -17,13 +17,12 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from starlette.requests import ClientDisconnect
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.errors import LoraError
 from lora_plugins.tasks.errors import DataError, WeightsError
 from lora_plugins.tasks.files import as_png, as_rgb, decode_image
-from lora_plugins.tasks.inference import resized
+from lora_plugins.tasks.inference import most_probable, resized
 from lora_plugins.tasks.segmentation import class_colors, palette_image
 from lora_plugins.tasks.serving.described import Described, ReplacedError
 from lora_plugins.tasks.serving.engine import ClosedError, Engine
@@ -137,7 +136,7 @@ async def _body(request: Request, limit: int) -> bytes:
 def _prepared(described: Described, body: bytes, max_pixels: int) -> tuple[Tensor, tuple[int, int]]:
     """The image as the task takes it, and its own height and width."""
     decoded = _decoded(body, max_pixels)
-    tensor: Tensor = functional.pil_to_tensor(decoded).float() / 255
+    tensor: Tensor = functional.pil_to_tensor(decoded)
     size, provenance = (decoded.height, decoded.width), described.provenance
     return resized(tensor, provenance["image_size"], provenance["interpolation"]), size
 
@@ -169,8 +168,7 @@ def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Resp
             "after a training that diverged. Train it again, or take an earlier one of its run."
         )
     if logits.ndim > 1:
-        whole = interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
-        mask = palette_image(whole.argmax(0).numpy(), class_colors(len(whole)))
+        mask = palette_image(most_probable(probabilities, size).numpy(), class_colors(len(probabilities)))
         return Response(as_png(mask), media_type="image/png")
     names, values = _classes(described), probabilities.tolist()
     best = max(range(len(values)), key=values.__getitem__)

@@ -5,7 +5,7 @@ import torch
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import SemanticSegmentationTask
-from lora_plugins.tasks.inference import mask_probabilities
+from lora_plugins.tasks.inference import label_probabilities, mask_labels, mask_probabilities, most_probable
 
 from ..conftest import unet
 
@@ -36,3 +36,25 @@ class TestMasks:
         image = torch.rand(3, 64, 96)
         one, two = (mask_probabilities(task, i, window=(64, 64), flips=True) for i in (image, image.flip(-1)))
         torch.testing.assert_close(one, two.flip(-1), atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("window", [None, (64, 64)], ids=["whole", "windows"])
+    @pytest.mark.parametrize("size", [(80, 96), (40, 30)], ids=["larger", "smaller"])
+    def test_labels_are_the_most_probable_classes_of_8_bit_images_too(self, fitted, window, size):
+        task, _ = fitted["masks"]
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+        expected = mask_probabilities(task, image.float() / 255, window=window, flips=True)
+        assert torch.equal(mask_probabilities(task, image, window=window, flips=True), expected)
+        labels = mask_labels(task, image, window=window, flips=True)
+        assert labels.dtype == torch.uint8
+        assert torch.equal(labels, expected.argmax(0))
+
+
+def test_the_first_of_equal_probabilities_counts():
+    probabilities = torch.tensor([0.2, 0.4, 0.4])[:, None, None]
+    assert most_probable(probabilities, (2, 3)).tolist() == [[1] * 3] * 2
+
+
+def test_labels_of_8_bit_images(fitted):
+    task, _ = fitted["labels"]
+    image = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8)
+    assert torch.equal(label_probabilities(task, image), label_probabilities(task, image.float() / 255))

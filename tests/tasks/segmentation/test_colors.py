@@ -57,3 +57,12 @@ def test_ignored_pixels_are_gray():
     colors = class_colors(2)
     assert colorize(np.array([[1, 255]]), colors, 255).tolist() == [[[230, 159, 0], [128, 128, 128]]]
     assert overlay(np.zeros((1, 2, 3), np.uint8), np.array([[1, 255]]), colors, 255).max() == 115
+
+
+def test_an_image_of_more_rows_than_are_blended_at_once():
+    random = np.random.default_rng(0)
+    image, mask = random.integers(0, 256, (600, 5, 3), np.uint8), random.integers(0, 4, (600, 5))
+    mask[:, 0] = 255
+    blended = overlay(image, mask, colors := class_colors(4), 255)
+    assert np.array_equal(blended, (image * 0.5 + colorize(mask, colors, 255) * 0.5).round())
+    assert np.array_equal(blended, overlay(image, mask.astype(np.uint8), colors, 255))
