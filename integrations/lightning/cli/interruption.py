@@ -30,11 +30,24 @@ class Interruption(Callback):
     def __init__(self) -> None:
         self.asked = False
         self._trainer: Trainer | None = None
+        self._has_begun = False
         self._process = os.getpid()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that from now on there is something to save."""
         self._trainer = trainer
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes one batch of the epoch at least: one without any would be logged with what is left of the last."""
+        self._has_begun = False
+        trainer.should_stop = trainer.should_stop and not self.asked
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the fit if that was asked for before."""
+        self._has_begun = True
+        self._end_if_asked(trainer)
 
     def listening(self) -> AbstractContextManager[None]:
         """Handles Ctrl-C in place of Python, in the main thread of a single process."""
@@ -57,8 +70,12 @@ class Interruption(Callback):
         if self._trainer.world_size > 1:
             raise KeyboardInterrupt
         _say(_STOPPING)
-        self._trainer.should_stop = True
-        self._trainer.fit_loop.min_epochs = self._trainer.fit_loop.epoch_loop.min_steps = None
+        self._end_if_asked(self._trainer)
+
+    def _end_if_asked(self, trainer: Trainer) -> None:
+        if self.asked and self._has_begun:
+            trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
 
 def _say(line: str) -> None:
