@@ -73,7 +73,8 @@ def _parser() -> Parser:
     data.add_argument("--val-share", type=_share, metavar="X", help="held out, if there is no val folder (0.2)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="timm/NAME, transformers/OWNER/NAME, smp/Unet:resnet18, ...")
-    model.add_argument("--weights", metavar="FILE", help="its weights, .safetensors or .pth, if no hub is to be asked")
+    weights = "its weights, .safetensors or .pth, if no hub is to be asked"
+    model.add_argument("--weights", type=_text, metavar="FILE", help=weights)
     model.add_argument("--image-size", type=_size, metavar="N", help="N, or HEIGHTxWIDTH")
     training = parser.add_argument_group("training")
     for flag, short in SHORT.items():
@@ -93,10 +94,14 @@ def _parser() -> Parser:
     return parser
 
 
-def _place(text: str) -> Path:
+def _text(text: str) -> str:
     if not text:  # which a path takes for the current folder
         raise argparse.ArgumentTypeError("it is empty, perhaps from a shell variable that is not set")
-    return Path(text)
+    return text
+
+
+def _place(text: str) -> Path:
+    return Path(_text(text))
 
 
 def _share(text: str) -> float:

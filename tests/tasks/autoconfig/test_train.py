@@ -195,6 +195,7 @@ def test_without_data_a_folder_can_have_any_name(name, tmp_path, monkeypatch, ca
         (["--", "--epochs", "3"], "--epochs is no flag behind --; write it before"),
         (["--out", ""], "argument --out: it is empty, perhaps from a shell variable that is not set"),
         (["--masks", ""], "argument --masks: it is empty"),
+        (["--weights", ""], "argument --weights: it is empty"),
         (["--save-config", ""], "argument --save-config: it is empty"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
