@@ -23,7 +23,7 @@ from lora_plugins.integrations.lightning.cli.held_places import held
 from lora_plugins.integrations.lightning.cli.interruption import Interruption
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT
-from lora_plugins.integrations.lightning.console import FitConsole, print_lines, print_plan
+from lora_plugins.integrations.lightning.console import FitConsole, plain_metrics, print_lines, print_plan
 from lora_plugins.integrations.lightning.writer import writes_files
 
 _FROM_FILE = "sub_configs" if "sub_configs" in signature(ArgumentParser.add_argument).parameters else "enable_path"
@@ -124,6 +124,16 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             )
 
     before_test = before_predict = before_validate
+
+    def validate(self, model: LightningModule, **kwargs: Any) -> None:
+        """Measures on the validation split."""
+        with plain_metrics():
+            self.trainer.validate(model, **kwargs)
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        """Measures on the test split."""
+        with plain_metrics():
+            self.trainer.test(model, **kwargs)
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         """Fits, handles Ctrl-C, and prints where everything is.

@@ -5,6 +5,14 @@ Depends on `shims`.
 
 from lora_plugins.integrations.lightning.console.bar import is_terminal
 from lora_plugins.integrations.lightning.console.fit_console import FitConsole, tell_written
-from lora_plugins.integrations.lightning.console.plan_table import plain_console, print_lines, print_plan
+from lora_plugins.integrations.lightning.console.plan_table import plain_console, plain_metrics, print_lines, print_plan
 
-__all__ = ["FitConsole", "is_terminal", "plain_console", "print_lines", "print_plan", "tell_written"]
+__all__ = [
+    "FitConsole",
+    "is_terminal",
+    "plain_console",
+    "plain_metrics",
+    "print_lines",
+    "print_plan",
+    "tell_written",
+]

@@ -1,7 +1,9 @@
 """Prints the plan of an adapter."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
+from rich import get_console, reconfigure
 from rich.console import Console
 from rich.table import Table
 
@@ -52,6 +54,18 @@ def print_lines(lines: Iterable[str]) -> None:
 def plain_console() -> Console:
     """Returns a console that prints text as it is, as names of classes and layers have to be: `[void]`, `:x:`."""
     return Console(markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def plain_metrics() -> Iterator[None]:
+    """Lets the tables that Lightning prints inside a `with` block have names of metrics as they are, too."""
+    console = get_console()
+    styled = console.__dict__
+    reconfigure(markup=False, emoji=False)
+    try:
+        yield
+    finally:
+        console.__dict__ = styled
 
 
 def _times(name: str, count: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jsonargparse
 import pytest
+import rich
 import yaml
 from packaging.version import Version
 
@@ -38,6 +39,25 @@ def test_a_copy_of_a_module_that_calls_classes_later_has_no_copy_of_the_trainer(
     cli = LoraCLI(args=["--config", config(model={"class_path": f"{TOYS}.Scheduled", "init_args": later})], run=False)
     cli.trainer.callbacks[-1].lock = threading.Lock()  # which cannot be copied, as processes that it has started
     assert not differing(values(copy.deepcopy(cli.model)), values(cli.model))
+
+
+class Named(Classifier):
+    """Has metrics of classes, whose names rich would take for styles and pictures."""
+
+    def _step(self, batch, stage):
+        self.log("iou/road [paved]", 0.5, on_step=False, on_epoch=True)
+        self.log("[/end] :cat:", 0.25, on_step=False, on_epoch=True)
+        return super()._step(batch, stage)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_metrics_are_printed_by_their_names(config, capsys, command):
+    console = vars(rich.get_console())
+    assert main([command, "--config", config(model={"class_path": f"{__name__}.Named"}, lora=None)]) == 0
+    out = capsys.readouterr().out
+    assert "iou/road [paved]" in out
+    assert "[/end] :cat:" in out
+    assert vars(rich.get_console()) is console
 
 
 class TestFit:
