@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lora_plugins.errors import listing, no_folder
 from lora_plugins.tasks.errors import DataError, listed
@@ -275,8 +275,15 @@ def decoding(name: object) -> Iterator[None]:
         yield
     except Image.DecompressionBombError as error:  # by which Pillow means an attack; it is a scan, or a scene
         raise DataError(f"{name} cannot be read: {error} Scale it down, or cut it into pieces") from error
+    except UnidentifiedImageError as error:
+        bands = ". Of a TIFF with more than four bands, write three as a picture" if _is_tiff(name) else ""
+        raise DataError(f"{name} cannot be read: {error}{bands}") from error
     except Exception as error:
         raise DataError(f"{name} cannot be read: {error}") from error
+
+
+def _is_tiff(name: object) -> bool:
+    return Path(str(name)).suffix.lower() in (".tif", ".tiff")
 
 
 def read_errors(sources: Sequence[Source], read: Callable[[Source], object]) -> list[str | None]:

@@ -123,6 +123,24 @@ def test_what_to_do_with_an_image_that_is_too_large_is_said(tmp_path):
         read_image(tmp_path / "scene.png")
 
 
+def tiff(bands):
+    """One pixel of so many bands of 8 bits."""
+    tags = {256: 1, 257: 1, 259: 1, 262: 1, 273: 8, 277: bands, 278: 1, 279: bands, 338: 0}
+    entries = [(258, 3, bands, 500), *((tag, 4, 1, value) for tag, value in tags.items())]
+    table = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    head = struct.pack("<2sHI", b"II", 42, 8 + 64) + bytes(64) + struct.pack("<H", len(entries)) + table + bytes(4)
+    return head.ljust(500, b"\0") + struct.pack(f"<{bands}H", *[8] * bands)
+
+
+def test_what_to_do_with_bands_that_are_no_picture_is_said(tmp_path):
+    """As scenes of satellites have them."""
+    (tmp_path / "scene.tif").write_bytes(tiff(bands=12))
+    with pytest.raises(
+        DataError, match=r"scene\.tif cannot be read: .* more than four bands, write three as a picture"
+    ):
+        shown_size(tmp_path / "scene.tif")
+
+
 def test_names_that_the_locale_cannot_read(tmp_path):
     """The files are right, and need no other names."""
     (tmp_path / "caf\xe9").mkdir()
