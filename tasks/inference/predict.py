@@ -41,7 +41,13 @@ from lora_plugins.tasks.files import (
 )
 from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_labels
-from lora_plugins.tasks.segmentation import SemanticSegmentationTask, class_colors, overlay, palette_image
+from lora_plugins.tasks.segmentation import (
+    MAX_CLASSES,
+    SemanticSegmentationTask,
+    class_colors,
+    overlay,
+    palette_image,
+)
 from lora_plugins.tasks.training import VisionTask
 from lora_plugins.utils import put_files, remove_leftovers, replace_file
 from lora_plugins.writable import check_writable_folder
@@ -50,7 +56,6 @@ LABELS, MASKS, OVERLAYS = "labels.csv", "masks", "overlays"
 COLUMNS = ("image", "label", "probability")
 """What the table of labels begins with; a list of true labels, which may have its name, has no probabilities."""
 
-MAX_CLASSES = 256
 MAX_TOLD = 5
 
 _CHECKS: Mapping[str, Check] = {

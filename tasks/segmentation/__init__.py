@@ -5,6 +5,7 @@ There is a data module for each source of images with masks: folders, lists, dat
 
 from lora_plugins.tasks.segmentation.colors import (
     IGNORED,
+    MAX_CLASSES,
     Mask,
     Pixels,
     class_colors,
@@ -20,6 +21,7 @@ from lora_plugins.tasks.segmentation.task import SemanticSegmentationTask
 
 __all__ = [
     "IGNORED",
+    "MAX_CLASSES",
     "HubMaskDataModule",
     "Mask",
     "MaskDecoder",

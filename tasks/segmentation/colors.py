@@ -17,6 +17,9 @@ HUES = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 1
 """The colors of Okabe and Ito (2008) but black, which people who confuse red and green can tell apart."""
 
 IGNORED = (128, 128, 128)
+MAX_CLASSES = 256
+"""That an 8-bit mask holds."""
+
 OPACITY = 0.5
 ROWS = 256
 """How many are blended at a time: the fractions of a large image would fill the memory."""

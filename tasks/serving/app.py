@@ -23,7 +23,7 @@ from lora_plugins.errors import LoraError
 from lora_plugins.tasks.errors import DataError, WeightsError
 from lora_plugins.tasks.files import as_png, as_rgb, decode_image
 from lora_plugins.tasks.inference import most_probable, resized
-from lora_plugins.tasks.segmentation import class_colors, palette_image
+from lora_plugins.tasks.segmentation import MAX_CLASSES, class_colors, palette_image
 from lora_plugins.tasks.serving.described import Described, ReplacedError
 from lora_plugins.tasks.serving.engine import ClosedError, Engine
 from lora_plugins.tasks.serving.shelf import UnknownAdapterError
@@ -168,6 +168,10 @@ def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Resp
             "after a training that diverged. Train it again, or take an earlier one of its run."
         )
     if logits.ndim > 1:
+        if len(logits) > MAX_CLASSES:
+            raise WeightsError(
+                f"The adapter {described.name!r} has {len(logits)} classes; an 8-bit mask holds at most {MAX_CLASSES}."
+            )
         mask = palette_image(most_probable(probabilities, size).numpy(), class_colors(len(probabilities)))
         return Response(as_png(mask), media_type="image/png")
     names, values = _classes(described), probabilities.tolist()

@@ -14,13 +14,13 @@ from PIL import Image
 from benchmarks.serving.adapters import add_provenance, write_adapters, write_base
 from lora_plugins import LoraModel
 from lora_plugins.files import MANIFEST
-from lora_plugins.tasks import ImageClassificationTask
+from lora_plugins.tasks import ImageClassificationTask, SemanticSegmentationTask
 from lora_plugins.tasks.inference import label_probabilities, load_task
 from lora_plugins.tasks.training import PROVENANCE_KEY
 from tests.core.file_cases import manifest_of, write_manifest
 
-from ..conftest import tiny_vit
-from .conftest import LABELS, ask, encoded, picture, tensor, to
+from ..conftest import tiny_segformer, tiny_vit
+from .conftest import LABELS, MASKS, ask, encoded, picture, tensor, to
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -175,6 +175,13 @@ def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, a
         assert "no task that can be served" in listed["birds"]["problem"]
         assert listed["boats"]["classes"] == ["0", "1", "2"]
         assert client.post(to("birds"), content=encoded(picture())).status_code == 422
+
+
+def test_more_classes_than_a_mask_holds_are_told(tmp_path, serve):
+    base = write_base(SemanticSegmentationTask, tiny_segformer(257), tmp_path / "segformer.safetensors")
+    write_adapters(SemanticSegmentationTask, base, tmp_path / "adapters", ["many"], **MASKS)
+    (answer,) = ask(serve(tmp_path / "adapters"), [(to("many"), encoded(picture(size=(64, 64))))])
+    assert (answer.status_code, "257 classes; an 8-bit mask holds at most 256" in answer.text) == (422, True)
 
 
 def test_a_program_is_not_run(adapters, serve):
