@@ -159,12 +159,18 @@ class ImageDataModule(VisionDataModule):
         items = hold_out(items, self.shares, seed=self.split_seed, name=lambda item: item.key, stratum=self.stratum)
         for split in (TRAIN, VAL):
             if not items.get(split):
-                raise DataError(f"There is nothing in the {split} split. Add samples, or set `{VAL}_share`.")
+                raise DataError(f"There is nothing in the {split} split. {self._what_fills(split)}")
         _warn_of_repeats(items, seen)
         if seen:
             _warn_of_darkness(max(each.brightest for each in seen.values()))
             self._check_classes(frozenset().union(*(seen[id(item)].classes for item in items[TRAIN])))
         return {split: LazySamples(members, self.read, self._transform_of(split)) for split, members in items.items()}
+
+    def _what_fills(self, split: str) -> str:
+        share = self.shares.get(split)
+        if not share:
+            return f"Add samples, or set `{VAL}_share`."
+        return f"A share of {share:g} of each class is rounded to none: add samples, or raise `{split}_share`."
 
     def size(self) -> Size:
         """Height and width of the images.

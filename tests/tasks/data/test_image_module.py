@@ -51,6 +51,10 @@ class TestProblems:
         with pytest.raises(DataError, match="ImageFolderDataModule has no test split, only train, val"):
             data.test_dataloader()
 
+    def test_a_share_of_which_nothing_is_left_says_so(self, flat_folders):
+        with pytest.raises(DataError, match=r"nothing in the val split\. A share of 0\.01 .* or raise `val_share`"):
+            loaded(ImageFolderDataModule(str(flat_folders), val_share=0.01, **SIZE))
+
     def test_an_unknown_word(self):
         with pytest.raises(ConfigError, match="Did you mean 'skip'"):
             ImageFolderDataModule("data", on_problem="skipp")
