@@ -59,7 +59,7 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str)
         if flag.startswith("--") and section not in SECTIONS:
             _refuse_flag(flag, flags)
         if value == "" and "." not in flag and section != "print_config":
-            raise ConfigError(f"{flag} is empty, as a variable of the shell is that was not set.")
+            raise ConfigError(f"{flag} is empty, perhaps from a shell variable that is not set.")
         if flag in ("--config", "-c"):
             _merge(given, _configuration(value, command))
         elif section == "help" or flag.endswith(".help"):

@@ -67,7 +67,7 @@ AT_ONCE = {
     **{
         f"{flag} of a variable that is not set": (
             ["--config", "recipe:cls", flag, ""],
-            f"{flag} is empty, as a variable of the shell is that was not set.",
+            f"{flag} is empty, perhaps from a shell variable that is not set.",
         )
         for flag in ("--ckpt_path", "--config")
     },
