@@ -1,5 +1,6 @@
 """Checkpoints that are one file: it is written under a temporary name, so that its own has a whole one or none."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ def save_file(
         write(checkpoint, filepath, **options)
         return
     path = Path(filepath)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
         write(checkpoint, partial, **options)
         if trainer.is_global_zero:
@@ -36,6 +37,15 @@ def save_file(
         if trainer.is_global_zero:
             partial.unlink(missing_ok=True)
         raise
+
+
+def partial_path(path: Path) -> Path:
+    """Returns the path under which a checkpoint is written, beside its own.
+
+    Its name has none of that in it: Lightning takes the number in any name with `hpc_ckpt_` for that of a checkpoint to
+    go on from, also of one that a killed process has left. And it is short, whatever its own is.
+    """
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.partial")
 
 
 def _is_plain_file(strategy: Strategy, path: Any) -> bool:

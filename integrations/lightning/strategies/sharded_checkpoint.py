@@ -31,6 +31,7 @@ from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter
 from lora_plugins.integrations.lightning.checkpoint import KEY, check_adapters, check_whole, reading_errors, state_key
 from lora_plugins.integrations.lightning.module import frozen_keys
+from lora_plugins.integrations.lightning.strategies.file_checkpoint import partial_path
 from lora_plugins.integrations.lightning.strategies.folder_sums import check_sums, write_sums
 from lora_plugins.utils import plain_name
 
@@ -68,7 +69,7 @@ def save_sharded(trainer: Trainer, checkpoint: dict[str, Any], path: Path, write
         write: The strategy's own method.
     """
     path = Path(trainer.strategy.broadcast(path))
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    partial, old = partial_path(path), path.with_name(f".{path.name}.old")
     if trainer.is_global_zero:
         _remove(partial)
         _remove(old)

@@ -1,6 +1,11 @@
 """Where checkpoints are written, and what is left of loading them."""
 
+import shutil
+from pathlib import Path
+
 import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
 
@@ -28,3 +33,29 @@ def test_a_hook_that_refuses_a_file_is_the_modules_own_again(tmp_path):
     with pytest.raises(ValueError, match="not this one"):
         trainer(tmp_path, [lora()]).test(module, loader(), ckpt_path=tmp_path / "it.ckpt")
     assert "on_load_checkpoint" not in vars(module)
+
+
+class LeavesCopies(SingleDeviceStrategy):
+    """Keeps what a process would leave that is killed before a file is whole."""
+
+    def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+        folder = Path(filepath).parent
+        shutil.copytree(folder, folder.with_name("left"), dirs_exist_ok=True)
+
+
+def test_a_requeued_job_goes_on_from_the_last_whole_file(tmp_path):
+    run = trainer(tmp_path, [lora()], strategy=LeavesCopies(torch.device("cpu")), max_epochs=1)
+    run.fit(Classifier(), loader())
+    for number in (1, 2):  # as for SIGUSR1 of SLURM
+        run.save_checkpoint(tmp_path / "job" / f"hpc_ckpt_{number}.ckpt")
+    again = trainer(tmp_path / "left", [lora()])
+    again.fit(Classifier(), loader(), ckpt_path="hpc")
+    assert again.ckpt_path == str(tmp_path / "left" / "hpc_ckpt_1.ckpt")
+
+
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
+    run = trainer(tmp_path, [lora()], max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / f"{'x' * 250}.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{'x' * 250}.ckpt"]
