@@ -13,6 +13,7 @@ Trainer: `trainer.save_checkpoint` after `fit` has to write the small file too, 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -223,8 +224,7 @@ class CheckpointShims:
         return self._trainer.lightning_module
 
     def _shim(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def shim(*args: Any, **kwargs: Any) -> Any:
-            return method(*args, **kwargs)
-
+        """Returns what stands in for a method of the strategy; a pickle or a copy of that has shims of its own."""
+        shim = partial(method)
         shim.lora_shims = self  # type: ignore[attr-defined]
         return shim

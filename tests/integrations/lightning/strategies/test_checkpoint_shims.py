@@ -1,5 +1,7 @@
 """Where checkpoints are written, and what is left of loading them."""
 
+import copy
+import pickle
 import shutil
 from pathlib import Path
 
@@ -7,7 +9,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
+from lora_plugins import LoraModel
+from lora_plugins.integrations.lightning import load_from_checkpoint
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
 
 def test_a_file_system_that_only_fsspec_knows_has_a_whole_file(tmp_path):
@@ -59,3 +63,15 @@ def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
     run.fit(Classifier(), loader())
     run.save_checkpoint(tmp_path / f"{'x' * 250}.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == [f"{'x' * 250}.ckpt"]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["copy", "pickle"])
+def test_a_copy_of_a_trainer_saves_its_own_module(tmp_path, copied):
+    run = trainer(tmp_path, [lora()], max_epochs=1)
+    run.fit(Classifier(), loader())
+    other = copied(run)
+    other.save_checkpoint(tmp_path / "adapted.ckpt")
+    assert not differing(values(load_from_checkpoint(Classifier, tmp_path / "adapted.ckpt")), values(run.model))
+    LoraModel(other.lightning_module).merge_and_unload()
+    other.save_checkpoint(tmp_path / "merged.ckpt")
+    assert not differing(load(tmp_path / "merged.ckpt")["state_dict"], values(other.lightning_module))
