@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -38,7 +39,7 @@ from lora_plugins.integrations.lightning.checkpoint import (
     without_base,
 )
 from lora_plugins.integrations.lightning.module import Start, adapted_targets
-from lora_plugins.integrations.lightning.shims import MethodShims
+from lora_plugins.integrations.lightning.shims import MethodShims, callbacks_of
 from lora_plugins.integrations.lightning.strategies.file_checkpoint import save_file
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
 from lora_plugins.integrations.lightning.strategies.sharding import is_sharded
@@ -47,6 +48,12 @@ _METHODS = ("save_checkpoint", "load_checkpoint")
 
 _OF_TUNERS = (".lr_find_", ".scale_batch_size_")
 """How the names of files begin that tuners read back after trials in which no hook tells what the module moves."""
+
+
+_OF_A_STOPPED_RUN = (
+    " OnExceptionCheckpoint gives this file to every fit as long as it is there: remove it before. It has no adapter "
+    "where a run was stopped before its module was adapted, or after the merge."
+)
 
 
 class Owner(Protocol):
@@ -212,9 +219,12 @@ class CheckpointShims:
     def _prepare_for_plain(self, path: Any) -> None:
         """Removes the adapters of the module, since a checkpoint without adapters is about to be loaded."""
         if self._trainer.state.fn == "fit":
+            callbacks = callbacks_of(self._trainer)
+            given_again = any(isinstance(c, OnExceptionCheckpoint) and c.ckpt_path == str(path) for c in callbacks)
             raise AdapterFileError(
                 f"{path} holds no adapter of lora_plugins, so training with one cannot go on from it. To start from "
                 f"its weights: {type(self._module).__name__}.load_from_checkpoint(path), then fit without ckpt_path."
+                f"{_OF_A_STOPPED_RUN if given_again else ''}"
             )
         for target in adapted_targets(self._module).values():
             LoraModel(target).unload()

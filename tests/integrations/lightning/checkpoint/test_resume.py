@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, StateError
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.plugins import default_registry
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
@@ -163,6 +163,23 @@ def test_exception_checkpoint_is_small_and_resumes(tmp_path):
         crashed.fit(Classifier(), loader())
     assert not set(load(tmp_path / "crash.ckpt")["state_dict"]) & set(Classifier().state_dict())
     run(tmp_path, CONFIG, 4).fit(Classifier(), loader(), ckpt_path=tmp_path / "crash.ckpt")
+
+
+class HasNoData(Classifier):
+    """Stops before it is adapted."""
+
+    def prepare_data(self):
+        raise Stop
+
+
+def test_exception_checkpoint_of_a_run_that_was_never_adapted_is_to_be_removed(tmp_path):
+    keeps = OnExceptionCheckpoint(tmp_path, "crash")
+    with pytest.raises(Stop):
+        run(tmp_path, CONFIG, 1, keeps).fit(HasNoData(), loader())
+    with pytest.raises(AdapterFileError, match=r"crash.ckpt holds no adapter.* to every fit .*: remove it"):
+        run(tmp_path, CONFIG, 1, keeps).fit(Classifier(), loader())
+    (tmp_path / "crash.ckpt").unlink()
+    run(tmp_path, CONFIG, 1, keeps).fit(Classifier(), loader())
 
 
 class Interrupt(Callback):
