@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
 from lora_plugins.cli import TERMINATED, without_collections
+from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, places_of_results
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
@@ -112,6 +113,13 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             raise
         except (TypeError, ValueError, ImportError) as error:  # Lightning's, about one of its arguments
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def before_fit(self) -> None:
+        """Says which files that were asked for are not written, since there is no adapter."""
+        options = self._section("lora_callback")
+        asked = [name for name in ("save_adapter_to", "export_to") if options.get(name)]
+        if asked and self._section("lora") is None and self.trainer.is_global_zero:
+            print_lines([f"Without a section `lora:`, lora_callback does nothing: {listing(asked)} is not written."])
 
     def before_validate(self) -> None:
         """Says which weights are measured where no checkpoint is named; results look like those of a bad training."""

@@ -125,6 +125,14 @@ class TestFit:
         assert main(["fit", "--config", config(lora=None)]) == 0
         Classifier.load_from_checkpoint(checkpoint(tmp_path))
 
+    def test_files_that_are_not_written_without_the_section_are_named(self, config, tmp_path, capsys):
+        said, files = "lora_callback does nothing", {"export_to": str(tmp_path / "merged.safetensors")}
+        assert main(["fit", "--config", config(lora_callback=files)]) == 0
+        assert main(["fit", "--config", config(lora_callback={"merge_source": "best"}, lora=None)]) == 0
+        assert said not in capsys.readouterr().out
+        assert main(["fit", "--config", config(lora_callback=files), "--lora", "null"]) == 0
+        assert f"{said}: 'export_to' is not written" in capsys.readouterr().out
+
     def test_callback_by_class_path(self, config, tmp_path):
         callback = {
             "class_path": "lora_plugins.integrations.lightning.LoraCallback",
