@@ -424,6 +424,17 @@ class LoraCallback(Callback):
             "Trainer; for another class of trainers, `class Mine(LoraTrainer, Seq2SeqTrainer): pass`."
         )
 
+    def on_after_setup(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses Fabric, which calls this when it sets up a model and adapts nothing; the Trainer has no such hook.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "This LoraCallback is for the Trainer of Lightning, and was given to Fabric, where nothing would be "
+            "adapted. There, call LoraModel(model, config) before fabric.setup(model, optimizer)."
+        )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""
         self._run.explain(exception, merged=self.merge_on_fit_end)

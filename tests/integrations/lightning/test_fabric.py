@@ -7,7 +7,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import ConfigError, LoraConfig, LoraModel
+from lora_plugins.integrations.lightning import LoraCallback
 
 CONFIG = LoraConfig(r=2, target_modules=["0"], modules_to_save=["4"], dropout=0.1)
 
@@ -66,3 +67,9 @@ def test_a_precision_of_fabric_is_that_of_the_adapted_model(precision):
     out = wrapped.eval()(torch.ones(2, 3, 8, 8)).float()
     LoraModel(model).merge_and_unload()
     torch.testing.assert_close(wrapped(torch.ones(2, 3, 8, 8)).float(), out, rtol=2e-2, atol=2e-2)
+
+
+def test_the_callback_of_the_trainer_is_refused_with_what_to_call():
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=[LoraCallback(CONFIG)])
+    with pytest.raises(ConfigError, match=r"given to Fabric.*call LoraModel\(model, config\) before fabric.setup"):
+        fabric.setup(network())
