@@ -271,6 +271,9 @@ class LoraCallback(Callback):
             lambda configured: self._complete_optimizers(pl_module, configured),
             lambda: self._before_optimizers(trainer, pl_module),
         )
+        # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
+        shims.after("on_fit_start", lambda _: self._run.restore_before_data(trainer))
+        shims.after("on_train_start", lambda _: self._run.restore_after_data())
         # After all hooks in which gradients are switched: the module's own comes after those of the callbacks.
         shims.after("on_train_batch_start", lambda _: self._run.freeze_base())
         # The last hook before a step: after those of all callbacks, any of which may set rates.
@@ -300,8 +303,7 @@ class LoraCallback(Callback):
         left_out.tell(type(pl_module).__name__)
         if lora_callbacks(trainer)[0] is self:
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
-        if trainer.train_dataloader is None:  # else its iterators are there, and have drawn from the restored ones
-            self._run.restore_random_numbers(trainer)
+        self._run.restore_before_data(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks averages before validation, in which callbacks exchange them with the module.
@@ -318,6 +320,7 @@ class LoraCallback(Callback):
             StateError: If another callback made its average before there were adapters.
         """
         check_averages(trainer, pl_module)
+        self._run.note_random_numbers(trainer)
         self._run.expected_warnings.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

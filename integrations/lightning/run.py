@@ -33,6 +33,7 @@ from lora_plugins.integrations.lightning.training import (
     keep_base_of_averages,
     parameters_of,
     put_back_statistics,
+    random_numbers,
     set_random_numbers,
 )
 from lora_plugins.utils import within
@@ -49,6 +50,7 @@ class Run:
         strategy_shims: What stands in for methods of the strategy.
         expected_warnings: Holds back warnings about modules in eval mode.
         restored: The callback's state in a checkpoint, until the first batch.
+        after_data: The random numbers that iterators over the data have left, in a run that goes on.
         known_bases: What adapters knew of the base before the rest of that checkpoint was loaded.
         frozen: The names of what was frozen of the base when its optimizers were to be made.
         lost_writes: Watches what is written into adapted weights, from then to the end of the first steps.
@@ -61,6 +63,7 @@ class Run:
     strategy_shims: MethodShims | None = None
     expected_warnings: ExitStack = field(default_factory=ExitStack)
     restored: dict[str, Any] | None = None
+    after_data: dict[str, Any] | None = None
     known_bases: KnownBases = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     lost_writes: LostWrites = field(default_factory=LostWrites)
@@ -185,6 +188,23 @@ class Run:
         """Sets those of the checkpoint, also ahead of `estimated_stepping_batches`, which sets up the data."""
         if self.restored is not None and trainer.world_size == 1:  # the file has those of the first process only
             set_random_numbers(self.restored)
+
+    def restore_before_data(self, trainer: Trainer) -> None:
+        """As `restore_random_numbers`, unless there are iterators, which have drawn from the restored ones."""
+        if trainer.train_dataloader is None:
+            self.restore_random_numbers(trainer)
+        else:
+            self.note_random_numbers(trainer)
+
+    def note_random_numbers(self, trainer: Trainer) -> None:
+        """Notes those that the iterators of a run that goes on have left."""
+        if self.restored is not None and self.after_data is None and trainer.world_size == 1:
+            self.after_data = random_numbers()
+
+    def restore_after_data(self) -> None:
+        """Sets the noted ones again, whatever hooks have drawn since: a run without a break does not call them here."""
+        if self.after_data is not None:
+            set_random_numbers(self.after_data)
 
     def explain(self, error: BaseException, *, merged: bool) -> None:
         """Adds to an error what may have caused it.

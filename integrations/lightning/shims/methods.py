@@ -7,6 +7,9 @@ checked against Lightning 2.6.6:
   before the next callback hook. The adapters have to be attached in between.
 - `module.on_load_checkpoint`: the module may build layers there as well, and what it loads of the base is put back.
 - `module.configure_optimizers`: the one moment when an optimizer that was built too early can still be completed.
+- `module.on_fit_start`, `module.on_train_start`: the last hooks before batches are drawn. Those of a module or of a
+  callback may draw random numbers, and those of a checkpoint are set again after them.
+- `module.on_train_batch_start`: the last hook ahead of a batch; what hooks thawed of the base is frozen again after it.
 - `module.on_before_optimizer_step`: the last hook ahead of a step, where learning rates follow those of their groups.
 - `strategy.setup`, `strategy.load_checkpoint`: when the first one begins, a checkpoint has been restored and there is
   no optimizer yet, so adapters whose init learns from data are attached there.

@@ -135,6 +135,33 @@ def test_resume_where_the_optimizer_asks_for_the_number_of_steps(tmp_path, first
     assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
 
 
+class DrawsNoise(Classifier):
+    """Draws the noise that its pictures are made of, at the start of each run."""
+
+    def __init__(self, hook):
+        super().__init__(dropout=0.2)
+        setattr(self, hook, lambda: torch.randn(3))
+
+
+class CountsStepsAndDraws(CountsSteps, DrawsNoise):
+    pass
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+@pytest.mark.parametrize("cls", [DrawsNoise, CountsStepsAndDraws])
+def test_resume_where_a_hook_of_the_start_draws(tmp_path, cls, hook, first):
+    torch.manual_seed(5)
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    straight = run(tmp_path, CONFIG, 4, saver)
+    straight.fit(cls(hook), loader(shuffle=True))
+    straight.save_checkpoint(tmp_path / "straight.ckpt")
+    resumed = run(tmp_path, CONFIG, 4, first=first)
+    resumed.fit(cls(hook), loader(shuffle=True), ckpt_path=tmp_path / "epoch=1.ckpt")
+    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
+    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+
+
 def test_resume_after_a_crash_in_a_new_process(tmp_path):
     torch.manual_seed(5)
     straight = run(tmp_path, CONFIG, 4)
