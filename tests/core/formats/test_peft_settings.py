@@ -90,14 +90,13 @@ class TestAttention:
         edit_config(tmp_path, peft_version=version)
         read_exactly(ATTENTION, tmp_path, theirs)
 
-    def test_a_lost_order_is_told_of_a_file_that_is_inspected(self, tmp_path, capsys):
-        """It shows what PEFT reads; the file itself is sound."""
-        with_peft(self.PATTERNS).save_pretrained(tmp_path)
+    def test_two_readings_are_told_of_a_file_that_is_inspected(self, tmp_path, capsys):
+        with_peft(ATTENTION).save_pretrained(tmp_path)
+        edit_config(tmp_path, peft_version="0.99.0")
         assert main(["inspect", str(tmp_path)]) == 0
         told = capsys.readouterr().out
-        assert "to be said: alpha_pattern says [7, 5] of 'inner.fc'." in told
-        (row,) = [line.split() for line in told.splitlines() if line.startswith("inner.fc ")]
-        assert row[2] == "7"
+        assert "to be said: The adapter has attention layers and was written by PEFT 0.99.0." in told
+        assert "\nmha.out_proj " in told
 
     def test_an_unknown_reading_is_refused(self, tmp_path):
         with_peft(ATTENTION).save_pretrained(tmp_path)
