@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
 from lora_plugins.errors import LoraError, sentence
-from lora_plugins.field_checks import optional
+from lora_plugins.field_checks import check_share, optional
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import KEY, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
@@ -129,8 +129,12 @@ def merged_task(
         max_error: Share of an update that rounding may lose, as in `LoraModel.merge_and_unload`.
 
     Raises:
+        ConfigError: If `max_error` is no number of at least 0.
+        WeightsError: As `load_task` does.
+        AdapterFileError: Likewise.
         MergeError: If rounding would lose more.
     """
+    check_share("max_error", max_error)
     task = load_task(path, weights)
     for module in adapted_targets(task).values():
         LoraModel(module).merge_and_unload(max_error=max_error, dequantize=True)
