@@ -1,6 +1,7 @@
 """Short flags for what is given most often, and configurations by the name of a shipped recipe."""
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,8 @@ def positive(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: If the text is none.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
+    value = _number(text)
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
@@ -44,13 +42,18 @@ def share(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: If the text is none.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value >= 0:  # nor is NaN
+    value = _number(text)
+    if not value >= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def _number(text: str) -> float:
+    """A number; NaN, which is within no bounds, if the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def seed(text: str) -> int:
