@@ -63,11 +63,13 @@ def unlock(lock: FileLock, made: Iterable[Path]) -> None:
     """Releases a lock, and removes its file.
 
     Args:
-        lock: The lock.
+        lock: The lock, or what `try_lock` returned where nobody is kept out.
         made: Folders that were made for it, the innermost first; they are removed where nothing is in them.
     """
+    is_ours = lock.is_locked  # else another user's run may hold it
     lock.release()
     with suppress(OSError):
-        Path(lock.lock_file).unlink(missing_ok=True)
+        if is_ours:
+            Path(lock.lock_file).unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()

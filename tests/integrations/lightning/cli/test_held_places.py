@@ -1,6 +1,7 @@
 """Places of results that one run holds; what the command says of a place that another run has: `test_lora_cli`."""
 
 import pytest
+from filelock import FileLock
 
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.held_places import held
@@ -17,6 +18,19 @@ def test_what_is_for_the_callback_to_refuse_is_left_to_it(places, tmp_path, kind
     with held(map(str, places[kind])):
         pass
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_lock_that_cannot_be_opened_stays_with_its_run(tmp_path, monkeypatch):
+    """That of another user, in a folder that both may write."""
+
+    def refused(*_, **__):
+        raise PermissionError
+
+    (theirs := tmp_path / ".adapter.lock").touch()
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    with held([str(tmp_path / "adapter")]):
+        pass
+    assert theirs.exists()
 
 
 def test_two_results_in_one_place_are_not_said_to_be_of_two_runs(config, tmp_path, capsys):
