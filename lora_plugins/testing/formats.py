@@ -224,9 +224,11 @@ def _surplus(case: FormatCase) -> None:
 
 
 def _pickle(case: FormatCase) -> None:
-    with case.written() as (_, path), no_unpickling():
-        case.load(case.model(), path)
-        case.elsewhere.summary(path)
+    with case.written() as (_, path):
+        case.load(case.model(), path)  # libraries that reading imports would keep what refuses
+        with no_unpickling():
+            case.load(case.model(), path)
+            case.elsewhere.summary(path)
 
 
 def _summary(case: FormatCase) -> None:
