@@ -1,6 +1,7 @@
 """The arguments of `lora-plugins train`."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -101,7 +102,7 @@ def _text(text: str) -> str:
 
 
 def _place(text: str) -> Path:
-    return Path(_text(text))
+    return Path(os.path.expanduser(_text(text)))  # which a shell does not do in --out=~/x, and the log does
 
 
 def _share(text: str) -> float:

@@ -100,6 +100,16 @@ def test_plan_writes_nothing_but_the_configuration_that_is_asked_for(folders, tm
     assert made["data"]["init_args"] | {"batch_size": 3, "image_size": [80, 80]} == made["data"]["init_args"]
 
 
+def test_places_below_the_own_home_are_there(folders, tmp_path, monkeypatch):
+    """A shell does not expand `--out=~/run`; the log would lie there, and the rest in a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    assert main(["train", *folders("labels"), "--out=~/run", "--save-config=~/it.yaml", "--plan"]) == 0
+    assert not (tmp_path / "~").exists()
+    written = yaml.safe_load((tmp_path / "home" / "it.yaml").read_text())
+    assert written["trainer"]["default_root_dir"] == str(tmp_path / "home" / "run")
+
+
 def test_nothing_is_made_for_data_that_do_not_exist(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "nowhere"]) == 1
