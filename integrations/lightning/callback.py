@@ -509,7 +509,8 @@ class LoraCallback(Callback):
     def _before_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         self._run.restore_random_numbers(trainer)
         self._run.frozen = frozen_names(module)
-        self._run.lost_writes.start(module)
+        if self._run.audit is None:  # else they are made anew in training, whose first steps nobody watches again
+            self._run.lost_writes.start(module)
 
     def _complete_optimizers(self, module: LightningModule, configured: Any) -> None:
         """Adds what is to be trained to the optimizers, each part at its learning rate, and keeps the base frozen."""

@@ -1,5 +1,7 @@
 """Weights of adapted layers that a module writes by hand: the run stops, since what it writes would be lost."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,22 @@ class ReadsAtLength(Classifier):
         return sum(linear(self.net[:3](x), self.net[3].weight) for _ in range(3))
 
 
+class MakesOptimizersAnew(Classifier):
+    """Does so in its second epoch, and notes whether a weight that it has read is kept."""
+
+    def forward(self, x):
+        weight = self.net[3].weight
+        self.read = weakref.ref(weight)
+        return linear(self.net[:3](x), weight)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_train_epoch_end(self):
+        self.is_kept = self.read() is not None
+
+
 WRITES = [copy_data, set_data, copy_without_gradients, replace_dead_rows]
 
 
@@ -164,3 +182,9 @@ def test_weight_that_is_only_read_does_not(tmp_path, kind):
     module = kind()
     fit(tmp_path, module)
     assert all(B.any() for B in lora_b(module).values())
+
+
+def test_readings_are_not_kept_where_optimizers_are_made_anew(tmp_path):
+    module = MakesOptimizersAnew()
+    fit(tmp_path, module, max_epochs=2)
+    assert not module.is_kept
