@@ -77,6 +77,7 @@ class Audit:
         watched = {name: p for name, p in trained.items() if id(p) in held}
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
         self._lost_writes = lost_writes
+        lost_writes.start(module)  # with layers that a hook has adapted since
         self._changes = ChangesWithinRun(trainer, module, self._copies)
         self._objects = frozen_tensors(module)  # no weak references, with which `nn.Module.to` cannot swap a tensor
         self._frozen = checksums(self._objects)

@@ -30,8 +30,7 @@ class LostWrites:
         self._written: set[str] = set()
 
     def start(self, module: nn.Module) -> None:
-        """Watches a module, adapted."""
-        self.stop()
+        """Watches what is adapted of a module by now."""
         self._layers = adapted_layers(module)
         for path, layer in self._layers.items():
             self._tell(layer, partial(self._note, path))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn.functional import cross_entropy, linear, mse_loss, one_hot
 
-from lora_plugins import LoraConfig, StateError
+from lora_plugins import LoraConfig, LoraModel, StateError
 from tests.integrations.lightning.toys import Classifier, differing, values
 from tests.integrations.lightning.training.training_cases import fit, lora_b
 
@@ -106,6 +106,15 @@ class BoundedByItsNorm(Classifier):
         self.net[3].weight.data.div_(self.net[3].weight.norm())
 
 
+class AdaptsALayerLater(BoundedAfter):
+    """Adapts the layer in a hook, when there are optimizers."""
+
+    def on_fit_start(self):
+        lora = LoraModel(self)
+        lora.add_adapter("later", LoraConfig(r=2, target_modules=["net.3"]))
+        lora.set_adapter(["default", "later"])
+
+
 class ReadsAtLength(Classifier):
     """Uses a weight in a loop, without the layer, and computes with copies of it."""
 
@@ -175,6 +184,11 @@ def test_it_is_kept_in_bounds_where_it_is_trained_in_full(tmp_path):
 def test_one_batch_is_enough_to_see_it(tmp_path):
     with pytest.raises(StateError, match=r"writes into .net\.3\.weight. "):
         fit(tmp_path, BoundedAfter(), max_steps=1)
+
+
+def test_weight_of_a_layer_that_a_hook_adapts_stops_the_run(tmp_path):
+    with pytest.raises(StateError, match=r"writes into .net\.3\.weight. "):
+        fit(tmp_path, AdaptsALayerLater(), LoraConfig(r=2, target_modules=["net.0"]))
 
 
 @pytest.mark.parametrize("kind", [ReadsAtLength, Ensemble])
