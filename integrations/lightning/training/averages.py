@@ -52,7 +52,7 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule, note_moved:
     with torch.no_grad():
         for average, path in averages:
             named = {full_name(path, name): tensor for name, tensor in named_tensors(average).items()}
-            for name in frozen.keys() & named.keys():
+            for name in filter(named.__contains__, frozen):  # in one order, as all processes of a run have it
                 named[name].copy_(frozen[name])
 
 
