@@ -54,7 +54,10 @@ def try_lock(file: Path) -> FileLock | None:
         lock.acquire(timeout=0)
     except Timeout:
         return None
-    except (OSError, NotImplementedError):  # the latter on a disk without locks
+    except NotImplementedError:  # on a disk without locks, where the file is there and nobody's
+        with suppress(OSError):
+            file.unlink()
+    except OSError:
         pass
     return lock
 

@@ -109,7 +109,8 @@ def test_what_a_killed_run_was_writing_does_not_keep_a_named_folder(photos, tmp_
 
 
 def test_a_disk_without_locks_is_trained_on_all_the_same(photos, monkeypatch):
-    def refused(*_, **__):
+    def refused(lock, **_):
+        Path(lock.lock_file).touch()
         raise NotImplementedError("FileSystem does not appear to support flock")
 
     monkeypatch.setattr("lora_plugins.tasks.autoconfig.run_folder.FileLock.acquire", refused)
