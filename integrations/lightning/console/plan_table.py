@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich import get_console, reconfigure
+from rich import get_console
 from rich.console import Console
 from rich.table import Table
 
@@ -59,13 +59,13 @@ def plain_console() -> Console:
 @contextmanager
 def plain_metrics() -> Iterator[None]:
     """Lets the tables that Lightning prints inside a `with` block have names of metrics as they are, too."""
-    console = get_console()
-    styled = console.__dict__
-    reconfigure(markup=False, emoji=False)
+    options = vars(get_console())  # of which rich's `reconfigure` would lose where it writes to, and how wide
+    usual = {name: options[name] for name in ("_markup", "_emoji")}
+    options.update(dict.fromkeys(usual, False))
     try:
         yield
     finally:
-        console.__dict__ = styled
+        options.update(usual)
 
 
 def _times(name: str, count: int) -> str:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+import io
 import re
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 import rich
 import yaml
 from packaging.version import Version
+from rich.console import Console
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.cli.main import main
@@ -58,6 +60,15 @@ def test_metrics_are_printed_by_their_names(config, capsys, command):
     assert "iou/road [paved]" in out
     assert "[/end] :cat:" in out
     assert vars(rich.get_console()) is console
+
+
+def test_metrics_are_printed_where_the_console_writes(config, monkeypatch, capsys):
+    """As one that a script has set up for a log."""
+    log = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(rich, "_console", log)
+    assert main(["validate", "--config", config(model={"class_path": f"{__name__}.Named"}, lora=None)]) == 0
+    assert "iou/road [paved]" in log.file.getvalue()
+    assert "iou/road" not in capsys.readouterr().out
 
 
 class TestFit:
