@@ -259,9 +259,10 @@ def _unmerge(reference: Reference, saved: Any) -> Errors:
         yield StateError
 
 
-def _unload(reference: Reference, saved: Any, **_: Any) -> Errors:
+def _unload(reference: Reference, saved: Any, dequantize: bool | None = None) -> Errors:
     yield from _idle(reference, merged=False)
-    yield from _known(reference)
+    if not (dequantize and reference.stored):  # which become dense also where no adapter is left
+        yield from _known(reference)
 
 
 def _merge_and_unload(reference: Reference, saved: Any, dequantize: bool = False, **_: Any) -> Errors:
