@@ -95,8 +95,8 @@ class ChangesWithinRun:
             rank_zero_warn(
                 f"{len(new)} tensors of the frozen base were made trainable, as by a GAN that switches the gradients "
                 f"of its parts: {listing(new)}. No optimizer has them, so they are frozen again ahead of each batch "
-                "and after each backward. If they are to be trained, list their modules in modules_to_save, or leave "
-                "them out of `target`."
+                "and after each backward of Lightning. If they are to be trained, list their modules in "
+                "modules_to_save, or leave them out of `target`."
             )
 
     def name_adapters(self) -> None:
