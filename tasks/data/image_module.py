@@ -257,9 +257,9 @@ def _warn_of_darkness(brightest: int) -> None:
     """Warns of images that are all nearly black: of 16 bits, the upper 8 are taken, and cameras fill 10, 12 or 14."""
     if brightest < DARK:
         rank_zero_warn(
-            f"The brightest pixel of all images is {brightest} of 255, so that they are nearly black, as where numbers "
-            "of 12 bits are stored in 16. Write them anew, with the largest number that can be as white, and those to "
-            "predict for likewise."
+            f"The brightest pixel of all images is {brightest} of 255: they are nearly black. If values of, say, 12 "
+            "bits are stored in 16, rescale them so that the largest one possible is white, here and in the images to "
+            "predict for."
         )
 
 
