@@ -53,7 +53,7 @@ def mask_probabilities(
     _check_window(window, overlap)
     if window is not None:
         return _sliding(task, image, window, overlap, flips)
-    return _enlarged(_of_whole(task, image, flips), image.shape[-2:])
+    return _enlarged(label_probabilities(task, image, flips=flips), image.shape[-2:])
 
 
 def mask_labels(
@@ -79,7 +79,7 @@ def mask_labels(
     _check_window(window, overlap)
     if window is not None:
         return _first_of_the_largest(_sliding(task, image, window, overlap, flips))
-    return most_probable(_of_whole(task, image, flips), image.shape[-2:])
+    return most_probable(label_probabilities(task, image, flips=flips), image.shape[-2:])
 
 
 def most_probable(probabilities: Tensor, size: Sequence[int]) -> Tensor:
@@ -107,10 +107,6 @@ def _enlarged(probabilities: Tensor, size: Sequence[int]) -> Tensor:
     return interpolate(probabilities[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def _of_whole(task: SemanticSegmentationTask, image: Tensor, flips: bool) -> Tensor:
-    return _probabilities(task, _resized(task, image)[None], flips)[0]
-
-
 def _check_window(window: Size | None, overlap: float) -> None:
     if window is not None and min(window) < 1:
         raise ConfigError(f"window is {window[0]}x{window[1]}; both are at least 1.")
@@ -124,8 +120,8 @@ def _sliding(task: SemanticSegmentationTask, image: Tensor, window: Size, overla
     missing = (0, max(0, window[1] - width), 0, max(0, window[0] - height))
     # An image that is smaller than a window is padded with its edge pixels.
     padded = pad(_unit(image)[None], missing, mode="replicate")[0] if any(missing) else image
-    total = torch.zeros(task.model_config.num_classes, *padded.shape[-2:])  # on the CPU, as probabilities are
-    count = torch.zeros(padded.shape[-2:])
+    total = torch.zeros(task.model_config.num_classes, *padded.shape[-2:], device="cpu")  # as probabilities are
+    count = torch.zeros(padded.shape[-2:], device="cpu")
     windows = list(_windows(padded.shape[-2], padded.shape[-1], window, overlap))
     for start in range(0, len(windows), WINDOWS_PER_BATCH):
         batch = windows[start : start + WINDOWS_PER_BATCH]
