@@ -8,7 +8,7 @@ from pathlib import Path
 from lora_plugins import ConfigError
 from lora_plugins.cli import Parser
 from lora_plugins.errors import listing, no_folder, nothing_there
-from lora_plugins.integrations.lightning.cli import MAX_ERROR, positive, share, whole
+from lora_plugins.integrations.lightning.cli import MAX_ERROR, place, positive, share, whole
 from lora_plugins.names import MANIFEST
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS, WEIGHTS_FILES, is_of_its_kind
@@ -35,7 +35,7 @@ def predict_parser() -> Parser:
     )
     parser.add_argument("model", help="a checkpoint, an adapter folder or a merged file of a task")
     parser.add_argument("images", nargs="+", help="images, folders of images, or patterns: 'photos/*/*.jpg'")
-    parser.add_argument("--out", default="predicted", help="the folder to write into (default: predicted)")
+    parser.add_argument("--out", type=place, default="predicted", help="the folder to write into (default: predicted)")
     parser.add_argument("--window", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
     parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
     parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
@@ -163,7 +163,7 @@ def generate_parser() -> Parser:
     add("--compare", action="store_true", help="the same pictures of the base model beside")
     add("--seed", type=int, default=0, help="seed of the first picture of each prompt; each next one has the next")
     add("--pictures", type=whole, default=4, help="how many pictures of each prompt")
-    add("--out", default="generated", help="the folder")
+    add("--out", type=place, default="generated", help="the folder")
     add("--steps", type=whole, default=30)
     add("--guidance", type=float, default=5.0, help="scale of classifier-free guidance; at most 1 for none")
     add("--negative-prompt", default="", help="what the guidance leads away from")

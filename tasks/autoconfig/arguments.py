@@ -1,14 +1,12 @@
 """The arguments of `lora-plugins train`."""
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from lora_plugins.cli import Parser
 from lora_plugins.errors import ConfigError
-from lora_plugins.integrations.lightning.cli import SHORT, positive, recipe_path, whole
+from lora_plugins.integrations.lightning.cli import SHORT, nonempty, place, positive, recipe_path, whole
 from lora_plugins.tasks.autoconfig.configuration import CONFIG
 from lora_plugins.tasks.autoconfig.recommended import AUTO, PLAIN, RECIPES
 
@@ -68,14 +66,14 @@ def _parser() -> Parser:
         help="a folder of images for each class; or images/ and masks/; or a .csv or .jsonl list with columns image, "
         "label or mask; or hf://datasets/OWNER/NAME",
     )
-    data.add_argument("--masks", type=_place, metavar="DIR", help="the folder of masks, PNG files named as the images")
+    data.add_argument("--masks", type=place, metavar="DIR", help="the folder of masks, PNG files named as the images")
     data.add_argument("--classes", type=_names, metavar="A,B,...", help="of masks: names of the classes, in order")
     data.add_argument("--ignore-index", type=_index, metavar="N", help="of masks: the value that stands for no class")
     data.add_argument("--val-share", type=_share, metavar="X", help="held out, if there is no val folder (0.2)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="timm/NAME, transformers/OWNER/NAME, smp/Unet:resnet18, ...")
     weights = "its weights, .safetensors or .pth, if no hub is to be asked"
-    model.add_argument("--weights", type=_text, metavar="FILE", help=weights)
+    model.add_argument("--weights", type=nonempty, metavar="FILE", help=weights)
     model.add_argument("--image-size", type=_size, metavar="N", help="N, or HEIGHTxWIDTH")
     training = parser.add_argument_group("training")
     for flag, short in SHORT.items():
@@ -89,20 +87,10 @@ def _parser() -> Parser:
     )
     training.add_argument("--device", choices=DEVICES, default="auto", metavar="NAME", help=", ".join(DEVICES))
     out = parser.add_argument_group("results")
-    out.add_argument("--out", type=_place, metavar="DIR", help="where they are left (runs/NAME)")
-    out.add_argument("--save-config", type=_place, metavar="FILE", help="write the configuration there too")
+    out.add_argument("--out", type=place, metavar="DIR", help="where they are left (runs/NAME)")
+    out.add_argument("--save-config", type=place, metavar="FILE", help="write the configuration there too")
     out.add_argument("--plan", action="store_true", help="print what would be adapted, and train nothing")
     return parser
-
-
-def _text(text: str) -> str:
-    if not text:  # which a path takes for the current folder
-        raise argparse.ArgumentTypeError("it is empty, perhaps from a shell variable that is not set")
-    return text
-
-
-def _place(text: str) -> Path:
-    return Path(os.path.expanduser(_text(text)))  # which a shell does not do in --out=~/x, and the log does
 
 
 def _share(text: str) -> float:

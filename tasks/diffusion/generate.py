@@ -52,7 +52,7 @@ def main(given: Namespace) -> int:
     for label in ("base", "adapter") if given.compare else ("",):
         with _base(pipe) if label == "base" else nullcontext():
             rows |= _drawn(pipe, given, sampling, label)
-    _write(Path(given.out), rows, given.seed)
+    _write(given.out, rows, given.seed)
     return 0
 
 
@@ -71,7 +71,7 @@ def _check(given: Namespace) -> None:
         )
     if given.compare and not (given.checkpoint or given.adapter):
         raise ConfigError("--compare shows a pipeline without and with adapters, and there is none: give --adapter.")
-    check_writable_folder(Path(given.out), "--out")
+    check_writable_folder(given.out, "--out")
 
 
 def _from_adapters(given: Namespace) -> Any:

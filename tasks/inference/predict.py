@@ -130,7 +130,7 @@ def main(given: Namespace) -> int:
         flips=given.flips,
         on_problem=SKIP if given.skip else ERROR,
     )
-    print(_told(files, Path(given.out)))
+    print(_told(files, given.out))
     unread = left_out(folder for folder in map(Path, given.images) if folder.is_dir())
     if unread:
         print(f"Left out: {len(unread)}, such as {unread[0]}, which {why_left_out(unread[0])}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_plugins.cli import Parser
+from lora_plugins.integrations.lightning.cli import place
 from lora_plugins.tasks.errors import ReportError
 from lora_plugins.tasks.pages.metric_kinds import kind_of
 from lora_plugins.tasks.pages.page import render_comparison
@@ -24,9 +25,10 @@ def report_main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     compare = commands.add_parser("compare", help="put runs side by side", description="Put runs side by side.")
     compare.add_argument("runs", nargs="+", metavar="RUN", help="the folder with a run's report, or its file")
-    compare.add_argument("--out", default="comparison.html", metavar="FILE", help="the page to write (%(default)s)")
+    page = "the page to write (%(default)s)"
+    compare.add_argument("--out", type=place, default="comparison.html", metavar="FILE", help=page)
     options = parser.parse_args(arguments)
-    return _compare(options.runs, Path(options.out))
+    return _compare(options.runs, options.out)
 
 
 def _compare(paths: Sequence[str], out: Path) -> int:

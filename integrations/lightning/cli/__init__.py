@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lora_plugins.integrations.lightning.cli.command_table import COMMANDS
 from lora_plugins.integrations.lightning.cli.merged_file_parser import MAX_ERROR
 from lora_plugins.integrations.lightning.cli.noise import quiet
-from lora_plugins.integrations.lightning.cli.short_flags import SHORT, positive, share, whole
+from lora_plugins.integrations.lightning.cli.short_flags import SHORT, nonempty, place, positive, share, whole
 from lora_plugins.lazy import lazily
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ __all__ = [
     "LoraCLI",
     "export_checkpoint",
     "merge_checkpoint",
+    "nonempty",
+    "place",
     "positive",
     "quiet",
     "recipe_path",

@@ -2,8 +2,10 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_plugins import ConfigError
@@ -46,6 +48,26 @@ def share(text: str) -> float:
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return value
+
+
+def place(text: str) -> Path:
+    """A file or folder, with a leading `~` read as the home, which a shell does not do in `--out=~/run`.
+
+    Raises:
+        argparse.ArgumentTypeError: If the text is empty, which a path takes for the current folder.
+    """
+    return Path(os.path.expanduser(nonempty(text)))  # pathlib's refuses the home of a user that there is not
+
+
+def nonempty(text: str) -> str:
+    """A text.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, perhaps from a shell variable that is not set")
+    return text
 
 
 def _number(text: str) -> float:

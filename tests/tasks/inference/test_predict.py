@@ -223,6 +223,22 @@ class TestPredict:
         assert predict([str(fitted["labels"][1]["merged"]), "", "--out", "out"]) == 1
         assert "A name of images is empty" in capsys.readouterr().err
 
+    def test_out_lies_below_the_own_home(self, fitted, tmp_path, monkeypatch):
+        """A shell does not expand `--out=~/found`."""
+        write_image(tmp_path / "a.png", noise())
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.chdir(tmp_path)
+        assert predict([str(fitted["labels"][1]["merged"]), "a.png", "--out=~/found"]) == 0
+        assert (tmp_path / "home" / "found" / "labels.csv").exists()
+        assert not (tmp_path / "~").exists()
+
+    def test_out_is_not_empty(self, fitted, tmp_path, monkeypatch, capsys):
+        write_image(tmp_path / "a.png", noise())
+        monkeypatch.chdir(tmp_path)
+        assert predict([str(fitted["labels"][1]["merged"]), "a.png", "--out", ""]) == 1
+        assert "argument --out: it is empty" in capsys.readouterr().err
+        assert {path.name for path in tmp_path.iterdir()} == {"a.png"}
+
     def test_an_error_is_one_line(self, tmp_path, capsys):
         assert predict([str(tmp_path / "nothing"), str(tmp_path), "--out", str(tmp_path)]) == 1
         assert capsys.readouterr().err.startswith("error: There is no")

@@ -37,6 +37,13 @@ def test_runs_are_put_side_by_side(folders, tmp_path, capsys):
     assert "Compare with care" not in text
 
 
+def test_the_page_lies_below_the_own_home(folders, tmp_path, monkeypatch):
+    folders(lora=run_of(), full=FULL)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["report", "compare", "lora", "full", "--out=~/new/page.html"]) == 0
+    assert (tmp_path / "new" / "page.html").exists()
+
+
 def test_runs_of_one_method_are_told_apart_by_their_place(folders, tmp_path):
     folders(one=run_of(), two=run_of(), full=FULL)
     assert main(["report", "compare", "one", "two", "full"]) == 0
