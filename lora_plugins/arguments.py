@@ -18,17 +18,18 @@ from lora_plugins.field_checks import (
     check_name,
     check_names,
     check_options,
+    check_ordered,
     check_paths,
     check_plugins,
     check_registry,
     check_share,
-    check_some,
     shown,
 )
 from lora_plugins.words import ARGUMENTS, FIELDS
 
 Class = TypeVar("Class")
 Function = TypeVar("Function", bound=Callable[..., Any])
+Name = TypeVar("Name", bound=str | None)
 
 _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
     "model": ((nn.Module,), "a torch.nn.Module"),
@@ -42,7 +43,7 @@ _TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
 _CHECKS: Mapping[str, Check] = {
     "adapter_names": check_chosen,
     "adapters": check_chosen,
-    "weights": check_some,
+    "weights": check_ordered,
     "trainable": check_flag,
     "max_error": check_share,
     "combination_type": check_name,
@@ -130,6 +131,23 @@ def check_config(call: str, config: Any) -> None:
     """
     if not _fits("config", config):
         raise ConfigError(f"{call}: {_wrong_type('config', config)} {_remedy('config', config)}".rstrip())
+
+
+def names_in(adapter_names: str | Sequence[Name], ordered: str = "") -> tuple[str | Name, ...]:
+    """Returns one name, which Python takes for a sequence of its letters, or several.
+
+    Args:
+        adapter_names: What is given.
+        ordered: What messages call it where the order counts; empty where it does not.
+
+    Raises:
+        ConfigError: If the order counts and there is none.
+    """
+    if isinstance(adapter_names, str):
+        return (adapter_names,)
+    if ordered:
+        check_ordered(ordered, adapter_names)
+    return tuple(adapter_names)
 
 
 def _checked(function: Callable[..., Any], call: str, skip: int) -> Callable[..., Any]:

@@ -144,6 +144,13 @@ def check_some(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is a list, not {shown(value)}.")
 
 
+def check_ordered(name: str, value: Any) -> None:
+    """A collection whose elements belong to those of another by their order, which a set does not keep."""
+    check_some(name, value)
+    if isinstance(value, set | frozenset):
+        raise ConfigError(f"{name} is a set, which has no order. Give a list.")
+
+
 def _is_collection(value: Any) -> bool:
     return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
 

@@ -36,7 +36,7 @@ from lora_plugins.adapter import (
     whole,
     without_adapters,
 )
-from lora_plugins.arguments import with_checked_arguments
+from lora_plugins.arguments import names_in, with_checked_arguments
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import StateError, noted
 from lora_plugins.files import (
@@ -58,7 +58,6 @@ from lora_plugins.words import MEMBERS, Told, said_of_member
 from lora_plugins.writable import check_writable_place
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-Name = TypeVar("Name", bound=str | None)
 
 
 def _whole(method: Method) -> Method:
@@ -213,7 +212,8 @@ class LoraModel(metaclass=Told):
             trainable: Whether they are trained from now on.
 
         Raises:
-            ConfigError: If a name is repeated, or the weights are not one finite number for each adapter.
+            ConfigError: If a name is repeated, the weights are not one finite number for each adapter, or are given
+                for a set of adapters, which has no order.
             StateError: If a name is unknown, something is merged, two adapters trained the same head or bias, or an
                 adapter that trained one is to be weighted.
 
@@ -225,7 +225,8 @@ class LoraModel(metaclass=Told):
             >>> lora.active_weights
             {'a': 0.7, 'b': 0.3}
         """
-        set_active(self.model, self._state, _names(adapter_names), weights, trainable=trainable)
+        names = names_in(adapter_names, "" if weights is None else "LoraModel.set_adapter with weights: adapter_names")
+        set_active(self.model, self._state, names, weights, trainable=trainable)
 
     def disable_adapter(self) -> AbstractContextManager[nn.Module]:
         """Restores the base model inside a `with` block, bit for bit, trained heads and biases included.
@@ -259,7 +260,7 @@ class LoraModel(metaclass=Told):
             torch.Size([3, 2])
         """
         check_not_fused(self.model)
-        return mixed_batch(self.model, _names(adapter_names))
+        return mixed_batch(self.model, names_in(adapter_names, "LoraModel.mixed_batch: adapter_names"))
 
     @_changing
     def delete_adapter(self, adapter_name: str) -> None:
@@ -288,7 +289,7 @@ class LoraModel(metaclass=Told):
                 merged then.
             StateError: If an adapter is unknown, not active, or merged already.
         """
-        names = _names(adapter_names) if adapter_names is not None else self._state.unmerged
+        names = names_in(adapter_names) if adapter_names is not None else self._state.unmerged
         return merge(self.model, self._state, names, max_error)
 
     @_changing
@@ -368,7 +369,7 @@ class LoraModel(metaclass=Told):
                 is merged.
         """
         with self._adding(adapter_name):
-            names = _names(adapters)
+            names = names_in(adapters, "LoraModel.add_weighted_adapter: adapters")
             new, error = combine(self.model, self._state, self._registry, names, weights, combination_type, options)
             add(self.model, adapter_name, new)
         return error
@@ -645,8 +646,3 @@ def _read(
     place = f"the format {chosen.name!r}, reading {found}"
     with base_in_place(model, state) if state else nullcontext(), noted(place):
         return chosen.read(found, model, registry, options)
-
-
-def _names(adapter_names: str | Sequence[Name]) -> tuple[str | Name, ...]:
-    """Returns one name, which Python takes for a sequence of its letters, or several."""
-    return (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
