@@ -71,7 +71,7 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
     if ctx.options.recompute_input is not None:
         if torch.is_grad_enabled():
             raise StateError("memory='low' has no second derivative. Use memory='normal' for create_graph=True.")
-        x = ctx.options.recompute_input().to(ctx.dtype)
+        x = ctx.options.recompute_input().to(ctx.dtype).requires_grad_(ctx.needs_input_grad[0])
     # Hooks of saved tensors may change the layout in memory, by which masks have their order.
     if ctx.options.dropout is not None and x.stride() != ctx.stride:
         x = x.new_empty_strided(x.shape, ctx.stride).copy_(x)

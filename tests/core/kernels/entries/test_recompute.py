@@ -138,6 +138,17 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(network(nn.GELU, "low")(x).sum(), x, create_graph=True)
 
 
+def test_many_gradients_at_once():
+    x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    model, many = network(nn.GELU, "low"), torch.randn(3, 8, 5, dtype=torch.float64)
+    output, wanted = model(x), [x, *(p for p in model.parameters() if p.requires_grad)]
+    at_once = torch.autograd.grad(output, wanted, many, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(output, wanted, one, retain_graph=True) for one in many]
+    torch.testing.assert_close(
+        list(at_once), [torch.stack(each) for each in zip(*one_by_one, strict=True)], rtol=1e-12, atol=1e-12
+    )
+
+
 class Copy(nn.Module):
     def forward(self, x):
         return x.clone()
