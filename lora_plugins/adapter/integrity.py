@@ -3,6 +3,7 @@
 from torch import nn
 
 from lora_plugins.adapter.acting import norms_to_freeze
+from lora_plugins.adapter.attach import adapter_parameters
 from lora_plugins.adapter.state import ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import (
@@ -26,7 +27,8 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str) -> None:
     """Checks that an adapter is on all of its layers, where they were when it was added, and on no copy of one.
 
     Raises:
-        StateError: If one of them is not there any more, or has another name, or was copied within the model.
+        StateError: If one of them is not there any more, or has another name, or was copied within the model; or if one
+            that shares its weight with another one has tensors of its own.
     """
     places = _places(model, state, adapter)
     copied = {copy: origin for copy, origin in _names(model, adapter).items() if places[origin] != copy}
@@ -44,6 +46,20 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str) -> None:
             f"{len(moved)} of the layers of the adapter {adapter!r} have other names than when it was added, such as "
             f"{name!r}, which is {place!r} now. Put them back, or add an adapter when they are in place."
         )
+    if parted := _parted(model, state, adapter):
+        name, source = next(iter(parted.items()))
+        raise StateError(
+            f"{listing(parted)} had the tensors of {source!r} when the adapter {adapter!r} was added, since they share "
+            "a weight, and has others now, as load_state_dict(assign=True) and to_empty() give it; the adapter has no "
+            "place for these. Load without assign=True, or keep what both have learned: merge_and_unload()."
+        )
+
+
+def _parted(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]:
+    """Returns the layers that should have the tensors of another one and have not, each with the other one."""
+    own = {name: {*map(id, adapter_parameters(layer, adapter))} for name, layer in adapted_layers(model).items()}
+    ties = {tie.layer: layer.name for layer in state.adapters[adapter].plan.layers for tie in layer.ties}
+    return {name: source for name, source in ties.items() if not own.get(name, set()) <= own[source]}
 
 
 def _places(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]:

@@ -113,6 +113,37 @@ def test_an_adapted_layer(call):
     assert type(lora.model[2]) is nn.Linear
 
 
+def tied() -> LoraModel:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    return LoraModel(model, LoraConfig(r=2, init="none"), "a")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda lora: lora.pack("a"), id="pack"),
+        pytest.param(lambda lora: lora.add_weighted_adapter(["a"], [2.0], "b"), id="combine"),
+    ],
+)
+def test_tensors_of_an_adapter_that_layers_do_not_share_any_more(call):
+    lora = tied()
+    lora.model.load_state_dict(copy.deepcopy(lora.model.state_dict()), assign=True)
+    x = torch.randn(3, 4).double()
+    lora.model(x).sum().backward()
+    torch.optim.SGD(lora.model.parameters(), lr=0.1).step()
+    expected = lora.model(x)
+    with pytest.raises(StateError, match="'2' had the tensors of '0' when the adapter 'a' was added"):
+        call(lora)
+    torch.testing.assert_close(lora.merge_and_unload()(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_that_had_the_tensors_of_another_one():
+    lora = tied()
+    lora.model[2] = nn.Linear(4, 4).double()
+    lora.pack("a")
+
+
 NEW_LAYERS = {
     "alike": lambda: nn.Linear(4, 6),
     "of another shape": lambda: nn.Linear(4, 5),
