@@ -84,7 +84,7 @@ class VariantCase:
     def refusal(self) -> str | None:
         """Returns why the variant cannot serve the layer; None if it can."""
         found = default_registry(allow=()).layer_for(type(LAYERS[self.layer]()))
-        return None if found is None else self.variant.refusal(found)
+        return None if found is None else self.variant.refusal(found) or None
 
     @property
     def looks_up(self) -> bool:

@@ -261,6 +261,39 @@ def test_a_variant_may_refuse_embeddings():
     check_variant_plugin(ButEmbeddings(), only=["trainable"])
 
 
+def test_a_refusal_without_a_reason_is_none():
+    class RefusesNothing(Product):
+        def refusal(self, plugin):
+            return ""
+
+    class MisspeltShape(RefusesNothing):
+        def shapes(self, rows, columns, r):
+            return {**super().shapes(rows, columns, r), "g": (1,)}
+
+    check_variant_plugin(RefusesNothing(), only=["registration", "shapes"])
+    with pytest.raises(CheckError, match="on linear fails the check 'shapes'"):
+        check_variant_plugin(MisspeltShape(), only=["shapes"])
+
+
+class OfUnitRows(VariantPlugin):
+    """The rows of A are directions, as in DeLoRA: their lengths change nothing."""
+
+    name = "of_unit_rows"
+
+    def shapes(self, rows, columns, r):
+        return {"length": (r, 1)}
+
+    def first_values(self, weight, A, B, scaling):
+        return {"length": torch.ones(len(A), 1)}
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return scaling * (B @ (own["length"] * A / A.norm(dim=1, keepdim=True).clamp(min=1e-6)))
+
+
+def test_a_variant_may_use_directions_alone():
+    check_variant_plugin(OfUnitRows(), only=["ranks", "dtype", "trainable", "gradients"])
+
+
 def test_what_an_earlier_check_leaves_in_the_plugin_object_is_not_there_elsewhere():
     with pytest.raises(CheckError, match="KeepsItsFirstA on linear fails the check 'files'"):
         check_variant_plugin(KeepsItsFirstA())
