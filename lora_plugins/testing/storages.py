@@ -223,6 +223,9 @@ def _device(case: StorageCase) -> None:
             moved = {name: tensor.to(place) for name, tensor in stored.items()}
             for what, dense in _made_dense(case, moved, index.to(place), weight.shape).items():
                 require_close(f"{what} after a move to {place}", dense, expected[what].to(place), _ROUNDED)
+        nowhere = {name: tensor.to("meta") for name, tensor in stored.items()}  # no table of the CPU goes there
+        for what, dense in _made_dense(case, nowhere, index.to("meta"), weight.shape).items():
+            require(dense.is_meta, f"{what} gives a tensor on {dense.device} of stored ones on another device")
 
 
 def _size(case: StorageCase) -> None:
@@ -304,7 +307,7 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         _device,
         "what is made is where the weight is, or what is stored of it",
         "torch.arange(16) where torch.arange(16, device=codes.device) is meant; or the plugin object keeps a table "
-        "that it made for another device.",
+        "that it made for another device, as in TABLE[codes] where TABLE.to(codes.device)[codes] is meant.",
     ),
     Check(
         "size",

@@ -237,6 +237,20 @@ class TableOnDefaultDevice(Int8Storage):
         return super().restore(tensors, shape, options) * torch.ones(shape)
 
 
+class TableOfTheCpu(StoragePlugin):
+    """torch takes a tensor of the CPU, indexed by one that has no values, for one of the CPU."""
+
+    name = "table_of_the_cpu"
+    levels = torch.arange(-8, 8)
+
+    def store(self, weight, options):
+        scale = weight.abs().amax().clamp(min=1e-30) / 7
+        return {"codes": ((weight / scale).round() + 8).to(torch.uint8), "scale": scale}
+
+    def restore(self, tensors, shape, options):
+        return self.levels[tensors["codes"].int()] * tensors["scale"]
+
+
 class StoredOnDefaultDevice(Int8Storage):
     def store(self, weight, options):
         return super().store(weight * torch.tensor(1.0), options) | {"largest": torch.zeros(1)}
@@ -289,7 +303,7 @@ VIOLATIONS = {
     "untouched": [InPlace, View, ChangesOptions],
     "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
-    "device": [TableOnDefaultDevice, StoredOnDefaultDevice, RowsOnDefaultDevice],
+    "device": [TableOnDefaultDevice, TableOfTheCpu, StoredOnDefaultDevice, RowsOnDefaultDevice],
     "size": [Unpacked],
     "copies": [HoldsALambda],
     "compile": [AsksForAValue],
@@ -323,8 +337,6 @@ class KeepsItsFirstTable(Int8Storage):
 
 
 def test_a_table_of_another_device_is_seen(device):
-    if device.type == "cpu":
-        pytest.skip("needs --device")
     with pytest.raises(CheckError, match=r"fails the check 'device'(.|\n)*or the plugin object keeps a table"):
         check_storage_plugin(KeepsItsFirstTable(), device=device)
 
