@@ -49,6 +49,21 @@ STATUS: Mapping[type[Exception], int] = {
 
 UNUSABLE = 422
 
+PROBLEM = {"type": "object", "properties": {"detail": {"type": "string"}}, "required": ["detail"]}
+ANSWERS: Mapping[int | str, dict[str, Any]] = {
+    200: {"content": {"image/png": {}}},
+    **{code: {"content": {"application/json": {"schema": PROBLEM}}} for code in (*STATUS.values(), UNUSABLE)},
+}
+"""What is answered beside JSON, and of errors."""
+
+UPLOADED: Mapping[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+"""The body, for the page /docs and for generated clients: FastAPI knows of none, as it is read while it comes."""
+
 TRIES = 10
 """How often a request is computed anew whose adapter is replaced meanwhile."""
 
@@ -86,7 +101,7 @@ def make_app(engine: Engine, *, max_bytes: int = 10 * 2**20, max_pixels: int = 5
     def adapters() -> list[dict[str, Any]]:
         return [_summary(engine, name) for name in engine.shelf.names()]
 
-    @app.post("/adapters/{name}/predict")
+    @app.post("/adapters/{name}/predict", openapi_extra={**UPLOADED}, responses={**ANSWERS})
     async def predict(name: str, request: Request) -> Response:
         described = await run_in_threadpool(engine.shelf.describe, name)
         body = await _body(request, max_bytes)

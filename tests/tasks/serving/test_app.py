@@ -207,3 +207,15 @@ def test_who_goes_away_while_sending_is_no_error_of_the_server(adapters, serve):
 
     asyncio.run(make_app(serve(adapters))(scope, receive, send))
     assert sent[0]["status"] == 400
+
+
+def test_the_description_says_what_to_send_and_what_is_answered(written, serve):
+    """The page /docs, of which the command prints the address, offers a file to send by it."""
+    from lora_plugins.tasks.serving import make_app
+
+    described = make_app(serve(written)).openapi()["paths"]["/adapters/{name}/predict"]["post"]
+    assert described["requestBody"]["content"]["application/octet-stream"]["schema"]["format"] == "binary"
+    assert {*described["responses"]} == {"200", "400", "404", "413", "422", "503"}
+    assert {*described["responses"]["200"]["content"]} == {"application/json", "image/png"}
+    of_errors = described["responses"]["422"]["content"]["application/json"]["schema"]
+    assert of_errors["properties"] == {"detail": {"type": "string"}}
