@@ -237,7 +237,9 @@ class TestMasks:
         rows = page.run("[...document.querySelectorAll('.matrix tbody tr')].map(r => r.innerText.split('\\t'))")
         assert rows == [[NAMES[0], "95.0", "5.0", "0"], [NAMES[1], "30.0", "70.0", "0"], [NAMES[2], "0", "0", "0"]]
         page.move(*page.middle(".matrix td.miss"))
-        assert page.run("document.querySelector('.tip').textContent").startswith(f"{NAMES[0]} → {NAMES[1]}\n3 of 60")
+        assert page.run("document.querySelector('.tip').textContent").startswith(
+            f"\u2068{NAMES[0]}\u2069 → \u2068{NAMES[1]}\u2069\n3 of 60"
+        )
 
     def test_void_is_in_the_key(self, page):
         assert "void" in page.run("document.querySelector('.tools .keys').textContent")
@@ -257,6 +259,20 @@ def test_only_mistakes(labels, tmp_path):
         verdicts = "[...document.querySelectorAll('.example')].filter(e => e.offsetParent).map(e => e.dataset.loss)"
         assert page.run(verdicts) == ["2.0"]
         assert page.problems == []
+
+
+@needs_browser
+def test_the_true_name_is_left_of_the_predicted_one_where_both_are_written_from_right_to_left(labels, tmp_path):
+    classes = [replace(each, name=name) for each, name in zip(run_of().classes, ("שלום", "مرحبا", "x"), strict=True)]
+    (tmp_path / "page.html").write_text(render_report(run_of(per_pixel=False, classes=tuple(classes)), labels), "utf-8")
+    with browser_page(tmp_path) as page:
+        page.open((tmp_path / "page.html").as_uri())
+        places = (
+            "[...document.querySelectorAll('.wrong bdi')].map(e => [e.textContent, e.getBoundingClientRect().left])"
+        )
+        (true, first), (guess, second) = page.run(places)
+        assert (true, guess) == ("שלום", "مرحبا")
+        assert first < second
 
 
 def sides(clip):
