@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -165,10 +166,19 @@ def _table(data: str | None, lines: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join([f"Found in {data}, each with the flags that overrule it:", *rows])
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as 1e3 too, which are numbers to `fit`, as in YAML 1.2, and not to PyYAML."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
+
+
 def _yaml(made: Mapping[str, Any], arguments: Sequence[str]) -> str:
     command = shlex.join(["lora-plugins", "train", *arguments])
     head = textwrap.fill(f"What `{command}` made. Run it again: lora-plugins fit --config FILE", 118)
-    body: str = yaml.safe_dump(dict(made), sort_keys=False, allow_unicode=True)
+    body: str = yaml.dump(dict(made), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return textwrap.indent(head, "# ") + "\n" + body
 
 

@@ -165,6 +165,16 @@ def test_without_data_a_folder_can_have_any_name(name, tmp_path, monkeypatch, ca
     assert made["lora_callback"]["save_adapter_to"] == f"{name}/adapter"
 
 
+def test_names_of_classes_may_look_like_numbers(folders, tmp_path, capsys):
+    """As YAML 1.2 and the command line read them, and PyYAML does not."""
+    given = ["train", *folders("masks"), "--classes", "1e3,2.5E+1", "--out", "1e5", "--save-config", "it.yaml"]
+    assert main([*given, "--plan"]) == 0, capsys.readouterr().err
+    written = (tmp_path / "it.yaml").read_text()
+    assert all(quoted in written for quoted in ("- '1e3'", "- '2.5E+1'", "save_dir: '1e5'"))
+    assert yaml.safe_load(written)["data"]["init_args"]["classes"] == ["1e3", "2.5E+1"]
+    assert "lr: 0.003" in written
+
+
 @pytest.mark.parametrize(
     ("further", "message"),
     [
