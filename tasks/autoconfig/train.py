@@ -166,7 +166,7 @@ def _table(data: str | None, lines: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join([f"Found in {data}, each with the flags that overrule it:", *rows])
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Quotes texts such as 1e3 too, which are numbers to `fit`, as in YAML 1.2, and not to PyYAML."""
 
 
