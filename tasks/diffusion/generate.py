@@ -12,6 +12,7 @@ from PIL.Image import Image
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.devices import usable_device
+from lora_plugins.errors import AdapterFileError
 from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of
@@ -82,7 +83,12 @@ def _from_adapters(given: Namespace) -> Any:
     pipe = load_pipeline(pipeline_source(given.model or _base_of(paths)), DTYPES[given.dtype or "float32"])
     names = [f"adapter{number}" for number in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
-        LoraPipeline.load_adapter(pipe, path, name)
+        try:
+            LoraPipeline.load_adapter(pipe, path, name)
+        except AdapterFileError as error:
+            if len(paths) > 1 and str(path) not in str(error):
+                error.add_note(f"The adapter is {path}.")
+            raise
     if names:
         LoraPipeline(pipe).set_adapter(names, weights=given.weight, trainable=False)
     return pipe

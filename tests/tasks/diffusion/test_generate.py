@@ -5,6 +5,7 @@ import shlex
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lora_plugins import LoraConfig
 from lora_plugins.cli.main import main
@@ -119,6 +120,9 @@ def test_bad_input_is_named(run, capsys):
             parameter.mul_(1.5)
     pipe.save_pretrained(other)
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, run / "strange.ckpt")
+    factors = {"unet.nowhere.lora_A.weight": torch.zeros(2, 3), "unet.nowhere.lora_B.weight": torch.zeros(3, 2)}
+    save_file(factors, run / "strange.safetensors")
+    strange = ["--adapter", str(run / "strange.safetensors")]
     cases = {
         "A prompt is empty": ["--prompt", " ", *base],
         "no adapter says which it is of. Give --model": ["--prompt", "a"],
@@ -130,6 +134,7 @@ def test_bad_input_is_named(run, capsys):
         "there is none: give --adapter": ["--prompt", "a", *base, "--compare"],
         "There is no folder": ["--prompt", "a", "--model", "nowhere"],
         "base": ["--prompt", "a", *adapter, "--model", str(other)],
+        f"The adapter is {run / 'strange.safetensors'}.": ["--prompt", "a", *base, *adapter, *strange],
         "Unknown dtype 'half'": ["--prompt", "a", *base, "--dtype", "half"],
         "argument --pictures: '0' is not a whole number of at least 1": ["--prompt", "a", *base, "--pictures", "0"],
         "nowhere does not exist": ["--prompt", "a", "--adapter", "nowhere"],
