@@ -1,6 +1,7 @@
 """Checks in the first steps that every trainable tensor gets a gradient and changes."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -39,7 +40,8 @@ class FirstSteps:
         self._batches = self._steps = 0
         self._checked = False
         self._without_rate = set(trained)
-        self._waiting = set(trained)
+        self._made: Counter[str] = Counter()
+        """Steps that the optimizer of each has made."""
 
     def before_step(self, learning_rates: Mapping[int, float], waiting: Collection[int]) -> None:
         """Notes which parameters have a gradient, ahead of a step of an optimizer.
@@ -50,7 +52,7 @@ class FirstSteps:
             learning_rates: Of each parameter that an optimizer has, by its `id`.
             waiting: The `id` of each that this optimizer does not have, and another one has.
         """
-        self._waiting = {name for name in self._waiting if id(self._trained[name]) in waiting}
+        self._made.update(name for name, parameter in self._trained.items() if id(parameter) not in waiting)
         ids = {name: id(self._trained[name]) for name in self._without_rate}
         self._without_rate -= {name for name, key in ids.items() if learning_rates.get(key, math.inf) > 0}
         self._without -= {
@@ -62,25 +64,34 @@ class FirstSteps:
     def after_step(self, learning_rates: Iterable[float]) -> bool:
         """Checks what a batch with a step has changed; returns whether there is more to watch.
 
+        An optimizer that steps seldom is waited for, as that of a generator whose critic makes several steps before.
+
         Args:
             learning_rates: Of all parameter groups, as the batch found them.
 
         Raises:
             StateError: If no trainable tensor got a gradient.
         """
-        self._check_gradients()
+        if self._trained and not self._made:
+            return True
         self._batches += 1
         self._steps += min(learning_rates, default=0.0) > 0
+        is_patient = self._steps < PATIENCE
+        fewest = min((self._made[name] for name in self._trained), default=STEPS)
+        if fewest or not is_patient:
+            self._check_gradients()
         if self._steps < STEPS:
             return True
         unmoved = self._unmoved()
-        if unmoved and self._steps < PATIENCE:
+        if is_patient and (unmoved or fewest < STEPS):
             return True
         self._name_unmoved(unmoved)
         return False
 
     def finish(self) -> None:
         """Names what a short run has left as it was, or its learning rate of zero, unless there was a single step."""
+        if self._batches:
+            self._check_gradients()
         if self._steps >= STEPS:
             self._name_unmoved(self._unmoved())
         if self._without_rate and self._batches >= STEPS:
@@ -95,7 +106,7 @@ class FirstSteps:
         if self._checked:
             return
         self._checked = True
-        self._without = {name for name in self._without if self._trained[name].requires_grad}
+        self._without = {n for n in self._without if self._made[n] and self._trained[n].requires_grad}
         for parts in self._copies:
             insides = [{name for name in self._trained if within(name, [part])} for part in parts]
             inside = next((inside for inside in insides if inside <= self._without), set())
@@ -115,7 +126,7 @@ class FirstSteps:
             name
             for name, start in self._start.items()
             if name not in self._without
-            and name not in self._waiting
+            and self._made[name] >= STEPS
             and start.numel()
             and self._trained[name].requires_grad
             and torch.equal(local(self._trained[name]), start)

@@ -138,6 +138,55 @@ def test_optimizer_that_has_not_made_a_step_is_no_sign_of_a_dead_adapter(tmp_pat
     assert all(b.any() for b in lora_b(module).values())
 
 
+class Adversary(Classifier):
+    """Has a critic of its outputs, which makes some steps before each of the net's, as that of a WGAN does."""
+
+    automatic_optimization = False
+    net_learns = True
+
+    def __init__(self, critic_steps):
+        super().__init__()
+        self.critic, self.critic_steps = nn.Linear(3, 1), critic_steps
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.critic, self.net)]
+
+    def training_step(self, batch, batch_idx):
+        of_critic, of_net = self.optimizers()
+        turn = (self.trainer.fit_loop.total_batch_idx + 1) % (self.critic_steps + 1)
+        outputs, optimizer = self(batch[0]), of_critic if turn else of_net
+        optimizer.zero_grad()
+        self.manual_backward(self.critic(outputs.detach() if turn or not self.net_learns else outputs).mean())
+        optimizer.step()
+
+
+CRITICS = {"beside_an_adapter": "net", "adapted_as_well": None}
+
+
+@pytest.mark.parametrize("target", CRITICS.values(), ids=CRITICS)
+@pytest.mark.parametrize("critic_steps", [1, 5, 14], ids=lambda steps: f"{steps}_steps")
+def test_net_whose_critic_steps_first_is_no_dead_adapter(tmp_path, critic_steps, target):
+    module = Adversary(critic_steps)
+    trainer(tmp_path, [lora(LoraConfig(r=2), target=target)], max_epochs=5).fit(module, loader())
+    assert all(b.any() for b in lora_b(module).values())
+
+
+def test_dead_net_whose_critic_steps_first_is_said(tmp_path):
+    module = Adversary(critic_steps=2)
+    module.net_learns = False
+    with pytest.raises(StateError, match=r"No trainable tensor got a gradient: 'net\.0\.lora_A"):
+        trainer(tmp_path, [lora(LoraConfig(r=2), target="net")]).fit(module, loader())
+
+
+@pytest.mark.parametrize("epochs", [2, 5], ids=["at_the_end", "after_ten_steps"])
+def test_dead_layer_is_named_beside_an_optimizer_that_makes_no_step(tmp_path, epochs):
+    module = Adversary(critic_steps=100)
+    module.critic = nn.Sequential(nn.Linear(3, 1), nn.Linear(1, 1))
+    module.critic[0].forward = lambda x: x[:, :1]
+    with pytest.warns(UserWarning, match=r"2 of 8 .*got no gradient.*: 'critic\.0\.lora_A"):
+        trainer(tmp_path, [lora(LoraConfig(r=2))], max_epochs=epochs).fit(module, loader())
+
+
 def test_dead_adapter_is_said_after_batches_without_a_loss(tmp_path):
     class Dead(SkipsFirst):
         def forward(self, x):
