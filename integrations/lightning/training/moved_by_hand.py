@@ -27,7 +27,10 @@ class MovedByHand:
     def __init__(self, module: nn.Module, copies: Sequence[NetworkCopy]) -> None:
         self._unlike = [UnlikeCopy(module, copy) for copy in copies if not is_adapted_alike(module, copy)]
         self._alike = [AlikeCopy(module, copy) for copy in copies if is_adapted_alike(module, copy)]
-        self._all: list[UnlikeCopy | AlikeCopy] = [*self._unlike, *self._alike]
+
+    @property
+    def _all(self) -> list[UnlikeCopy | AlikeCopy]:
+        return [*self._unlike, *self._alike]
 
     def before_batch(self) -> None:
         """Checks what has changed since the last batch, and records the present state."""
@@ -41,6 +44,7 @@ class MovedByHand:
         Raises:
             StateError: If a copy is moved that does not follow the adapter of its origin.
         """
+        self._unlike = [each for each in self._unlike if not each.is_thawed]
         for each in self._all:
             each.check()
 

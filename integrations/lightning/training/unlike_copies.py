@@ -27,6 +27,11 @@ class UnlikeCopy:
         self._looks = 0
         self._watched = WrittenTensors(self._tensors.values())
 
+    @property
+    def is_thawed(self) -> bool:
+        """Whether it is trained by now, as a twin that BackboneFinetuning had frozen: it follows nothing."""
+        return self._copy.frozen and any(tensor.requires_grad for tensor in self._tensors.values())
+
     def note(self) -> None:
         """Records the present state, ahead of a batch."""
         self._watched.note()

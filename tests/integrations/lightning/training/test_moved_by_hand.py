@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -657,6 +657,45 @@ def test_head_of_one_tower_alone_is_trained(tmp_path, tower, target_modules):
     before = head.weight.clone()
     fit(tmp_path, module, LoraConfig(r=2, target_modules=target_modules, modules_to_save=[f"{tower}.3"]))
     assert not torch.equal(head.weight, before)
+
+
+class TowerOfItsOwn(Towers):
+    """The other one begins with values of its own, behind the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = Classifier(base_seed=1, width=16).net
+
+    @property
+    def backbone(self):
+        return self.other
+
+
+class ThawsTower(TowerOfItsOwn):
+    """Trains the other one from its second epoch on."""
+
+    def __init__(self):
+        super().__init__()
+        self.other.requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.other.requires_grad_(True)
+            self.optimizers().add_param_group({"params": [*self.other.parameters()]})
+
+
+LATER = {
+    "by_BackboneFinetuning": (TowerOfItsOwn, [BackboneFinetuning(1, train_bn=False)]),
+    "by_the_module": (ThawsTower, []),
+}
+
+
+@pytest.mark.parametrize(("cls", "others"), LATER.values(), ids=LATER)
+def test_tower_that_is_trained_later_is_no_copy(tmp_path, cls, others):
+    module = cls()
+    before, config = values(module.other), LoraConfig(r=2, target_modules=["0"])
+    trainer(tmp_path, [lora(config, target="net"), *others]).fit(module, loader())
+    assert {"0.weight", "3.weight"} <= differing(values(module.other), before)
 
 
 def test_layers_that_are_clones_of_one_are_no_copies(tmp_path):
