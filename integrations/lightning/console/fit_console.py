@@ -157,7 +157,13 @@ class FitConsole(Callback):
             left = "" if trainer.should_stop else self._left(*_progress(trainer))
             print("  ".join([line, *metrics, *([left] if left else [])]), flush=True)
 
+    @property
+    def _draws(self) -> bool:
+        return self.shows and is_terminal()
+
     def _show_training(self, trainer: Trainer, validating: bool = False, now: bool = False) -> None:
+        if not self._draws:  # to read the values of metrics is to wait for the device
+            return
         done, total = _progress(trainer)
         metric = next((as_text(name, value) for name, value in shown_metrics(trainer).items()), "")
         text = f"Epoch {self._epoch}" + (", validating" if validating else "")
@@ -167,7 +173,7 @@ class FitConsole(Callback):
     def _show(
         self, text: str, done: float, total: float | None, left: str = "", metric: str = "", now: bool = False
     ) -> None:
-        if not self.shows or not is_terminal():
+        if not self._draws:
             return
         if self._bar is None:
             self._bar = Bar()

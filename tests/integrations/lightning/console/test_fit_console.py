@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lora_plugins import LoraModel
 from lora_plugins.cli import INTERRUPTED, TERMINATED
 from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning.console import FitConsole
 from tests.integrations.lightning.console.talkative import SAID
-from tests.integrations.lightning.toys import Classifier
+from tests.integrations.lightning.toys import Classifier, loader, trainer
 
 pytest.importorskip("pyte")
 
@@ -103,6 +105,21 @@ def test_a_file_has_plain_lines(config):
     assert out.count("\nepoch ") == 3
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", out)
     assert done.stderr.decode().splitlines()[-1].strip() in {f"said: {each}" for each in SAID}
+
+
+class LogsSteps(Classifier):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("step/loss", loss)
+        return loss
+
+
+def test_a_file_waits_for_values_at_the_end_of_an_epoch_only(tmp_path, monkeypatch):
+    """To read a value is to wait for the device."""
+    read, own = [], torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda value: read.append(value) or own(value))
+    trainer(tmp_path, [FitConsole()], max_epochs=2).fit(LogsSteps(), loader())
+    assert len(read) == 2 * len(["step/loss", "train/loss"])
 
 
 def test_ctrl_c_saves_what_there_is_and_says_where(config, tmp_path):
