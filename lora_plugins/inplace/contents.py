@@ -42,9 +42,8 @@ def _contents(module: nn.Module) -> list[Content]:
     if isinstance(module, ScriptModule):  # is never adapted, and has no dictionaries of Python
         return []
     attributes = vars(module)
-    found: list[Content] = [attributes, module._modules, module._parameters, module._load_state_dict_pre_hooks]
-    if module._buffers:
-        found.append(module._buffers)
+    found: list[Content] = [attributes, module._modules, module._parameters, module._buffers]
+    found.append(module._load_state_dict_pre_hooks)
     if (layer := attributes.get(STATE)) is not None:
         found += [vars(layer), layer.adapters, layer.merged, layer.kept]
     return found

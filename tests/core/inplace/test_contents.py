@@ -17,3 +17,14 @@ def test_what_torch_takes_away_is_put_back():
     before.put_back()
     assert list(layer.state_dict()) == names
     assert torch.equal(layer(x), expected)
+
+
+def test_what_torch_adds_is_taken_away():
+    layer = nn.Linear(3, 2)
+    before, names, x = Contents([layer], [layer._forward_pre_hooks]), list(layer.state_dict()), torch.randn(4, 3)
+    expected = layer(x)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    assert list(layer.state_dict()) != names
+    before.put_back()
+    assert list(layer.state_dict()) == names
+    assert torch.equal(layer(x), expected)
