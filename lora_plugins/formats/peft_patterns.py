@@ -69,7 +69,7 @@ class PeftPatterns:
     Args:
         fields: The config, whose patterns are regular expressions.
         counts: Which of several patterns counts that match a layer, the `first` or the `longest`; None where they must
-            agree. Where it is said, and no version is, patterns mean what they mean to PEFT now.
+            agree. With it, a version that the config does not say is the newest that gives a layer its rank.
 
     Attributes:
         expressions: What the names of layers are matched with.
@@ -83,7 +83,7 @@ class PeftPatterns:
         self._alphas = _Field(values["alpha_pattern"], fields.get("lora_alpha", 8))
         self._counts = counts
         version = fields.get("peft_version")
-        self._rules = _RULES if version is None and counts is None else (_rule(version),)
+        self._rules = _RULES if version is None else (_rule(version),)
         self._pairs = cache(self._said)
         keys = [key for each in values.values() for key in each]
         self.expressions = [rule.form.format(key) for rule in self._rules for key in keys]

@@ -267,6 +267,9 @@ class TestPatterns:
         said = {r"inner\.fc": 4}  # which older versions looked for behind a part of the name
         edit_config(tmp_path, peft_version=None, rank_pattern=said, alpha_pattern=said)
         read_exactly(LINEAR, tmp_path, theirs)
+        model = LINEAR.build()
+        LoraModel.load_adapter(model, tmp_path, format_options={"patterns": "first"})
+        assert difference(LINEAR, model, theirs) <= TOLERANCE
 
     @pytest.mark.parametrize(
         "fields",
