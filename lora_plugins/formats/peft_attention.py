@@ -38,7 +38,7 @@ def with_attention(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:
         alpha = inner.alpha if inner.r == r else scaling * divisor(r)
         layers[name] = replace(_padded(inner, r), alpha=alpha, layer_type="multihead_attention", in_attention=False)
         outer = _padded(outer, r)
-        B = outer.B if factor == 1 else outer.B * factor
+        B = outer.B * factor
         layers[f"{name}.{_OUT}"] = replace(outer, B=B, alpha=alpha, layer_type="linear", in_attention=True)
     return layers
 
@@ -83,7 +83,5 @@ def _idle(other: PortableLayer, rows: int) -> PortableLayer:
 
 def _padded(layer: PortableLayer, r: int) -> PortableLayer:
     extra = r - layer.r
-    if not extra:
-        return layer
     pad = torch.nn.functional.pad
     return replace(layer, A=pad(layer.A, (0, 0, 0, extra)), B=pad(layer.B, (0, extra)))

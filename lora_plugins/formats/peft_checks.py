@@ -36,7 +36,7 @@ def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig
     """
     places = places_by_name(model)
     check_placed("layer", layers, places)
-    present = {places[name].name for name in layers if name in places}
+    present = {places[name].name for name in layers}
     lacking = [
         entry.name
         for entry in model_modules(model)
@@ -178,7 +178,7 @@ def check_started(modules: Mapping[str, nn.Module], adapter: PortableAdapter) ->
     """
     if adapter.init == "kaiming":
         return
-    others = [name for name in adapter.layers if name in modules and not isinstance(modules[name], nn.Linear)]
+    others = [name for name in adapter.layers if not isinstance(modules[name], nn.Linear)]
     if others:
         raise AdapterFileError(
             f"The adapter was started by {adapter.init!r}, which PEFT knows for Linear layers; {listing(others)} are "
@@ -197,7 +197,7 @@ def check_parameters(modules: Mapping[str, nn.Module], adapter: PortableAdapter,
         parameter
         for name in adapter.layers
         if (parameter := config.parameter_of(name)) is not None
-        and not (isinstance(modules.get(name), nn.Linear) and parameter.endswith(".weight"))
+        and not (isinstance(modules[name], nn.Linear) and parameter.endswith(".weight"))
     ]
     if others:
         raise AdapterFileError(

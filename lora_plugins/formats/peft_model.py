@@ -71,7 +71,7 @@ def for_model(
     check_started(modules, adapter)
     check_parameters(modules, adapter, config)
     adapter = replace(adapter, layers=_transposed(adapter.layers, modules, config, former))
-    adapted = {name: places[name] for name in adapter.layers if name in places}
+    adapted = {name: places[name] for name in adapter.layers}
     warn_of_second_paths(model, adapted, "The adapter is loaded as what it is when merged.")
     return adapter
 

@@ -18,7 +18,7 @@ from lora_plugins.adapter import (
     check_shared,
 )
 from lora_plugins.errors import MergeError, StateError, listing
-from lora_plugins.inplace import LostWeightError, foreign_kind, layer_state, recompute, state_of
+from lora_plugins.inplace import LostWeightError, foreign_kind, layer_state, recompute
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 from lora_plugins.plugins import PLAIN
 
@@ -175,9 +175,9 @@ def _check_adapters(
 def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[str]]:
     """The weights that an adapter updates, by layer name."""
     return {
-        name: {slot.tensor for slot in state.adapters[adapter].slots}
+        name: {slot.tensor for slot in own[adapter].slots}
         for name, layer in layers.items()
-        if (state := state_of(layer)) is not None and adapter in state.adapters
+        if adapter in (own := layer_state(layer).adapters)
     }
 
 
