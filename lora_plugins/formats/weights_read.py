@@ -12,15 +12,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lora_plugins.inplace import base_class_of, full_name, is_of_torch, model_modules
-
-_TELLING = frozenset(
-    {
-        *("device", "dtype", "is_cpu", "is_cuda", "layout", "ndim", "requires_grad", "shape"),
-        *("dim", "get_device", "is_floating_point", "numel", "size"),
-    }
-)
-"""Attributes and methods that say nothing of the values."""
+from lora_plugins.inplace import TELLING, base_class_of, full_name, is_of_torch, model_modules
 
 _ASKING = frozenset({"isinstance", "to", "type_as"})
 """Functions and methods that ask a tensor for its type and device."""
@@ -63,7 +55,7 @@ def _nodes(cls: type[nn.Module]) -> list[ast.AST]:
 
 def _told(node: ast.AST) -> Iterator[ast.AST]:
     """Yields the expressions of which a node reads only the type or the shape."""
-    if isinstance(node, ast.Attribute) and node.attr in _TELLING:
+    if isinstance(node, ast.Attribute) and node.attr in TELLING:
         yield node.value
     elif isinstance(node, ast.Call):
         called = node.func

@@ -8,6 +8,7 @@ from lora_plugins.inplace.adapted_class import by_position, class_reason, positi
 from lora_plugins.inplace.container import RESERVED, AdapterTensors
 from lora_plugins.inplace.contents import Content, Contents
 from lora_plugins.inplace.deltas import factors, own_tensors_of, slot_tensors, terms_of, variant_delta
+from lora_plugins.inplace.described_tensor import TELLING
 from lora_plugins.inplace.element_counts import element_count
 from lora_plugins.inplace.frozen_norm import freeze, has_statistics, is_frozen, own_mode, set_own_mode, thaw
 from lora_plugins.inplace.held_weights import is_of_torch
@@ -59,6 +60,7 @@ __all__ = [
     "RESERVED",
     "STATE",
     "SUFFIX",
+    "TELLING",
     "AdapterTensors",
     "Content",
     "Contents",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import StateError
 from lora_plugins.inplace.called_weight import arguments, call, is_call
 
-_TELLING = frozenset(
+TELLING = frozenset(
     {
         *("device", "dtype", "is_cpu", "is_cuda", "itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape"),
         *("dim", "element_size", "get_device", "is_floating_point", "numel", "size"),
@@ -41,7 +41,7 @@ class DescribedTensor:
         self._tensor, self._refusal, self._layer = tensor, refusal, layer
 
     def __getattr__(self, name: str) -> Any:
-        if name in _TELLING:
+        if name in TELLING:
             return getattr(self._tensor, name)
         if name.startswith("_"):  # what Python and its libraries look for in any object
             raise AttributeError(name)
