@@ -1,5 +1,6 @@
 """Files of diffusers, both ways, against diffusers itself: UNet, text encoder and a diffusion transformer."""
 
+import copy
 import json
 
 import pytest
@@ -268,12 +269,15 @@ class TestParts:
         tensors = load_file(tmp_path / FILE)
         save_file({key.replace("transformer.", keys, 1): tensor for key, tensor in tensors.items()}, tmp_path / FILE)
         alone = nn.ModuleDict({other: DIT.build(), "text_encoder": TEXT.build()})
-        both = nn.ModuleDict({"transformer": DIT.build(), other: DIT.build()})
+        first, both = (nn.ModuleDict({"transformer": DIT.build(), other: DIT.build()}) for _ in range(2))
         LoraModel.load_adapter(alone, tmp_path)
+        LoraModel.load_adapter(first, tmp_path)
         LoraModel.load_adapter(both, tmp_path, format_options={"component": other})
         assert DIT.difference(alone[other], theirs) <= TOLERANCE
         assert DIT.difference(both[other], theirs) <= TOLERANCE
         assert DIT.difference(both["transformer"], DIT.build()) == 0
+        assert DIT.difference(first["transformer"], theirs) <= TOLERANCE
+        assert DIT.difference(first[other], DIT.build()) == 0
 
     def test_one_that_the_file_does_not_have(self, both):
         folder, _ = both
@@ -301,6 +305,17 @@ class TestParts:
         lora = LoraModel(pipe, LoraConfig(target_modules=["unet.conv_in"]))
         with pytest.raises(ConfigError, match="has no layers in 'text_encoder'"):
             lora.save_adapter(tmp_path / "new", format="diffusers", format_options={"component": "text_encoder"})
+
+    def test_one_with_a_module_that_is_called_like_another_one(self, tmp_path):
+        model = nn.ModuleDict({"transformer": nn.ModuleDict({"fc": nn.Linear(3, 3)})})
+        again, options = copy.deepcopy(model), {"component": "text_encoder"}
+        LoraModel(model, LoraConfig(r=2, init="none")).save_adapter(
+            tmp_path / "new", format="diffusers", format_options=options
+        )
+        keys = load_file(tmp_path / "new" / FILE)
+        assert all(key.startswith("text_encoder.transformer.fc.") for key in keys)
+        LoraModel.load_adapter(again, tmp_path / "new", format_options=options)
+        assert torch.equal(again["transformer"]["fc"].weight, model["transformer"]["fc"].weight)
 
     def test_two_that_no_file_has_both(self, tmp_path):
         pipe = nn.ModuleDict({"transformer": DIT.build(), "transformer_2": DIT.build()})

@@ -224,6 +224,20 @@ def test_names_that_others_do_not_know_are_said(name, build, alone, tmp_path):
     LoraModel.load_adapter(parts, path)
 
 
+def test_nor_is_it_said_where_the_denoiser_is_not_adapted(tmp_path):
+    model = nn.ModuleDict({"transformer": wan(), "text_encoder": TEXT.build()})
+    path = LoraModel(model, LoraConfig(r=2, target_modules=["q_proj"])).save_adapter(
+        tmp_path / "adapter.safetensors", format="kohya"
+    )
+    assert all(key.startswith("lora_te_") for key in load_file(path))
+
+
+def test_an_alpha_that_single_precision_rounds_is_written_in_full(tmp_path):
+    path = ours(UNET, alpha=0.1).save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    layers = LoraModel.load_adapter(UNET.build(), path).plans["default"].layers
+    assert {layer.alpha for layer in layers} == {0.1}
+
+
 @pytest.mark.parametrize("without", [".alpha", "conv_in.alpha"], ids=["of all layers", "of one layer"])
 def test_alphas_need_not_be_there(without, tmp_path):
     lora = ours(UNET, alpha=2.0, rank_pattern={})
@@ -249,17 +263,18 @@ def test_names_of_transformers_4_are_written_and_those_of_5_read_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parts", "starts"),
+    ("parts", "targets", "starts"),
     [
-        (["text_encoder"], {"lora_te_"}),
-        (["text_encoder", "text_encoder_2"], {"lora_te1_", "lora_te2_"}),
-        (["text_encoder_2", "text_encoder_3"], {"lora_te2_", "lora_te3_"}),
+        (["text_encoder"], "all", {"lora_te_"}),
+        (["text_encoder", "text_encoder_2"], "all", {"lora_te1_", "lora_te2_"}),
+        (["text_encoder", "text_encoder_2"], ["text_encoder.fc"], {"lora_te1_"}),
+        (["text_encoder_2", "text_encoder_3"], "all", {"lora_te2_", "lora_te3_"}),
     ],
-    ids=["the only one", "the first of two", "others"],
+    ids=["the only one", "the first of two", "the first alone, of two", "others"],
 )
-def test_text_encoders_are_numbered_where_there_are_several(parts, starts, tmp_path):
+def test_text_encoders_are_numbered_where_there_are_several(parts, targets, starts, tmp_path):
     model = nn.ModuleDict({part: nn.ModuleDict({"fc": nn.Linear(3, 3)}) for part in parts})
-    lora = LoraModel(model, LoraConfig(r=2, init="none"))
+    lora = LoraModel(model, LoraConfig(r=2, init="none", target_modules=targets))
     path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
     assert {key.partition("fc")[0] for key in load_file(path)} == starts
     x, expected = torch.randn(2, 3), {part: model[part]["fc"].weight.detach().clone() for part in parts}

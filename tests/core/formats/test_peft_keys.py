@@ -203,6 +203,21 @@ class TestKeys:
         LoraModel.load_adapter(model, tmp_path)
         torch.testing.assert_close(model(tokens), theirs(tokens), rtol=0, atol=TOLERANCE)
 
+    def test_a_bias_that_is_shared_is_no_copy(self, tmp_path):
+        """PEFT trains it in its place, for both layers, and writes it under the name of the adapted one."""
+
+        def tied():
+            model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            model[1].bias = model[0].bias
+            return model
+
+        case = Case("", tied, {"target_modules": ["0"], "bias": "lora_only"})
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        model, x = case.build(), torch.ones(2, 4, dtype=torch.float64)
+        LoraModel.load_adapter(model, tmp_path)
+        torch.testing.assert_close(model(x), theirs(x), rtol=0, atol=TOLERANCE)
+
     def test_values_that_differ_for_two_names_of_one_tensor_are_told_by_both(self, tmp_path, untouched):
         case = Case("", SharedHead, {"target_modules": ["stem"], "modules_to_save": ["embed_tokens", "tokens_out"]})
         with_peft(case).save_pretrained(tmp_path)
