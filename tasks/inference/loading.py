@@ -16,20 +16,24 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_plugins import LoraModel
-from lora_plugins.errors import LoraError, sentence
-from lora_plugins.field_checks import check_share, optional
+from lora_plugins.errors import ConfigError, LoraError, sentence
+from lora_plugins.field_checks import Check, check_fields, check_share, choice_of, optional
 from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.lightning.checkpoint import KEY, read_checkpoint
 from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.merge import DEFAULT_MAX_ERROR
-from lora_plugins.tasks.argument_checks import check_path
+from lora_plugins.tasks.argument_checks import check_path, check_size
 from lora_plugins.tasks.command_lines import check_model
+from lora_plugins.tasks.data import INTERPOLATIONS
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS, WEIGHTS_FILES
 from lora_plugins.tasks.models import AUTO, NONE
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
 REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation", "mean", "std", "bgr"})
+
+_OF_IMAGES: Mapping[str, Check] = {"image_size": optional(check_size), "interpolation": choice_of(*INTERPOLATIONS)}
+"""What is read without building anything, and so said to be wrong by nothing else."""
 
 
 def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask:
@@ -185,6 +189,10 @@ def _checked(provenance: Any, path: Path) -> Provenance:
             f"{path} does not say which task it is of. Files that a task's fit has written do: a checkpoint, or what "
             "`save_adapter_to` and `export_to` of the LoraCallback name."
         )
+    try:
+        check_fields(provenance, _OF_IMAGES)
+    except ConfigError as error:
+        raise WeightsError(f"{path} was edited, or is of another version: its {error}") from error
     return provenance
 
 

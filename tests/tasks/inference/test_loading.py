@@ -155,6 +155,8 @@ EDITED = {
     "a loss that is none": ("arguments.loss", 3),
     "class names that are none": ("arguments.class_names", 3),
     "an argument of the next version": ("arguments.new", 3),
+    "a size in words": ("image_size", ["16", 16]),
+    "an interpolation that is none": ("interpolation", ["bilinear"]),
     "a target that is not there": ("target", "backbone"),
     "a target that is none": ("target", 3),
 }
