@@ -55,10 +55,11 @@ Point = tuple[float, float]
 class HtmlReport(Callback):
     """Writes one self-contained HTML file at the end of a fit, and prints its path.
 
-    It holds the metrics before training (the frozen base with a new head; they need a sanity check over the whole
-    split, `num_sanity_val_steps: -1`) and after it, for all classes and for each; curves; the confusion matrix; samples
-    of the val split, worst first, unless it is a stream; what was adapted; what it took; how the run was made, and how
-    to go on. A JSON file of the same name has the numbers, for `lora-plugins report compare`.
+    It holds the metrics before training (the frozen base with a new head, or what a run is resumed with; they need a
+    sanity check over the whole split, `num_sanity_val_steps: -1`) and after it, for all classes and for each; curves;
+    the confusion matrix; samples of the val split, worst first, unless it is a stream; what was adapted; what it took;
+    how the run was made, and how to go on. A JSON file of the same name has the numbers, for
+    `lora-plugins report compare`.
 
     Classes and samples are judged anew with the weights that the fit leaves, on the device that it ran on. The metrics
     are those of its last validation, or that of the best weights where these are left; where steps follow it, the page
@@ -90,7 +91,8 @@ class HtmlReport(Callback):
         self._training: Facts = {}
         self._method = ""
         self._seconds: list[float] = []
-        self._trained = self._total = self._epoch = self._first_epoch = self._batches = self._measured_at = 0
+        self._trained = self._total = self._epoch = self._batches = self._measured_at = 0
+        self._first_epoch = self._first_step = 0
         self._start = self._epoch_start = self._took = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -119,7 +121,7 @@ class HtmlReport(Callback):
         task = cast(VisionTask, pl_module)
         self._trained, self._total = parameter_counts(task.network)
         self._training, self._method = training_facts(trainer, task), method_of(task, self._plans)
-        self._first_epoch = trainer.current_epoch
+        self._first_epoch, self._first_step = trainer.current_epoch, trainer.global_step
         self._counts = torch.zeros(task.model_config.num_classes, dtype=torch.long)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -271,6 +273,8 @@ class HtmlReport(Callback):
         memory = {of: f"{peak:,.0f} MiB" for of, peak in peaks.items() if peak is not None}
         files = {what: str(path) for what, path in _files(lora_callbacks(trainer)).items()}
         length = {"epochs": str(self._epoch + 1), "steps": f"{trainer.global_step:,}"}
+        if self._first_step:
+            length["resumed"] = f"at step {self._first_step:,}"
         if self._is_behind(trainer):
             length["metrics"] = f"of step {self._measured_at:,}"
         groups = {

@@ -192,6 +192,26 @@ class TestHistory:
         assert run.costs.sizes["adapter"] > 0
 
     @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # not empty, as it is that of the run that is resumed
+    @pytest.mark.parametrize("resumes", [False, True], ids=["from the base", "resumed"])
+    def test_what_was_before_is_told(self, resumes, trainer, tmp_path):
+        path = tmp_path / "report.html"
+
+        def fit(epochs, **resumed):
+            torch.manual_seed(0)  # of the base, which is random
+            stored, report = ModelCheckpoint(tmp_path), HtmlReport(str(path))
+            options = {"max_epochs": epochs, "num_sanity_val_steps": -1, "enable_checkpointing": True}
+            run = trainer(callbacks=[lora(tmp_path), stored, report], **options)
+            run.fit(ImageClassificationTask(tiny_vit()), datamodule=digits(), **resumed)
+            return stored.best_model_path, run.global_step
+
+        half, steps = fit(1)
+        if resumes:
+            fit(2, ckpt_path=half)
+        assert ("the weights that the run was resumed with" in path.read_text()) is resumes
+        assert ("the base model with its new head" in path.read_text()) is not resumes
+        assert read_run(path).facts["Training"].get("resumed") == (f"at step {steps}" if resumes else None)
+
+    @pytest.mark.filterwarnings("ignore:Checkpoint directory")  # not empty, as it is that of the run that is resumed
     def test_the_best_weights_of_a_run_that_is_resumed_have_no_numbers_of_another_epoch(self, trainer, tmp_path):
         """The highest loss is taken for the best, which no later epoch has."""
 
