@@ -470,7 +470,7 @@ def images_of_a_split_beside_lists(root):
         (two_of_one_name, r"(?s)2 problems.*3\.jpg is one of several files of one name.*3\.png is one"),
         (masks_called_otherwise, r"(?s)1 problem.*0.jpg needs 0.png, and there is 0_mask.png. Rename"),
         (one_value, "All masks hold one value, 0, and"),
-        (jpeg_masks, "are no PNG files"),
+        (jpeg_masks, "are no PNG files. Convert TIFF and BMP; JPEG has lost what a mask says"),
         (a_photo_as_mask, "more than 256 colors"),
         (smoothed, "black and white with 9 grays between"),
         (masks_of_another_size, r"(?s)1 problem.*3.png is 30x40, and its image is 60x40 \(width x height\)"),
