@@ -5,14 +5,7 @@ Depends on `module`. The format is described in `entry.py`.
 
 from lora_plugins.integrations.lightning.checkpoint.comparison import check_adapters
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY
-from lora_plugins.integrations.lightning.checkpoint.late_layers import (
-    left_out,
-    missing_layers,
-    present_base,
-    put_base,
-    with_present_base,
-    without_base,
-)
+from lora_plugins.integrations.lightning.checkpoint.late_layers import before_hook, missing_layers, without_base
 from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed
 from lora_plugins.integrations.lightning.checkpoint.reading import check_whole, read_checkpoint, reading_errors
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import loading_lines, original
@@ -27,21 +20,18 @@ __all__ = [
     "Global",
     "LoraCheckpointMixin",
     "allowed",
+    "before_hook",
     "check_adapters",
     "check_whole",
-    "left_out",
     "load_from_checkpoint",
     "loading_lines",
     "missing_layers",
     "original",
-    "present_base",
-    "put_base",
     "read_checkpoint",
     "reading_errors",
     "restore",
     "shrink",
     "state_key",
-    "with_present_base",
     "without_base",
     "written_by",
 ]

@@ -1,6 +1,6 @@
 """Layers that a module builds while a checkpoint is loaded, in its own `on_load_checkpoint` or in `setup`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -13,7 +13,7 @@ from lora_plugins.errors import listing
 from lora_plugins.inplace import modules_by_name
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
 from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, with_hidden
-from lora_plugins.integrations.lightning.module import adapted_targets, name_mapper
+from lora_plugins.integrations.lightning.module import Start, adapted_targets, name_mapper
 
 
 class PartOfBase(dict[str, Any]):
@@ -44,25 +44,32 @@ def missing_layers(module: LightningModule, checkpoint: Mapping[str, Any]) -> li
         return [name for name in dict.fromkeys(needed) if name not in present]
 
 
-def left_out(module: LightningModule, checkpoint: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the frozen base that a checkpoint leaves out."""
-    return [*map(name_mapper(module), checked_entry(checkpoint)["left_out"])]
+def before_hook(
+    module: LightningModule, checkpoint: Mapping[str, Any], restored: dict[str, Any] | None
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Prepares the module's own `on_load_checkpoint`, which may build layers, or build them again.
 
+    It may also load parts of the adapted module, such as an average, from entries of its own.
 
-def present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the module's own values of what a checkpoint leaves out or has merged weights of, by key."""
-    entry, rename, own = checked_entry(checkpoint), name_mapper(module), module.state_dict()
-    base = {key: own[key] for key in map(rename, entry.get("base", [])) if key in own}
-    current = with_hidden(own, module)
-    return base | {key: current[key] for key in map(rename, entry["left_out"]) if key in current}
+    Args:
+        module: The module.
+        checkpoint: The checkpoint.
+        restored: It, complete, with its adapters on the module; None where the module is not yet the one that they
+            belong to.
 
+    Returns:
+        The checkpoint for the hook, with the module's frozen base, and what is to be called after it.
+    """
+    complete = _with_present_base(module, checkpoint) if restored is None else restored
+    base = {} if restored is None else _present_base(module, restored)
+    rename = name_mapper(module)
+    start = Start.of(module, but=[rename(key) for key in checked_entry(checkpoint)["left_out"]])
 
-def with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint that also has the module's frozen base, for a hook that reads it."""
-    rename, base = name_mapper(module), present_base(module, checkpoint)
-    return map_state_dicts(
-        checkpoint, lambda state: PartOfBase({**base, **{rename(key): value for key, value in state.items()}})
-    )
+    def after() -> None:
+        _put_base(module, base)
+        start.mark_written(module)  # such as an average that the module keeps out of its state dict
+
+    return complete, after
 
 
 def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,23 +77,6 @@ def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict
     entry = checked_entry(checkpoint)
     added = set(map(name_mapper(module), [*entry["left_out"], *entry.get("base_tensors", {})]))
     return map_state_dicts(checkpoint, lambda state: {k: value for k, value in state.items() if k not in added})
-
-
-def put_base(module: LightningModule, base: Mapping[str, Tensor]) -> None:
-    """Restores the frozen base of layers that a hook of the module has rebuilt, as a full file would.
-
-    Args:
-        module: The module.
-        base: What `present_base` returned before the hook.
-    """
-    for key, value in module.state_dict().items():
-        if key in base and value.shape == base[key].shape:
-            value.copy_(base[key])
-    for name, parameter in module.named_parameters():
-        if name in base:
-            parameter.requires_grad_(False)
-    for target in adapted_targets(module).values():
-        freeze_new_norms(target)
 
 
 def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -110,3 +100,30 @@ def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> Non
             "Give load_from_checkpoint the arguments of the class that make these layers, let on_load_checkpoint "
             "build them, or use trainer.test(module, ckpt_path=...)."
         ) from cause
+
+
+def _present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the module's own values of what a checkpoint leaves out or has merged weights of, by key."""
+    entry, rename, own = checked_entry(checkpoint), name_mapper(module), module.state_dict()
+    base = {key: own[key] for key in map(rename, entry.get("base", [])) if key in own}
+    current = with_hidden(own, module)
+    return base | {key: current[key] for key in map(rename, entry["left_out"]) if key in current}
+
+
+def _with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    rename, base = name_mapper(module), _present_base(module, checkpoint)
+    return map_state_dicts(
+        checkpoint, lambda state: PartOfBase({**base, **{rename(key): value for key, value in state.items()}})
+    )
+
+
+def _put_base(module: LightningModule, base: Mapping[str, Tensor]) -> None:
+    """Restores the frozen base of layers that a hook of the module has rebuilt, as a full file would."""
+    for key, value in module.state_dict().items():
+        if key in base and value.shape == base[key].shape:
+            value.copy_(base[key])
+    for name, parameter in module.named_parameters():
+        if name in base:
+            parameter.requires_grad_(False)
+    for target in adapted_targets(module).values():
+        freeze_new_norms(target)

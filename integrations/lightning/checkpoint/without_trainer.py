@@ -9,24 +9,19 @@ from typing import Any, Self, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from lora_plugins import AdapterFileError
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
 from lora_plugins.integrations.lightning.checkpoint.late_layers import (
+    before_hook,
     build_missing,
-    left_out,
     missing_layers,
-    present_base,
-    put_base,
-    with_present_base,
     without_base,
 )
 from lora_plugins.integrations.lightning.checkpoint.objects import Global, allowed
 from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoint
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import check_arguments, original
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
-from lora_plugins.integrations.lightning.module import Start
 from lora_plugins.names import MANIFEST
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -163,28 +158,15 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
 
 
 def _call_hook(module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
-    complete, base = _before_hook(module, checkpoint)
-    checkpoint.update(complete)
-    start = Start.of(module, but=left_out(module, checkpoint))
-    own(checkpoint)
-    put_base(module, base)
-    start.mark_written(module)  # such as an average that the module keeps out of its state dict
-
-
-def _before_hook(module: LightningModule, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Puts the adapters of a checkpoint onto a module whose own hook follows, as a Trainer does.
-
-    The hook may load parts of the adapted module, such as an average, from entries of its own. It may also build layers
-    or load the base: then the module is not yet the one that the adapters belong to.
-
-    Returns:
-        The checkpoint with the module's base, and this base, for layers that the hook builds again.
-    """
+    """Calls a module's own hook as a Trainer does, which has put the adapters on, as far as there are layers."""
+    restored = None
     if not missing_layers(module, checkpoint):
-        with suppress(AdapterFileError):
-            complete = restore(module, without_base(module, checkpoint))  # which a Trainer has put in
-            return complete, present_base(module, complete)
-    return with_present_base(module, checkpoint), {}
+        with suppress(AdapterFileError):  # the hook may load the base
+            restored = restore(module, without_base(module, checkpoint))
+    complete, after = before_hook(module, checkpoint, restored)
+    checkpoint.update(complete)
+    own(checkpoint)
+    after()
 
 
 def _as_written(path: Any, folder: Path, *, weights_only: bool) -> Path | None:

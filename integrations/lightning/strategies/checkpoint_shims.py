@@ -15,7 +15,7 @@ Trainer: `trainer.save_checkpoint` after `fit` has to write the small file too, 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
@@ -26,19 +26,16 @@ from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.integrations.lightning.checkpoint import (
     KEY,
     allowed,
+    before_hook,
     check_whole,
-    left_out,
     missing_layers,
     original,
-    present_base,
-    put_base,
     reading_errors,
     restore,
     shrink,
-    with_present_base,
     without_base,
 )
-from lora_plugins.integrations.lightning.module import Start, adapted_targets
+from lora_plugins.integrations.lightning.module import adapted_targets
 from lora_plugins.integrations.lightning.shims import MethodShims, callbacks_of
 from lora_plugins.integrations.lightning.strategies.file_checkpoint import save_file
 from lora_plugins.integrations.lightning.strategies.sharded_checkpoint import load_sharded, save_sharded
@@ -91,13 +88,11 @@ class CheckpointShims:
         strategy.load_checkpoint = self._shim(self.load)  # type: ignore[method-assign]
 
     @classmethod
-    def install(cls, trainer: Trainer, owner: Owner) -> "CheckpointShims":
-        """Returns the shims of a trainer's strategy, installed at the first call, and adds an owner."""
-        present = getattr(trainer.strategy.save_checkpoint, "lora_shims", None)
-        shims = cast(CheckpointShims, present) if present is not None else cls(trainer)
+    def install(cls, trainer: Trainer, owner: Owner) -> None:
+        """Installs the shims of a trainer's strategy at the first call, and adds an owner."""
+        shims = getattr(trainer.strategy.save_checkpoint, "lora_shims", None) or cls(trainer)
         if owner not in shims._owners:
             shims._owners.append(owner)
-        return shims
 
     @classmethod
     def remove(cls, trainer: Trainer, module: nn.Module) -> None:
@@ -188,20 +183,14 @@ class CheckpointShims:
         return self._load_around_hook(checkpoint)
 
     def _load_around_hook(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Restores adapters before the module's own hook, as far as there are layers, and again after it.
-
-        The hook may build layers, or build them again.
-        """
+        """Restores adapters before the module's own hook, as far as there are layers, and again after it."""
         module = self._module
-        late = bool(missing_layers(module, checkpoint))
-        complete = with_present_base(module, checkpoint) if late else self._restored(checkpoint)
-        base = {} if late else present_base(module, complete)
-        start = Start.of(module, but=left_out(module, checkpoint))
+        restored = None if missing_layers(module, checkpoint) else self._restored(checkpoint)
+        complete, after = before_hook(module, checkpoint, restored)
         shims = self._hook_shims = MethodShims(module)
 
         def after_hook(_: object) -> None:
-            put_base(module, base)
-            start.mark_written(module)  # such as an average that the module keeps out of its state dict
+            after()
             complete.update(self._restored(without_base(module, complete)))
 
         shims.after("on_load_checkpoint", after_hook, before=shims.remove)  # ahead of it, as it may raise an error
