@@ -46,13 +46,13 @@ def allowed(given: Sequence[Global] = ()) -> Iterator[None]:
         yield
 
 
-def not_allowed(path: object) -> list[str]:
-    """Returns the import paths of the types in a checkpoint that are not allowed; none where the file is damaged."""
+def not_allowed(path: object) -> list[str] | None:
+    """Returns the import paths of the types in a checkpoint that are not allowed; None where the file is damaged."""
     with torch.serialization.safe_globals([*HARMLESS]):
         try:
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))  # type: ignore[arg-type]
-        except Exception:  # of a file that is no archive of torch, or not whole
-            return []
+        except Exception:  # a third of Python's errors, of a file that is no archive of torch, or not whole
+            return None
 
 
 def need_unpickling(objects: Sequence[str]) -> bool:
@@ -87,15 +87,6 @@ def _nothing_else_allowed() -> Iterator[None]:
         yield
     finally:
         torch.serialization.add_safe_globals(given)
-
-
-def is_archive(path: object) -> bool:
-    """Whether a file is a complete archive of torch, judged by its table of contents."""
-    try:
-        torch.serialization.get_unsafe_globals_in_checkpoint(path)  # type: ignore[arg-type]
-    except Exception:  # a third of Python's errors, by what is damaged
-        return False
-    return True
 
 
 def _resolved(path: str) -> Any:

@@ -16,7 +16,6 @@ from lora_plugins.integrations.lightning.checkpoint.entry import KEY
 from lora_plugins.integrations.lightning.checkpoint.objects import (
     Global,
     allowed,
-    is_archive,
     need_unpickling,
     not_allowed,
 )
@@ -58,6 +57,8 @@ def reading_errors(path: object) -> Iterator[None]:
 def _refused(path: object, error: UnpicklingError) -> AdapterFileError:
     """Returns the error for a file with objects that torch does not read, or that is damaged."""
     objects = not_allowed(path)
+    if objects is None:
+        return damaged(path, error)
     if objects and not need_unpickling(objects):
         return AdapterFileError(
             f"{path} holds objects that must be allowed before they are read: {listing(objects)}. If you trust the "
@@ -65,8 +66,6 @@ def _refused(path: object, error: UnpicklingError) -> AdapterFileError:
             "and export_checkpoint, or --allow-globals of the commands; a Trainer takes weights_only=False beside "
             "ckpt_path."
         )
-    if not is_archive(path):
-        return damaged(path, error)
     nested = f"among them a class inside of another one, or a method: {listing(objects)}."
     reason = nested if objects else f"though their types are allowed: {_reason(error)}"
     return AdapterFileError(
