@@ -546,8 +546,8 @@ class LoraCallback(Callback):
         check_not_nested(module, self.target)
         self._run.check_addable(trainer, target, config)
         self._check_mergeable(trainer, target, config)
-        if merged_weights(target):
-            check_merged_base(target, type(module).__name__, self._files_of_the_adapter(target, config))
+        if merged := merged_weights(target):
+            check_merged_base(merged, type(module).__name__, self._files_of_the_adapter(target, config))
         data = None
         if needs_data(config):
             data = calibrate_on_train_batches(trainer, module, self.target, config, self.init_batches)

@@ -131,21 +131,9 @@ def _class_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"{found[1]!r} is not the path of a class{'.' if alike else ''}{hint}"
 
 
-def _not_a_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
-    return f"there is no file {found[1]}."
-
-
-def _missing(found: re.Match[str], cls: str, flags: list[str]) -> str:
-    return f"{found[1]!r} is missing, and has no default."
-
-
-def _to_install(found: re.Match[str], cls: str, flags: list[str]) -> str:
-    return found[1]
-
-
 _Say = Callable[[re.Match[str], str, list[str]], str]
 _REASONS: tuple[tuple[str, _Say], ...] = (
-    (r"([\w.]+ needs [\w.]+\. Run: pip install '[^']+')", _to_install),
+    (r"([\w.]+ needs [\w.]+\. Run: pip install '[^']+')", lambda found, *_: found[1]),
     (r"unrecognized arguments: (\S+)", _nested_option),
     (r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", _option_of_callable),
     (r"Option '(\w+)' is not accepted", _option),
@@ -158,8 +146,8 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"the following arguments are required: (.+)", _required),
     (r"Expected a <class '(?!NoneType)([\w.]+)'>\. Got value: (.+)", _wrong_type),
     (r"(?s)Expected a <class '(?!NoneType)([\w.]+)'>.*Given value: ([^\n]+)", _wrong_type),
-    (r"File does not exist: '([^']+)'", _not_a_path),
-    (r'(?:Key|Option) "([^"]+)" is required', _missing),
+    (r"File does not exist: '([^']+)'", lambda found, *_: f"there is no file {found[1]}."),
+    (r'(?:Key|Option) "([^"]+)" is required', lambda found, *_: f"{found[1]!r} is missing, and has no default."),
 )
 """What jsonargparse says, in the order in which it is looked for, and what says it better."""
 

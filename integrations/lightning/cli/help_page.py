@@ -41,19 +41,11 @@ Short flags:
 
 
 def _lora_fields() -> str:
-    names = [f"{each.name}{_default(each)}" for each in fields(LoraConfig)]
-    lines = [""]
-    for name in names:
-        if len(lines[-1]) + len(name) > _WIDTH:
-            lines.append("")
-        lines[-1] += f"{name}, "
-    return "\n               ".join(line.rstrip() for line in lines).rstrip(", ")
+    names = ", ".join(f"{each.name}{_default(each)}" for each in fields(LoraConfig))
+    indent = " " * 15
+    return fill(names, 106, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False).lstrip()
 
 
 def _default(field: Field[Any]) -> str:
     simple = field.default is not MISSING and not isinstance(field.default, Mapping | tuple | list | None)
     return f"={field.default}" if simple else ""
-
-
-_WIDTH = 90
-"""Characters in which the fields of LoRA are listed on a line."""

@@ -2,7 +2,6 @@
 
 import io
 import weakref
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,10 @@ def merge_as_bytes(merge: ReversibleMerge) -> bytes:
     """Returns all of a merge of dense weights but the module."""
     parts = {
         "base": merge.base,
-        "adapters": {name: _as_plain_types(adapter) for name, adapter in merge.adapters.items()},
+        "adapters": {
+            name: (each.packed.manifest, each.packed.tensors, each.changed, each.kept)
+            for name, each in merge.adapters.items()
+        },
         "active": merge.active,
         "merged": merge.merged,
         "marks": merge.marks,
@@ -29,13 +31,8 @@ def merge_as_bytes(merge: ReversibleMerge) -> bytes:
 def merge_from_bytes(data: bytes, target: nn.Module) -> ReversibleMerge:
     """Returns the merge of a module that has received the merged weights."""
     parts = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    parts["adapters"] = {name: _as_adapter(*each) for name, each in parts["adapters"].items()}
+    parts["adapters"] = {
+        name: MergedAdapter(PackedAdapter(manifest, tensors), changed, kept)
+        for name, (manifest, tensors, changed, kept) in parts["adapters"].items()
+    }
     return ReversibleMerge(**parts, stored={}, foreign={}, quantizers={}, target=weakref.ref(target))
-
-
-def _as_plain_types(adapter: MergedAdapter) -> tuple[Any, ...]:
-    return adapter.packed.manifest, adapter.packed.tensors, adapter.changed, adapter.kept
-
-
-def _as_adapter(manifest: Any, tensors: Any, changed: Any, kept: Any) -> MergedAdapter:
-    return MergedAdapter(PackedAdapter(manifest, tensors), changed, kept)

@@ -65,7 +65,7 @@ class NetworkCopy:
 @dataclass(frozen=True)
 class _Part:
     name: str
-    layout: tuple[tuple[str, torch.Size | None, torch.dtype], ...]
+    layout: tuple[tuple[str, torch.Size, torch.dtype], ...]
     tensors: tuple[Tensor, ...]
     trained: tuple[bool, ...]
     required: bool
@@ -176,9 +176,11 @@ def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
 def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | None:
     """Returns the second part as a copy of the first, or the reverse if the author froze that of the first."""
     tensors = [own_parameters(model_modules(submodule(module, part))) for part in (first, second)]
-    layouts = [[(name, _shape(t), t.dtype) for name, t in own.items()] for own in tensors]
+    if any(is_lazy(tensor) for own in tensors for tensor in own.values()):
+        return None
+    layouts = [[(name, t.shape, t.dtype) for name, t in own.items()] for own in tensors]
     pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
-    if layouts[0] != layouts[1] or any(None in entry for entry in layouts[0]) or not 0 < len(pairs) < len(layouts[0]):
+    if layouts[0] != layouts[1] or not 0 < len(pairs) < len(layouts[0]):
         return None
     required = _required_by_author(module)
     needed = {id(tensor): required[name] for name, tensor in own_parameters(model_modules(module)).items()}
@@ -187,11 +189,6 @@ def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | N
         first, second = second, first
     equal = all(checksum(own) == checksum(its) for own, its in pairs)
     return NetworkCopy(first, second, equal, equal, frozen=learns[0] != learns[1], shares=True)
-
-
-def _shape(tensor: Tensor) -> torch.Size | None:
-    """Returns the shape of a tensor; a lazy one has none yet."""
-    return None if is_lazy(tensor) else tensor.shape
 
 
 def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
@@ -208,12 +205,12 @@ def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
     for entry in modules[1:]:
         names = members.get(entry.name, [])
         tensors = tuple(parameters[name] for name in names)
-        short = [name.removeprefix(f"{entry.name}.") for name in names]
-        layout = tuple((n, _shape(t), t.dtype) for n, t in zip(short, tensors, strict=True))
+        if not names or any(map(is_lazy, tensors)):
+            continue
+        layout = tuple((n.removeprefix(f"{entry.name}."), parameters[n].shape, parameters[n].dtype) for n in names)
         in_place = tuple(name in trained for name in names)
-        if names and not any(is_lazy(tensor) for tensor in tensors):
-            needed = any(required[name] for name in names) and not _is_left_out(entry.module, held)
-            parts.append(_Part(entry.name, layout, tensors, in_place, needed))
+        needed = any(required[name] for name in names) and not _is_left_out(entry.module, held)
+        parts.append(_Part(entry.name, layout, tensors, in_place, needed))
     return parts
 
 

@@ -6,7 +6,7 @@ they have other values, they are a base like any other. It also remembers the fi
 tell the base that such a checkpoint leaves out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -82,20 +82,17 @@ def set_merge_marks(target: nn.Module, marks: MergeMarks) -> None:
         submodule(target, name).__dict__[_MERGED] = dict(own)
 
 
-def check_merged_base(target: nn.Module, name: str, files: str | None) -> None:
+def check_merged_base(merged: Collection[str], name: str, files: str | None) -> None:
     """Warns that a new adapter would be one of weights that an earlier one was merged into.
 
     Args:
-        target: What is about to be adapted.
+        merged: The names of these weights.
         name: What messages call the module.
         files: What makes an adapter that cannot be loaded again without these weights; None if nothing does.
 
     Raises:
         StateError: If something does.
     """
-    merged = merged_weights(target)
-    if not merged:
-        return
     found = (
         f"{len(merged)} weights of {name} are those that an adapter was merged into when an "
         f"earlier fit ended: {listing(merged, 3)}. A new adapter belongs to them, not to the pretrained ones. To "

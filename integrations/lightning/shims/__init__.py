@@ -5,7 +5,7 @@ Each private part is used in one file, which says what is lost without it. Depen
 
 from lora_plugins.integrations.lightning.shims.average_model import Averaging, averaged_module, drop_average
 from lora_plugins.integrations.lightning.shims.carried_state import carried, carry
-from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode, expecting_override
+from lora_plugins.integrations.lightning.shims.expected_warnings import expecting_eval_mode
 from lora_plugins.integrations.lightning.shims.fit_data_source import train_loaders
 from lora_plugins.integrations.lightning.shims.fsdp_state_dict import saves_shards
 from lora_plugins.integrations.lightning.shims.methods import MethodShims
@@ -24,7 +24,6 @@ __all__ = [
     "drop_average",
     "end_run",
     "expecting_eval_mode",
-    "expecting_override",
     "is_fast_dev_run",
     "saves_shards",
     "starts_by_multiprocessing",

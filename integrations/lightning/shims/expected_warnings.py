@@ -1,4 +1,4 @@
-"""Warnings of Lightning 2.6.6 about what this integration does on purpose, and only those."""
+"""A warning of Lightning 2.6.6 about what this integration does on purpose, and only that."""
 
 import warnings
 from collections.abc import Iterator
@@ -20,13 +20,4 @@ def expecting_eval_mode(module: LightningModule) -> Iterator[None]:
     with warnings.catch_warnings():
         if in_eval and frozen.issuperset(in_eval):
             warnings.filterwarnings("ignore", message=rf"Found {len(in_eval)} module\(s\) in eval mode at the start")
-        yield
-
-
-@contextmanager
-def expecting_override(module: LightningModule) -> Iterator[None]:
-    """Silences the warning that a YAML file's optimizer replaces a task's own, if the task is one of ours."""
-    with warnings.catch_warnings():
-        if type(module).configure_optimizers.__module__.startswith("lora_plugins."):
-            warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden")
         yield

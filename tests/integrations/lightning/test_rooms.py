@@ -48,7 +48,7 @@ ARROWS = {
         "training",
         "writer",
     },
-    "cli": {"aliases", "callback", "checkpoint", "console", "module", "shims", "writer"},
+    "cli": {"aliases", "callback", "checkpoint", "console", "module", "writer"},
     "__init__": {"adapter_files", "aliases", "callback", "checkpoint", "cli", "training"},  # its public names
     "__main__": set(),
 }
