@@ -8,7 +8,7 @@ argument by which some modules take all their hyperparameters: with it, Lightnin
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,8 @@ def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     cls = type(module)
     name, for_objects = cls.__qualname__, "" if path is None else argument_for_objects(path)
     arguments = [name, "path" if path is None else repr(str(path))]
-    given = dict.fromkeys([*module.hparams, getattr(module, "_hparams_name", None)])  # as Lightning's checkpoints do
     networks, parameters = adapted_networks(module.hparams), inspect.signature(cls.__init__).parameters
-    given = {key: None for key in given if key not in networks}
+    given = {*module.hparams, getattr(module, "_hparams_name", None)} - networks  # as in Lightning's checkpoints
     taken = sorted(networks if _takes_any(parameters) else networks & parameters.keys())
     arguments += [f"{key}=..." for key in dict.fromkeys([*missing_arguments(cls, given), *taken])]
     arguments += [for_objects] if for_objects else []
@@ -111,7 +110,7 @@ def loading_lines(trainer: Trainer, module: LightningModule) -> list[str]:
     return [rebuilding_line(module, paths[0])] if paths else []
 
 
-def missing_arguments(cls: type[LightningModule], given: Mapping[str, Any]) -> list[str]:
+def missing_arguments(cls: type[LightningModule], given: Collection[str]) -> list[str]:
     """Returns the names of arguments that the constructor of a class needs, and that are not given."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = [*inspect.signature(cls.__init__).parameters.values()][1:]
@@ -140,7 +139,7 @@ def check_arguments(cls: type[LightningModule], checkpoint: Mapping[str, Any], g
             if name not in parameters and name not in of_loading:
                 raise ConfigError(f"{cls.__name__} takes no argument {name!r}. {near(name, [*parameters][1:])}")
     names = {*saved, *given, *([one] if one and one != "kwargs" else [])}
-    missing = missing_arguments(cls, dict.fromkeys(names))
+    missing = missing_arguments(cls, names)
     if missing and given.get("hparams_file") is None:  # which brings all of them
         raise AdapterFileError(
             f"{cls.__name__} needs {listing(missing)}, which the checkpoint does not have: its save_hyperparameters() "

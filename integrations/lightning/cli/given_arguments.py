@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,25 +86,17 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     Raises:
         ConfigError: Of a value without a flag.
     """
-    waiting: str | None = None
-    for argument in arguments:
-        is_flag = argument.startswith("-") and not _is_number(argument)
-        if not is_flag:
-            if waiting is None:
-                raise ConfigError(_stray(argument))
-            yield waiting, argument
-            waiting = None
-            continue
-        if waiting is not None:
-            yield waiting, None
-            waiting = None
-        flag, equals, value = argument.partition("=")
+    left = deque(arguments)
+    while left:
+        if not _is_flag(left[0]):
+            raise ConfigError(_stray(left[0]))
+        flag, equals, value = left.popleft().partition("=")
         if equals:
             yield flag, value
+        elif left and not _is_flag(left[0]):
+            yield flag, left.popleft()
         else:
-            waiting = flag
-    if waiting is not None:
-        yield waiting, None
+            yield flag, None
 
 
 def _stray(argument: str) -> str:
@@ -112,8 +105,9 @@ def _stray(argument: str) -> str:
     return f"{argument!r} has no flag before it. Several values of one flag are a list: '[a, b]'."
 
 
-def _is_number(argument: str) -> bool:
-    return re.fullmatch(r"-(\d+\.?\d*|\.\d+)(e-?\d+)?", argument) is not None
+def _is_flag(argument: str) -> bool:
+    """Whether an argument is a flag, and no negative number."""
+    return argument.startswith("-") and re.fullmatch(r"-(\d+\.?\d*|\.\d+)(e-?\d+)?", argument) is None
 
 
 def _refuse_flag(flag: str, short: Sequence[str]) -> None:

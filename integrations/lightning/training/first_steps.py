@@ -40,8 +40,7 @@ class FirstSteps:
         self._batches = self._steps = 0
         self._checked = False
         self._without_rate = set(trained)
-        self._made: Counter[str] = Counter()
-        """Steps that the optimizer of each has made."""
+        self._made: Counter[str] = Counter()  # the steps that the optimizer of each has made
 
     def before_step(self, learning_rates: Mapping[int, float], waiting: Collection[int]) -> None:
         """Notes which parameters have a gradient, ahead of a step of an optimizer.
