@@ -530,6 +530,24 @@ class TestFrozenBySomebody:
         assert sum("were frozen" in str(each.message) for each in said) == 1
 
 
+class LearnsFromAdapted(Classifier):
+    """Has a teacher with an adapter of its own, as load_from_checkpoint gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = LoraModel(Classifier(width=8).net, LoraConfig(r=2)).model.requires_grad_(False)
+
+    def forward(self, x):
+        return super().forward(x) + self.teacher(x)
+
+
+def test_teacher_that_its_author_has_adapted_and_frozen_is_not_named(tmp_path):
+    module = LearnsFromAdapted()
+    before = values(module.teacher)
+    trainer(tmp_path, [lora(LoraConfig(r=2), target="net")]).fit(module, loader())
+    assert not differing(values(module.teacher), before)
+
+
 class CopiesItself(Classifier):
     """Makes a teacher of its network when that is adapted already, and counts its batches."""
 
