@@ -107,6 +107,11 @@ class Asking(Casting):
         return self.layer(x if isinstance(self.layer.weight, torch.Tensor) else 2 * x)
 
 
+class Counting(Casting):
+    def forward(self, x):
+        return self.layer(x) / self.layer.weight.element_size()
+
+
 class Calling(Casting):
     def forward(self, x):
         return self.layer(x)
@@ -118,7 +123,7 @@ def traced():
 
 
 READERS = {"by a function": Functional, "by a method": ByMethod, "tokens": Tokens}
-ASKERS = {"type and shape": Casting, "type of another": Alike, "class": Asking, "traced": traced}
+ASKERS = {"type and shape": Casting, "type of another": Alike, "class": Asking, "bytes": Counting, "traced": traced}
 
 SECOND_PATHS = {
     "padding mode": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "the padding mode"),
