@@ -17,7 +17,7 @@ class AdapterTensors(nn.Module):
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
         # accelerate, which keeps tensors elsewhere, puts a forward here that has them for the duration of a call.
-        return cast(nn.Parameter, self(adapter)) if "forward" in self.__dict__ else self.forward(adapter)
+        return self.forward(adapter)
 
     def forward(self, adapter: str) -> nn.Parameter:
         """Returns the tensor of an adapter.

@@ -31,7 +31,6 @@ def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
         MergeError: As `remover` does.
     """
     remover(layer, name, name)()
-    layer._parameters.pop(name, None)  # hooks leave one with the value that they would compute
     layer.register_parameter(name, nn.Parameter(value))
 
 

@@ -81,7 +81,7 @@ class StoredWeight(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         # accelerate, which keeps tensors elsewhere, puts a forward here that has them for the duration of a call.
-        return cast(dict[str, Tensor], self() if "forward" in self.__dict__ else self.forward())
+        return self.forward()
 
     def forward(self) -> dict[str, Tensor]:
         """Returns the stored tensors by name."""
