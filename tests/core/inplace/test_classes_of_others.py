@@ -59,6 +59,19 @@ class Hooked(nn.Linear):
         destination[prefix + "weight"] = layer.weight.detach()
 
 
+class HookedBefore(nn.Linear):
+    """Has a hook that keeps what its attributes give in a buffer, ahead of a state dict."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("seen", torch.zeros_like(self.weight))
+        self.register_state_dict_pre_hook(self.look)
+
+    @staticmethod
+    def look(layer, prefix, keep_vars):
+        layer.seen.copy_(layer.weight.detach())
+
+
 class Pickled(nn.Linear):
     """Is pickled and copied as what its attributes give."""
 
@@ -143,7 +156,7 @@ def test_what_was_computed_from_a_block_on_is_compiled():
     assert_close(torch.compile(model, fullgraph=True, backend="eager")(X), model(X))
 
 
-@pytest.mark.parametrize("layer_class", [SavedByAttribute, Described, WithExtraState, Hooked])
+@pytest.mark.parametrize("layer_class", [SavedByAttribute, Described, WithExtraState, Hooked, HookedBefore])
 def test_state_dicts_hold_the_base_s_own_weight(layer_class):
     torch.manual_seed(0)
     layer = layer_class(8, 5).double()

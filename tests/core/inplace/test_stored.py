@@ -438,6 +438,14 @@ def test_an_embedding_makes_only_the_looked_up_rows_dense(monkeypatch):
     model(index)
 
 
+def test_a_stored_embedding_keeps_its_largest_norm():
+    model = nn.Sequential(nn.Embedding(8, 64, max_norm=0.5))
+    LoraModel(model, config()).unload(dequantize=False)
+    weight, index = model[0].weight, torch.tensor([3, 7])
+    assert torch.equal(model(index), nn.functional.embedding(index, weight, max_norm=0.5))
+    assert (weight[index].norm(dim=1) - 0.5).abs().max() <= 1e-6  # in place, in what was made dense for the call
+
+
 @pytest.mark.parametrize("storage", ["int8", "nf4"])
 @pytest.mark.parametrize("row", [-1, 100])
 def test_a_row_that_is_not_there_is_an_error(storage, row):
