@@ -36,7 +36,7 @@ class _Kept:
     version: int
 
     def again(self) -> Tensor:
-        if self.version >= 0 and self.tensor._version != self.version:
+        if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"{self.tensor.type()} {list(self.tensor.shape)} is at version {self.tensor._version}; expected "
@@ -89,7 +89,7 @@ class _Pack:
         if found is None or found[1].dtype != tensor.dtype:
             if self._around:
                 return _Passed(self._around[0](tensor), self._around[1])
-            return _Kept(tensor, -1 if tensor.is_inference() else tensor._version)
+            return _Kept(tensor, tensor._version)
         return _Made(found[0], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
