@@ -175,6 +175,7 @@ USES = {
     "input": lambda x, weight: F.linear(weight.T, x.flatten(0, -2)[:4, :1].expand(4, 144)),
     "function": Product.apply,
     "split": lambda x, weight: F.linear(x, weight.chunk(3)[1]),
+    "matmul": lambda x, weight: torch.matmul(x.new_ones(2, 144), weight),
 }
 
 
@@ -225,6 +226,18 @@ def test_rows_of_a_batch_have_their_adapters():
         torch.testing.assert_close(got[rows], reads(x)[rows].detach(), **TIGHT)
     with lora.disable_adapter():
         torch.testing.assert_close(got[[1, 4]], reads(x)[[1, 4]].detach(), **TIGHT)
+
+
+@pytest.mark.parametrize("name", [name for name in USES if name != "function"])  # which takes tensors alone
+def test_another_use_by_rows_of_a_batch_is_refused(name):
+    reads, _ = pair(dropout=0.0)
+    lora = LoraModel(reads.eval())
+    reads.forward = lambda x: USES[name](x, reads.qkv.weight)
+    with (
+        lora.mixed_batch([None, "default"]),
+        pytest.raises(StateError, match="'qkv' is used by another module without calling the layer"),
+    ):
+        reads(values()[:2])
 
 
 SIZES = {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 32}
