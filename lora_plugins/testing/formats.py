@@ -158,6 +158,7 @@ def _travels(case: FormatCase, what: str, lora: LoraModel, model: nn.Module) -> 
             left = [each.name for each in Path(folder).iterdir()]
             require(not left, f"an adapter {what} was refused, and {left} was written")
             return False
+        require(path.name == case.file_name, f"{case.file_name!r} was to be written, and {path.name!r} was")
         case.load(model, path)
     return True
 

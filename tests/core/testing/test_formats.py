@@ -253,6 +253,18 @@ class WithAnEnding(InOneFile):
         return path
 
 
+class SaysItsEnding(InOneFile):
+    """Returns that other name, which whoever gave the first one does not look at."""
+
+    def save(self, path, adapter, model, options):
+        return super().save(path.with_suffix(".lora"), adapter, model, options)
+
+
+def test_a_file_of_another_name_that_is_returned_is_found():
+    with pytest.raises(CheckError, match=r"'any_name' was to be written, and 'any_name\.lora' was"):
+        check_format_plugin(SaysItsEnding(), "adapter.lora", only=["recognized"])
+
+
 def test_a_file_of_another_name_than_the_given_one_is_found():
     with pytest.raises(CheckError, match=r"fails the check 'recognized'(?s:.*)Did you mean 'any_name\.lora'"):
         check_format_plugin(WithAnEnding(), "adapter.lora", only=["recognized"])
