@@ -17,8 +17,7 @@ def check_reads(layer: nn.Module, given: Collection[str], inputs: Collection[Any
     """Checks that a call of a layer has read its weights from where its adapters act.
 
     A call that returns an empty tensor or one of its inputs needs no weight: layers for detection return the former for
-    an empty input, layers that are skipped at random (stochastic depth) the latter. In eval mode, a layer need not read
-    all of several weights: noisy layers read the scale of their noise in training alone.
+    an empty input, layers that are skipped at random (stochastic depth) the latter.
 
     Args:
         layer: The layer. Once a call has read all weights, its state says so, and no other need be checked.
@@ -33,12 +32,11 @@ def check_reads(layer: nn.Module, given: Collection[str], inputs: Collection[Any
         return
     state = layer_state(layer)
     names = {slot.tensor for _, _, slot in state.active_slots()}
-    missed = sorted(names - set(given))
-    if missed and (layer.training or len(missed) == len(names)):
+    if missed := sorted(names - set(given)):
         raise StateError(
             f"The forward of {state.name!r} ({base_class_of(layer).__name__}) computes without reading "
             f"{listing(missed)} as an attribute of the layer, so an adapter does nothing there: its parameters, or a "
             "reference that it keeps, are the base's. Let it read the attribute, or add the layer to exclude_modules. "
             "If it keeps what it computes in eval(), call train() and eval() of the model again."
         )
-    state.is_read = len(names) > 0 and not missed
+    state.is_read = len(names) > 0

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lora_plugins import LoraConfig, LoraModel, RowMajorPlugin, Slot, StateError, build_registry, hookimpl
+from lora_plugins import LoraConfig, LoraModel, StateError
 
 
 class ByParameters(nn.Linear):
@@ -83,61 +83,6 @@ def test_a_call_that_needs_no_weight(cls):
 class AfterAnEmptyOne(nn.Linear):
     def forward(self, x):
         return linear(x, self._parameters["weight"]) if len(x) else x
-
-
-class Noisy(nn.Module):
-    """As in Fortunato et al., arXiv 1706.10295: without noise in eval mode, and so without its scale."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean, self.scale = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
-        self.register_buffer("noise", torch.randn(3, 4))
-
-    def forward(self, x):
-        return linear(x, self.mean + self.scale * self.noise if self.training else self.mean)
-
-
-class NoisyByParameters(Noisy):
-    def forward(self, x):
-        return linear(x, self.mean + self._parameters["scale"] * self.noise)
-
-
-class NoisyPlugin(RowMajorPlugin):
-    name = "noisy"
-    module_type = Noisy
-
-    def slots(self, layer):
-        return [Slot("mean", "mean"), Slot("scale", "scale")]
-
-
-@pytest.fixture
-def noisy():
-    """Adapts a noisy layer of a class."""
-
-    class Mine:
-        @hookimpl
-        def lora_plugins_register_layers(self, registrar):
-            registrar.add(NoisyPlugin())
-
-    def adapted(cls):
-        model = nn.Sequential(cls())
-        config = LoraConfig(r=2, target_modules="all", init="none")
-        return LoraModel(model, config, registry=build_registry([("mine", Mine())])).model
-
-    return adapted
-
-
-def test_a_weight_that_is_read_in_training_alone(noisy):
-    model, x = noisy(Noisy).eval(), torch.randn(2, 4)
-    torch.testing.assert_close(model(x), linear(x, model[0].mean))
-    layer = model.train()[0]
-    torch.testing.assert_close(model(x), linear(x, layer.mean + layer.scale * layer.noise))
-
-
-def test_a_reading_of_the_base_beside_one_of_another_weight_is_found_in_training(noisy):
-    model = noisy(NoisyByParameters)
-    with pytest.raises(StateError, match=r"'0' \(NoisyByParameters\) computes without reading 'scale'"):
-        model(torch.randn(2, 4))
 
 
 def test_readings_of_the_base_are_found_in_a_later_call():

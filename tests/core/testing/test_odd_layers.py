@@ -344,30 +344,6 @@ def test_a_layer_that_counts_its_calls_in_evaluation_passes():
     check_layer_plugin(AlwaysCountingPlugin(), AlwaysCounting, lambda layer: torch.randn(5, 4))
 
 
-class Noisy(nn.Module):
-    """Reads the scale of its noise in training alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.mean, self.scale = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 4))
-        self.register_buffer("noise", torch.randn(3, 4))
-
-    def forward(self, x):
-        return x @ (self.mean + self.scale * self.noise if self.training else self.mean).mT
-
-
-class NoisyPlugin(RowMajorPlugin):
-    name = "noisy"
-    module_type = Noisy
-
-    def slots(self, layer):
-        return [Slot("mean", "mean"), Slot("scale", "scale")]
-
-
-def test_a_layer_that_reads_a_weight_in_training_alone_passes():
-    check_layer_plugin(NoisyPlugin(), Noisy, lambda layer: torch.randn(2, 4))
-
-
 class Unmade(Odd):
     """Makes its weight in the first call."""
 
