@@ -28,7 +28,7 @@ from lora_plugins.inplace.library_weights import foreign_weights
 from lora_plugins.inplace.placed_weights import is_placed
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
-from lora_plugins.inplace.weights import LazyWeightsOf, is_shard, weight_with_merged, weights_of
+from lora_plugins.inplace.weights import LazyWeightsOf, is_kept_in_parts, weight_with_merged, weights_of
 from lora_plugins.plugins import LayerPlugin
 
 
@@ -150,7 +150,7 @@ def _weight_property(name: str, base: Any) -> property:
         if is_placed() and isinstance(own := layer._parameters.get(name), Tensor):
             return own
         state = layer_state(layer)
-        if state.rows is not None and not is_shard(layer, name):
+        if state.rows is not None and not is_kept_in_parts(layer, name):
             return described(
                 weight_with_merged(layer, name),
                 f"The weight of {state.name!r} is used by another module without calling the layer, so the rows of a "

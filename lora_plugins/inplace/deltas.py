@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import PluginError, StateError, add_place
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import LayerState, layer_state
-from lora_plugins.inplace.weights import is_shard, raw_weight, weight_with_merged
+from lora_plugins.inplace.weights import is_kept_in_parts, raw_weight, weight_with_merged
 from lora_plugins.plugins import PlannedLayer, Rescaling, Slot, StackedAdapters, Term, add_delta, joined, sum_of_deltas
 from lora_plugins.utils import in_full, shape_or_value
 
@@ -103,7 +103,7 @@ def effective_weight(layer: nn.Module, name: str) -> Tensor:
     """
     state = layer_state(layer)
     weight = weight_with_merged(layer, name)
-    if not state.active or is_shard(layer, name) or (weight.is_meta and _is_offloaded(layer, state)):
+    if not state.active or is_kept_in_parts(layer, name) or (weight.is_meta and _is_offloaded(layer, state)):
         return weight
     with in_full(weight):
         deltas = []

@@ -144,16 +144,21 @@ def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
 
 
 def is_shard(layer: nn.Module, name: str) -> bool:
+    """Whether a weight is split over processes."""
+    return is_distributed(_parameter(layer, name)) or is_kept_in_parts(layer, name)
+
+
+def is_kept_in_parts(layer: nn.Module, name: str) -> bool:
     """Whether FSDP or FSDP2 holds a weight in parts, as both do outside of the forward of what they wrap.
 
     They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter. Of what is
     none, a buffer or a weight that is computed, it is whether they hold the update in parts.
     """
+    if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
+        return False
     parameter = _parameter(layer, name)
     if is_distributed(parameter):
         return True
-    if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
-        return False
     # FSDP marks its parameters, and puts views in their place for a forward; FSDP2 puts whole parameters there.
     if parameter is not None:
         return hasattr(parameter, "_fsdp_flattened")

@@ -19,12 +19,15 @@ def eager_is_unknown() -> str:
         "_C._are_functorch_transforms_active",
         "autograd.forward_ad._current_level",
         "utils._python_dispatch._get_current_dispatch_mode",
+        "utils._python_dispatch.is_traceable_wrapper_subclass",
         "_C._functorch.is_legacy_batchedtensor",
     )
 
 
 def is_eager(x: Tensor) -> bool:
     """Whether operations on `x` run now, one by one: no transform, dual numbers, or tensors without strides or values.
+
+    Nor a tensor that is made of others, such as those that are split over processes.
 
     The dispatch of an operation has already excluded compilers and `torch.jit.trace`.
     """
@@ -33,6 +36,7 @@ def is_eager(x: Tensor) -> bool:
         or x.is_nested
         or x.layout is not torch.strided
         or transforms_are_active()
+        or torch.utils._python_dispatch.is_traceable_wrapper_subclass(x)
         or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
     )
 

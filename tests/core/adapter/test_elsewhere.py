@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn.functional import linear, mse_loss
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
@@ -277,6 +278,40 @@ def test_a_layer_that_was_split_by_itself_stays_so():
         assert isinstance(model[0], FSDPModule)
     lora.unload()
     model[0].reshard()
+
+
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return linear(x, self.fc.weight)
+
+
+DISTRIBUTED = {
+    "called": net,
+    "read": Reading,
+    "transposed": lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.ConvTranspose1d(2, 3, 2)),
+}
+
+
+@IN_A_PROCESS
+@pytest.mark.parametrize("make", DISTRIBUTED.values(), ids=DISTRIBUTED)
+def test_tensors_of_one_mesh(make):
+    torch.manual_seed(0)
+    model = make().double()
+    lora = LoraModel(model, LoraConfig(r=2, init="none"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = [model(X), *torch.autograd.grad(model(X).sin().sum(), trained)]
+    mesh = init_device_mesh("cpu", (1,))
+    distribute_module(model, mesh)
+    x = distribute_tensor(X, mesh, [Shard(0)])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = [model(x), *torch.autograd.grad(model(x).sin().sum(), trained)]
+    torch.testing.assert_close([each.full_tensor() for each in found], expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(StateError, match="split over processes"):
+        lora.merge_adapter()
 
 
 @SPLIT
