@@ -285,6 +285,7 @@ class KeepsNeighbors(Callback):
         pass
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.15 says so of each
 def test_what_is_sparse_is_in_the_files(tmp_path):
     fitted(tmp_path, Meshes(), 1, callbacks=[KeepsNeighbors()])
     path = tmp_path / "run" / "epoch=0.ckpt"
