@@ -71,9 +71,9 @@ class FirstSteps:
         Raises:
             StateError: If no trainable tensor got a gradient.
         """
+        self._batches += 1
         if self._trained and not self._made:
             return True
-        self._batches += 1
         self._steps += min(learning_rates, default=0.0) > 0
         is_patient = self._steps < PATIENCE
         fewest = min((self._made[name] for name in self._trained), default=STEPS)
@@ -93,6 +93,8 @@ class FirstSteps:
             self._check_gradients()
         if self._steps >= STEPS:
             self._name_unmoved(self._unmoved())
+        if not self._made and self._batches >= PATIENCE:
+            self._name_idle()
         if self._without_rate and self._batches >= STEPS:
             rank_zero_warn(
                 f"{len(self._without_rate)} of {len(self._trained)} trainable tensors were not trained: the learning "
@@ -120,12 +122,12 @@ class FirstSteps:
                 "adapter with exclude_modules."
             )
 
-    def _unmoved(self) -> list[str]:
+    def _unmoved(self, least: int = STEPS) -> list[str]:
         return [
             name
             for name, start in self._start.items()
             if name not in self._without
-            and self._made[name] >= STEPS
+            and self._made[name] >= least
             and start.numel()
             and self._trained[name].requires_grad
             and torch.equal(local(self._trained[name]), start)
@@ -137,4 +139,12 @@ class FirstSteps:
                 f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {self._steps} steps although "
                 f"they have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
                 "gradients that are exactly zero."
+            )
+
+    def _name_idle(self) -> None:
+        idle = self._unmoved(least=0)  # not what an optimizer has moved that Lightning does not know of
+        if idle:
+            rank_zero_warn(
+                f"{len(idle)} of {len(self._trained)} trainable tensors were not trained: other optimizers made steps "
+                f"in {self._batches} batches, and theirs made none: {listing(idle)}. Call its step() in training_step."
             )

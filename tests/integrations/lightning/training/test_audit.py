@@ -178,6 +178,12 @@ def test_dead_net_whose_critic_steps_first_is_said(tmp_path):
         trainer(tmp_path, [lora(LoraConfig(r=2), target="net")]).fit(module, loader())
 
 
+def test_net_whose_optimizer_makes_no_step_beside_that_of_a_critic_is_said(tmp_path):
+    run = trainer(tmp_path, [lora(LoraConfig(r=2), target="net")], max_epochs=3)
+    with pytest.warns(UserWarning, match=r"4 of 4 trainable .* not trained: other .* 12 batches, .*: 'net\.0\.lora_A"):
+        run.fit(Adversary(critic_steps=100), loader())
+
+
 @pytest.mark.parametrize("epochs", [2, 5], ids=["at_the_end", "after_ten_steps"])
 def test_dead_layer_is_named_beside_an_optimizer_that_makes_no_step(tmp_path, epochs):
     module = Adversary(critic_steps=100)
