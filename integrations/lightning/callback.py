@@ -47,6 +47,7 @@ from lora_plugins.integrations.lightning.module import (
     check_only_tensors,
     find_target,
     freeze_alike,
+    frozen_by_others,
     known_bases,
     merge_as_bytes,
     merge_from_bytes,
@@ -531,6 +532,7 @@ class LoraCallback(Callback):
                 copy_into_averages(trainer, module)
         else:
             self._add_adapter(trainer, module, config)
+        self._run.teachers = {*frozen_by_others(module)}
         copies = self._run.copies(module)
         freeze_alike(module, copies)
         self._names += add_names(module, copies)

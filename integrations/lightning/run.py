@@ -52,7 +52,8 @@ class Run:
         restored: The callback's state in a checkpoint, until the first batch.
         after_data: The random numbers that iterators over the data have left, in a run that goes on.
         known_bases: What adapters knew of the base before the rest of that checkpoint was loaded.
-        frozen: The names of what was frozen when its optimizers were to be made.
+        frozen: The names of what was frozen of the base when its optimizers were to be made.
+        teachers: The names of the tensors of adapters that were frozen when the module was adapted.
         lost_writes: Watches what is written into adapted weights, from then to the end of the first steps.
         audit: Watches the training, once it has started.
         sums: Checksums of the frozen base at the end of the training, by name.
@@ -66,6 +67,7 @@ class Run:
     after_data: dict[str, Any] | None = None
     known_bases: KnownBases = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    teachers: set[str] = field(default_factory=set)
     lost_writes: LostWrites = field(default_factory=LostWrites)
     audit: Audit | None = None
     sums: dict[str, int] = field(default_factory=dict)
@@ -150,7 +152,7 @@ class Run:
             put_back_statistics(trainer, module)
         if self.audit is None:
             copies = self.copies_to_watch(trainer, module)
-            self.audit = Audit(trainer, module, copies, start, self.lost_writes, self.frozen)
+            self.audit = Audit(trainer, module, copies, start, self.lost_writes, self.teachers)
         self.audit.before_batch(first_of_epoch=first)
 
     def freeze_base(self) -> None:

@@ -51,7 +51,7 @@ class Audit:
         start: What the module was when it was adapted: what it has written since, before training, is in no other
             module of its class, and checkpoints hold it.
         lost_writes: What watches the module since then.
-        frozen: The names of what was frozen when the optimizers were to be made.
+        teachers: The names of the tensors of adapters that were frozen when the module was adapted.
 
     Attributes:
         written: The names of what it has written so, now or in an earlier run, but for teachers and averages.
@@ -64,7 +64,7 @@ class Audit:
         copies: Sequence[NetworkCopy],
         start: Start,
         lost_writes: LostWrites,
-        frozen: Set[str],
+        teachers: Set[str],
     ) -> None:
         self._trainer, self._module = trainer, module
         reshard(module)  # of which the sanity check may have left a part whole
@@ -80,7 +80,7 @@ class Audit:
         self._first: FirstSteps | None = FirstSteps(watched or trained, [copy.followers for copy in self._copies])
         self._lost_writes = lost_writes
         lost_writes.start(module)  # with layers that a hook has adapted since
-        self._changes = ChangesWithinRun(trainer, module, self._copies, frozen)
+        self._changes = ChangesWithinRun(trainer, module, self._copies, teachers)
         self._objects = frozen_tensors(module)  # no weak references, with which `nn.Module.to` cannot swap a tensor
         self._frozen = checksums(self._objects)
         self._stepped = False

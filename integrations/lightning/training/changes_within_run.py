@@ -33,18 +33,18 @@ class ChangesWithinRun:
         trainer: The trainer, which has its optimizers.
         module: Its module, adapted.
         copies: The copies of adapted networks that are adapted alike.
-        frozen: The names of what was frozen when the optimizers were to be made.
+        teachers: The names of the tensors of adapters that were frozen when the module was adapted.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], frozen: Set[str]
+        self, trainer: Trainer, module: LightningModule, copies: Sequence[NetworkCopy], teachers: Set[str]
     ) -> None:
         self._trainer, self._module, self._copies = trainer, module, copies
         held, trained = parameters_of(trainer.optimizers), trained_parameters(module)
         self._untrained = {name: p for name, p in trained.items() if id(p) not in held}
         held_names = trained.keys() - self._untrained.keys()
         self._layers = {layer for name, layer in layers_of_factors(module).items() if name in held_names}
-        self._frozen_by_others = {*frozen}
+        self._frozen_by_others = {*teachers}
         self._base: dict[str, nn.Parameter] = {}
         self._trained: list[ModelState] = []
         self._thawed: set[str] = set()

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.integrations.lightning.module import checksum, frozen_by_others, frozen_tensors
+from lora_plugins.integrations.lightning.module import checksum, frozen_tensors
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Returns the names of what requires no gradient: the base but for new layers, and adapters of a teacher."""
-    base = {name for name, tensor in frozen_tensors(module).items() if not tensor.requires_grad}
-    return base | frozen_by_others(module).keys()
+    """Returns the names of the tensors of the base that require no gradient: all but those of new layers."""
+    return {name for name, tensor in frozen_tensors(module).items() if not tensor.requires_grad}
 
 
 def freeze_again(module: nn.Module, frozen: Collection[str]) -> None:

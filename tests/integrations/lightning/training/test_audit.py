@@ -529,6 +529,18 @@ class TestFrozenBySomebody:
         with pytest.warns(UserWarning, match=r"2 tensors of adapters were frozen.*net\.3\.lora_A"):
             run.fit(Classifier(), loader())
 
+    def test_where_a_run_is_resumed(self, tmp_path):
+        class GivesAll(Classifier):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        run = trainer(tmp_path, [lora()], max_epochs=1)
+        run.fit(GivesAll(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        resumed = trainer(tmp_path, [lora(), Freezes("on_load_checkpoint", layers=[3])])
+        with pytest.warns(UserWarning, match=r"2 tensors of adapters were frozen.*net\.3\.lora_A"):
+            resumed.fit(GivesAll(), loader(), ckpt_path=tmp_path / "it.ckpt")
+
     def test_once(self, tmp_path):
         run = trainer(tmp_path, [lora(), Freezes("on_train_batch_start", layers=[3])], max_epochs=4)
         with pytest.warns(UserWarning) as said:  # noqa: PT030, they are counted
