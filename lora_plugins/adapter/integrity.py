@@ -1,6 +1,7 @@
 """Whether an adapter is still intact on its model: other code may have replaced parts of it."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_plugins.adapter.acting import norms_to_freeze
 from lora_plugins.adapter.attach import adapter_parameters
@@ -23,8 +24,14 @@ def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
     _places(model, state, adapter)
 
 
-def check_in_place(model: nn.Module, state: ModelState, adapter: str) -> None:
+def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_only: bool = False) -> None:
     """Checks that an adapter is on all of its layers, where they were when it was added, and on no copy of one.
+
+    Args:
+        model: The model.
+        state: Its adapters.
+        adapter: Which of them.
+        read_only: Whether its tensors are only read, so that layers which share a weight may have equal ones each.
 
     Raises:
         StateError: If one of them is not there any more, or has another name, or was copied within the model; or if one
@@ -46,20 +53,29 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str) -> None:
             f"{len(moved)} of the layers of the adapter {adapter!r} have other names than when it was added, such as "
             f"{name!r}, which is {place!r} now. Put them back, or add an adapter when they are in place."
         )
-    if parted := _parted(model, state, adapter):
+    if parted := _parted(model, state, adapter, read_only):
         name, source = next(iter(parted.items()))
         raise StateError(
             f"{listing(parted)} had the tensors of {source!r} when the adapter {adapter!r} was added, since they share "
-            "a weight, and has others now, as load_state_dict(assign=True) and to_empty() give it; the adapter has no "
-            "place for these. Load without assign=True, or keep what both have learned: merge_and_unload()."
+            "a weight, and has others now, as load_state_dict(assign=True), to_empty() and offloading by accelerate "
+            "give it; the adapter has no place for these. Load without assign=True, into a new model, or keep what "
+            "both have learned: merge_and_unload()."
         )
 
 
-def _parted(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]:
+def _parted(model: nn.Module, state: ModelState, adapter: str, read_only: bool) -> dict[str, str]:
     """Returns the layers that should have the tensors of another one and have not, each with the other one."""
-    own = {name: {*map(id, adapter_parameters(layer, adapter))} for name, layer in adapted_layers(model).items()}
+    own = {name: [*adapter_parameters(layer, adapter)] for name, layer in adapted_layers(model).items()}
     ties = {tie.layer: layer.name for layer in state.adapters[adapter].plan.layers for tie in layer.ties}
-    return {name: source for name, source in ties.items() if not own.get(name, set()) <= own[source]}
+    shared = {name: [_is_among(tensor, own[ties[name]], read_only) for tensor in own.get(name, ())] for name in ties}
+    return {name: ties[name] for name, found in shared.items() if not all(found)}
+
+
+def _is_among(tensor: Tensor, others: list[nn.Parameter], equal: bool) -> bool:
+    """Whether a tensor is one of others, or has its values, where an `equal` one will do."""
+    if any(tensor is other for other in others):
+        return True
+    return equal and any(torch.equal(tensor, other.to(tensor)) for other in others)
 
 
 def _places(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]:

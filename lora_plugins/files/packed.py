@@ -33,7 +33,7 @@ def pack(
     Raises:
         StateError: If a layer of it was replaced, or has another name.
     """
-    check_in_place(model, state, adapter_name)
+    check_in_place(model, state, adapter_name, read_only=not of_first_base)  # else a resume writes into them
     check_norms(model, state, adapter_name)
     adapter = state.adapters[adapter_name]
     plan = adapter.plan

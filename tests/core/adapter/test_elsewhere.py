@@ -492,3 +492,16 @@ def test_heads_of_rows_are_moved_with_the_model(device):
         expected = model(X.to(device)).cpu()
         torch.testing.assert_close(model.cpu()(X), expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(model.to(device)(X.to(device)).cpu(), expected, rtol=0, atol=1e-12)
+
+
+def test_layers_that_shared_tensors_are_saved_when_accelerate_has_parted_them(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    model[2].weight = model[0].weight
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0", "2"], init="none"))
+    before = lora.save_adapter(tmp_path / "before")
+    offloaded(model, tmp_path, "memory")
+    pytest.importorskip("accelerate").hooks.remove_hook_from_submodules(model)
+    after = lora.save_adapter(tmp_path / "after")
+    assert {path.name for path in after.iterdir()} == {path.name for path in before.iterdir()}  # of their content
+    with pytest.raises(StateError, match=r"'2' had the tensors of '0' .* offloading by accelerate"):
+        lora.pack("default")  # into whose tensors a resume may write
