@@ -251,6 +251,26 @@ class TableOfTheCpu(StoragePlugin):
         return self.levels[tensors["codes"].int()] * tensors["scale"]
 
 
+class TakesAValue(Int8Storage):
+    """By `item()`, which is right on every device, though it waits for it."""
+
+    def restore(self, tensors, shape, options):
+        dense = super().restore(tensors, shape, options)
+        return dense if tensors["codes"].max().item() else torch.zeros_like(dense)
+
+
+class TakesThemByNumpy(Int8Storage):
+    def restore(self, tensors, shape, options):
+        codes = tensors["codes"]
+        again = torch.from_numpy(codes.cpu().numpy().copy()).to(codes.device)
+        return super().restore({**tensors, "codes": again}, shape, options)
+
+
+@pytest.mark.parametrize("plugin", [TakesAValue(), TakesThemByNumpy()], ids=["item", "numpy"])
+def test_a_storage_may_take_values(plugin, device):
+    check_storage_plugin(plugin, device=device, only=["device"])
+
+
 class StoredOnDefaultDevice(Int8Storage):
     def store(self, weight, options):
         return super().store(weight * torch.tensor(1.0), options) | {"largest": torch.zeros(1)}
