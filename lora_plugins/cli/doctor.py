@@ -1,5 +1,6 @@
 """`lora-plugins doctor`: checks an installation, and says what to do about what it finds."""
 
+import difflib
 import platform
 import shutil
 import traceback
@@ -115,11 +116,23 @@ def _plugins() -> Iterator[Finding]:
         yield _plugin(info)
     for problem in installed_commands().problems:
         yield Finding("problem", problem, "Repair or uninstall that distribution.")
+    yield from _misspelt_groups()
     installed = [name for info in registry.plugins for name in (info.name, info.full_name)]
     for variable in (BLOCK_VARIABLE, ALLOW_VARIABLE):
         for name in names_in(variable):
             if name not in installed:
                 yield Finding("note", f"{variable} names {name!r}, which is not installed", near(name, installed))
+
+
+def _misspelt_groups() -> Iterator[Finding]:
+    """Names entry points in groups that are called nearly as ours: no one looks there, and nothing says so."""
+    points = metadata.entry_points()
+    for group in sorted(points.groups - {GROUP, COMMANDS}):
+        for meant in difflib.get_close_matches(group, [GROUP, COMMANDS], n=1, cutoff=0.85):
+            for point in points.select(group=group):
+                of = f" of {point.dist.name}" if point.dist else ""
+                found = f"the entry point {point.name!r}{of} is in the group {group!r}, which is not ours"
+                yield Finding("note", found, f"If it is a plugin, call the group {meant!r} and install it again.")
 
 
 def _no_registry(error: PluginError) -> Finding:

@@ -1,5 +1,6 @@
 """`lora-plugins doctor` and `lora-plugins plugins`: what they find, and what they say to do."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -36,12 +37,12 @@ def fresh_registry():
 def distribution(tmp_path, monkeypatch):
     """Puts a distribution with one plugin on the path of this test."""
 
-    def make(name, text):
+    def make(name, text, group="lora_plugins"):
         (tmp_path / f"plugin_of_{name}.py").write_text(text)
         info = tmp_path / f"{name}-1.5.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
-        (info / "entry_points.txt").write_text(f"[lora_plugins]\nof_{name} = plugin_of_{name}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\nof_{name} = plugin_of_{name}\n")
         monkeypatch.syspath_prepend(tmp_path)
 
     yield make
@@ -56,6 +57,7 @@ def doctor(capsys):
 
 class TestDoctor:
     def test_a_checkout_that_is_imported_but_not_installed(self, capsys, monkeypatch):
+        importlib.import_module("lora_plugins.cli.doctor")  # what it imports is not found below
         monkeypatch.setattr(sys, "path", [])  # nothing that is installed is found; what is imported stays
         assert main(["doctor"]) == 1
         assert "lora-plugins is not installed, so that none of its plugins is found" in capsys.readouterr().err
@@ -121,6 +123,26 @@ class TestDoctor:
         assert "[problem] plugin 'of_bad' of bad 1.5 failed: ModuleNotFoundError" in out
         assert "plugin_of_bad.py, line 1" in out
         assert "LORA_PLUGINS_BLOCK=of_bad" in out
+
+    @pytest.mark.parametrize(
+        ("group", "meant"),
+        [
+            ("lora_plugin", "lora_plugins"),
+            ("lora-plugins", "lora_plugins"),
+            ("lora_plugins.command", "lora_plugins.commands"),
+        ],
+    )
+    def test_a_group_that_is_called_nearly_as_ours_is_noted(self, capsys, distribution, group, meant):
+        distribution("lost", WORKING.format(name="mine", override=False), group)
+        _, out = doctor(capsys)
+        assert f"[note] the entry point 'of_lost' of lost is in the group {group!r}, which is not ours" in out
+        assert f"-> If it is a plugin, call the group {meant!r} and install it again." in out
+
+    @pytest.mark.parametrize("group", ["lora", "pytest11", "other_plugins"])
+    def test_groups_of_others_are_not_noted(self, capsys, distribution, group):
+        distribution("other", "", group)
+        _, out = doctor(capsys)
+        assert "of_other" not in out
 
     @pytest.mark.parametrize("text", ["", "def x(:"], ids=["no hook", "no Python"])
     def test_where_it_broke_is_said_only_if_that_is_a_line_of_it(self, capsys, distribution, text):
