@@ -286,13 +286,13 @@ class Reading(nn.Module):
         self.fc = nn.Linear(8, 4)
 
     def forward(self, x):
-        return linear(x, self.fc.weight)
+        return linear(x, self.fc.weight, self.fc.bias)
 
 
 DISTRIBUTED = {
     "called": net,
     "read": Reading,
-    "transposed": lambda: nn.Sequential(nn.Unflatten(1, (2, 4)), nn.ConvTranspose1d(2, 3, 2)),
+    "transposed": lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.ConvTranspose2d(2, 3, 2, stride=2)),
 }
 
 
@@ -301,13 +301,13 @@ DISTRIBUTED = {
 def test_tensors_of_one_mesh(make):
     torch.manual_seed(0)
     model = make().double()
-    lora = LoraModel(model, LoraConfig(r=2, init="none"))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    expected = [model(X), *torch.autograd.grad(model(X).sin().sum(), trained)]
+    lora = LoraModel(model, LoraConfig(r=2, init="none", bias="all"))  # torch 2.8 differentiates no frozen ones here
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = [model(X), *torch.autograd.grad(model(X).sin().sum(), trained.values())]
     mesh = init_device_mesh("cpu", (1,))
     distribute_module(model, mesh)
     x = distribute_tensor(X, mesh, [Shard(0)])
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [model.get_parameter(name) for name in trained]  # torch 2.8 lets all require gradients
     found = [model(x), *torch.autograd.grad(model(x).sin().sum(), trained)]
     torch.testing.assert_close([each.full_tensor() for each in found], expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(StateError, match="split over processes"):
