@@ -1,5 +1,7 @@
 """Whether an adapter is still intact on its model: other code may have replaced parts of it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
     Raises:
         StateError: If one of them is not there any more, and with it its update.
     """
-    _places(model, state, adapter)
+    _places(_names(model, adapter), state, adapter)
 
 
 def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_only: bool = False) -> None:
@@ -37,8 +39,9 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_on
         StateError: If one of them is not there any more, or has another name, or was copied within the model; or if one
             that shares its weight with another one has tensors of its own.
     """
-    places = _places(model, state, adapter)
-    copied = {copy: origin for copy, origin in _names(model, adapter).items() if places[origin] != copy}
+    names = _names(model, adapter)
+    places = _places(names, state, adapter)
+    copied = {copy: origin for copy, origin in names.items() if places[origin] != copy}
     if copied:
         first, origin = next(iter(copied.items()))
         raise StateError(
@@ -65,8 +68,10 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_on
 
 def _parted(model: nn.Module, state: ModelState, adapter: str, read_only: bool) -> dict[str, str]:
     """Returns the layers that should have the tensors of another one and have not, each with the other one."""
-    own = {name: [*adapter_parameters(layer, adapter)] for name, layer in adapted_layers(model).items()}
     ties = {tie.layer: layer.name for layer in state.adapters[adapter].plan.layers for tie in layer.ties}
+    if not ties:
+        return {}
+    own = {name: [*adapter_parameters(layer, adapter)] for name, layer in adapted_layers(model).items()}
     shared = {name: [_is_among(tensor, own[ties[name]], read_only) for tensor in own.get(name, ())] for name in ties}
     return {name: ties[name] for name, found in shared.items() if not all(found)}
 
@@ -78,9 +83,8 @@ def _is_among(tensor: Tensor, others: list[nn.Parameter], equal: bool) -> bool:
     return equal and any(torch.equal(tensor, other.to(tensor)) for other in others)
 
 
-def _places(model: nn.Module, state: ModelState, adapter: str) -> dict[str, str]:
+def _places(names: Mapping[str, str], state: ModelState, adapter: str) -> dict[str, str]:
     """Returns the names that the layers of an adapter have now, by those that they had when it was added."""
-    names = _names(model, adapter)
     places = {origin: name for name, origin in names.items()}
     places |= {origin: name for name, origin in names.items() if name == origin}  # not those of a copy
     lost = [layer.name for layer in state.adapters[adapter].plan.layers if layer.name not in places]
