@@ -133,7 +133,7 @@ def check_config(call: str, config: Any) -> None:
         raise ConfigError(f"{call}: {_wrong_type('config', config)} {_remedy('config', config)}".rstrip())
 
 
-def names_in(adapter_names: str | Sequence[Name], ordered: str = "") -> tuple[str | Name, ...]:
+def chosen_names(adapter_names: str | Sequence[Name], ordered: str = "") -> tuple[str | Name, ...]:
     """Returns one name, which Python takes for a sequence of its letters, or several.
 
     Args:

@@ -36,7 +36,7 @@ from lora_plugins.adapter import (
     whole,
     without_adapters,
 )
-from lora_plugins.arguments import names_in, with_checked_arguments
+from lora_plugins.arguments import chosen_names, with_checked_arguments
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import StateError, noted
 from lora_plugins.files import (
@@ -225,8 +225,8 @@ class LoraModel(metaclass=Told):
             >>> lora.active_weights
             {'a': 0.7, 'b': 0.3}
         """
-        names = names_in(adapter_names, "" if weights is None else "LoraModel.set_adapter with weights: adapter_names")
-        set_active(self.model, self._state, names, weights, trainable=trainable)
+        ordered = "" if weights is None else "LoraModel.set_adapter with weights: adapter_names"
+        set_active(self.model, self._state, chosen_names(adapter_names, ordered), weights, trainable=trainable)
 
     def disable_adapter(self) -> AbstractContextManager[nn.Module]:
         """Restores the base model inside a `with` block, bit for bit, trained heads and biases included.
@@ -260,7 +260,7 @@ class LoraModel(metaclass=Told):
             torch.Size([3, 2])
         """
         check_not_fused(self.model)
-        return mixed_batch(self.model, names_in(adapter_names, "LoraModel.mixed_batch: adapter_names"))
+        return mixed_batch(self.model, chosen_names(adapter_names, "LoraModel.mixed_batch: adapter_names"))
 
     @_changing
     def delete_adapter(self, adapter_name: str) -> None:
@@ -289,7 +289,7 @@ class LoraModel(metaclass=Told):
                 merged then.
             StateError: If an adapter is unknown, not active, or merged already.
         """
-        names = names_in(adapter_names) if adapter_names is not None else self._state.unmerged
+        names = chosen_names(adapter_names) if adapter_names is not None else self._state.unmerged
         return merge(self.model, self._state, names, max_error)
 
     @_changing
@@ -369,7 +369,7 @@ class LoraModel(metaclass=Told):
                 is merged.
         """
         with self._adding(adapter_name):
-            names = names_in(adapters, "LoraModel.add_weighted_adapter: adapters")
+            names = chosen_names(adapters, "LoraModel.add_weighted_adapter: adapters")
             new, error = combine(self.model, self._state, self._registry, names, weights, combination_type, options)
             add(self.model, adapter_name, new)
         return error

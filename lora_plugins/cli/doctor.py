@@ -128,6 +128,7 @@ def _misspelt_groups() -> Iterator[Finding]:
     """Names entry points in groups that are called nearly as ours: no one looks there, and nothing says so."""
     points = metadata.entry_points()
     for group in sorted(points.groups - {GROUP, COMMANDS}):
+        # Closer than what `near` offers, which would take groups of others for ours.
         for meant in difflib.get_close_matches(group, [GROUP, COMMANDS], n=1, cutoff=0.85):
             for point in points.select(group=group):
                 of = f" of {point.dist.name}" if point.dist else ""
