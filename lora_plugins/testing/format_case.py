@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
+from lora_plugins.errors import AdapterFileError
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import FORMATS, AdapterFormat, Registry
 from lora_plugins.testing.registry_under_test import registry_with
@@ -18,6 +19,13 @@ from lora_plugins.utils import own_randomness
 
 ALPHAS = (10 / 3, 13 / 3)
 """The alphas of the adapter that is checked: a text of six digits does not hold them."""
+
+PATTERNS: Sequence[Mapping[str, Any]] = (
+    {"rank_pattern": {"to_out": 3}, "alpha_pattern": {"to_q": ALPHAS[1]}},
+    {"rank_pattern": {"to_out": 3}},
+    {},
+)
+"""How the two layers of that adapter differ, from formats that hold all to those with one rank and alpha for a file."""
 
 
 class Block(nn.Module):
@@ -90,12 +98,27 @@ class FormatCase:
         elsewhere: The format that reads, as another process has it: it has not seen what was written.
         file_name: Name of the file or folder to write.
         options: The options that the format is given.
+        patterns: How the layers differ.
     """
 
     plugin: AdapterFormat
     elsewhere: AdapterFormat
     file_name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    patterns: Mapping[str, Any] = field(default_factory=lambda: PATTERNS[0])
+
+    def varied(self) -> "FormatCase":
+        """Returns this case with layers that differ as much as the format can write."""
+        for patterns in PATTERNS:
+            case = replace(self, patterns=patterns)
+            try:
+                with case.written():
+                    return case
+            except AdapterFileError:
+                continue
+            except Exception:  # for the checks to find
+                break
+        return self
 
     def registry(self) -> Registry:
         """Returns the installed plugins with this format alone of its kind.
@@ -112,12 +135,7 @@ class FormatCase:
 
     def trained(self, **fields: Any) -> LoraModel:
         """An adapted model, its layers of different ranks and scalings, that computes something of its own."""
-        layers = {
-            "target_modules": ["to_q", "to_out"],
-            "rank_pattern": {"to_out": 3},
-            "alpha_pattern": {"to_q": ALPHAS[1]},
-        }
-        return self.adapted(self.model(), **{**layers, **fields})
+        return self.adapted(self.model(), **{"target_modules": ["to_q", "to_out"], **self.patterns, **fields})
 
     def adapted(self, model: nn.Module, **fields: Any) -> LoraModel:
         """Adapts a model so that it computes something of its own."""

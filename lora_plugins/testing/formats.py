@@ -27,7 +27,7 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
-from lora_plugins.testing.format_case import ALPHAS, LAYERS, FormatCase
+from lora_plugins.testing.format_case import LAYERS, FormatCase
 from lora_plugins.testing.full_disk import no_file_beyond
 from lora_plugins.testing.no_pickle import no_unpickling
 from lora_plugins.utils import own_randomness
@@ -85,8 +85,9 @@ def _replaced(case: FormatCase) -> None:
 
 
 def _full_disk(case: FormatCase) -> None:
-    for ranks in ({"to_q": 5}, {"to_out": 5}):  # whichever of two files is written first is the smaller one once
-        new = case.trained(rank_pattern=ranks)
+    ranks = [{"rank_pattern": {name: 5}} for name in ("to_q", "to_out")] if case.patterns else [{"r": 5}]
+    for larger in ranks:  # whichever of two files is written first is the smaller one once
+        new = case.trained(**larger)
         with tempfile.TemporaryDirectory() as folder:
             case.write(new, Path(folder))
             sizes = {file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()}
@@ -233,10 +234,12 @@ def _pickle(case: FormatCase) -> None:
 
 
 def _summary(case: FormatCase) -> None:
-    with case.written() as (_, path):
-        found = {(layer.r, layer.alpha / layer.r) for layer in case.elsewhere.summary(path).layers}
-        expected = {(2, ALPHAS[1] / 2), (3, ALPHAS[0] / 3)}
-        require(found == expected, f"its layers have these ranks and scalings: {sorted(found)}")
+    with case.written() as (lora, path):
+        found, expected = (
+            [(layer.r, layer.alpha / layer.r) for layer in layers]
+            for layers in (case.elsewhere.summary(path).layers, lora.plans["default"].layers)
+        )
+        require(sorted(found) == sorted(expected), f"its layers have these ranks and scalings: {sorted(found)}")
 
 
 _CHECKS: tuple[Check[FormatCase], ...] = (
@@ -357,6 +360,6 @@ def check_format_plugin(
             authors usually got wrong.
         ConfigError: If there is no check of a name, or the options are no mapping.
     """
-    case = FormatCase(plugin, checks.elsewhere(plugin), file_name, checks.one_of(options))
+    case = FormatCase(plugin, checks.elsewhere(plugin), file_name, checks.one_of(options)).varied()
     for check in chosen(FORMAT_CHECKS, only, skip):
         checks.run(check, case, f"{type(plugin).__name__}")

@@ -269,7 +269,8 @@ START_CHECKS: tuple[Check[InitCase], ...] = (
         "seed",
         _seed,
         "another seed (which comes from the run's seed and the layer's name) and another weight give another start",
-        "fill makes a generator of its own with a fixed seed, so that all layers start the same.",
+        "fill makes a generator of its own with a fixed seed, so that all layers start the same. For an init that is "
+        "meant to start all layers the same, such as one of a fixed basis, skip it: skip=['seed'].",
     ),
     Check(
         "device",

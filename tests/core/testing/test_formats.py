@@ -103,6 +103,22 @@ class AlphasAsText(PeftFormat):
         return super().save(path, text, model, options)
 
 
+class OneForAll(PeftFormat):
+    """Has one value for all layers, of what is told apart."""
+
+    def __init__(self, *told_apart):
+        self.told_apart = told_apart
+
+    def refusals(self, adapter):
+        of_layers = {tuple(getattr(each, name) for name in self.told_apart) for each in adapter.layers.values()}
+        return [*super().refusals(adapter), *(["layers that differ"] if len(of_layers) > 1 else [])]
+
+
+@pytest.mark.parametrize("told_apart", [["alpha"], ["r", "alpha"], ["r"]], ids=" and ".join)
+def test_one_value_for_all_layers(format_check, told_apart):
+    format_check(OneForAll(*told_apart))
+
+
 class Scaled(PeftFormat):
     """Moves a factor from the scaling into B."""
 
