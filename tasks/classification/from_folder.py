@@ -49,7 +49,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
         """Reads an image; its class is known from its folder."""
-        return read_image(item.image), item.target
+        return read_image(item.image, self.resized_to), item.target
 
     def _folder(self, split: str) -> Path:
         if (self.root / TRAIN).is_dir():

@@ -77,4 +77,5 @@ class HubImageDataModule(ImageDataModule):
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
         """Decodes an image; its class is known from its row."""
-        return as_rgb(self.hub_dataset.image(item, self.image_column), item.name), item.target
+        image = self.hub_dataset.image(item, self.image_column, self.resized_to)
+        return as_rgb(image, item.name), item.target

@@ -79,4 +79,4 @@ class ImageListDataModule(ImageDataModule):
 
     def read(self, item: Item) -> tuple[Image.Image, int]:
         """Reads an image; its class is known from its row."""
-        return read_image(item.image), item.target
+        return read_image(item.image, self.resized_to), item.target

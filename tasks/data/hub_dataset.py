@@ -12,6 +12,7 @@ from PIL import Image
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import Check, check_name, map_of, optional
 from lora_plugins.tasks.data.samples import Item
+from lora_plugins.tasks.data.transforms import Size
 from lora_plugins.tasks.errors import DataError, unknown
 from lora_plugins.tasks.files import TEST, TRAIN, VAL, decode_image
 
@@ -82,8 +83,13 @@ class HubDataset:
         """A row of a split as a sample that is not read yet."""
         return Item((split, row), target, f"row {row} of {self.name}, {split}", str(row))
 
-    def image(self, item: Item, column: str) -> Image.Image:
+    def image(self, item: Item, column: str, resized_to: Size | None = None) -> Image.Image:
         """Decodes an image of a row.
+
+        Args:
+            item: The row.
+            column: The column with the image.
+            resized_to: As in `decode_image`.
 
         Raises:
             DataError: If it cannot be decoded.
@@ -93,7 +99,7 @@ class HubDataset:
         if stored is None:
             raise DataError(f"{item.name} has no {column}. Splits without it can be left out: see `splits`.")
         source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
-        return decode_image(source, f"{column} in {item.name}")
+        return decode_image(source, f"{column} in {item.name}", resized_to)
 
     def _own_splits(self, loaded: Any, splits: Mapping[str, str] | None) -> dict[str, str]:
         if splits is None:

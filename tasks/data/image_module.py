@@ -88,6 +88,8 @@ class ImageDataModule(VisionDataModule):
     """
 
     has_masks = False
+    resized_to: Size | None = None
+    """Height and width of the images, once they are known, for `read`: larger ones need not be decoded whole."""
 
     def __init__(
         self,
@@ -138,6 +140,7 @@ class ImageDataModule(VisionDataModule):
 
     def setup(self, stage: str) -> None:
         """Loads the splits, once; their images become what the model says that is trained or measured now."""
+        self.resized_to = self._known_size()
         super().setup(stage)
         for split, samples in self.splits.items():
             if isinstance(samples, LazySamples):  # a subclass may load others
@@ -178,10 +181,9 @@ class ImageDataModule(VisionDataModule):
         Raises:
             ConfigError: If neither the arguments nor the model say.
         """
-        size = self.image_size or self._of_model("image_size")
-        if size is None:
+        if (size := self._known_size()) is None:
             raise ConfigError(f"Set `image_size` of {type(self).__name__}: the model does not say what it should be.")
-        return int(size[0]), int(size[1])
+        return size
 
     def plain_transform(self) -> Any:
         """The transform without augmentation, for all splits but train."""
@@ -198,6 +200,10 @@ class ImageDataModule(VisionDataModule):
             masks=self.has_masks,
             ignore_index=self.ignore_index,
         )
+
+    def _known_size(self) -> Size | None:
+        size = self.image_size or self._of_model("image_size")
+        return None if size is None else (int(size[0]), int(size[1]))
 
     def _of_model(self, attribute: str) -> Any:
         """An attribute of the module that is trained; None if there is no trainer, or the module does not have it."""

@@ -28,6 +28,7 @@ from lora_plugins.tasks.data import INTERPOLATIONS
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS, WEIGHTS_FILES
 from lora_plugins.tasks.models import AUTO, NONE
+from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
 REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation", "mean", "std", "bgr"})
@@ -95,6 +96,15 @@ class AdapterTask:
     path: Path
     provenance: Provenance
     stored: Mapping[str, Any]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it predicts masks, not labels.
+
+        Raises:
+            WeightsError: If its class is not imported.
+        """
+        return issubclass(_task_class(self.provenance, self.path), SemanticSegmentationTask)
 
     def build(self, weights: str | Path | None = None) -> VisionTask:
         """Builds the task with its base, without the adapter; `weights` is where those of the base are now."""

@@ -14,6 +14,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -108,9 +109,10 @@ def predict_folder(
         raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
     named = [images] if isinstance(images, str | Path) else images
     found = dict.fromkeys(path for each in named for path in _found(str(each)))
-    paths = _named(_readable([*found], on_problem))
     if isinstance(task, SemanticSegmentationTask):
+        paths = _named(_readable([*found], on_problem))
         return _write_masks(task, paths, out, window, overlap, flips)
+    paths = _named(_readable([*found], on_problem, task.image_size))
     return [_write_labels(task, paths, out / LABELS, flips)]
 
 
@@ -191,8 +193,8 @@ def _matching(pattern: str) -> list[Path]:
     return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def _readable(paths: Sequence[Path], on_problem: str) -> list[Path]:
-    errors = read_errors(paths, read_image)
+def _readable(paths: Sequence[Path], on_problem: str, resized_to: Size | None = None) -> list[Path]:
+    errors = read_errors(paths, partial(read_image, resized_to=resized_to))
     problems = [error for error in errors if error]
     message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"
     if problems and (on_problem == ERROR or len(problems) == len(paths)):
@@ -209,7 +211,7 @@ def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips
     rows = csv.writer(table)
     rows.writerow([*COLUMNS, *(f"probability of {name}" if name in COLUMNS else name for name in names)])
     for name, path in paths.items():
-        probabilities = label_probabilities(task, _tensor(path), flips=flips)
+        probabilities = label_probabilities(task, _tensor(path, task.image_size), flips=flips)
         best = int(probabilities.argmax())
         columns = (f"{float(p):.6f}" for p in (probabilities[best], *probabilities))
         rows.writerow([name, names[best], *columns])
@@ -266,7 +268,7 @@ def _of_another(file: Path) -> ConfigError:
     )
 
 
-def _tensor(path: Path) -> Tensor:
+def _tensor(path: Path, resized_to: Size | None = None) -> Tensor:
     """An image (3, H, W), 8-bit."""
-    pixels: Tensor = functional.pil_to_tensor(read_image(path))
+    pixels: Tensor = functional.pil_to_tensor(read_image(path, resized_to))
     return pixels

@@ -6,7 +6,7 @@ GET  /health
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from io import BytesIO
 from typing import Any
@@ -149,14 +149,14 @@ async def _body(request: Request, limit: int) -> bytes:
 
 
 def _prepared(described: Described, body: bytes, max_pixels: int) -> tuple[Tensor, tuple[int, int]]:
-    """The image as the task takes it, and its own height and width."""
-    decoded = _decoded(body, max_pixels)
+    """The image as the task takes it, and the height and width of a mask of it."""
+    provenance = described.provenance
+    decoded = _decoded(body, max_pixels, None if described.has_masks else provenance["image_size"])
     tensor: Tensor = functional.pil_to_tensor(decoded)
-    size, provenance = (decoded.height, decoded.width), described.provenance
-    return resized(tensor, provenance["image_size"], provenance["interpolation"]), size
+    return resized(tensor, provenance["image_size"], provenance["interpolation"]), (decoded.height, decoded.width)
 
 
-def _decoded(body: bytes, max_pixels: int) -> Image.Image:
+def _decoded(body: bytes, max_pixels: int, resized_to: Sequence[int] | None) -> Image.Image:
     try:
         with Image.open(BytesIO(body)) as opened:
             pixels, kind = opened.width * opened.height, opened.format
@@ -164,7 +164,7 @@ def _decoded(body: bytes, max_pixels: int) -> Image.Image:
             raise DataError(f"{UPLOAD} is of the format {kind}, which is a program. Send another, such as PNG or JPEG.")
         if pixels > max_pixels:
             raise _TooLargeError(f"{UPLOAD} has {pixels} pixels, more than the {max_pixels} that are allowed.")
-        return as_rgb(decode_image(BytesIO(body), UPLOAD), UPLOAD)
+        return as_rgb(decode_image(BytesIO(body), UPLOAD, resized_to), UPLOAD)
     except LoraError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -182,7 +182,7 @@ def _answer(described: Described, logits: Tensor, size: tuple[int, int]) -> Resp
             f"The adapter {described.name!r} answers with NaN: values of it or of its base are NaN or overflow, as "
             "after a training that diverged. Train it again, or take an earlier one of its run."
         )
-    if logits.ndim > 1:
+    if described.has_masks:
         if len(logits) > MAX_CLASSES:
             raise WeightsError(
                 f"The adapter {described.name!r} has {len(logits)} classes; an 8-bit mask holds at most {MAX_CLASSES}."

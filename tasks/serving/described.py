@@ -29,12 +29,14 @@ class Described:
         base: Tells the bases apart, also by how they are stored: adapters with the same one share it. One whose init
             has changed the base shares it with nobody.
         provenance: The task that it is of.
+        has_masks: Whether that predicts masks, not labels.
     """
 
     name: str
     version: str
     base: str
     provenance: Provenance = field(compare=False)
+    has_masks: bool = field(compare=False)
 
 
 def describe_folder(path: Path) -> Described:
@@ -51,7 +53,7 @@ def describe_folder(path: Path) -> Described:
     own = version if manifest.get("changed") else None  # rebuilt from the base in its own type, bit for bit
     images = [provenance[key] for key in ("mean", "std", "bgr")]
     base = [provenance["class"], _model(source), images, provenance.get("target"), source.stored, own]
-    return Described(path.name, version, json.dumps(base, sort_keys=True), provenance)
+    return Described(path.name, version, json.dumps(base, sort_keys=True), provenance, source.has_masks)
 
 
 def read_described(folder: Path, described: Described) -> PackedAdapter:

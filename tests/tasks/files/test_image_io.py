@@ -109,6 +109,39 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, name, content):
         read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "resized_to", "size"),
+    [
+        ("it.jpg", None, (640, 480)),
+        ("it.jpg", (130, 120), (640, 480)),
+        ("it.jpg", (120, 120), (320, 240)),
+        ("it.jpg", (20, 32), (160, 120)),
+        ("it.jpg", (2, 2), (80, 60)),
+        ("it.png", (20, 32), (640, 480)),
+    ],
+)
+def test_a_jpeg_is_decoded_as_large_as_it_is_needed(tmp_path, name, resized_to, size):
+    path = write_image(tmp_path / name, noise(480, 640))
+    assert read_image(path, resized_to).size == size
+
+
+def test_a_jpeg_on_its_side_is_decoded_as_large_as_it_is_needed(tmp_path):
+    image = Image.fromarray(noise(480, 640))
+    image.getexif()[0x0112] = 6
+    image.save(tmp_path / "it.jpg", exif=image.getexif())
+    assert read_image(tmp_path / "it.jpg", (120, 20)).size == (240, 320)
+
+
+def test_a_smaller_decoded_jpeg_shows_the_same(tmp_path):
+    small = Image.fromarray(noise(12, 16)).resize((640, 480), Image.Resampling.BICUBIC)
+    small.save(tmp_path / "it.jpg", quality=95)
+    whole, part = (
+        np.asarray(read_image(tmp_path / "it.jpg", size).resize((60, 60), Image.Resampling.BILINEAR)).astype(int)
+        for size in (None, (60, 60))
+    )
+    assert np.abs(whole - part).max() <= 4
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
 @pytest.mark.parametrize("read", [read_image, shown_size], ids=["read", "measured"])
 def test_a_pipe_among_the_images_is_not_waited_for(tmp_path, read):

@@ -28,13 +28,15 @@ def predict(arguments):
 
 
 @pytest.mark.parametrize(
-    "resized", [{"image_size": (24, 16)}, {"interpolation": "nearest"}], ids=["size", "interpolation"]
+    ("resized", "suffix"),
+    [({"image_size": (24, 16)}, "png"), ({"interpolation": "nearest"}, "png"), ({"image_size": (16, 16)}, "jpg")],
+    ids=["size", "interpolation", "larger JPEGs"],
 )
-def test_images_are_resized_as_those_of_the_fit(trainer, tmp_path, resized):
+def test_images_are_resized_as_those_of_the_fit(trainer, tmp_path, resized, suffix):
     """In memory, from files, and in the validation alike."""
     for number in range(8):
         place = tmp_path / "data" / ("train", "val")[number % 2] / ("a", "b")[number // 2 % 2]
-        write_image(place / f"{number}.png", noise(40, 30, seed=number))
+        write_image(place / f"{number}.{suffix}", noise(140, 130, seed=number))
     task = ImageClassificationTask(tiny_vit(2, dynamic_img_size=True), lr=0.05)
     data = ImageFolderDataModule(str(tmp_path / "data"), batch_size=4, **resized)
     merged, checkpoint = str(tmp_path / "merged.safetensors"), str(tmp_path / "merged.ckpt")

@@ -1,6 +1,7 @@
 """The application: adapters that are replaced while they are asked for, and what is answered of what is wrong."""
 
 import asyncio
+import csv
 import io
 import json
 import shutil
@@ -15,7 +16,8 @@ from benchmarks.serving.adapters import add_provenance, write_adapters, write_ba
 from lora_plugins import LoraModel
 from lora_plugins.files import MANIFEST
 from lora_plugins.tasks import ImageClassificationTask, SemanticSegmentationTask
-from lora_plugins.tasks.inference import label_probabilities, load_task
+from lora_plugins.tasks.inference import label_probabilities, load_task, predict_folder
+from lora_plugins.tasks.inference.predict import COLUMNS
 from lora_plugins.tasks.training import PROVENANCE_KEY
 from tests.core.file_cases import manifest_of, write_manifest
 
@@ -182,6 +184,22 @@ def test_more_classes_than_a_mask_holds_are_told(tmp_path, serve):
     write_adapters(SemanticSegmentationTask, base, tmp_path / "adapters", ["many"], **MASKS)
     (answer,) = ask(serve(tmp_path / "adapters"), [(to("many"), encoded(picture(size=(64, 64))))])
     assert (answer.status_code, "257 classes; an 8-bit mask holds at most 256" in answer.text) == (422, True)
+
+
+@pytest.mark.parametrize("kind", ["labels", "masks"])
+def test_a_large_jpeg_is_answered_as_by_predict(request, tmp_path, serve, kind):
+    folder, name = {"labels": ("written", "birds"), "masks": ("segmenters", "roads")}[kind]
+    adapters, photo = request.getfixturevalue(folder), tmp_path / "photo.jpg"
+    Image.fromarray(picture(size=(480, 640))).save(photo)
+    predict_folder(load_task(adapters / name), photo, tmp_path / "out")
+    (answer,) = ask(serve(adapters), [(to(name), photo.read_bytes())])
+    if kind == "labels":
+        (row,) = csv.DictReader((tmp_path / "out" / "labels.csv").read_text().splitlines())
+        expected = {key: float(value) for key, value in row.items() if key not in COLUMNS}
+        assert answer.json()["probabilities"] == pytest.approx(expected, abs=1e-5)
+    else:
+        mask = Image.open(io.BytesIO(answer.content))
+        assert mask.tobytes() == Image.open(tmp_path / "out" / "masks" / "photo.png").tobytes()
 
 
 def test_a_program_is_not_run(adapters, serve):
