@@ -169,6 +169,10 @@ class ImageDataModule(VisionDataModule):
             self._check_classes(frozenset().union(*(seen[id(item)].classes for item in items[TRAIN])))
         return {split: LazySamples(members, self.read, self._transform_of(split)) for split, members in items.items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for another process, as of workers that are not forked: reading needs no trainer."""
+        return {**self.__dict__, "trainer": None}
+
     def _what_fills(self, split: str) -> str:
         share = self.shares.get(split)
         if not share:

@@ -1,16 +1,20 @@
 """Files that cannot be used, and sampling."""
 
+import pickle
 import shutil
+import threading
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
     DataError,
+    HubImageDataModule,
+    HubMaskDataModule,
     ImageClassificationTask,
     ImageFolderDataModule,
     ImageListDataModule,
@@ -198,3 +202,56 @@ class TestSampling:
         data = ImageFolderDataModule(str(class_folders), batch_size=batch_size, **SIZE)
         data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)  # each has 4 of 8
         assert loaded(data).train_dataloader().drop_last is dropped
+
+
+class Sent(Callback):
+    """Sends the samples of a fit to another process, as to workers that are not forked; it cannot go along itself."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.received = pickle.loads(pickle.dumps(trainer.datamodule.splits["train"]))
+
+
+class Spawning(ImageFolderDataModule):
+    def _loader(self, split):
+        loader = super()._loader(split)
+        loader.multiprocessing_context = "spawn"
+        return loader
+
+
+class TestWorkers:
+    @pytest.mark.parametrize("kind", ["folders", "list", "rows"])
+    def test_that_are_not_forked_read_labels(self, request, tmp_path, trainer, kind):
+        source = request.getfixturevalue("labeled_rows" if kind == "rows" else "class_folders")
+        rows = [{"image": f"{s}/{n}/0.jpg", "label": n, "split": s} for s in ("train", "val") for n in ("cat", "dog")]
+        data = {
+            "folders": lambda: ImageFolderDataModule(str(source), augmentation="none"),
+            "list": lambda: ImageListDataModule(written(source / "list.csv", rows), augmentation="none"),
+            "rows": lambda: HubImageDataModule(str(source), augmentation="none"),
+        }[kind]()
+        self.check(trainer, ImageClassificationTask(tiny_vit(2)), data)
+
+    @pytest.mark.parametrize("kind", ["folders", "rows"])
+    def test_that_are_not_forked_read_masks(self, request, trainer, kind):
+        source = str(request.getfixturevalue("masked_rows" if kind == "rows" else "mask_folders"))
+        options = {"classes": ["a", "b", "c"], "augmentation": "none", "image_size": (32, 32)}
+        data = (
+            HubMaskDataModule(source, mask_column="annotation", reduce_labels=True, **options)
+            if kind == "rows"
+            else MaskFolderDataModule(source, **options)
+        )
+        self.check(trainer, SemanticSegmentationTask(tiny_segformer(3), ignore_index=255), data)
+
+    @pytest.mark.slow
+    def test_that_are_spawned_train(self, class_folders, trainer):
+        data = Spawning(str(class_folders), num_workers=1, batch_size=4)
+        trainer(num_sanity_val_steps=1).fit(ImageClassificationTask(tiny_vit(2)), data)
+
+    def check(self, trainer, task, data):
+        sent = Sent()
+        trainer(callbacks=[sent]).fit(task, data)
+        ours, theirs = data.splits["train"][1], sent.received[1]
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(torch.as_tensor(ours["target"]), torch.as_tensor(theirs["target"]))
