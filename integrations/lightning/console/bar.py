@@ -4,9 +4,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
+from lightning_utilities.core.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
@@ -15,14 +17,20 @@ SECONDS = 0.1
 """Between two pictures of the bar. No thread draws it: a fork of a process with threads can hang."""
 
 
+Step = TypeVar("Step")
+
+
 class Bar:
     """A progress bar of one line.
 
-    The display is stopped once and for all, with its last picture left as a line: nothing that is printed afterwards is
-    drawn over. Lines of `logging` that go to the terminal go above the bar as well.
+    The display is stopped once and for all: nothing that is printed afterwards is drawn over. Lines of `logging` that
+    go to the terminal go above the bar as well.
+
+    Args:
+        stays: Whether its last picture is left as a line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stays: bool = True) -> None:
         one_line = Column(no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("{task.description}", table_column=one_line),
@@ -33,6 +41,7 @@ class Bar:
             console=Console(),
             auto_refresh=False,
             expand=True,
+            transient=not stays,
         )
         self._task = self._progress.add_task("", total=None, left="", metric="")
         self._drawn = 0.0
@@ -57,9 +66,33 @@ class Bar:
             self._drawn = time.monotonic()
 
     def stop(self) -> None:
-        """Ends the display and leaves its last state as a line."""
+        """Ends the display."""
         self._streams.__exit__(None, None, None)
         self._progress.stop()
+
+
+def followed(steps: Iterable[Step], text: str, total: int) -> Iterator[Step]:
+    """Yields steps; the first process shows how many of them are done, if its output is a terminal.
+
+    Args:
+        steps: What is being done.
+        text: What that is.
+        total: How many there are.
+    """
+    if (bar := _passing_bar()) is None:
+        yield from steps
+        return
+    try:
+        for done, step in enumerate(steps, 1):
+            yield step
+            bar.show(text, done, total, f"{done}/{total}", "", now=done == total)
+    finally:
+        bar.stop()
+
+
+@rank_zero_only
+def _passing_bar() -> Bar | None:
+    return Bar(stays=False) if is_terminal() else None
 
 
 def is_terminal() -> bool:
