@@ -82,8 +82,8 @@ class LoraConfig:
             a new head; matched as a list in `target_modules` is.
         layers_to_transform: Adapt only these blocks. A number is an index in a block container; a string is the
             path of a block, such as `stages.2.blocks.5`.
-        layers_pattern: Names of the block containers that numbers in `layers_to_transform` count in. By default the
-            usual names (`layers`, `h`, `blocks`, ...) are found.
+        layers_pattern: Names of the block containers that numbers in `layers_to_transform` count in, or ends of their
+            paths (`encoder.layers`). By default the usual names (`layers`, `h`, `blocks`, ...) are found.
         rank_pattern: Ranks of single layers or blocks. A key is a path, matched as whole components anywhere in the
             name, or a regular expression over the name. The key with most path components wins; a tie is an error.
         alpha_pattern: Alphas of single layers or blocks; keys as in `rank_pattern`.

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from lora_plugins.errors import TargetError, near
+from lora_plugins.errors import TargetError, listing, near
 from lora_plugins.plan.patterns import spellings
-from lora_plugins.utils import path_runs
+from lora_plugins.utils import path_ends, path_runs
 
 BLOCK_CONTAINERS = frozenset(
     {"layers", "layer", "h", "blocks", "block", "stages", "stage", "levels", "features", "resblocks"}
@@ -17,7 +17,8 @@ class BlockFilter:
 
     Args:
         blocks: Indices of blocks, or paths of blocks.
-        containers: The names of block containers that indices count in; the usual ones when None.
+        containers: The names of block containers that indices count in, or the ends of their paths; the usual ones when
+            None.
         names: The names of all layers that could be adapted.
 
     Raises:
@@ -35,11 +36,12 @@ class BlockFilter:
         self._paths = {each for block in chosen if isinstance(block, str) for each in spellings(block)}
         self._containers = [containers] if isinstance(containers, str) else containers
         names = list(names)
-        numbered = {parts[at] for parts in (name.split(".") for name in names) for at in _numbered(parts)}
+        numbered = {path for name in names for path, _ in _numbered(name)}
         for container in self._containers or ():
-            if container not in numbered:
+            if not any(container in path_ends(path) for path in numbered):
+                held = {end for path in numbered for end in path_ends(path)[: container.count(".") + 1]}
                 raise TargetError(
-                    f"layers_pattern: {container!r} holds no numbered block with a target. {near(container, numbered)}"
+                    f"layers_pattern: {container!r} holds no numbered block with a target. {near(container, held)}"
                 )
         found = {block for name in names for block in self._blocks_of(name)}
         for block in chosen:
@@ -71,15 +73,19 @@ class BlockFilter:
     def _known(self, names: list[str]) -> str:
         containers = self._containers or BLOCK_CONTAINERS
         paths = sorted({f"{path}.{index}" for name in names for path, index in _indices(name, containers)})
-        return ", ".join(paths[:20]) or "none"
+        others = sorted({path_ends(path)[0] for name in names for path, _ in _numbered(name)})
+        return ", ".join(paths[:20]) or (
+            f"none. Name a container in layers_pattern: {listing(others)}" if others else "none"
+        )
 
 
 def _indices(name: str, containers: Iterable[str]) -> list[tuple[str, int]]:
+    """Those of the numbered blocks that `name` lies in that are in one of some containers."""
+    return [each for each in _numbered(name) if not set(path_ends(each[0])).isdisjoint(containers)]
+
+
+def _numbered(name: str) -> list[tuple[str, int]]:
     """The numbered blocks that `name` lies in: the container's path, and the index in it."""
     parts = name.split(".")
-    return [(".".join(parts[: at + 1]), int(parts[at + 1])) for at in _numbered(parts) if parts[at] in containers]
-
-
-def _numbered(parts: Sequence[str]) -> list[int]:
-    """Where a component of a name is followed by a number."""
-    return [at for at in range(len(parts) - 1) if parts[at + 1].isdecimal()]
+    numbers = [at for at in range(1, len(parts)) if parts[at].isdecimal()]
+    return [(".".join(parts[:at]), int(parts[at])) for at in numbers]

@@ -9,6 +9,7 @@ VIT = [f"blocks.{block}.{layer}" for block in range(12) for layer in ("attn.qkv"
 SWIN = [f"layers.{s}.blocks.{b}.attn.qkv" for s in range(3) for b in range(2)]
 CONVNEXT = [f"stages.{s}.blocks.{b}.mlp.fc1" for s in range(2) for b in range(2)]
 SEGFORMER = [f"encoder.block.{s}.{b}.attention.self.query" for s in range(2) for b in range(2)]
+TOWERS = [f"model.{tower}.layers.{b}.q" for tower in ("text", "image") for b in range(2)]
 RESNET = [f"layer{s}.{b}.conv1" for s in (1, 2) for b in range(2)]
 
 
@@ -26,6 +27,8 @@ RESNET = [f"layer{s}.{b}.conv1" for s in (1, 2) for b in range(2)]
         pytest.param(SEGFORMER, ["block.1.0"], None, [SEGFORMER[2]], id="segformer, block by path"),
         pytest.param(SEGFORMER, [1], None, SEGFORMER[2:], id="segformer, stage by number"),
         pytest.param(RESNET, [1], ["layer2"], ["layer2.1.conv1"], id="resnet, container of its own name"),
+        pytest.param(TOWERS, [1], "text.layers", [TOWERS[1]], id="two towers, container by the end of its path"),
+        pytest.param(SWIN, [1], "layers.2.blocks", [SWIN[5]], id="swin, container by its whole path"),
         pytest.param(
             SWIN, ["layers.0", "layers.1.blocks.1"], None, [SWIN[0], SWIN[1], SWIN[3]], id="swin, mixed depth"
         ),
@@ -64,6 +67,16 @@ def test_a_block_that_is_not_there_is_an_error_that_lists_what_is(names, block, 
 def test_a_container_that_is_not_there_is_an_error_that_offers_the_near_one(containers):
     with pytest.raises(TargetError, match=r"layers_pattern: 'block'.*Did you mean 'blocks'"):
         BlockFilter([0], containers, VIT)
+
+
+def test_a_number_where_no_container_has_a_usual_name_is_an_error_that_names_those_there_are():
+    with pytest.raises(TargetError, match=r"layers_to_transform.*block 1 .*layers_pattern: 'layer1', 'layer2'"):
+        BlockFilter([1], None, RESNET)
+
+
+def test_an_unknown_container_is_an_error_that_offers_paths_as_long():
+    with pytest.raises(TargetError, match=r"layers_pattern: 'texts.layers'.*Did you mean 'text.layers'"):
+        BlockFilter([1], "texts.layers", TOWERS)
 
 
 def test_a_digit_that_is_no_number_is_a_name():
