@@ -63,8 +63,11 @@ _CHECKS: Mapping[str, Check] = {
 }
 """By the name of another parameter, what it can hold. Where None is the default, it can be given."""
 
-_RENAMED: Mapping[str, str] = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+_RENAMED: Mapping[str, str] = {"lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
 """Fields of PEFT's LoraConfig that have the same values here, under another name."""
+
+_INITS = frozenset(["gaussian", "pissa", "olora", "orthogonal", "eva", "lora_ga", "loftq"])
+"""Starts that have the same name in PEFT."""
 
 
 def with_checked_arguments(cls: type[Class]) -> type[Class]:
@@ -208,7 +211,11 @@ def _translated(config: Any) -> str:
         if value == default or (not value and not isinstance(value, int)):
             continue
         name = _RENAMED.get(each.name, each.name)
-        if name in ours:
+        if each.name == "use_dora":
+            same["variant"] = "dora"
+        elif name == "init" and value is False:
+            same["init"] = "none"
+        elif name in ours and (name != "init" or value in _INITS):
             same[name] = sorted(value) if isinstance(value, set | frozenset) else value
         elif not word.startswith("Leave it out"):
             others.append(f" {each.name!r}: {word or 'There is nothing like it here.'}")

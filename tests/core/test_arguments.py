@@ -262,19 +262,25 @@ class TestConfigsOfPeft:
         assert eval(ours, {"LoraConfig": LoraConfig}).r == 16
 
     def test_what_has_no_field_of_its_own_is_told(self, peft):
-        theirs = peft.LoraConfig(use_dora=True, init_lora_weights="gaussian", layer_replication=[(0, 1)])
+        theirs = peft.LoraConfig(init_lora_weights="pissa_niter_16", layer_replication=[(0, 1)])
         with pytest.raises(
-            ConfigError, match=r"'init_lora_weights': It is 'init'.*'use_dora'.*'layer_replication': There is no"
+            ConfigError, match=r"'init_lora_weights': It is 'init'.*'niter': 16.*'layer_replication': There is no"
         ):
             lora().add_adapter("b", theirs)
+
+    @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", "orthogonal", False])
+    def test_starts_and_variants_are_written_as_fields(self, peft, init):
+        theirs = peft.LoraConfig(use_dora=True, init_lora_weights=init)
+        ours = rf"Write LoraConfig\(init='{init or 'none'}', variant='dora'\) of lora_plugins\."
+        with pytest.raises(ConfigError, match=ours) as caught:
+            LoraModel(net(), theirs)
+        assert "It is 'init' here" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("field", "said"),
         [
             pytest.param({"layers_to_transform": 0}, r"layers_to_transform=0\)", id="the first block"),
-            pytest.param(
-                {"init_lora_weights": False}, "'init_lora_weights': It is 'init'.*'none' for False", id="False"
-            ),
+            pytest.param({"init_lora_weights": False}, r"init='none'\)", id="False"),
         ],
     )
     def test_values_that_are_false_are_told(self, peft, field, said):
