@@ -132,8 +132,8 @@ def stacked_adapters(layer: nn.Module, state: LayerState, rows: tuple[str | None
     """
     if len(x) != len(rows):
         raise StateError(
-            f"{state.name!r} gets {len(x)} rows for a batch of {len(rows)} adapter names. Its first dimension is no "
-            "batch, so its rows cannot have adapters of their own. Run one batch for each adapter."
+            f"{state.name!r} gets {len(x)} rows for a batch of {len(rows)} adapter names. Give one name for each row "
+            "of the batch. If there is one, the layer's first dimension is no batch: run one batch for each adapter."
         )
     tensor = state.adapters[state.active[0]].slots[0].tensor
     terms = [_mixed_term(layer, tensor, name, state.adapters[name]) for name in state.active]

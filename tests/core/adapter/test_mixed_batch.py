@@ -374,7 +374,8 @@ def test_own_biases_of_adapted_layers_are_refused():
 
 
 def test_another_number_of_rows_is_refused():
-    refused(adapted(MODELS["linear"][0]), "'0' gets 2 rows for a batch of 3 adapter names", rows=("a", "b", None))
+    said = "'0' gets 2 rows for a batch of 3 adapter names. Give one name for each row"
+    refused(adapted(MODELS["linear"][0]), said, rows=("a", "b", None))
 
 
 def test_a_layer_without_a_branch_is_refused():
