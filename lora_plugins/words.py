@@ -68,7 +68,10 @@ MEMBERS: Mapping[str, str] = {
         ("disable_adapter_layers", "enable_adapter_layers", "disable_lora", "enable_lora", "disable_adapters"),
         "Write: with lora.disable_adapter(): ...",
     ),
-    **dict.fromkeys(("get_layer_status", "get_model_status"), "See 'plans', 'adapters' and 'active_adapters'."),
+    **dict.fromkeys(
+        ("get_layer_status", "get_model_status", "targeted_module_names"),
+        "See 'plans', 'adapters' and 'active_adapters'.",
+    ),
     "inject_adapter": "Call add_adapter(name, config).",
     "set_requires_grad": "Call set_adapter(name, trainable=True).",
     "modules_to_save": "It is a field of LoraConfig, and of 'adapters'.",
@@ -94,10 +97,17 @@ READ_OF_CONFIGS: Mapping[str, str] = {
 
 FUNCTIONS: Mapping[str, str] = {
     **dict.fromkeys(("get_peft_model", "inject_adapter_in_model", "PeftMixedModel"), "Write LoraModel(model, config)."),
-    "PeftModel": "Write LoraModel(model, config), or LoraModel.load_adapter(model, path) for what is saved.",
-    **dict.fromkeys(("PeftConfig", "AutoPeftModel"), "Write LoraModel.load_adapter(model, path)."),
+    **dict.fromkeys(
+        ("PeftModel", "PeftModelForFeatureExtraction"),
+        "Write LoraModel(model, config), or LoraModel.load_adapter(model, path) for what is saved.",
+    ),
+    **dict.fromkeys(
+        ("PeftConfig", "AutoPeftModel", "AutoPeftModelForFeatureExtraction"),
+        "Write LoraModel.load_adapter(model, path).",
+    ),
     "get_peft_model_state_dict": "Write lora.pack(name).",
-    "set_peft_model_state_dict": "Write LoraModel.load_packed(...).",
+    "set_peft_model_state_dict": "Write LoraModel.load_packed(...); for values of an adapter that is there, "
+    "model.load_state_dict(values, strict=False).",
     "TaskType": "Leave it out, and name a new head in 'modules_to_save'.",
     "prepare_model_for_kbit_training": "Write LoraConfig(quantize='nf4'), and leave it out.",
     **dict.fromkeys(("get_layer_status", "get_model_status"), "See 'plans' and 'active_adapters' of a LoraModel."),
@@ -113,7 +123,8 @@ FUNCTIONS: Mapping[str, str] = {
     "create_lorafa_optimizer": "There is nothing like it here: A and B are both trained.",
     "rescale_adapter_scale": "Write lora.set_adapter(names, weights=[...]).",
     "load_peft_weights": "Write LoraModel.load_adapter(model, path).",
-    "prepare_model_for_compiled_hotswap": "Leave it out: lora.swap_adapter(name, path) compiles nothing again.",
+    "prepare_model_for_compiled_hotswap": "Leave it out, and begin with an adapter of the highest rank (its "
+    "target_rank): lora.swap_adapter(name, path) compiles nothing again.",
     **dict.fromkeys(
         ("LoraRuntimeConfig", "disable_input_dtype_casting", "cast_mixed_precision_params"),
         "Leave it out: A and B are float32 at least, and the products in the type of autocast.",
