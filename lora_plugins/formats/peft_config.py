@@ -160,7 +160,7 @@ class PeftConfig:
         wrong += [f"{key} = {fields[key]!r}: it is not known here" for key in sorted(unknown) if fields[key]]
         if wrong:
             raise AdapterFileError("adapter_config.json says what cannot be expressed here:\n  " + "\n  ".join(wrong))
-        self.fields = {key: value for key, value in fields.items() if value is not None}
+        self.fields = {key: _single(key, value) for key, value in fields.items() if value is not None}
         self._counts = patterns
         try:
             for key, check in _READ.items():
@@ -289,6 +289,15 @@ class PeftConfig:
             return True
         found = next((match for each in self._containers or [_ANY_BLOCK] if (match := each.match(name))), None)
         return found is not None and int(found["at"]) in ([blocks] if isinstance(blocks, int) else blocks)
+
+
+def _single(key: str, value: Any) -> Any:
+    """Returns the value of a field, without the count beside it.
+
+    PEFT's `convert_kohya_ss_sd_lora_to_peft.py` writes for `r` and `lora_alpha` the commonest one and how many layers
+    have it. PEFT reads such a file, since the patterns that the script writes name every layer.
+    """
+    return value[0] if key in ("r", "lora_alpha") and isinstance(value, list) and len(value) == 2 else value
 
 
 def config_fields(layers: Mapping[str, PortableLayer], **given: Any) -> dict[str, Any]:

@@ -125,6 +125,22 @@ class TestAttention:
         assert difference(case, model, theirs.merge_and_unload()) <= TOLERANCE
 
 
+def test_a_rank_and_an_alpha_with_their_counts_are_read(tmp_path):
+    """As PEFT's script for files of kohya writes them, beside patterns that name every layer."""
+    theirs = with_peft(LINEAR)
+    theirs.save_pretrained(tmp_path)
+    layers = theirs.base_model.targeted_module_names
+    edit_config(
+        tmp_path,
+        r=[2, 9],
+        lora_alpha=[3.0, 9],
+        rank_pattern=dict.fromkeys(layers, 2),
+        alpha_pattern=dict.fromkeys(layers, 3.0),
+    )
+    assert difference(LINEAR, read_by_peft(LINEAR, tmp_path), theirs) <= TOLERANCE
+    read_exactly(LINEAR, tmp_path, theirs)
+
+
 class TestStarts:
     """`pissa` and `olora` look like plain adapters, and are adapters of another base."""
 
