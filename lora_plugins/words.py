@@ -75,7 +75,7 @@ MEMBERS: Mapping[str, str] = {
     "inject_adapter": "Call add_adapter(name, config).",
     "set_requires_grad": "Call set_adapter(name, trainable=True).",
     "modules_to_save": "It is a field of LoraConfig, and of 'adapters'.",
-    "prepare_model_for_gradient_checkpointing": "Leave it out.",
+    "prepare_model_for_gradient_checkpointing": "Leave it out, and checkpoint with use_reentrant=False.",
     "create_or_update_model_card": "Call push_to_hub(repository), which writes a model card.",
     "set_adapters": "Call set_adapter([name, ...], weights=[...]).",
     "delete_adapters": "Call delete_adapter(name) for each.",
@@ -109,7 +109,8 @@ FUNCTIONS: Mapping[str, str] = {
     "set_peft_model_state_dict": "Write LoraModel.load_packed(...); for values of an adapter that is there, "
     "model.load_state_dict(values, strict=False).",
     "TaskType": "Leave it out, and name a new head in 'modules_to_save'.",
-    "prepare_model_for_kbit_training": "Write LoraConfig(quantize='nf4'), and leave it out.",
+    "prepare_model_for_kbit_training": "Write LoraConfig(quantize='nf4'), and leave it out. It also turned gradient "
+    "checkpointing on: model.gradient_checkpointing_enable({'use_reentrant': False}).",
     **dict.fromkeys(("get_layer_status", "get_model_status"), "See 'plans' and 'active_adapters' of a LoraModel."),
     "hotswap_adapter": "Write lora.swap_adapter(name, path).",
     **dict.fromkeys(("LoftQConfig", "EvaConfig", "LoraGAConfig"), "Write init='...' and its init_options."),
