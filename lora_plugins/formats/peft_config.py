@@ -159,7 +159,8 @@ class PeftConfig:
         unknown = fields.keys() - _READ.keys() - _IDLE - _REFUSED.keys()
         wrong += [f"{key} = {fields[key]!r}: it is not known here" for key in sorted(unknown) if fields[key]]
         if wrong:
-            raise AdapterFileError("adapter_config.json says what cannot be expressed here:\n  " + "\n  ".join(wrong))
+            said = "\n  ".join(["adapter_config.json says what cannot be expressed here:", *wrong])
+            raise AdapterFileError(f"{said}\nWhere PEFT can merge it, merge it there, and use the merged model.")
         self.fields = {key: _single(key, value) for key, value in fields.items() if value is not None}
         self._counts = patterns
         try:

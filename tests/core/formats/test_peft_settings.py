@@ -409,6 +409,12 @@ class TestConfigs:
         edit_config(tmp_path, **fields)
         refused(LINEAR, tmp_path, untouched, match)
 
+    @pytest.mark.parametrize("fields", [{"peft_type": "LOHA"}, {"lora_bias": True}], ids=["method", "field"])
+    def test_what_is_refused_can_be_merged_in_peft(self, fields, tmp_path, untouched):
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        edit_config(tmp_path, **fields)
+        refused(LINEAR, tmp_path, untouched, "use the merged model")
+
     @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"peft_type": "LORA"', b"\xff\xfe"])
     def test_a_config_that_is_none(self, content, tmp_path, untouched):
         with_peft(LINEAR).save_pretrained(tmp_path)
