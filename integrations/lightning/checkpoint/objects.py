@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_plugins import ConfigError
@@ -19,13 +20,20 @@ from lora_plugins.field_checks import check_some
 Global = str | Callable[..., Any] | tuple[Callable[..., Any], str]
 """A class or function that may be in a file: itself, its import path, or itself and the path that the file has."""
 
-HARMLESS: tuple[Callable[..., Any], ...] = (
+_NUMPY_NUMBER: Any = np.float64().__reduce__()[0]
+
+HARMLESS: tuple[Callable[..., Any] | tuple[Callable[..., Any], str], ...] = (
     frozenset,
     range,
     slice,
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     pathlib.PureWindowsPath,
+    # Numbers of numpy: what it computes of a schedule is in the states of optimizers, and metrics are, in callbacks.
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+    (_NUMPY_NUMBER, "numpy._core.multiarray.scalar"),
+    (_NUMPY_NUMBER, "numpy.core.multiarray.scalar"),  # before numpy 2
 )
 """Types that do nothing when they are made of what a file has."""
 

@@ -6,6 +6,7 @@ import functools
 import pathlib
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.data import AttributeDict
@@ -64,6 +65,7 @@ HARMLESS = {
     "path": pathlib.Path("a/b"),
     "range": range(3),
     "frozenset": frozenset([1]),
+    "numbers of numpy": [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)],
     "attributes": AttributeDict(a=1, b=[AttributeDict(c=2), (3, AttributeDict(d=4))]),
 }
 
