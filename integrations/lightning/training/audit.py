@@ -31,14 +31,23 @@ from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHa
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
 from lora_plugins.utils import within
 
-_OF_WEIGHTS = "differentiated Tensor"
-"""What torch says of a gradient with respect to a tensor that is frozen, or on no way to the loss."""
-
-_NO_WEIGHT = (
-    "If the gradient is one with respect to the weight of a layer, as in the adaptive weight of an adversarial loss "
-    "(VQGAN): an adapted layer computes its weight anew at each reading, and that of a layer left out is frozen. Name "
-    "that layer in modules_to_save, so that its weight is trained in full."
-)
+_NOTES = {
+    # With respect to a tensor that is frozen, or on no way to the loss.
+    "differentiated Tensor": (
+        "If the gradient is one with respect to the weight of a layer, as in the adaptive weight of an adversarial "
+        "loss (VQGAN): an adapted layer computes its weight anew at each reading, and that of a layer left out is "
+        "frozen. Name that layer in modules_to_save, so that its weight is trained in full. If it is one with respect "
+        "to all parameters of a block, as in the gradient checkpointing of ldm and guided-diffusion: turn that off, or "
+        "hand it only the parameters that require a gradient."
+    ),
+    "element 0 of tensors does not require grad": (
+        "Nothing that this loss depends on is trained. A network with a loss of its own, such as a discriminator, is "
+        "frozen unless target_modules or modules_to_save name it. If the loss depends on adapters: gradient "
+        "checkpointing that is reentrant drops their gradients where its input needs none; pass use_reentrant=False "
+        "to torch.utils.checkpoint."
+    ),
+}
+"""What may have caused an error of torch, by words of it."""
 
 
 class Audit:
@@ -185,8 +194,9 @@ class Audit:
         """Adds to an error what may have caused it."""
         self._lost_writes.stop()
         self._by_hand.explain(error)
-        if any(_OF_WEIGHTS in str(each) for each in (error, error.__context__)):  # which the module may have caught
-            error.add_note(_NO_WEIGHT)
+        for words, note in _NOTES.items():
+            if any(words in str(each) for each in (error, error.__context__)):  # which the module may have caught
+                error.add_note(note)
 
     def _check_unchanged(self) -> None:
         tensors = frozen_tensors(self._module)

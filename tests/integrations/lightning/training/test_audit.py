@@ -635,3 +635,36 @@ class TestGradientsOfWeights:
 
     def test_layer_that_is_trained_in_full_has_them(self, tmp_path):
         fit(tmp_path, AsksForGradients(catches=False), LoraConfig(r=2, modules_to_save=["net.3"]))
+
+
+class AsksForAllGradients(Classifier):
+    """Takes the gradients of all parameters of a part, as the checkpointing of ldm does."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        torch.autograd.grad(loss, [*self.net.parameters()], allow_unused=True)
+        return loss
+
+
+class WithCritic(Classifier):
+    """Has a loss of a network that is not adapted, as a GAN has."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.critic(batch[0]).mean()
+
+
+@pytest.mark.parametrize(
+    ("module", "advice"),
+    [
+        (AsksForAllGradients, "hand it only the parameters that require a gradient"),
+        (WithCritic, "frozen unless target_modules or modules_to_save name it"),
+    ],
+)
+def test_error_of_torch_about_what_is_frozen_says_what_to_do(tmp_path, module, advice):
+    with pytest.raises(RuntimeError, match="require grad") as caught:
+        fit(tmp_path, module(), LoraConfig(r=2, target_modules=["net.0"]))
+    assert advice in "".join(caught.value.__notes__)
