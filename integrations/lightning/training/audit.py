@@ -131,6 +131,7 @@ class Audit:
         """
         if self._first is not None:
             self._lost_writes.check()
+            self._changes.before_step()
             self._stepped = True
             groups = [group for each in self._trainer.optimizers for group in each.param_groups]
             waiting = parameters_of(self._trainer.optimizers) - parameters_of([optimizer])

@@ -45,6 +45,8 @@ class ChangesWithinRun:
         held_names = trained.keys() - self._untrained.keys()
         self._layers = {layer for name, layer in layers_of_factors(module).items() if name in held_names}
         self._frozen_by_others = {*teachers}
+        self._once_frozen: set[str] = set()
+        self._switched: set[str] = set()
         self._base: dict[str, nn.Parameter] = {}
         self._trained: list[ModelState] = []
         self._thawed: set[str] = set()
@@ -57,6 +59,12 @@ class ChangesWithinRun:
         targets = adapted_targets(self._module).values()
         self._trained = [present_state(t) for t in targets if any(id(p) in held for p in adapter_tensors(t).values())]
         self.name_adapters()
+
+    def before_step(self) -> None:
+        """Notes in the first steps which adapters the module freezes and trains again, as a GAN does with its parts."""
+        frozen = frozen_by_others(self._module).keys()
+        self._switched |= self._once_frozen - frozen
+        self._once_frozen |= frozen
 
     def check_trainable(self) -> None:
         """Checks that adapters which are trained still act in the forward.
@@ -110,7 +118,7 @@ class ChangesWithinRun:
     def _name_frozen_adapters(self) -> None:
         ours = [copy.name for copy in self._copies if copy.frozen and copy.began_equal]
         frozen = {name for name in frozen_by_others(self._module) if not within(name, ours)}
-        new = sorted(frozen - self._frozen_by_others)
+        new = sorted(frozen - self._switched - self._frozen_by_others)
         self._frozen_by_others.update(new)
         if new:
             rank_zero_warn(

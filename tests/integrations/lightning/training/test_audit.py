@@ -310,6 +310,31 @@ def test_base_that_a_run_leaves_switched_on_is_frozen_in_the_next(tmp_path):
         fit(tmp_path, module, max_epochs=2)
 
 
+class TrainsByTurns(Classifier):
+    """Freezes each of its parts while the other one is trained, as GANs do, and leaves the last so."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, part, other in zip(self.optimizers(), (0, 3), (3, 0), strict=True):
+            self.net[part].requires_grad_(True)
+            self.net[other].requires_grad_(False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        parts = [[p for p in self.net[part].parameters() if p.requires_grad] for part in (0, 3)]
+        return [torch.optim.SGD(part, lr=0.1) for part in parts]
+
+
+@pytest.mark.filterwarnings("ignore:.*frozen base were made trainable:UserWarning")
+def test_adapters_that_a_module_trains_by_turns_are_not_called_frozen(tmp_path):
+    module = TrainsByTurns()
+    fit(tmp_path, module, max_epochs=3)
+    assert all(b.any() for b in lora_b(module).values())
+
+
 def test_base_that_an_optimizer_has_is_not_switched_on(tmp_path):
     class HasAll(Switches):
         def configure_optimizers(self):
