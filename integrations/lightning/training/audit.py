@@ -1,7 +1,7 @@
 """Checks during a run that every trainable tensor gets a gradient and changes, and that nothing else does."""
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class Audit:
         teachers: The names of the tensors of adapters that were frozen when the module was adapted.
 
     Attributes:
-        written: The names of what it has written so, now or in an earlier run, but for teachers and averages.
+        written: The names of what it has written so, or moves by hand in the training, but for teachers and averages.
     """
 
     def __init__(
@@ -78,9 +78,9 @@ class Audit:
         self._trainer, self._module = trainer, module
         reshard(module)  # of which the sanity check may have left a part whole
         start.mark_written(module)
-        followers = [name for copy in copies for name in copy.followers]
-        written = moved_by_hand(module) - frozen_by_author(module)
-        self.written = {name for name in written if not within(name, followers)}
+        self._followers = [name for copy in copies for name in copy.followers]
+        self.written: set[str] = set()
+        self._note_written(moved_by_hand(module) - frozen_by_author(module))
         self._fingerprints = start.fingerprints
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
         self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]
@@ -171,6 +171,10 @@ class Audit:
         self._by_hand.settle()
         moved = changed(self._frozen, self._may_be_moved(frozen_tensors(self._module)))
         mark_moved(self._module, moved, self._fingerprints)
+        self._note_written(moved)
+
+    def _note_written(self, names: Iterable[str]) -> None:
+        self.written.update(name for name in names if not within(name, self._followers))
 
     def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns those of a teacher, of a copy, or new ones: what the author may change without the optimizer."""
@@ -204,6 +208,7 @@ class Audit:
         moved = changed(self._frozen, tensors)
         by_hand = self._may_be_moved({name: tensors[name] for name in moved})
         mark_moved(self._module, by_hand, self._fingerprints)
+        self._note_written(by_hand)
         check_unchanged([name for name in moved if name not in by_hand])
 
     def finish(self) -> dict[str, int]:

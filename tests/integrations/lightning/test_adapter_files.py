@@ -65,9 +65,23 @@ class Counting(nn.Identity):
         return x + self.seen
 
 
-def test_buffers_that_training_moves_are_named(tmp_path):
+class Codebook(nn.Identity):
+    """Keeps a parameter that its author froze and moves by hand, as EMAVQ of taming-transformers does."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = nn.Parameter(torch.zeros(16), requires_grad=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return x + self.seen
+
+
+@pytest.mark.parametrize("moving", [Counting, Codebook])
+def test_what_training_moves_of_the_base_is_named(tmp_path, moving):
     module = Classifier()
-    module.net[1] = Counting()
+    module.net[1] = moving()
     with pytest.warns(UserWarning, match=r"'net\.1\.seen' have changed .* the files of the adapter do not have"):
         fitted(tmp_path, str(tmp_path / "ours"), module)
 
