@@ -60,7 +60,7 @@ class LeftOut:
                 "averages them, or measures the distance to them, does not see A and B, and pairs of parameters and "
                 "copies may not belong together. After a merge they are still the pretrained weights: a module that "
                 "puts them in place of its own, to validate say, is the pretrained one then. Make the copies in "
-                "on_fit_start, or let EMAWeightAveraging average."
+                "on_fit_start, and those in buffers in on_load_checkpoint too, or let EMAWeightAveraging average."
             )
 
 

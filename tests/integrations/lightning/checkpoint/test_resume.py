@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
-from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.plugins import default_registry
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
 
@@ -160,6 +160,40 @@ def test_resume_where_a_hook_of_the_start_draws(tmp_path, cls, hook, first):
     resumed.fit(cls(hook), loader(shuffle=True), ckpt_path=tmp_path / "epoch=1.ckpt")
     resumed.save_checkpoint(tmp_path / "resumed.ckpt")
     assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+
+
+class Averages(Classifier):
+    """Averages what is trained in buffers, as `LitEma` of ldm does; made when the adapters are there."""
+
+    def make(self):
+        self.ema = nn.Module()
+        for name, p in self.net.named_parameters():
+            if p.requires_grad:
+                self.ema.register_buffer(name.replace(".", ""), p.detach().clone())
+
+    def on_fit_start(self):
+        if not hasattr(self, "ema"):
+            self.make()
+
+    def on_load_checkpoint(self, checkpoint):
+        if any(name.startswith("ema.") for name in checkpoint["state_dict"]):
+            self.make()
+
+    def on_train_batch_end(self, *_):
+        for name, p in self.net.named_parameters():
+            if p.requires_grad:
+                self.ema.get_buffer(name.replace(".", "")).lerp_(p.detach(), 0.1)
+
+
+def test_resume_with_an_average_in_buffers_that_is_made_before_the_file_is_loaded(tmp_path):
+    straight, half, again = Averages(), Averages(), Averages()
+    run(tmp_path, CONFIG, 4).fit(straight, loader())
+    first = run(tmp_path, CONFIG, 2)
+    first.fit(half, loader())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    run(tmp_path, CONFIG, 4).fit(again, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert not differing(values(again), values(straight))
+    assert not differing(values(load_from_checkpoint(Averages, tmp_path / "half.ckpt")), values(half))
 
 
 def test_resume_after_a_crash_in_a_new_process(tmp_path):
