@@ -86,6 +86,15 @@ def applies_in_eager_mode(
 def raw_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Returns what applies a function in eager mode.
 
-    `Function.apply` itself first looks for wrappers of functorch, of which `is_eager` has said that there are none.
+    `Function.apply` itself first looks for wrappers of functorch, of which `is_eager` has said that there are none. In
+    inference mode, a module may switch gradients on: torch's own operations ignore that, and cannot save anything.
     """
-    return cast(Callable[..., Any], super(torch.autograd.Function, function).apply)  # type: ignore[misc]
+    apply = cast(Callable[..., Any], super(torch.autograd.Function, function).apply)  # type: ignore[misc]
+
+    def applied(*args: Any) -> Any:
+        if not (torch.is_inference_mode_enabled() and torch.is_grad_enabled()):
+            return apply(*args)
+        with torch.no_grad():
+            return apply(*args)
+
+    return applied

@@ -102,6 +102,22 @@ def test_a_bias_may_change_before_the_backward(make, variant):
     torch.testing.assert_close(torch.autograd.grad(loss, trained), expected)
 
 
+@pytest.mark.parametrize("fields", [{}, {"memory": "low"}, {"variant": "dora"}], ids=["plain", "low_memory", "dora"])
+@pytest.mark.parametrize("make", [LAYERS["small"], LAYERS["conv"]], ids=["linear", "conv"])
+def test_gradients_that_are_switched_on_in_inference_mode_are_ignored(make, fields):
+    torch.manual_seed(0)
+    layer = make()
+    model = nn.Sequential(layer)
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none", **fields))
+    with torch.inference_mode():
+        x = torch.randn((5, 6) if isinstance(layer, nn.Linear) else (2, 3, 5, 5))
+        expected = model(x)
+        with torch.enable_grad():
+            found = model(x)
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
+
+
 def one_window(image: Tensor) -> Tensor:
     """Cuts an image into windows, of which there is one, as mobile transformers do, and puts it together again."""
     windows = image.view(1, 8, 1, 2, 1, 2).permute(0, 3, 5, 2, 4, 1).contiguous().view(1, 4, 1, 8)
