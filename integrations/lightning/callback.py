@@ -397,7 +397,7 @@ class LoraCallback(Callback):
         if self.merge_source == "best" and lora_callbacks(trainer)[0] is self:  # later, it would undo merges
             load_best(trainer, pl_module)
         if self.merge_on_fit_end:
-            drop_averages(trainer)
+            drop_averages(trainer, pl_module)
         elif self.merge_source == "best":
             start_averages_from(trainer, pl_module)
         group = self._group(trainer)

@@ -4,6 +4,7 @@ Both keep it after `fit`, when the module has the average itself. Without this, 
 module that is merged, and validation exchanges their tensors by position.
 """
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -11,9 +12,13 @@ from torch.optim.swa_utils import AveragedModel
 Averaging = WeightAveraging | StochasticWeightAveraging
 
 
-def drop_average(callback: Averaging) -> None:
-    """Resets an averaging callback to its state before `fit`."""
-    callback._average_model = None
+def drop_average(callback: Averaging, module: LightningModule) -> None:
+    """Takes the copy from an averaging callback.
+
+    StochasticWeightAveraging writes the state of its copy into each checkpoint, and cannot read one that has none: the
+    module takes the place of the copy.
+    """
+    callback._average_model = module if isinstance(callback, StochasticWeightAveraging) else None
 
 
 def averaged_module(callback: Averaging) -> nn.Module | None:

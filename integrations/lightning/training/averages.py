@@ -29,7 +29,7 @@ def copy_into_averages(trainer: Trainer, module: LightningModule) -> None:
     stage = trainer.state.fn
     assert stage is not None
     for callback in _averaging(trainer):
-        drop_average(callback)
+        drop_average(callback, module)
         callback.setup(trainer, module, stage.value)
 
 
@@ -86,10 +86,10 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
                 )
 
 
-def drop_averages(trainer: Trainer) -> None:
+def drop_averages(trainer: Trainer, module: LightningModule) -> None:
     """Drops the copies of averaging callbacks when `fit` ends with a merge: they are no copies of what is merged."""
     for callback in _averaging(trainer):
-        drop_average(callback)
+        drop_average(callback, module)
 
 
 def start_averages_from(trainer: Trainer, module: LightningModule) -> None:

@@ -401,6 +401,15 @@ class TestAfterTheMerge:
             found = run.validate(Classifier(), loader(), ckpt_path=path, verbose=False)[0]["val/loss"]
             assert found == pytest.approx(float(logged), rel=1e-6)
 
+    def test_merged_checkpoint(self, tmp_path, make, first):
+        run, module, _ = self.fitted(tmp_path, make, first)
+        run.save_checkpoint(path := tmp_path / "merged.ckpt")
+        expected = self.alone(tmp_path, module)
+        assert run.validate(module, loader(), ckpt_path=path, verbose=False) == expected
+        for callbacks in ([make()], [lora(), make()][:: 1 if first else -1]):
+            new = trainer(tmp_path, callbacks)
+            assert new.validate(Classifier(), loader(), ckpt_path=path, verbose=False) == expected
+
     def test_plain_checkpoint_in_between(self, tmp_path, make, first):
         plain = trainer(tmp_path, [], max_epochs=1)
         plain.fit(Classifier(), loader())
