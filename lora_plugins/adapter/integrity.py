@@ -23,7 +23,7 @@ def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
     Raises:
         StateError: If one of them is not there any more, and with it its update.
     """
-    _places(_names(model, adapter), state, adapter)
+    _check_complete(_places(_names(model, adapter)), state, adapter)
 
 
 def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_only: bool = False) -> None:
@@ -40,7 +40,7 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_on
             that shares its weight with another one has tensors of its own.
     """
     names = _names(model, adapter)
-    places = _places(names, state, adapter)
+    places = _places(names)
     copied = {copy: origin for copy, origin in names.items() if places[origin] != copy}
     if copied:
         first, origin = next(iter(copied.items()))
@@ -49,6 +49,7 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_on
             "so it has no place for what they learn. Make the copy before that (in a LightningModule, in __init__ or "
             "setup), so that both are adapted; or keep it out of the model's modules, as in a list."
         )
+    _check_complete(places, state, adapter)
     moved = {name: place for name, place in places.items() if name != place}
     if moved:
         name, place = next(iter(moved.items()))
@@ -83,17 +84,19 @@ def _is_among(tensor: Tensor, others: list[nn.Parameter], equal: bool) -> bool:
     return equal and any(torch.equal(tensor, other.to(tensor)) for other in others)
 
 
-def _places(names: Mapping[str, str], state: ModelState, adapter: str) -> dict[str, str]:
+def _places(names: Mapping[str, str]) -> dict[str, str]:
     """Returns the names that the layers of an adapter have now, by those that they had when it was added."""
     places = {origin: name for name, origin in names.items()}
-    places |= {origin: name for name, origin in names.items() if name == origin}  # not those of a copy
+    return places | {origin: name for name, origin in names.items() if name == origin}  # not those of a copy
+
+
+def _check_complete(places: Mapping[str, str], state: ModelState, adapter: str) -> None:
     lost = [layer.name for layer in state.adapters[adapter].plan.layers if layer.name not in places]
     if lost:
         raise StateError(
             f"The update of {listing(lost)} by the adapter {adapter!r} is gone: the layer was replaced. Put it back, "
             "or take the adapter off: unload()."
         )
-    return places
 
 
 def _names(model: nn.Module, adapter: str) -> dict[str, str]:

@@ -219,6 +219,15 @@ def test_an_adapted_layer_that_is_copied_within_the_model(tmp_path, first):
     torch.testing.assert_close(lora.merge_and_unload()(x), expected)
 
 
+def test_an_adapted_layer_that_is_copied_over_another():
+    """As by a continual learner, whose frozen copy is made anew when training starts."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "a")
+    model[1] = copy.deepcopy(model[0])
+    with pytest.raises(StateError, match=r"'1' were copied after the adapter 'a' was added, as '1' from '0', .* setup"):
+        lora.pack("a")
+
+
 @pytest.mark.parametrize(
     "call",
     [
