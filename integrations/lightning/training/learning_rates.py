@@ -122,7 +122,10 @@ class LearningRates:
                 listing_groups = [optimizer, *(s for s in schedulers if s.optimizer is optimizer)]
                 for index in range(len(optimizer.param_groups)):
                     self._split(kinds, optimizer, index, listing_groups)
-                optimizer.register_step_pre_hook(self.follow)
+                # A step of SAM's own is one of the optimizer inside; a wrapper may be no Optimizer, as cassle's LARS.
+                for part in _parts(optimizer):
+                    if hasattr(part, "register_step_pre_hook"):
+                        part.register_step_pre_hook(self.follow)
 
     @classmethod
     def follow_all(cls, optimizers: Iterable[Optimizer]) -> None:

@@ -339,6 +339,47 @@ def test_optimizer_that_lists_the_rates_of_its_groups_knows_all(tmp_path, wrap):
     torch.testing.assert_close(dict(by_callback.named_parameters()), dict(by_groups.named_parameters()))
 
 
+class Poses:
+    """Is no Optimizer, and says that it is one, as the LARSWrapper of cassle."""
+
+    __class__ = property(lambda _: torch.optim.Optimizer)
+
+    def __init__(self, optimizer):
+        self.optimizer, self.add_param_group = optimizer, optimizer.add_param_group
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+class StepsInside(Classifier):
+    """Sets the rate of all groups, and steps past the optimizer's own `step`, as the two steps of SAM do."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.automatic_optimization, self.wrap, self.seen = False, wrap, []
+
+    def configure_optimizers(self):
+        return self.wrap(torch.optim.SGD(trained(self), lr=0.01))
+
+    def training_step(self, batch, batch_idx):
+        wrapper = self.optimizers(use_pl_optimizer=False)
+        set_all(wrapper.param_groups, 0.001 * (batch_idx + 1))
+        self.manual_backward(super().training_step(batch, batch_idx))
+        wrapper.optimizer.step()
+        self.seen.append([group["lr"] for group in wrapper.param_groups])
+
+
+@pytest.mark.parametrize("wrap", [Wraps, Poses])
+def test_parts_follow_in_steps_of_the_optimizer_inside(tmp_path, wrap):
+    module = StepsInside(wrap)
+    trainer(tmp_path, [lora(CONFIG, loraplus_lr_ratio=4.0)]).fit(module, loader())
+    rates = [seen[0] for seen in module.seen]
+    assert len(set(rates)) > 1
+    assert [seen[-1] for seen in module.seen] == [4 * rate for rate in rates]
+
+
 class FindsItsRate(torch.optim.Optimizer):
     """Has no learning rate in its groups, as A2Grad and AliG of pytorch_optimizer."""
 
