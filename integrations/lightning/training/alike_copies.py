@@ -128,8 +128,9 @@ class AlikeCopy:
         name, origin = self._copy.name, self._copy.origin
         raise StateError(
             f"{name!r} is a copy of {origin!r} that the module moves by hand, and its adapter does not follow: the "
-            "module pairs parameters that it took before there were adapters, so the copy would never learn. Let it "
-            f"ask for parameters() when it moves the copy, or make the pairs in on_fit_start."
+            "module pairs parameters that it took before there were adapters, or those of some names alone ('weight'), "
+            "so the copy would never learn. Let it ask for parameters() when it moves the copy, whatever their names, "
+            "or make the pairs in on_fit_start."
         )
 
 

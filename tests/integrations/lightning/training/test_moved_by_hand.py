@@ -439,6 +439,18 @@ class TestStops:
             fit(tmp_path, module)
         assert module.global_step <= 4
 
+    def test_pairs_of_some_names(self, tmp_path):
+        """As in older versions of pl_bolts."""
+
+        @torch.no_grad()
+        def weights(student, teacher):
+            for (name, own), (_, its) in zip(student.named_parameters(), teacher.named_parameters(), strict=True):
+                if "weight" in name:
+                    its.lerp_(own, 1 - M)
+
+        with pytest.raises(StateError, match=r"does not follow: .*, or those of some names alone \('weight'\)"):
+            fit(tmp_path, Teacher(weights))
+
     def test_original_that_is_moved(self, tmp_path):
         """What is written into the base of the student is no average, and is told after the first steps."""
         module = Teacher(lambda student, _: student[1].weight.data.add_(0.1))
