@@ -32,7 +32,7 @@ from lora_plugins.integrations.lightning.training.optimizer_groups import parame
 from lora_plugins.utils import within
 
 _NOTES = {
-    # With respect to a tensor that is frozen, or on no way to the loss.
+    # A gradient with respect to a tensor that is frozen, or on no way to the loss.
     "differentiated Tensor": (
         "If the gradient is one with respect to the weight of a layer, as in the adaptive weight of an adversarial "
         "loss (VQGAN): an adapted layer computes its weight anew at each reading, and that of a layer left out is "
@@ -40,11 +40,16 @@ _NOTES = {
         "to all parameters of a block, as in the gradient checkpointing of ldm and guided-diffusion: turn that off, or "
         "hand it only the parameters that require a gradient."
     ),
-    "element 0 of tensors does not require grad": (
-        "Nothing that this loss depends on is trained. A network with a loss of its own, such as a discriminator, is "
-        "frozen unless target_modules or modules_to_save name it. If the loss depends on adapters: gradient "
-        "checkpointing that is reentrant drops their gradients where its input needs none; pass use_reentrant=False "
-        "to torch.utils.checkpoint."
+    "does not require grad and does not have a grad_fn": (
+        "Nothing that this loss depends on is trained. A head, or a network with a loss of its own, such as a "
+        "discriminator, is frozen unless target_modules or modules_to_save name it. If the loss depends on adapters: "
+        "the module may compute them under torch.no_grad(), or detach what they give; and gradient checkpointing that "
+        "is reentrant drops their gradients where its input needs none: pass use_reentrant=False to "
+        "torch.utils.checkpoint."
+    ),
+    "in more than one parameter group": (
+        "If the module gives its optimizer a part that it has kept frozen so far: A and B of it are there from the "
+        "start, and the base stays frozen. Leave that step out."
     ),
 }
 """What may have caused an error of torch, by words of it."""
@@ -199,9 +204,9 @@ class Audit:
         """Adds to an error what may have caused it."""
         self._lost_writes.stop()
         self._by_hand.explain(error)
-        for words, note in _NOTES.items():
-            if any(words in str(each) for each in (error, error.__context__)):  # which the module may have caught
-                error.add_note(note)
+        said = f"{error} {error.__context__}"  # which the module may have caught
+        for note in [note for words, note in _NOTES.items() if words in said]:
+            error.add_note(note)
 
     def _check_unchanged(self) -> None:
         tensors = frozen_tensors(self._module)

@@ -632,6 +632,39 @@ def test_a_hidden_copy_of_adapted_layers_is_left_alone(tmp_path, hook):
     assert module.batches
 
 
+class Thaws(Classifier):
+    """Keeps its body frozen in the first epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.trainer.optimizers[0].add_param_group({"params": self.net[0].requires_grad_(True).parameters()})
+
+
+def test_a_body_that_is_given_to_the_optimizer_later_has_its_adapter_there(tmp_path):
+    with pytest.raises(ValueError, match="more than one parameter group") as caught:
+        trainer(tmp_path, [lora()], max_epochs=2).fit(Thaws(), loader())
+    assert "A and B of it are there from the start" in "".join(caught.value.__notes__)
+
+
+class Probes(Classifier):
+    """Trains its head alone."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.net[:3](x)
+        return self.net[3](x)
+
+
+def test_adapted_layers_that_are_computed_without_gradients(tmp_path):
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        trainer(tmp_path, [lora(LoraConfig(r=2, target_modules=["net.0"]))]).fit(Probes(), loader())
+    assert "under torch.no_grad()" in "".join(caught.value.__notes__)
+
+
 class AsksForGradients(Classifier):
     """Weights its losses by gradients with respect to the last weight, as VQGAN; some versions catch torch's error."""
 
