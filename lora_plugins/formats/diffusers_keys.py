@@ -17,6 +17,7 @@ _ENDINGS: Mapping[str, str] = {
     ".lora_linear_layer.up.weight": "B",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".magnitude": "magnitude",
     ".dora_scale": "scale",
     ".alpha": "alpha",
 }

@@ -18,6 +18,7 @@ _OTHER_METHODS: Mapping[str, str] = {
     "diff": "a full difference",
     "diff_b": "a difference of biases",
     "a1.weight": "GLoRA",
+    "lambda_layer": "T-LoRA",
     "w_norm": "trained normalizations",
     "b_norm": "trained normalizations",
     "lora_B.bias": "a bias of B (lora_bias)",

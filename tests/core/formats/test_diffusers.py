@@ -189,6 +189,16 @@ def test_all_endings_over_the_years_are_read(endings, tmp_path):
     assert UNET.difference(model, theirs) <= TOLERANCE
 
 
+def test_the_norms_of_dora_in_ai_toolkit_are_read(tmp_path):
+    theirs = with_peft(UNET, lora_alpha=2, use_dora=True)
+    saved_by_diffusers(tmp_path, metadata=False, unet=theirs)
+    renamed(tmp_path / FILE, {".lora_magnitude_vector": ".magnitude"})
+    assert any(key.endswith(".magnitude") for key in load_file(tmp_path / FILE))
+    model = UNET.build()
+    LoraModel.load_adapter(model, tmp_path)
+    assert UNET.difference(model, theirs) <= TOLERANCE
+
+
 def test_the_oldest_keys_of_text_encoders_are_read(tmp_path):
     """They have the names of the UNet's projections, as `convert_state_dict_to_peft` of diffusers knows."""
     theirs = with_peft(TEXT, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"])

@@ -144,6 +144,7 @@ class TestRefused:
             ("lokr_w1", "LoKr"),
             ("oft_blocks", "OFT"),
             ("on_input", r"\(IA\)\^3"),
+            ("lambda_layer", "T-LoRA"),
             ("diff", "a full difference"),
         ],
     )
