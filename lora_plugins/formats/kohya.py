@@ -125,9 +125,11 @@ class KohyaFormat(PortableFormat):
 def _prefixes_written(parts: Collection[str], model: nn.Module | None) -> dict[str, str]:
     """Returns what the names of each part start with; `lora_te_` is the text encoder of a pipeline that has one."""
     prefix_of = {part: prefix for prefix, part in reversed([*PREFIXES.items()])}
-    children = () if model is None else dict(model.named_children())
+    children = {} if model is None else dict(model.named_children())
     if any(name.startswith("text_encoder_") for name in (*parts, *children)):
         prefix_of["text_encoder"] = "lora_te1_"
+    if "text_encoder_2" in children and "T5" in base_class_of(children["text_encoder_2"]).__name__:
+        prefix_of["text_encoder_2"] = "lora_te3_"  # as kohya's scripts call it for Flux too
     return prefix_of
 
 

@@ -285,6 +285,21 @@ def test_text_encoders_are_numbered_where_there_are_several(parts, targets, star
         torch.testing.assert_close(model[part]["fc"](x), x @ expected[part].T + model[part]["fc"].bias)
 
 
+def test_the_t5_of_flux_is_the_third_text_encoder(tmp_path):
+    """To kohya's scripts, which leave out what they do not know without a word."""
+    transformers = pytest.importorskip("transformers")
+    t5 = transformers.T5EncoderModel(
+        transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20)
+    )
+    model = nn.ModuleDict({"text_encoder": TEXT.build(), "text_encoder_2": t5})
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["SelfAttention.q", "q_proj"]))
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    assert {key.partition("_encoder_")[0] for key in load_file(path)} == {"lora_te1_text_model", "lora_te3"}
+    lora.unload()
+    adapted = {layer.name.partition(".")[0] for layer in LoraModel.load_adapter(model, path).plans["default"].layers}
+    assert adapted == {"text_encoder", "text_encoder_2"}
+
+
 @pytest.mark.parametrize("target", ["peft", "diffusers", "lora_plugins"])
 def test_on_to_another_format(target, tmp_path):
     lora = ours(DIT)
