@@ -62,9 +62,11 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
             raise AdapterFileError(f"The adapter has the parts {listing(lacking)}, which the model does not have.")
         return parts
     if asked is None and len(found) > 1:
+        told = part_told(model)
+        likely = told if told in found else min(found)
         raise AdapterFileError(
             f"The adapter has the parts {listing(sorted(found))}, and the model is one of them. Say which: "
-            f"format_options={{'component': {min(found)!r}}}; the others are left out then."
+            f"format_options={{'component': {likely!r}}}; the others are left out then."
         )
     return {name: part if part in children else "" for name, part in parts.items() if asked in (None, part)}
 
@@ -94,7 +96,7 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
                 "load_into_transformer_2=True, load_adapter with the same option."
             )
         return {name: (_in_files(first), rest) for name, (first, _, rest) in split.items() if asked in (None, first)}
-    part = asked or _told(model)
+    part = asked or part_told(model)
     if part is None:
         raise ConfigError(
             f"It cannot be told which part of a pipeline the model is. If it is one of {listing(COMPONENTS, 9)}, say "
@@ -106,7 +108,7 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
 
 def denoiser_of(model: nn.Module) -> str:
     """Returns the name of the denoiser, in a pipeline or where the model itself is one."""
-    return "unet" if "unet" in _children(model) or _told(model) == "unet" else "transformer"
+    return "unet" if "unet" in _children(model) or part_told(model) == "unet" else "transformer"
 
 
 def check_name(component: str | None) -> None:
@@ -127,7 +129,7 @@ def _in_files(part: str) -> str:
     return _DENOISER if part == _SECOND else part
 
 
-def _told(model: nn.Module | None) -> str | None:
+def part_told(model: nn.Module | None) -> str | None:
     """Returns which part a model is, inferred from the names of its classes."""
     if model is None:
         return None

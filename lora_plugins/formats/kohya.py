@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
-from lora_plugins.formats.components import part_of, paths_read
+from lora_plugins.formats.components import part_of, part_told, paths_read
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
 from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
@@ -76,7 +76,7 @@ class KohyaFormat(PortableFormat):
         details = {key: metadata[key] for key in ("ss_base_model_version", "ss_network_module") if key in metadata}
         if model is None:
             return PortableAdapter(layers, details=details)
-        names_of_parts = _names_of_parts(layers, model)
+        names_of_parts = _names_of_parts(layers, model, options["component"])
         paths = paths_read(names_of_parts, model, options["component"])
         placed: dict[str, PortableLayer] = {}
         for part, path_in_model in paths.items():
@@ -198,13 +198,14 @@ def _layer(name: str, factors: Mapping[str, Tensor]) -> PortableLayer:
     return PortableLayer(A, B, alpha, magnitude_of(name, factors["scale"], len(B)) if "scale" in factors else None)
 
 
-def _names_of_parts(keys: Iterable[str], model: nn.Module) -> dict[str, dict[str, str]]:
+def _names_of_parts(keys: Iterable[str], model: nn.Module, asked: str | None) -> dict[str, dict[str, str]]:
     """Returns by part of a pipeline the layers of a file, each with its name behind the prefix."""
     prefixes = {key: next(prefix for prefix in PREFIXES if key.startswith(prefix)) for key in keys}
     names = {key: key.removeprefix(prefix) for key, prefix in prefixes.items()}
     parts = dict(PREFIXES)
     children = dict(model.named_children())
-    if any(map(is_of_transformer, names.values())) or ("transformer" in children and "unet" not in children):
+    told = (asked or part_told(model)) == "transformer" or ("transformer" in children and "unet" not in children)
+    if told or any(map(is_of_transformer, names.values())):
         parts |= {prefix: "transformer" for prefix, part in PREFIXES.items() if part == "unet"}
     if "text_encoder_2" in children and "text_encoder_3" not in children:
         parts["lora_te3_"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3

@@ -300,6 +300,25 @@ def test_the_t5_of_flux_is_the_third_text_encoder(tmp_path):
     assert adapted == {"text_encoder", "text_encoder_2"}
 
 
+def test_a_transformer_is_called_so_whatever_its_names_are(tmp_path):
+    """`lora_unet` is in front of those of all denoisers."""
+    tensors = {
+        f"{start}.{key}": torch.ones(1, 1)
+        for start in ("lora_unet_blocks_0_self_attn_q", "lora_te_q")
+        for key in ("lora_down.weight", "lora_up.weight")
+    }
+    tensors["lora_unet_blocks_0_self_attn_q.lora_down.weight"] = torch.ones(1, 24)
+    tensors["lora_unet_blocks_0_self_attn_q.lora_up.weight"] = torch.ones(24, 1)
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    with pytest.raises(AdapterFileError, match=r"'text_encoder', 'transformer'.*'component': 'transformer'"):
+        LoraModel.load_adapter(wan(), tmp_path / "adapter.safetensors")
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.ModuleDict({"self_attn": nn.ModuleDict({"q": nn.Linear(24, 24)})})])}
+    )
+    for each, part in ((wan(), "transformer"), (model, "transformer"), (wan(), "unet")):
+        LoraModel.load_adapter(each, tmp_path / "adapter.safetensors", format_options={"component": part})
+
+
 @pytest.mark.parametrize("target", ["peft", "diffusers", "lora_plugins"])
 def test_on_to_another_format(target, tmp_path):
     lora = ours(DIT)
