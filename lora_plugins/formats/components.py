@@ -33,7 +33,16 @@ _OTHERS = (_SECOND, "transformer_ref")
 ORIGINAL = "diffusion_model"
 """What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
 
-_WORDS: Mapping[str, str] = {"UNet": "unet", "Text": "text_encoder", "T5": "text_encoder", "Transformer": "transformer"}
+_CONDITIONER = "llm_adapter"
+"""What the authors of Anima call its text conditioner: within the denoiser there, a part of its own in diffusers."""
+
+_WORDS: Mapping[str, str] = {
+    "UNet": "unet",
+    "TextConditioner": "text_conditioner",
+    "Text": "text_encoder",
+    "T5": "text_encoder",
+    "Transformer": "transformer",
+}
 """Words in the names of classes, and which part a model of such a class is."""
 
 
@@ -109,6 +118,19 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
 def denoiser_of(model: nn.Module) -> str:
     """Returns the name of the denoiser, in a pipeline or where the model itself is one."""
     return "unet" if "unet" in _children(model) or part_told(model) == "unet" else "transformer"
+
+
+def with_conditioner(part: str, name: str, model: nn.Module) -> tuple[str, str]:
+    """Returns the part and the name of a layer that the denoiser of a file has; see `_CONDITIONER`.
+
+    Args:
+        part: What the denoiser is called.
+        name: Name in it, with dots or underscores.
+        model: The model that is read into. If it has such a module itself, as the authors do, nothing changes.
+    """
+    if not name.startswith(_CONDITIONER) or any(each.endswith(_CONDITIONER) for each, _ in model.named_modules()):
+        return part, name
+    return "text_conditioner", name[len(_CONDITIONER) + 1 :]
 
 
 def check_name(component: str | None) -> None:

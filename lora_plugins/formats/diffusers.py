@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read
+from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
 from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, own_key, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import by_own_names
@@ -68,7 +68,7 @@ class DiffusersFormat(PortableFormat):
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
         tensors, metadata = read_tensors(_file(path))
-        parts = _parts(tensors)
+        parts = _parts(tensors, model)
         configs = _configs(metadata, parts, options["patterns"])
         modules = [] if model is None else [entry.name for entry in model_modules(model)]
         for part, config in configs.items():
@@ -113,7 +113,7 @@ def _file(path: Path) -> Path:
     return path if path.suffix == ".safetensors" else path / TENSORS
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> dict[str, _Part]:
+def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, _Part]:
     parts: dict[str, _Part] = {}
     wrong = []
     for key, tensor in tensors.items():
@@ -122,6 +122,8 @@ def _parts(tensors: Mapping[str, Tensor]) -> dict[str, _Part]:
             wrong.append(key)
             continue
         part, name, factor = placed
+        if part == ORIGINAL and model is not None:
+            part, name = with_conditioner(part, name, model)
         own = parts.setdefault(part, _Part()).layers.setdefault(name, {})
         if factor in own:
             wrong.append(key)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
-from lora_plugins.formats.components import part_of, part_told, paths_read
+from lora_plugins.formats.components import part_of, part_told, paths_read, with_conditioner
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
 from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
@@ -211,7 +211,8 @@ def _names_of_parts(keys: Iterable[str], model: nn.Module, asked: str | None) ->
         parts["lora_te3_"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3
     found: dict[str, dict[str, str]] = {}
     for key, prefix in prefixes.items():
-        found.setdefault(parts[prefix], {})[key] = names[key]
+        part, name = with_conditioner(parts[prefix], names[key], model)
+        found.setdefault(part, {})[key] = name
     return found
 
 

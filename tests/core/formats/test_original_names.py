@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
@@ -366,6 +366,61 @@ def test_a_file_of_flux_goes_into_the_parts_of_its_pipeline(tmp_path):
     adapted = {layer.name for layer in lora.plans["default"].layers}
     assert "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q" in adapted
     assert "transformer.single_transformer_blocks.1.proj_mlp" in adapted
+
+
+def anima():
+    diffusers = pytest.importorskip("diffusers")
+    transformer = diffusers.CosmosTransformer3DModel(num_attention_heads=2, attention_head_dim=12, num_layers=1)
+    conditioner = diffusers.AnimaTextConditioner(
+        source_dim=4, target_dim=4, model_dim=4, num_layers=1, num_attention_heads=2, target_vocab_size=5
+    )
+    return nn.ModuleDict({"transformer": transformer, "text_conditioner": conditioner})
+
+
+class TestTextConditioner:
+    """Of Anima: its authors have it in the denoiser, diffusers beside it."""
+
+    QUERY = "llm_adapter.blocks.0.self_attn.q_proj"
+    OTHERS = "blocks.0.self_attn.q_proj"
+
+    @pytest.fixture(params=["diffusion_model.", "lora_unet_"])
+    def path(self, request, tmp_path):
+        def key(name):
+            return request.param + (name if request.param.endswith(".") else name.replace(".", "_"))
+
+        rows = {self.QUERY: 4, self.OTHERS: 24}
+        tensors = {f"{key(name)}.lora_down.weight": torch.ones(1, size) for name, size in rows.items()}
+        tensors |= {f"{key(name)}.lora_up.weight": torch.ones(size, 1) for name, size in rows.items()}
+        tensors |= {f"{key(name)}.alpha": torch.tensor(1.0) for name in rows}
+        save_file(tensors, tmp_path / "adapter.safetensors")
+        return tmp_path / "adapter.safetensors"
+
+    def adapted(self, model, path, **options):
+        lora = LoraModel.load_adapter(model, path, format_options=options)
+        return {layer.name for layer in lora.plans["default"].layers}
+
+    def test_both_are_read_into_a_module_of_them(self, path):
+        names = {"transformer.transformer_blocks.0.attn1.to_q", "text_conditioner.blocks.0.self_attn.q_proj"}
+        assert self.adapted(anima(), path) == names
+
+    def test_one_of_them_is_chosen(self, path):
+        parts = anima()
+        assert self.adapted(parts["transformer"], path, component="transformer") == {"transformer_blocks.0.attn1.to_q"}
+        assert self.adapted(parts["text_conditioner"], path, component="text_conditioner") == {
+            "blocks.0.self_attn.q_proj"
+        }
+
+    def test_a_model_that_has_it_there_keeps_it(self, path):
+        def block(size):
+            return nn.ModuleDict({"0": nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(size, size)})})})
+
+        model = nn.ModuleDict({"blocks": block(24), "llm_adapter": nn.ModuleDict({"blocks": block(4)})})
+        assert self.adapted(model, path) == {self.QUERY, self.OTHERS}
+
+    def test_it_is_written_as_that_part(self, tmp_path):
+        lora = LoraModel(anima()["text_conditioner"], LoraConfig(r=2, target_modules=["q_proj"]))
+        file = lora.save_adapter(tmp_path / "adapter.safetensors", format="diffusers")
+        assert all(key.startswith("text_conditioner.blocks.0.") for key in load_file(file))
 
 
 @pytest.mark.parametrize("prefix", ["lora_unet", "lycoris", "lora_transformer"])
