@@ -62,6 +62,8 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
     alone = [each for each in _OTHERS if each in children and _DENOISER not in children]
     other = asked if asked in _OTHERS else next(iter(alone), None)
     renamed = {_DENOISER: other} if other is not None and other not in found else {}
+    if "text_encoder_2" in children and "text_encoder_3" not in children and "text_encoder_2" not in found:
+        renamed["text_encoder_3"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3
     parts = {name: renamed.get(name, name) for name in found}
     if asked is not None and asked not in parts.values():
         raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")

@@ -26,6 +26,16 @@ _ENDINGS: Mapping[str, str] = {
 ALONE = ""
 """The part of keys that name none: what `save_lora_adapter` of a denoiser writes, and authors of models do."""
 
+_ENCODERS: Mapping[str, str] = {
+    "text_encoders.clip_l.transformer.": "text_encoder.",
+    "text_encoders.clip_g.transformer.": "text_encoder_2.",
+    "text_encoders.t5xxl.transformer.": "text_encoder_3.",
+    "lora_te.": "text_encoder.",
+    "lora_te1.": "text_encoder.",
+    "lora_te2.": "text_encoder_2.",
+}
+"""How keys of ComfyUI and of ai-toolkit name the text encoders."""
+
 _FLAT = ("lora_", "lycoris_")
 """What such keys do not start with: those are names without dots, of another format."""
 
@@ -64,6 +74,8 @@ def own_key(key: str) -> str:
 def placed_key(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
     key = _ADAPTER.sub(r"\1", key.removeprefix(PREFIX))
+    encoder = next((start for start in _ENCODERS if key.startswith(start)), "")
+    key = _ENCODERS.get(encoder, "") + key.removeprefix(encoder)
     part, _, rest = key.partition(".")
     if part not in (*COMPONENTS, ORIGINAL):
         if key.startswith(_FLAT):

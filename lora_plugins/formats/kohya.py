@@ -207,8 +207,6 @@ def _names_of_parts(keys: Iterable[str], model: nn.Module, asked: str | None) ->
     told = (asked or part_told(model)) == "transformer" or ("transformer" in children and "unet" not in children)
     if told or any(map(is_of_transformer, names.values())):
         parts |= {prefix: "transformer" for prefix, part in PREFIXES.items() if part == "unet"}
-    if "text_encoder_2" in children and "text_encoder_3" not in children:
-        parts["lora_te3_"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3
     found: dict[str, dict[str, str]] = {}
     for key, prefix in prefixes.items():
         part, name = with_conditioner(parts[prefix], names[key], model)

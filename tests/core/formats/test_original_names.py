@@ -16,7 +16,7 @@ from lora_plugins.formats import convert
 from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.original_names import original_places
-from tests.core.formats.pipeline_cases import TOLERANCE, UNET, Part
+from tests.core.formats.pipeline_cases import TEXT, TOLERANCE, UNET, Part
 
 DIFFUSERS = DiffusersFormat()
 ANY = 21504  # outputs of the largest layer of Flux, which its converter splits
@@ -366,6 +366,31 @@ def test_a_file_of_flux_goes_into_the_parts_of_its_pipeline(tmp_path):
     adapted = {layer.name for layer in lora.plans["default"].layers}
     assert "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q" in adapted
     assert "transformer.single_transformer_blocks.1.proj_mlp" in adapted
+
+
+@pytest.mark.parametrize(
+    ("start", "other"),
+    [
+        ("text_encoders.clip_l.transformer.text_model", "text_encoders.t5xxl.transformer"),
+        ("lora_te", None),
+        ("lora_te1", "lora_te2"),
+    ],
+    ids=["ComfyUI", "ai-toolkit", "ai-toolkit, of two"],
+)
+def test_keys_with_dots_have_names_of_text_encoders(start, other, tmp_path):
+    names = {f"{start}.encoder.layers.0.self_attn.q_proj": "text_encoder.encoder.layers.0.self_attn.q_proj"}
+    if other is not None:
+        layer = "encoder.block.0.layer.0.SelfAttention.q"
+        names[f"{other}.{layer}"] = f"text_encoder_2.{layer}"
+    tensors = {
+        f"{name}.{key}.weight": torch.ones(shape)
+        for name in names
+        for key, shape in {"lora_A": (2, 16), "lora_B": (16, 2)}.items()
+    }
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    parts = nn.ModuleDict({"text_encoder": TEXT.build(), "text_encoder_2": t5()})
+    layers = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors").plans["default"].layers
+    assert {layer.name for layer in layers} == {*names.values()}
 
 
 def anima():
