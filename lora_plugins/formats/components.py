@@ -27,7 +27,7 @@ COMPONENTS = (
 _DENOISER, _SECOND = "transformer", "transformer_2"
 """The two transformers of Wan 2.2. A file is of one of them, by the name of the first; who loads it says which."""
 
-_OTHERS = (_SECOND, "transformer_ref")
+OTHER_TRANSFORMERS = (_SECOND, "transformer_ref")
 """The transformers that files which name the first one are loaded into, where that is said or there is no first one."""
 
 ORIGINAL = "diffusion_model"
@@ -59,8 +59,8 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
     """
     check_name(asked)
     children = _children(model)
-    alone = [each for each in _OTHERS if each in children and _DENOISER not in children]
-    other = asked if asked in _OTHERS else next(iter(alone), None)
+    alone = [each for each in OTHER_TRANSFORMERS if each in children and _DENOISER not in children]
+    other = asked if asked in OTHER_TRANSFORMERS else next(iter(alone), None)
     renamed = {_DENOISER: other} if other is not None and other not in found else {}
     if "text_encoder_2" in children and "text_encoder_3" not in children and "text_encoder_2" not in found:
         renamed["text_encoder_3"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3

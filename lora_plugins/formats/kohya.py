@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
-from lora_plugins.formats.components import part_of, part_told, paths_read, with_conditioner
+from lora_plugins.formats.components import OTHER_TRANSFORMERS, part_of, part_told, paths_read, with_conditioner
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
 from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
@@ -204,8 +204,9 @@ def _names_of_parts(keys: Iterable[str], model: nn.Module, asked: str | None) ->
     names = {key: key.removeprefix(prefix) for key, prefix in prefixes.items()}
     parts = dict(PREFIXES)
     children = dict(model.named_children())
-    told = (asked or part_told(model)) == "transformer" or ("transformer" in children and "unet" not in children)
-    if told or any(map(is_of_transformer, names.values())):
+    told = (asked or part_told(model) or "").startswith("transformer")
+    beside = "unet" not in children and not children.keys().isdisjoint(("transformer", *OTHER_TRANSFORMERS))
+    if told or beside or any(map(is_of_transformer, names.values())):
         parts |= {prefix: "transformer" for prefix, part in PREFIXES.items() if part == "unet"}
     found: dict[str, dict[str, str]] = {}
     for key, prefix in prefixes.items():

@@ -315,8 +315,17 @@ def test_a_transformer_is_called_so_whatever_its_names_are(tmp_path):
     model = nn.ModuleDict(
         {"blocks": nn.ModuleList([nn.ModuleDict({"self_attn": nn.ModuleDict({"q": nn.Linear(24, 24)})})])}
     )
-    for each, part in ((wan(), "transformer"), (model, "transformer"), (wan(), "unet")):
+    for each, part in ((wan(), "transformer"), (wan(), "transformer_2"), (model, "transformer"), (wan(), "unet")):
         LoraModel.load_adapter(each, tmp_path / "adapter.safetensors", format_options={"component": part})
+
+
+@pytest.mark.parametrize("other", ["transformer_2", "transformer_ref"])
+def test_a_file_goes_into_another_transformer_where_there_is_no_first_one(other, tmp_path):
+    shapes = {"lora_down.weight": (1, 24), "lora_up.weight": (24, 1)}
+    tensors = {f"lora_unet_blocks_0_self_attn_q.{key}": torch.ones(shape) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    lora = LoraModel.load_adapter(nn.ModuleDict({other: wan()}), tmp_path / "adapter.safetensors")
+    assert [layer.name for layer in lora.plans["default"].layers] == [f"{other}.blocks.0.attn1.to_q"]
 
 
 @pytest.mark.parametrize("target", ["peft", "diffusers", "lora_plugins"])
