@@ -1,6 +1,5 @@
 """Completes optimizers that were built before the adapters existed, and leaves all others alone."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -70,7 +69,7 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
         configured: What its `configure_optimizers` returned.
 
     Raises:
-        StateError: If it is not clear where the missing tensors belong, or a tensor is in two groups.
+        StateError: If it is not clear where the missing tensors belong.
     """
     # Wrappers of an optimizer need be no subclass of torch's; whether it takes one is for Lightning to say.
     optimizers = [leaf for leaf in flatten(configured) if hasattr(leaf, "param_groups")]
@@ -89,7 +88,6 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
             f"not trained: {listing(missing, 3)}. If that is meant, leave their layers out with exclude_modules; else "
             f"give them to the optimizer. {_ADVICE}"
         )
-    _check_once(trained, groups)
     _warn_of_idle(module, optimizers)
 
 
@@ -113,13 +111,6 @@ def _add_to_group(
         f"added to its parameter group now. {_ADVICE}"
     )
     return {name: p for name, p in missing.items() if name not in added}
-
-
-def _check_once(trained: Mapping[str, nn.Parameter], groups: list[dict[str, Any]]) -> None:
-    counts = Counter(id(p) for group in groups for p in group["params"])
-    doubled = [name for name, p in trained.items() if counts[id(p)] > 1]
-    if doubled:
-        raise StateError(f"{listing(doubled)} are in more than one parameter group. Leave each in one of them.")
 
 
 def _warn_of_idle(module: nn.Module, optimizers: Iterable[Optimizable]) -> None:

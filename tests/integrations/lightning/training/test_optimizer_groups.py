@@ -1,4 +1,4 @@
-"""Every trainable tensor sits in exactly one parameter group, or the run stops before the first batch."""
+"""Every trainable tensor sits in a parameter group, or the run stops before the first batch."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lora_plugins import LoraConfig, StateError
+from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
 from tests.integrations.lightning.toys import CONFIG, Classifier, differing, loader, lora, trainer, values
 from tests.integrations.lightning.training.training_cases import cli, fit, lora_b
@@ -201,17 +201,35 @@ def test_head_that_the_optimizer_leaves_out_is_said(tmp_path):
     assert torch.equal(start["net.3.weight"], module.net[3].weight)
 
 
-class Twice(Classifier):
+class Shared(Classifier):
+    """Two optimizers of the same tensors, as Adam and then L-BFGS in a physics-informed network."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        def closure():
+            loss = cross_entropy(self(batch[0]), batch[1])
+            self.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        self.optimizers()[min(self.current_epoch, 1)].step(closure)
+
     def configure_optimizers(self):
         trained = [p for p in self.parameters() if p.requires_grad]
-        return [torch.optim.SGD(trained, lr=0.1), torch.optim.SGD(trained[:1], lr=0.1)]
+        return [torch.optim.Adam(trained, lr=0.01), torch.optim.LBFGS(trained, lr=0.1, max_iter=3)]
 
 
-def test_tensor_in_two_groups_is_refused(tmp_path):
-    module = Twice()
-    module.automatic_optimization = False
-    with pytest.raises(StateError, match="more than one parameter group"):
-        fit(tmp_path, module)
+@pytest.mark.filterwarnings("ignore:Found 1 module:UserWarning")  # the frozen norm of the one that is adapted by hand
+def test_optimizers_that_share_tensors_each_train_them(tmp_path):
+    by_hand, module = Shared(), Shared()
+    LoraModel(by_hand, CONFIG)
+    trainer(tmp_path, []).fit(by_hand, loader())
+    trainer(tmp_path, [lora()]).fit(module, loader())
+    assert differing(values(by_hand), values(module)) == set()
+    assert all(p.abs().sum() > 0 for p in lora_b(module).values())
 
 
 class TwoOptimizers(Classifier):
