@@ -1,8 +1,8 @@
 """Loads adapter-only checkpoints without a Trainer."""
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
@@ -25,6 +25,9 @@ from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.names import MANIFEST
 
 Module = TypeVar("Module", bound=LightningModule)
+
+_CLASS_PATH = "_class_path"
+"""The hyperparameter in which Lightning's command line keeps the path of the class."""
 
 
 class LoraCheckpointMixin(LightningModule):
@@ -96,7 +99,10 @@ def load_from_checkpoint(
     real = _named_class(checkpoint, module_class)
     check_arguments(real, checkpoint, kwargs)
     loading = real if issubclass(real, LoraCheckpointMixin) else _loading_class(real)
-    with TemporaryDirectory() as folder:
+    arguments = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    with TemporaryDirectory() as folder, _importable(loading) as class_path:
+        if _CLASS_PATH in arguments:
+            arguments[_CLASS_PATH] = class_path
         written = _write(checkpoint, Path(folder))
         # Objects in it are those that were just read as allowed ones.
         module: Module = loading.load_from_checkpoint(written, map_location=map_location, weights_only=False, **kwargs)
@@ -120,6 +126,17 @@ def _loading_class(real: Any) -> Any:
     own = {"__module__": real.__module__, "load_from_checkpoint": classmethod(load), "on_load_checkpoint": put_on}
     loading: Any = type(real.__name__, (real,), own)
     return loading
+
+
+@contextmanager
+def _importable(cls: type) -> Iterator[str]:
+    """Gives a path under which a class is found, as long as it loads a checkpoint that names its class."""
+    name = f"_{cls.__name__}_{id(cls)}"
+    setattr(sys.modules[__name__], name, cls)
+    try:
+        yield f"{__name__}.{name}"
+    finally:
+        delattr(sys.modules[__name__], name)
 
 
 def _load(
@@ -199,12 +216,9 @@ def _is_lightnings_own(cls: type[LightningModule]) -> bool:
 
 
 def _named_class(checkpoint: dict[str, Any], module_class: type[Module]) -> type[Module]:
-    """Returns the class that the checkpoint names, which has to be imported already; without a name, `module_class`.
-
-    The name is removed from the checkpoint: Lightning would refuse a class that is not a subclass of the temporary one.
-    """
+    """Returns the class that the checkpoint names, which has to be imported already; without a name, `module_class`."""
     arguments = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    path = arguments.pop("_class_path", None)
+    path = arguments.get(_CLASS_PATH)
     if path is None:
         return module_class
     module, _, name = str(path).rpartition(".")

@@ -6,6 +6,7 @@ import runpy
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 
 from lora_plugins.integrations.lightning import load_from_checkpoint
 from tests.integrations.lightning.checkpoint.checkpoint_cases import shown_by_lightning
@@ -86,3 +87,15 @@ def test_error_of_lightning_shows_the_line(tmp_path, make):
     again = load_from_checkpoint(type(module), tmp_path / "it.ckpt")
     assert again.hparams == module.hparams
     assert again._hparams_name == module._hparams_name
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")  # pytest has arguments of its own
+def test_what_a_command_line_gives_beside_the_arguments_that_it_knows(tmp_path):
+    model = {"class_path": f"{__name__}.OfKeywords", "dict_kwargs": {"depth": 3}}
+    arguments = {"seed_everything": 1, "model": model}
+    options = {"auto_configure_optimizers": False, "save_config_callback": None, "args": arguments}
+    module = LightningCLI(Classifier, run=False, subclass_mode_model=True, **options).model
+    trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path, filename="it")]).fit(module, loader())
+    again = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
+    assert type(again) is OfKeywords
+    assert again.hparams["depth"] == 3
