@@ -15,6 +15,9 @@ from lora_plugins.integrations.lightning.training.unlike_copies import UnlikeCop
 _OF_PAIRS = ("size", "shape", "same number", "key")
 """Words of the errors that torch raises for pairs which do not belong together."""
 
+_OF_PLAIN_NETWORKS = ("Unexpected key(s)", ".lora_A")
+"""Words of the error that torch raises where a network that is not adapted is to take the state of one that is."""
+
 
 class MovedByHand:
     """Watches the copies of a module from one batch to the next.
@@ -75,3 +78,8 @@ class MovedByHand:
         )
         if self._unlike and of_pairs:
             error.add_note(f"It may come of this: {self._unlike[0].message('If the module moves it by hand')}")
+        elif all(word in str(error) for word in _OF_PLAIN_NETWORKS):  # one that began with other values is no copy
+            error.add_note(
+                "If a network takes the state of an adapted one, as the target network of a DQN does, it has to be "
+                "adapted as that one is: name the layers of both in target_modules."
+            )

@@ -376,6 +376,18 @@ class TestFollows:
         assert not differing(values(again), values(module))
 
 
+class Target(Classifier):
+    """Its target network, as that of a DQN, begins with values of its own and takes the state of the other one."""
+
+    def __init__(self):
+        super().__init__()
+        self.target = Classifier(base_seed=1).net
+
+    def training_step(self, batch, batch_idx):
+        self.target.load_state_dict(self.net.state_dict())
+        return super().training_step(batch, batch_idx)
+
+
 class TestStops:
     @updates
     @pytest.mark.parametrize("when", WHEN)
@@ -398,6 +410,11 @@ class TestStops:
             fit(tmp_path, Teacher(), config)
         said = " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
         assert "In target_modules and exclude_modules, leave 'teacher.3' out; a `target`" in said
+
+    def test_a_network_with_other_values_that_takes_the_state(self, tmp_path):
+        with pytest.raises(RuntimeError, match="Unexpected key") as raised:
+            fit(tmp_path, Target(), ALONE)
+        assert "name the layers of both in target_modules" in "".join(raised.value.__notes__)
 
     def test_an_error_that_has_nothing_to_do_with_pairs_gets_no_note(self, tmp_path):
         def fails(*_):
