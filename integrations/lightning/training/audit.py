@@ -138,7 +138,8 @@ class Audit:
             self._lost_writes.check()
             self._changes.before_step()
             self._stepped = True
-            groups = [group for each in self._trainer.optimizers for group in each.param_groups]
+            every = [*self._trainer.optimizers, optimizer]  # last, whose rates count where others have its tensors too
+            groups = [group for each in every for group in each.param_groups]
             waiting = parameters_of(self._trainer.optimizers) - parameters_of([optimizer])
             self._first.before_step({id(p): _rate(group) for group in groups for p in group["params"]}, waiting)
 

@@ -232,6 +232,22 @@ def test_optimizers_that_share_tensors_each_train_them(tmp_path):
     assert all(p.abs().sum() > 0 for p in lora_b(module).values())
 
 
+class OneRests(Shared):
+    """The second optimizer of the same tensors has a rate of 0, ahead of its turn."""
+
+    def configure_optimizers(self):
+        first, second = super().configure_optimizers()
+        second.param_groups[0]["lr"] = 0.0
+        return [first, second]
+
+
+def test_an_optimizer_that_rests_beside_one_that_trains_is_no_reason_to_warn(tmp_path):
+    """No warning passes in these tests."""
+    module = OneRests()
+    fit(tmp_path, module, max_epochs=1)
+    assert all(p.abs().sum() > 0 for p in lora_b(module).values())
+
+
 class TwoOptimizers(Classifier):
     """Manual optimization, as for adversarial training: each optimizer has its own layer."""
 
