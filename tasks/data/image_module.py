@@ -27,6 +27,7 @@ from lora_plugins.field_checks import (
     number_from,
     optional,
 )
+from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.argument_checks import check_size
 from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.transforms import Size, image_transform
@@ -224,7 +225,8 @@ class ImageDataModule(VisionDataModule):
             brightest = int(np.max(image.getextrema()))
             seen[id(item)] = _Seen(labels - {self.ignore_index}, _digest(image), brightest)
 
-        wrong = {id(item): error for item, error in zip(flat, read_errors(flat, read), strict=True) if error}
+        errors = followed(read_errors(flat, read), "Reading files", len(flat))
+        wrong = {id(item): error for item, error in zip(flat, errors, strict=True) if error}
         good = {split: [item for item in members if id(item) not in wrong] for split, members in items.items()}
         return good, list(wrong.values()), seen
 

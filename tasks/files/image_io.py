@@ -14,7 +14,6 @@ from typing import IO, TypeVar
 from PIL import Image, UnidentifiedImageError
 
 from lora_plugins.errors import listing, no_folder
-from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.errors import DataError, listed
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -303,11 +302,8 @@ def _is_tiff(name: object) -> bool:
     return Path(str(name)).suffix.lower() in (".tif", ".tiff")
 
 
-def read_errors(sources: Sequence[Source], read: Callable[[Source], object]) -> list[str | None]:
-    """Reads all sources, in several threads, and returns the error message of each; None if it can be read.
-
-    Meanwhile, a line of the terminal shows how many are done.
-    """
+def read_errors(sources: Sequence[Source], read: Callable[[Source], object]) -> Iterator[str | None]:
+    """Reads all sources, in several threads, and yields the error message of each; None if it can be read."""
 
     def error_of(source: Source) -> str | None:
         try:
@@ -317,4 +313,4 @@ def read_errors(sources: Sequence[Source], read: Callable[[Source], object]) -> 
         return None
 
     with ThreadPoolExecutor(READER_THREADS) as threads:
-        return list(followed(threads.map(error_of, sources), "Reading files", len(sources)))
+        yield from threads.map(error_of, sources)

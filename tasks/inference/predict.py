@@ -26,6 +26,7 @@ from torchvision.transforms.v2 import functional
 from lora_plugins.devices import usable_device
 from lora_plugins.errors import ConfigError, nothing_there
 from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of, number_from, optional
+from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
 from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size
 from lora_plugins.tasks.errors import DataError, listed
@@ -194,7 +195,8 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _readable(paths: Sequence[Path], on_problem: str, resized_to: Size | None = None) -> list[Path]:
-    errors = read_errors(paths, partial(read_image, resized_to=resized_to))
+    reading = read_errors(paths, partial(read_image, resized_to=resized_to))
+    errors = [*followed(reading, "Reading files", len(paths))]
     problems = [error for error in errors if error]
     message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"
     if problems and (on_problem == ERROR or len(problems) == len(paths)):

@@ -13,6 +13,9 @@ from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import as_rgb
 
 INDEX_MODES = frozenset({"L", "P"})
+VALUES, COLORS = 2**8, 2**24
+"""How many values a pixel of a mask can have, and how many colors."""
+
 Labels = np.ndarray[Any, np.dtype[np.int64]]
 """Class indices, (H, W)."""
 
@@ -78,15 +81,16 @@ class MaskDecoder:
                 f"{name} has the mode {mask.mode}; a mask is an 8-bit image with one class index a pixel (mode L or "
                 "P). For masks in color give the table `colors`."
             )
-        indices = np.asarray(mask).astype(np.int64)
+        table = np.arange(VALUES, dtype=np.int64)
         if self.reduce_labels:
-            indices = np.where(indices == 0, self.ignore_index, indices - (indices != self.ignore_index))
-        wrong = [int(v) for v in np.unique(indices) if not 0 <= v < len(self.classes) and v != self.ignore_index]
+            table = np.where(table == 0, self.ignore_index, table - (table != self.ignore_index))
+        known = (table >= 0) & (table < len(self.classes)) | (table == self.ignore_index)
+        wrong = sorted({int(table[value]) for value in np.flatnonzero(mask.histogram()) if not known[value]})
         if wrong:
             allowed = f"0 to {len(self.classes) - 1}, and {self.ignore_index} for what is ignored"
             reduced = " (after reduce_labels)" if self.reduce_labels else ""
             raise DataError(f"{name} holds {', '.join(map(str, wrong))}{reduced}; allowed are {allowed}")
-        return indices
+        return table.take(np.asarray(mask))
 
     def _table(self, colors: Mapping[str, Sequence[int]]) -> dict[int, int]:
         missing = [name for name in self.classes if name not in colors]
@@ -104,11 +108,13 @@ class MaskDecoder:
 
 
 def _from_colors(mask: Image.Image, name: str, table: Mapping[int, int]) -> Labels:
-    pixels = np.asarray(as_rgb(mask, name)).astype(np.int64)
-    packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]
-    values, places = np.unique(packed, return_inverse=True)
-    wrong = [f"#{int(color):06x}" for color in values if int(color) not in table]
-    if wrong:
+    red, green, blue = np.moveaxis(np.asarray(as_rgb(mask, name)), -1, 0).astype(np.int32)
+    packed = (red << 16) | (green << 8) | blue
+    places = np.zeros(COLORS, np.int32)  # of which memory is taken where colors are
+    places[[*table]] = np.arange(1, len(table) + 1)
+    found = places[packed]
+    if not found.all():
+        wrong = [f"#{color:06x}" for color in np.unique(packed[found == 0])]
         raise DataError(f"{name} holds the colors {', '.join(wrong[:8])}, which the table `colors` does not name")
-    indices = np.array([table[int(color)] for color in values], dtype=np.int64)
-    return indices[places].reshape(packed.shape)
+    labels: Labels = np.array([0, *table.values()], np.int64).take(found)
+    return labels
