@@ -93,9 +93,9 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
         """Equal thirds of the output rows, the layout of timm's and torch's fused projections."""
         weight = layer._parameters.get("weight")
         # A weight that was cut by hand, as that of a head for fewer classes, has other rows than the layer says; one
-        # that is stored in fewer bytes has rows of its own.
-        rows = len(weight) if weight is not None and weight.is_floating_point() else layer.out_features
-        return thirds("weight", rows)
+        # that is stored in fewer bytes has a shape of its own.
+        dense = weight is not None and weight.shape[1:] == (layer.in_features,)
+        return thirds("weight", len(weight) if weight is not None and dense else layer.out_features)
 
     def inputs(self, layer: nn.Linear, slot: Slot, x: Tensor) -> Tensor:
         """The rows of `x`, which is `(..., in)`."""

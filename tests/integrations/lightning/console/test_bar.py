@@ -9,7 +9,8 @@ from lora_plugins.integrations.lightning.console import followed
 from .terminal import run
 
 SCRIPT = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do its children
 from lora_plugins.integrations.lightning.console import followed
 for step in followed(range({steps}), "Reading files", {steps}):
     time.sleep(0.01)
