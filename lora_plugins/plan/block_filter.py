@@ -49,7 +49,7 @@ class BlockFilter:
                 raise TargetError(
                     f"layers_to_transform: there is no block {block!r} in "
                     f"{self._containers or 'the usual block containers'} that holds a target. "
-                    f"Blocks with targets: {self._known(names)}."
+                    f"Blocks with targets: {self._known(block, names)}."
                 )
 
     def __call__(self, name: str) -> bool:
@@ -70,10 +70,12 @@ class BlockFilter:
             )
         return paths | ({index for _, index in found} & {*self._numbers})
 
-    def _known(self, names: list[str]) -> str:
-        containers = self._containers or BLOCK_CONTAINERS
-        paths = sorted({f"{path}.{index}" for name in names for path, index in _indices(name, containers)})
-        others = sorted({path_ends(path)[0] for name in names for path, _ in _numbered(name)})
+    def _known(self, block: int | str, names: list[str]) -> str:
+        numbered = {each for name in names for each in _numbered(name)}
+        others = sorted({path_ends(path)[0] for path, _ in numbered})
+        if isinstance(block, int):  # a path may lead through any container
+            numbered = {each for name in names for each in _indices(name, self._containers or BLOCK_CONTAINERS)}
+        paths = sorted(f"{path}.{index}" for path, index in numbered)
         return ", ".join(paths[:20]) or (
             f"none. Name a container in layers_pattern: {listing(others)}" if others else "none"
         )

@@ -74,6 +74,11 @@ def test_a_number_where_no_container_has_a_usual_name_is_an_error_that_names_tho
         BlockFilter([1], None, RESNET)
 
 
+def test_an_unknown_path_where_no_container_has_a_usual_name_is_an_error_that_names_the_blocks():
+    with pytest.raises(TargetError, match=r"no block 'layer1\.7' .*: layer1\.0, layer1\.1, layer2\.0, layer2\.1\.$"):
+        BlockFilter(["layer1.7"], None, RESNET)
+
+
 def test_an_unknown_container_is_an_error_that_offers_paths_as_long():
     with pytest.raises(TargetError, match=r"layers_pattern: 'texts.layers'.*Did you mean 'text.layers'"):
         BlockFilter([1], "texts.layers", TOWERS)
