@@ -74,7 +74,7 @@ class Results:
         Args:
             trainer: The trainer.
             module: Its module.
-            written: What the module has written into its base before the training, by name.
+            written: What the module has written into its base before the training, or moves by hand in it, by name.
 
         Returns:
             The paths of the files by what they are.

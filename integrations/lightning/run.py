@@ -172,7 +172,7 @@ class Run:
 
     @property
     def written(self) -> Set[str]:
-        """The names of what the module has written into its base before the training."""
+        """The names of what the module has written into its base before the training, or moves by hand in it."""
         return set() if self.audit is None else self.audit.written
 
     def held(self, module: LightningModule, target: str, leaves_files: bool) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lora_plugins.inplace import named_tensors
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     Start,
@@ -95,7 +96,7 @@ class Audit:
         self._lost_writes = lost_writes
         lost_writes.start(module)  # with layers that a hook has adapted since
         self._changes = ChangesWithinRun(trainer, module, self._copies, teachers)
-        self._objects = frozen_tensors(module)  # no weak references, with which `nn.Module.to` cannot swap a tensor
+        self._objects = self._still()  # no weak references, with which `nn.Module.to` cannot swap a tensor
         self._frozen = checksums(self._objects)
         self._stepped = False
         self._rates: list[float] = []
@@ -175,9 +176,15 @@ class Audit:
         """Records what the module has changed by hand, for the checkpoint that is about to be written."""
         reshard(self._module)
         self._by_hand.settle()
-        moved = changed(self._frozen, self._may_be_moved(frozen_tensors(self._module)))
+        moved = changed(self._frozen, self._may_be_moved(self._still()))
         mark_moved(self._module, moved, self._fingerprints)
         self._note_written(moved)
+
+    def _still(self) -> dict[str, Tensor]:
+        """Returns the frozen base, and what its author froze and has moved before, as in the run that is resumed."""
+        own = moved_by_hand(self._module) & frozen_by_author(self._module)
+        moved = {n: t for n, t in named_tensors(self._module).items() if n in own and not within(n, self._followers)}
+        return frozen_tensors(self._module) | moved
 
     def _note_written(self, names: Iterable[str]) -> None:
         self.written.update(name for name in names if not within(name, self._followers))
@@ -210,7 +217,7 @@ class Audit:
             error.add_note(note)
 
     def _check_unchanged(self) -> None:
-        tensors = frozen_tensors(self._module)
+        tensors = self._still()
         moved = changed(self._frozen, tensors)
         by_hand = self._may_be_moved({name: tensors[name] for name in moved})
         mark_moved(self._module, by_hand, self._fingerprints)

@@ -86,6 +86,19 @@ def test_what_training_moves_of_the_base_is_named(tmp_path, moving):
         fitted(tmp_path, str(tmp_path / "ours"), module)
 
 
+@pytest.mark.parametrize("moving", [Counting, Codebook])
+def test_what_a_resumed_run_moves_of_the_base_is_named(tmp_path, moving):
+    modules = [Classifier(), Classifier()]
+    for module in modules:
+        module.net[1] = moving()
+    first = trainer(tmp_path, [lora(CONFIG)], max_epochs=1)
+    first.fit(modules[0], loader())
+    first.save_checkpoint(path := tmp_path / "first.ckpt")
+    again = trainer(tmp_path, [lora(CONFIG, save_adapter_to=tmp_path / "ours")], max_epochs=2)
+    with pytest.warns(UserWarning, match=r"'net\.1\.seen' have changed .* the files of the adapter do not have"):
+        again.fit(modules[1], loader(), ckpt_path=path)
+
+
 class Prior(Classifier):
     """Writes into a frozen bias in one of its hooks, as detectors set the prior of their classes."""
 
