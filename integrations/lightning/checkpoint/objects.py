@@ -76,14 +76,14 @@ def argument_for_objects(path: object) -> str:
     """
     with _nothing_else_allowed():
         objects = not_allowed(path)
-        if not objects:
+        if objects is None:
             return ""
         try:
             with allowed([] if need_unpickling(objects) else objects):
                 torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # type: ignore[arg-type]
-        except Exception:  # such as a dictionary of another class, whose items torch does not put into it
+        except Exception:  # such as a text of numpy, or a dictionary of another class, whose items torch leaves out
             return "weights_only=False"
-        return f"allow_globals={objects!r}"
+        return f"allow_globals={objects!r}" if objects else ""
 
 
 @contextmanager

@@ -367,14 +367,16 @@ class TestLine:
             pytest.param(Options(a=1), "weights_only=False", marks=since_2_10),
             (Outer.Inner(), "weights_only=False"),
             (Sizes(), f"allow_globals=['{HERE}.Sizes']"),
+            (np.str_("a"), "weights_only=False"),
             (pathlib.Path("a"), ""),
         ],
-        ids=["dictionary", "nested-class", "dataclass", "harmless"],
+        ids=["dictionary", "nested-class", "dataclass", "text of numpy", "harmless"],
     )
     def test_it_reads_the_objects_in_the_file(self, option, argument, tmp_path, capsys):
         trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path)], max_epochs=1).fit(Configured(option), loader())
         line = capsys.readouterr().out.splitlines()[-1]
         assert argument in line
+        assert bool(argument) == ("weights_only" in line or "allow_globals" in line)
         found = {}
         exec(line, found)
         assert found["module"].option == option
