@@ -4,6 +4,7 @@ import contextlib
 import enum
 import functools
 import pathlib
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,6 +114,16 @@ def test_harmless_types_are_read_as_they_are(kind, through, tmp_path):
     assert type(loaded.option) is type(option)
     if kind == "attributes":
         assert loaded.option.b[0].c + loaded.option.b[1][1].d == 6
+
+
+def test_numbers_that_numpy_1_wrote_are_read(tmp_path):
+    path = written(tmp_path, Configured(np.float64(0.5)))
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in parts.items():
+            file.writestr(name, data.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"))
+    assert load_from_checkpoint(Configured, path).option == 0.5
 
 
 def test_attributes_beside_objects_are_read_as_they_are(tmp_path):
