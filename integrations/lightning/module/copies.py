@@ -12,6 +12,7 @@ are. What is told apart here, by shapes and values alone:
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, takewhile
 
 import torch
@@ -70,11 +71,19 @@ class _Part:
     trained: tuple[bool, ...]
     required: bool
 
+    @cached_property
+    def mark(self) -> int | None:
+        """The checksum of the first matrix that counts for `equals`: parts whose marks differ need no closer look."""
+        counted = (t for t, moves in zip(self.tensors, self.trained, strict=True) if not moves or all(self.trained))
+        return next((checksum(tensor) for tensor in counted if tensor.dim() > 1), None)
+
     def is_disjoint_from(self, other: "_Part") -> bool:
         return not within(self.name, [other.name]) and not within(other.name, [self.name])
 
     def equals(self, other: "_Part") -> bool:
         """Whether the values are the same, but for what is trained in place, and more than constants."""
+        if self.trained == other.trained and self.mark != other.mark:
+            return False
         trained = [own or its for own, its in zip(self.trained, other.trained, strict=True)]
         pairs = [
             (own, its)
@@ -108,10 +117,19 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
         adapted = [part for part in free if part.name in around]
         if len(free) < 2 or not adapted:
             continue
-        origin = next((part for part in adapted if part.required), adapted[0])
-        others = (part for part in free if part.is_disjoint_from(origin))
-        found += [copy for part in others if (copy := _copy_of(origin, part, module, pretrained)) is not None]
+        origins = [part for part in adapted if part.required] or adapted[:1]
+        pairs = ((_origin_of(part, origins), part) for part in free)
+        copies = (_copy_of(origin, part, module, pretrained) for origin, part in pairs if origin is not None)
+        found += [copy for copy in copies if copy is not None]
     return found
+
+
+def _origin_of(part: _Part, origins: list[_Part]) -> _Part | None:
+    """Returns the first origin that a part equals, as each of two critics has a target; if there is none, the first."""
+    earlier = list(takewhile(lambda each: each is not part, origins))
+    equal = (each for each in earlier if part.equals(each) and part.is_disjoint_from(each))
+    disjoint = (each for each in earlier if part.is_disjoint_from(each))
+    return next(equal, None) or next(disjoint, None)
 
 
 def _copy_of(

@@ -688,6 +688,32 @@ def test_head_of_one_tower_alone_is_trained(tmp_path, tower, target_modules):
     assert not torch.equal(head.weight, before)
 
 
+class TwoPairs(Classifier):
+    """Two networks of one layout with an average each, as DenseCL's heads and twin critics with their targets."""
+
+    def __init__(self, frozen):
+        super().__init__(lr=0.05)
+        self.other = Classifier(base_seed=1).net
+        self.averages = nn.ModuleDict({name: copy.deepcopy(getattr(self, name)) for name in ("net", "other")})
+        self.averages.requires_grad_(not frozen)
+
+    def forward(self, x):
+        return self.net(x) - self.other(x.flip(0))
+
+    def on_train_batch_end(self, *_):
+        for name, average in self.averages.items():
+            by_data(getattr(self, name), average)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_each_of_two_averages_starts_as_its_own_original(tmp_path, frozen):
+    module = TwoPairs(frozen)
+    fit(tmp_path, module, LoraConfig(r=2), max_epochs=1)
+    for name, average in module.averages.items():
+        learned, averaged = (part[0].lora_A["default"] for part in (getattr(module, name), average))
+        assert 0 < (learned - averaged).abs().max() < 0.5 * learned.abs().max()
+
+
 class TowerOfItsOwn(Towers):
     """The other one begins with values of its own, behind the first."""
 
