@@ -102,7 +102,7 @@ class AdapterTask:
         """Whether it predicts masks, not labels.
 
         Raises:
-            WeightsError: If its class is not imported.
+            WeightsError: If its class is not imported, or is not of this version.
         """
         return issubclass(_task_class(self.provenance, self.path), SemanticSegmentationTask)
 
@@ -210,7 +210,13 @@ def _task_class(provenance: Provenance, path: Path) -> type[VisionTask]:
     """The class: ours, or of a module that is imported already, since a file must not choose what is imported."""
     module, _, name = str(provenance["class"]).rpartition(".")
     own = module.startswith("lora_plugins.tasks.")
-    cls = getattr(importlib.import_module(module) if own else sys.modules.get(module), name, None)
+    try:
+        cls = getattr(importlib.import_module(module) if own else sys.modules.get(module), name, None)
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            f"{path} is of the task {provenance['class']}, which cannot be imported here: {sentence(error)} Load it "
+            "with the version that its run had."
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, VisionTask)):
         raise WeightsError(
             f"{path} is of the task {provenance['class']}, which is not imported. Import it, and load again."

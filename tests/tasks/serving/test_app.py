@@ -179,6 +179,21 @@ def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, a
         assert client.post(to("birds"), content=encoded(picture())).status_code == 422
 
 
+def test_a_folder_of_another_version_does_not_hide_the_others(adapters, serve):
+    from fastapi.testclient import TestClient
+
+    from lora_plugins.tasks.serving import make_app
+
+    manifest = manifest_of(adapters / "birds")
+    task = {**manifest[PROVENANCE_KEY], "class": "lora_plugins.tasks.ranking.RankingTask"}
+    write_manifest(adapters / "birds", {**manifest, PROVENANCE_KEY: task})
+    with TestClient(make_app(serve(adapters))) as client:
+        listed = {each.pop("name"): each for each in client.get("/adapters").json()}
+        assert "the version that its run had" in listed["birds"]["problem"]
+        assert listed["boats"]["classes"] == ["0", "1", "2"]
+        assert client.post(to("birds"), content=encoded(picture())).status_code == 422
+
+
 def test_more_classes_than_a_mask_holds_are_told(tmp_path, serve):
     base = write_base(SemanticSegmentationTask, tiny_segformer(257), tmp_path / "segformer.safetensors")
     write_adapters(SemanticSegmentationTask, base, tmp_path / "adapters", ["many"], **MASKS)
