@@ -42,10 +42,11 @@ class Bar:
             auto_refresh=False,
             expand=True,
             transient=not stays,
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),  # what goes to a file stays there
         )
         self._task = self._progress.add_task("", total=None, left="", metric="")
         self._drawn = 0.0
-        self._streams = _logging_through_stderr()
+        self._streams = _logging_through_streams()
         self._progress.start()
         self._streams.__enter__()
 
@@ -102,8 +103,8 @@ def is_terminal() -> bool:
 
 
 @contextmanager
-def _logging_through_stderr() -> Iterator[None]:
-    """Lets handlers of `logging` that hold the terminal's stream write to its present replacement."""
+def _logging_through_streams() -> Iterator[None]:
+    """Lets handlers of `logging` that hold one of the first streams write to its present replacement."""
     known = [logging.root, *logging.Logger.manager.loggerDict.values()]
     handlers = [handler for logger in known for handler in getattr(logger, "handlers", ())]
     replaced = [
@@ -112,7 +113,7 @@ def _logging_through_stderr() -> Iterator[None]:
         if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.__stderr__, sys.__stdout__)
     ]
     for handler, _ in replaced:
-        handler.setStream(sys.stderr)
+        handler.setStream(sys.stdout if handler.stream is sys.__stdout__ else sys.stderr)
     try:
         yield
     finally:
