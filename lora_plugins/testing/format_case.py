@@ -23,6 +23,7 @@ ALPHAS = (10 / 3, 13 / 3)
 PATTERNS: Sequence[Mapping[str, Any]] = (
     {"rank_pattern": {"to_out": 3}, "alpha_pattern": {"to_q": ALPHAS[1]}},
     {"rank_pattern": {"to_out": 3}},
+    {"alpha_pattern": {"to_q": ALPHAS[1]}},
     {},
 )
 """How the two layers of that adapter differ, from formats that hold all to those with one rank and alpha for a file."""

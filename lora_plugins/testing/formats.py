@@ -85,7 +85,8 @@ def _replaced(case: FormatCase) -> None:
 
 
 def _full_disk(case: FormatCase) -> None:
-    ranks = [{"rank_pattern": {name: 5}} for name in ("to_q", "to_out")] if case.patterns else [{"r": 5}]
+    apart = "rank_pattern" in case.patterns
+    ranks = [{"rank_pattern": {name: 5}} for name in ("to_q", "to_out")] if apart else [{"r": 5}]
     for larger in ranks:  # whichever of two files is written first is the smaller one once
         new = case.trained(**larger)
         with tempfile.TemporaryDirectory() as folder:

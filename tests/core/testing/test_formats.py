@@ -119,6 +119,19 @@ def test_one_value_for_all_layers(format_check, told_apart):
     format_check(OneForAll(*told_apart))
 
 
+class OneRankAndAlpha(OneForAll):
+    """Refuses layers of different ranks, and writes one alpha for all without a word."""
+
+    def save(self, path, adapter, model, options):
+        alpha = min(layer.alpha for layer in adapter.layers.values())
+        return super().save(path, changed(adapter, lambda layer: replace(layer, alpha=alpha)), model, options)
+
+
+def test_alphas_differ_where_ranks_cannot():
+    with pytest.raises(CheckError):
+        check_format_plugin(OneRankAndAlpha("r"))
+
+
 class Scaled(PeftFormat):
     """Moves a factor from the scaling into B."""
 
