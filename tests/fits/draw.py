@@ -237,6 +237,8 @@ LIMITS = (
     Limit(lambda fit: fit.best and fit.averaging != "none" and fit.after == "resume", {"after": "nothing"}),
     # A checkpoint from before the first move is refused by a module that has moved since, and says so.
     Limit(lambda fit: fit.goes_on == "again", {"moved_in": "on_train_batch_end"}),
+    # Nor does the best checkpoint put back what has moved since, where it is from before that, and a warning says so.
+    Limit(lambda fit: fit.best and "center" in fit.copies and fit.checkpoints == "steps", {"checkpoints": "epoch"}),
     # LBFGS has one group, and a loss that it asks for again; Lightning asks for no accumulation then.
     Limit(lambda fit: fit.optimizer == "LBFGS", {"groups": 1, "b_ratio": 1.0, "head_ratio": 1.0}),
     Limit(lambda fit: fit.optimizer == "LBFGS" and fit.steps_itself, {"loop": "automatic"}),
