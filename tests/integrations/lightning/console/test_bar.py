@@ -6,7 +6,9 @@ import pytest
 
 from lora_plugins.integrations.lightning.console import followed
 
-from .terminal import run
+pytest.importorskip("pyte")
+
+from tests.integrations.lightning.console.terminal import run
 
 SCRIPT = """
 import signal, time
