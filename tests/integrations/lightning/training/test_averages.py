@@ -29,6 +29,9 @@ from tests.integrations.lightning.toys import (
     values,
 )
 
+PLAIN = Version(torch.__version__) >= Version("2.10")
+"""Whether files can be read without unpickling: before it, the scheduler of SWA brings a function."""
+
 AVERAGING = {
     "ema": lambda: EMAWeightAveraging(decay=0.5),
     "rounding": lambda: EMAWeightAveraging(decay=0.8),  # the average of equal values differs from them by a bit
@@ -404,11 +407,11 @@ class TestAfterTheMerge:
     def test_merged_checkpoint(self, tmp_path, make, first):
         run, module, _ = self.fitted(tmp_path, make, first)
         run.save_checkpoint(path := tmp_path / "merged.ckpt")
-        expected = self.alone(tmp_path, module)
-        assert run.validate(module, loader(), ckpt_path=path, verbose=False) == expected
+        expected, options = self.alone(tmp_path, module), {"ckpt_path": path, "weights_only": PLAIN, "verbose": False}
+        assert run.validate(module, loader(), **options) == expected
         for callbacks in ([make()], [lora(), make()][:: 1 if first else -1]):
             new = trainer(tmp_path, callbacks)
-            assert new.validate(Classifier(), loader(), ckpt_path=path, verbose=False) == expected
+            assert new.validate(Classifier(), loader(), **options) == expected
 
     def test_plain_checkpoint_in_between(self, tmp_path, make, first):
         plain = trainer(tmp_path, [], max_epochs=1)
@@ -460,8 +463,7 @@ class TestAfterTheMerge:
     def test_saved_after_fit(self, tmp_path, make, first):
         run, _, _ = self.fitted(tmp_path, make, first)
         run.save_checkpoint(tmp_path / "merged.ckpt")
-        plain = Version(torch.__version__) >= Version("2.10")  # before it the scheduler of SWA brings a function
-        checkpoint = torch.load(tmp_path / "merged.ckpt", weights_only=plain)
+        checkpoint = torch.load(tmp_path / "merged.ckpt", weights_only=PLAIN)
         assert checkpoint["state_dict"].keys() == BASE
         assert "current_model_state" not in checkpoint
         for state in checkpoint["callbacks"].values():
