@@ -10,10 +10,11 @@ are. What is told apart here, by shapes and values alone:
   have other values.
 """
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, takewhile
+from itertools import chain, combinations, islice, takewhile
 
 import torch
 from torch import Tensor, nn
@@ -118,18 +119,31 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
         if len(free) < 2 or not adapted:
             continue
         origins = [part for part in adapted if part.required] or adapted[:1]
-        pairs = ((_origin_of(part, origins), part) for part in free)
-        copies = (_copy_of(origin, part, module, pretrained) for origin, part in pairs if origin is not None)
+        copies = (_copy_of(origin, part, module, pretrained) for origin, part in _pairs(origins, free))
         found += [copy for copy in copies if copy is not None]
     return found
 
 
-def _origin_of(part: _Part, origins: list[_Part]) -> _Part | None:
-    """Returns the first origin that a part equals, as each of two critics has a target; if there is none, the first."""
-    earlier = list(takewhile(lambda each: each is not part, origins))
-    equal = (each for each in earlier if part.equals(each) and part.is_disjoint_from(each))
-    disjoint = (each for each in earlier if part.is_disjoint_from(each))
-    return next(equal, None) or next(disjoint, None)
+def _pairs(origins: list[_Part], parts: list[_Part]) -> Iterator[tuple[_Part, _Part]]:
+    """Yields pairs of an origin and a part: the first origin that it equals, as a target has its critic, or the first.
+
+    Of an origin itself, those before it count. Equal marks are looked up, as thousands of layers may have one layout.
+    """
+    place = {origin.name: at for at, origin in enumerate(origins)}
+    marked: dict[tuple[bool, ...], dict[int | None, list[_Part]]] = defaultdict(lambda: defaultdict(list))
+    for origin in origins:
+        marked[origin.trained][origin.mark].append(origin)
+    for part in parts:
+        end = place.get(part.name, len(origins))
+        near = list(marked[part.trained][part.mark])
+        for trained, marks in marked.items():
+            if trained != part.trained:  # whose marks are of other tensors
+                near += chain(*marks.values())
+        near.sort(key=lambda origin: place[origin.name])
+        equal = (o for o in near if place[o.name] < end and part.is_disjoint_from(o) and part.equals(o))
+        disjoint = (origin for origin in islice(origins, end) if part.is_disjoint_from(origin))
+        if (found := next(equal, None) or next(disjoint, None)) is not None:
+            yield found, part
 
 
 def _copy_of(

@@ -213,8 +213,9 @@ class Audit:
         self._lost_writes.stop()
         self._by_hand.explain(error)
         said = f"{error} {error.__context__}"  # which the module may have caught
-        for note in [note for words, note in _NOTES.items() if words in said]:
-            error.add_note(note)
+        for words, note in _NOTES.items():
+            if words in said:
+                error.add_note(note)
 
     def _check_unchanged(self) -> None:
         tensors = self._still()
