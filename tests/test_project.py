@@ -1,6 +1,8 @@
 """What the files at the top of the repository say of the project, held against the project."""
 
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +16,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TOWNCRIER = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["towncrier"]
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+FOLDERS = [
+    ".ci", ".github", "benchmarks", "changelog.d", "docs", "integrations", "lora_plugins", "tasks", "tests",
+]  # fmt: skip
+
+
+def test_nothing_else_is_committed_beside_the_folders_of_the_project():
+    git = shutil.which("git")
+    listed = git and subprocess.run([git, "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if not listed or listed.returncode:
+        pytest.skip("this is no checkout that git reads")
+    tops = {path.partition("/")[0] for path in listed.stdout.split("\0") if "/" in path}
+    assert sorted(tops) == FOLDERS
 
 
 def oldest(requirement: str) -> tuple[str, str]:
