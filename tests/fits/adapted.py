@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
@@ -38,9 +38,15 @@ class Starts(Callback):
             for plan in LoraModel(target).plans["default"].layers:
                 name = f"{prefix}.{plan.name}".removeprefix(".")
                 layer = module.get_submodule(name)
-                weight = module.state_dict()[f"{name}.weight"].clone()
                 factors = (getattr(layer, key)["default"].detach().clone() for key in ("lora_A", "lora_B"))
-                yield name, Start(weight, *factors, plan.settings.scaling)
+                yield name, Start(self.base(target, layer), *factors, plan.settings.scaling)
+
+    def base(self, target: nn.Module, layer: nn.Module) -> Tensor:
+        """The weight that the update is added to: without the part that some inits take away."""
+        if self.fit.storage == "none":
+            return layer.state_dict()["weight"].clone()
+        with LoraModel(target).disable_adapter():
+            return layer.weight.detach().clone()
 
 
 class Adapted:
@@ -74,6 +80,8 @@ class Adapted:
             r=2,
             init=self.fit.init,
             variant=self.fit.variant,
+            quantize=None if self.fit.storage == "none" else self.fit.storage,
+            quantize_options={} if self.fit.storage == "none" else {"min_size": 0},
             bias=self.fit.bias,
             memory=self.fit.memory,
             norm=self.fit.norm,
@@ -84,6 +92,7 @@ class Adapted:
             config,
             target=target,
             merge_on_fit_end=self.fit.merge,
+            dequantize=self.fit.storage != "none",
             merge_source="best" if self.fit.best else "last",
             save_adapter_to=folder / "adapter",
             export_to=folder / "merged.safetensors",

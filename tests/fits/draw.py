@@ -24,6 +24,7 @@ class Fit:
         groups: How many groups of parameters the optimizer has.
         init: How A and B start.
         variant: How they change the weight.
+        storage: In how many bits the weights of adapted layers are stored.
         heads: What is trained in full: `none`, the `head`, or `two`, the last of the layers as well.
         bias: Which biases are trained.
         b_ratio: `loraplus_lr_ratio`.
@@ -79,6 +80,7 @@ class Fit:
     groups: int = 1
     init: str = "kaiming"
     variant: str = "lora"
+    storage: str = "none"
     heads: str = "head"
     bias: str = "none"
     b_ratio: float = 1.0
@@ -144,6 +146,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "groups": (1, 1, 2),
     "init": ("kaiming", "gaussian", "pissa", "olora"),
     "variant": ("lora", "lora", "dora"),
+    "storage": ("none", "none", "none", "nf4", "int8"),
     "heads": ("head", "head", "none", "two"),
     "bias": ("none", "none", "all"),
     "b_ratio": (1.0, 1.0, 2.0, 4.0),
@@ -231,6 +234,9 @@ LIMITS = (
     Limit(lambda fit: fit.copies == "average", {"target": "module"}),
     # All biases would be those of the average as well, each moved by its own gradient.
     Limit(lambda fit: fit.copies == "average", {"bias": "none"}),
+    # Integers cannot be averaged, and before the fit nothing is stored yet.
+    Limit(lambda fit: fit.storage != "none" and fit.copies == "average", {"copies": "none"}),
+    Limit(lambda fit: fit.storage != "none", {"before": "nothing"}),
     # A module with merged weights has no adapter that a fit could go on with from its checkpoint.
     Limit(lambda fit: fit.after == "resume", {"merge": False}),
     # Beside the best weights Lightning would save the last average, which the callback replaces by them.
@@ -247,6 +253,8 @@ LIMITS = (
     Limit(lambda fit: bool(NETWORKS[fit.network].columns), {"variant": "lora"}),
     # What is single is rounded more than it is trained where an optimizer divides by what is nearly zero.
     Limit(lambda fit: fit.precision == "32-true", {"optimizer": "SGD", "finder": False}),
+    # A bias in front of a norm that subtracts means has a gradient of nothing but rounding, and a warning says so.
+    Limit(lambda fit: fit.precision == "32-true" and fit.norm == "track", {"bias": "none"}),
     # An optimizer needs parameters.
     Limit(lambda fit: fit.loop == "two optimizers" and fit.heads == "none", {"heads": "head"}),
     Limit(lambda fit: fit.groups == 2 and fit.heads == "none" and fit.variant == "lora", {"groups": 1}),

@@ -7,7 +7,7 @@ def effective(module: nn.Module) -> dict[str, Tensor]:
     """The weights with which layers compute, and all other tensors, under the names of the plain module."""
     found = {}
     for name, part in module.named_modules(remove_duplicate=False):
-        if "lora_" in name or "parametrizations" in name:
+        if any(mark in name for mark in ("lora_", "parametrizations", "weight_stored")):
             continue
         for key in (*part._parameters, *part._buffers, "weight"):
             tensor = getattr(part, key, None)
