@@ -84,8 +84,9 @@ class Results:
         self._warn_of_moved(module, target, written)
         entries = file_entries(module, self.target)
         for file in self.files:
-            path = self._write_adapter(file, trainer, target, entries)
+            packed = self._packed(trainer, target, entries) if file.is_ours else None  # gathered by all processes
             if trainer.is_global_zero:
+                path = file.write(target, self.adapter_name) if packed is None else write(Path(file.path), packed)
                 paths[file.title.capitalize()] = path
         if self.export_to is not None and trainer.is_global_zero:
             with temporarily_merged(target, self.max_error, dequantize=self.dequantize):
@@ -111,19 +112,12 @@ class Results:
                 "setup(). Checkpoints and export_to have them."
             )
 
-    def _write_adapter(
-        self, file: AdapterFile, trainer: Trainer, target: nn.Module, entries: Mapping[str, Any]
-    ) -> Path:
-        """Writes one file of the adapter; only the first process does, with what it gathers from all."""
-        if not file.is_ours:
-            return file.write(target, self.adapter_name) if trainer.is_global_zero else Path(file.path)
-        packed = self._packed(trainer, target)
-        packed = PackedAdapter({**packed.manifest, **entries}, packed.tensors)
-        return write(Path(file.path), packed) if trainer.is_global_zero else Path(file.path)
-
-    def _packed(self, trainer: Trainer, target: nn.Module) -> PackedAdapter:
+    def _packed(self, trainer: Trainer, target: nn.Module, entries: Mapping[str, Any]) -> PackedAdapter:
+        """Returns the whole adapter, with what the module declares for its files."""
         packed = LoraModel(target).pack(self.adapter_name)
-        return gather_adapter(trainer, packed, plain_name(self.target)) if is_sharded(trainer) else packed
+        if is_sharded(trainer):
+            packed = gather_adapter(trainer, packed, plain_name(self.target))
+        return PackedAdapter({**packed.manifest, **entries}, packed.tensors)
 
 
 def best_checkpoint(trainer: Trainer) -> str:
