@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from lora_plugins import ConfigError, LoraConfig, LoraError, LoraModel, StateError
 from lora_plugins.adapter import adapter_parameters, model_state
 from lora_plugins.errors import listing, sentence
-from lora_plugins.inplace import foreign_weights, stored_weights
+from lora_plugins.inplace import foreign_weights, of_all_modules, stored_weights
 from lora_plugins.integrations.lightning.module import check_not_replaced, find_target
 
 _CASTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -180,7 +180,7 @@ def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> 
     name = type(trainer.strategy).__name__
     plan = LoraModel.plan(target, config)
     init = plan.init
-    stored = [*plan.stored, *(f"{layer}.{key}" for layer, key in _quantized(target))]
+    stored = [*plan.stored, *of_all_modules(target, stored_weights), *of_all_modules(target, foreign_weights)]
     if stored:
         raise StateError(
             f"{listing(dict.fromkeys(stored), 3)} are stored in fewer bytes, and cannot be split over processes, as "
@@ -193,12 +193,3 @@ def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> 
             f"With {name} a module is adapted before a checkpoint is read, and the init {init.name!r} is no identity: "
             f"without a checkpoint, {trainer.state.fn} would give results of neither. Use strategy='ddp' here."
         )
-
-
-def _quantized(target: nn.Module) -> list[tuple[str, str]]:
-    """Returns layer and attribute name of the weights that are stored in fewer bytes already, by us or by others."""
-    return [
-        (name, key)
-        for name, module in target.named_modules()
-        for key in (*stored_weights(module), *foreign_weights(module))
-    ]
