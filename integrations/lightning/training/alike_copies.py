@@ -1,15 +1,14 @@
 """Copies that are adapted as their origin is: an average of their parameters is one of their adapters as well."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import submodule
-from lora_plugins.integrations.lightning.module import NetworkCopy, base_pairs, checksums, copy_factors, local
+from lora_plugins.integrations.lightning.module import NetworkCopy, base_pairs, checksum, checksums, copy_factors, local
 from lora_plugins.integrations.lightning.training.written_tensors import FIRST_CHECKS, WrittenTensors
 
 _FOLLOWS = 3
@@ -36,7 +35,7 @@ class AlikeCopy:
         # Tensors that consist of others, as those of torchao do, have no arithmetic: nothing averages them.
         averaged = [(own, origin) for own, origin in pairs if not hasattr(own, "__tensor_flatten__")]
         self._base = [(own, origin) for own, origin in averaged if copy.equal and own is not origin]
-        self._start = {} if copy.is_directed else _sums_of(origin for _, origin in self._base)
+        self._start = [] if copy.is_directed else self._sums_of_origin()
         self._base += [(own, local(own).clone()) for own, origin in averaged if own is origin]
         self._own, self._origin = (adapter_tensors(submodule(module, p)) for p in (copy.name, copy.origin))
         self._factors = WrittenTensors(self._own.values())
@@ -94,7 +93,10 @@ class AlikeCopy:
         own, origin = self._watched.written(), self._watched_origin.written()
         if own or origin:
             return origin and not own
-        return self._looks <= FIRST_CHECKS and _sums_of(origin for _, origin in self._base) != self._start
+        return self._looks <= FIRST_CHECKS and self._sums_of_origin() != self._start
+
+    def _sums_of_origin(self) -> list[int]:
+        return [checksum(origin) for _, origin in self._base]
 
     def _turn(self) -> None:
         self._copy = replace(self._copy, origin=self._copy.name, name=self._copy.origin)
@@ -132,7 +134,3 @@ class AlikeCopy:
             "so the copy would never learn. Let it ask for parameters() when it moves the copy, whatever their names, "
             "or make the pairs in on_fit_start."
         )
-
-
-def _sums_of(tensors: Iterable[Tensor]) -> dict[str, int]:
-    return checksums({str(at): tensor for at, tensor in enumerate(tensors)})
