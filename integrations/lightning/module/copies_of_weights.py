@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lora_plugins.adapter import adapted_layers
-from lora_plugins.inplace import full_name, named_parameters, own_tensor
-from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights
+from lora_plugins.inplace import full_name, named_parameters
+from lora_plugins.integrations.lightning.module.adapted_parts import adapted_weights
 from lora_plugins.integrations.lightning.module.bitwise import checksum
 
 _OF_LIGHTNING = frozenset({*vars(LightningModule()), "_hparams", "_hparams_initial"})
@@ -25,22 +25,17 @@ def kept_copies(module: nn.Module) -> list[str]:
 
     A collection counts if it has the values of two adapted weights, or of all that there are.
     """
-    named = {id(own_tensor(module, name)): own_tensor(module, name) for name in _own_weights(module)}
-    sums = {(tensor.shape, tensor.dtype, checksum(tensor)) for tensor in named.values()}
+    owned, adapted = named_parameters(module, aliases=True), adapted_weights(module)
+    weights = {id(owned[name]): owned[name] for name in adapted if name in owned and owned[name].dim() > 1}
+    sums = {(tensor.shape, tensor.dtype, checksum(tensor)) for tensor in weights.values()}
     shapes = {(shape, dtype) for shape, dtype, _ in sums}
     found = []
     for name, tensors in _collections(module):
-        alike = [t for t in tensors if (t.shape, t.dtype) in shapes and id(t) not in named]
+        alike = [t for t in tensors if (t.shape, t.dtype) in shapes and id(t) not in weights]
         equal = {(t.shape, t.dtype, checksum(t)) for t in alike} & sums
         if equal and len(equal) >= min(2, len(sums)):
             found.append(name)
     return found
-
-
-def _own_weights(module: nn.Module) -> list[str]:
-    owned = named_parameters(module, aliases=True)
-    layers = any(adapted_layers(target) for target in adapted_targets(module).values())
-    return [name for name in adapted_weights(module) if name in owned and owned[name].dim() > 1] if layers else []
 
 
 def _collections(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
