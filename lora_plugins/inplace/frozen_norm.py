@@ -66,7 +66,7 @@ def has_statistics(module: nn.Module) -> bool:
 
 def freeze(module: nn.Module) -> None:
     """Keeps a normalization layer in eval mode from now on."""
-    if _BASE_CLASS in module.__dict__:
+    if is_frozen(module):
         return
     module.__dict__[_BASE_CLASS] = type(module)
     set_class(module, type(module))
@@ -75,7 +75,7 @@ def freeze(module: nn.Module) -> None:
 
 def thaw(module: nn.Module) -> None:
     """Undoes `freeze`: the layer has its own class and its own mode again."""
-    if _BASE_CLASS not in module.__dict__:
+    if not is_frozen(module):
         return
     base: Any = module.__dict__.pop(_BASE_CLASS)
     cls: Any = type(module)
@@ -86,7 +86,7 @@ def thaw(module: nn.Module) -> None:
 
 def set_class(module: nn.Module, cls: Any) -> None:
     """Gives a module another class; one that is kept in eval mode stays so."""
-    if _BASE_CLASS in module.__dict__:
+    if is_frozen(module):
         module.__dict__[_BASE_CLASS] = cls
         cls = _frozen_class(cls)
     module.__class__ = cls
