@@ -297,4 +297,4 @@ def trained_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
     They keep the type that the model has them in, so that the model computes with them as it did without.
     """
-    return {name: own_tensor(model, name).detach().clone() for name in (*plan.trained, *plan.saved_buffers)}
+    return {name: own_tensor(model, name).detach().clone() for name in plan.saved_in_place}

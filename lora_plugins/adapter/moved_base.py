@@ -43,11 +43,11 @@ def moved_base(model: nn.Module, state: ModelState, adapter: str) -> list[str]:
 def _left_to_the_base(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Yields the base's values by name, including those for which an adapter has its own."""
     modules, state = model_modules(model), model_state(model)
-    still = set(plan.frozen_norms)
+    still, saved = set(plan.frozen_norms), set(plan.saved_in_place)
     buffers = {n: t for n, t in persistent_buffers(modules).items() if n.rpartition(".")[0] not in still}
     for name, tensor in (own_parameters(modules) | buffers).items():
         is_plain = type(tensor) in (Tensor, nn.Parameter) and is_dense(tensor)
-        if is_plain and name not in plan.trained and name not in plan.saved_buffers:
+        if is_plain and name not in saved:
             yield name, state.values.base_value(model, name) if state else tensor
 
 

@@ -86,9 +86,8 @@ def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
             raise _unfit(f"only one of the two adapts {listing(shared)} with {layer.name!r}, whose weight they share")
         if layer.r > present.r:
             raise _unfit(f"its rank on {layer.name!r} is {layer.r}, and that of the one that is there {present.r}")
-    trained = {*own.trained, *own.saved_buffers}
-    if values.keys() != trained:
-        raise _unfit(f"only one of the two has values of {listing(values.keys() ^ trained)}")
+    if differing := values.keys() ^ own.saved_in_place:
+        raise _unfit(f"only one of the two has values of {listing(differing)}")
 
 
 def _unfit(reason: str) -> AdapterFileError:

@@ -44,7 +44,7 @@ def pack(
             tensors[tensor_key(layer, slot, name)] = parameter.detach()
         for name, tensor in adapter.recipes[layer.name, slot.suffix].items():
             tensors[recipe_prefix(layer, slot) + name] = tensor
-    for name in (*plan.trained, *plan.saved_buffers):
+    for name in plan.saved_in_place:
         tensors[value_key(name)] = state.values.value(model, adapter_name, name)
     with base_in_place(model, state):
         base = fingerprints(model, plan, adapter.fingerprints)
@@ -118,6 +118,6 @@ def _describe(layer: PlannedLayer, registry: Registry) -> dict[str, Any]:
 
 def _changed(model: nn.Module, state: ModelState, adapter_name: str) -> dict[str, str]:
     plan = state.adapters[adapter_name].plan
-    own = {*plan.trained, *plan.saved_buffers}
+    own = set(plan.saved_in_place)
     names = [name for name in state.values.of(adapter_name) if name not in own]
     return {name: checksum(state.values.value(model, adapter_name, name)) for name in names}

@@ -63,7 +63,7 @@ def _unpacked(model: nn.Module, packed: PackedAdapter, config: LoraConfig, regis
         )
         for layer, slot, _ in plan.slots()
     }
-    values = {name: packed.tensors[value_key(name)] for name in (*plan.trained, *plan.saved_buffers)}
+    values = {name: packed.tensors[value_key(name)] for name in plan.saved_in_place}
     stored = new_checked(model, plan, content, manifest.get("stored") or {})
     return NewAdapter(plan, content, values, stored=stored)
 
@@ -161,7 +161,7 @@ def _compare_keys(
         needed[tensor_key(layer, slot, "B")] = [rows, layer.r], True
         for name, shape in layer.own_shapes(slot).items():
             needed[tensor_key(layer, slot, name)] = list(shape), True
-    for name in (*plan.trained, *plan.saved_buffers):
+    for name in plan.saved_in_place:
         tensor = own_tensor(model, name)
         needed[value_key(name)] = list(tensor.shape), tensor.is_floating_point()
     prefixes = [prefix for layer, slot, _ in plan.slots() if (prefix := recipe_prefix(layer, slot)) in found]

@@ -78,7 +78,7 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     places = places_by_name(model)
     adapted = {layer.name: places[layer.name] for layer in plan.layers}
     warn_of_second_paths(model, adapted, "With this file it computes what the model does here once it has merged.")
-    keys = {name: value_key(name) for name in (*plan.trained, *plan.saved_buffers)}
+    keys = {name: value_key(name) for name in plan.saved_in_place}
     values = {name: packed.tensors[key] for name, key in keys.items() if key in packed.tensors}
     return PortableAdapter(
         layers={layer.name: _layer(source, layer) for layer in plan.layers},

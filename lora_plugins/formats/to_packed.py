@@ -70,7 +70,7 @@ def _plan(model: nn.Module, adapter: PortableAdapter, registry: Registry | None)
             plan = _plan_of_words(model, replace(adapter, dropout=0.0), registry)
     except (LoraError, TypeError) as error:
         raise AdapterFileError(f"The adapter does not fit this model: {error}") from error
-    trained = {*plan.trained, *plan.saved_buffers}
+    trained = set(plan.saved_in_place)
     lacking, surplus = sorted(trained - adapter.values.keys()), sorted(adapter.values.keys() - trained)
     if lacking or surplus:
         raise AdapterFileError(
@@ -83,7 +83,7 @@ def _plan(model: nn.Module, adapter: PortableAdapter, registry: Registry | None)
 def _plan_of_words(model: nn.Module, adapter: PortableAdapter, registry: Registry | None) -> Plan:
     """Plans by the adapter's own patterns or, where these match other tensors here, by naming each tensor."""
     plan = make_plan(model, _config(adapter, adapter.bias, adapter.saved_modules), registry)
-    if {*plan.trained, *plan.saved_buffers} == adapter.values.keys():
+    if set(plan.saved_in_place) == adapter.values.keys():
         return plan
     saved = set(adapter.saved_modules)
     parameters = own_parameters(model_modules(model))

@@ -49,6 +49,11 @@ class Plan:
         return {**self.init.options, **self.config.init_options}
 
     @property
+    def saved_in_place(self) -> tuple[str, ...]:
+        """Names of the model's own tensors that are saved with the adapter: `trained` and `saved_buffers`."""
+        return (*self.trained, *self.saved_buffers)
+
+    @property
     def adapter_parameters(self) -> int:
         """The number of elements of all A and B."""
         return sum(layer.parameters for layer in self.layers)

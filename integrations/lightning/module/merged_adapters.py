@@ -49,6 +49,6 @@ def _merged_adapter(lora: LoraModel, state: ModelState, name: str) -> MergedAdap
     base = {key: values for key, (_, values) in adapter.fingerprints.items()}
     # The merged module goes on with heads, biases and statistics, which the adapter has to keep as they are.
     tensors = {key: tensor.clone() if key.startswith("value/") else tensor for key, tensor in packed.tensors.items()}
-    keys = state.values.of(name).keys() - {*adapter.plan.trained, *adapter.plan.saved_buffers}
+    keys = state.values.of(name).keys() - adapter.plan.saved_in_place
     changed = {key: state.values.value(lora.model, name, key) for key in sorted(keys)}
     return MergedAdapter(PackedAdapter({**packed.manifest, "base": base}, tensors), changed, dict(adapter.kept))

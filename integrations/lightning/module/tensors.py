@@ -102,7 +102,7 @@ def _frozen_names(module: nn.Module) -> set[str]:
 
 def _frozen_tensors_of(target: nn.Module) -> Iterator[Tensor]:
     plans = [adapter.plan for adapter in present_state(target).adapters.values()]
-    changing = {name for plan in plans for name in (*plan.trained, *plan.saved_buffers)}
+    changing = {name for plan in plans for name in plan.saved_in_place}
     norms = set.intersection(*(set(plan.frozen_norms) for plan in plans))
     modules = model_modules(target)
     late = _built_since(target)
