@@ -41,7 +41,7 @@ from lora_plugins.inplace.modules import (
     unwrapped,
 )
 from lora_plugins.inplace.normed import length_and_direction
-from lora_plugins.inplace.parametrized import can_be_plain, make_plain, recompute, remover
+from lora_plugins.inplace.parametrized import can_be_plain, recompute, remover
 from lora_plugins.inplace.quantizer_marks import put_marks, quantizer_marks
 from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
@@ -96,7 +96,6 @@ __all__ = [
     "let_load",
     "library_weights",
     "make_dense",
-    "make_plain",
     "mix_rows",
     "model_modules",
     "modules_by_name",

@@ -9,13 +9,12 @@ from lora_plugins.kernels.conv import lora_conv
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.linear import lora_linear
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, transposed_product
-from lora_plugins.kernels.rescaled import RowFactors, direction_and_factors, lora_rescaled, rescaled_weight
+from lora_plugins.kernels.rescaled import direction_and_factors, lora_rescaled, rescaled_weight
 
 __all__ = [
     "DISABLE_VARIABLE",
     "Geometry",
     "KernelStatus",
-    "RowFactors",
     "direction_and_factors",
     "disabled_kernels",
     "effective_weight",

@@ -3,14 +3,13 @@
 Depends on `shims`.
 """
 
-from lora_plugins.integrations.lightning.console.bar import followed, is_terminal
+from lora_plugins.integrations.lightning.console.bar import followed
 from lora_plugins.integrations.lightning.console.fit_console import FitConsole, tell_written
 from lora_plugins.integrations.lightning.console.plan_table import plain_console, plain_metrics, print_lines, print_plan
 
 __all__ = [
     "FitConsole",
     "followed",
-    "is_terminal",
     "plain_console",
     "plain_metrics",
     "print_lines",

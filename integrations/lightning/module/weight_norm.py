@@ -17,14 +17,12 @@ class NormedWeight:
 
     Args:
         layer: The name of its layer.
-        name: Its name there.
         length: The full name of the parameter with the lengths.
         direction: The full name of the parameter with the directions.
         dim: The dimension in which each entry has a length of its own.
     """
 
     layer: str
-    name: str
     length: str
     direction: str
     dim: int
@@ -46,7 +44,7 @@ def normed_weights(target: nn.Module) -> dict[str, NormedWeight]:
             if (parts := length_and_direction(layer, weight)) is not None:
                 length, direction, dim = parts
                 names = full_name(name, length), full_name(name, direction)
-                found[full_name(name, weight)] = NormedWeight(name, weight, *names, dim)
+                found[full_name(name, weight)] = NormedWeight(name, *names, dim)
     return found
 
 
