@@ -87,11 +87,9 @@ class ReversibleMerge:
         return next(kind[name].shape for kind in (self.base, self.stored, self.foreign) if name in kind)
 
     def is_of(self, target: nn.Module) -> bool:
-        """Whether `target` has exactly the values of the merge: it is the module that was merged, or a copy."""
-        if model_state(target) is not None or self.replaced(target):
-            return False
+        """Whether a plain module has exactly the values of the merge: it is the one that was merged, or a copy."""
         # Where nothing was learned, an untouched module has these values too, and no adapter to go on with.
-        return self.target() is target or self.merged != checksums(self.base)
+        return not self.replaced(target) and (self.target() is target or self.merged != checksums(self.base))
 
     def undo(self, target: nn.Module) -> None:
         """Restores the raw weights and the adapters of a module with the merged values, bit for bit.
