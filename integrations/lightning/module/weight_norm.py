@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraModel
 from lora_plugins.adapter import adapted_layers
-from lora_plugins.inplace import full_name, layer_state, length_and_direction, own_tensor, recompute
+from lora_plugins.inplace import full_name, layer_state, length_and_direction, own_tensor, recompute, submodule
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class NormedWeight:
         found = torch.norm_except_dim(weight, 2, self.dim)
         direction.data = torch.where(found == 0, direction.data, weight)
         length.data = found.view_as(length).to(length.dtype)
-        recompute(target.get_submodule(self.layer))
+        recompute(submodule(target, self.layer))
 
 
 def normed_weights(target: nn.Module) -> dict[str, NormedWeight]:
@@ -69,7 +69,7 @@ def unload_with_norms(
     """
     target = lora.model
     with torch.no_grad():
-        layers = {name: (target.get_submodule(layer), tensor) for name, (layer, tensor) in effective.items()}
+        layers = {name: (submodule(target, layer), tensor) for name, (layer, tensor) in effective.items()}
         merged = {name: getattr(layer, tensor).detach().clone() for name, (layer, tensor) in layers.items()}
     merged |= {name: own_tensor(target, name).data for name in in_place}
     lora.unmerge_adapter()

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from lora_plugins import INITS, Calibration, ConfigError, InitData, LoraConfig, LoraModel, StateError, calibrate
+from lora_plugins.integrations.lightning.module import find_target
 from lora_plugins.integrations.lightning.shims import MethodShims, train_loaders
 from lora_plugins.integrations.lightning.strategies import is_sharded
 from lora_plugins.plugins import registry_of
@@ -87,7 +88,7 @@ def calibrate_on_train_batches(
     batches = trainer.limit_train_batches
     limit = min(limit, batches) if isinstance(batches, int) else limit
     replica = _replica(trainer, module)
-    adapted = replica.get_submodule(target or "")
+    adapted = find_target(replica, target)
     plan = LoraModel.plan(adapted, config)
     replica.train(plan.init.needs == "gradients")
     device, precision, index = trainer.strategy.root_device, trainer.precision_plugin, count()
