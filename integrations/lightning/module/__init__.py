@@ -26,7 +26,7 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
     layers_of_factors,
 )
 from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
-from lora_plugins.integrations.lightning.module.built_layers import with_built_layers
+from lora_plugins.integrations.lightning.module.built_layers import BUILDING_HOOKS, with_built_layers
 from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper
 from lora_plugins.integrations.lightning.module.copies import NetworkCopy, find_copies
@@ -83,6 +83,7 @@ from lora_plugins.integrations.lightning.module.tensors import (
 )
 
 __all__ = [
+    "BUILDING_HOOKS",
     "KeptMerge",
     "KnownBases",
     "NetworkCopy",

@@ -8,13 +8,16 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lora_plugins.utils import own_randomness
 
+BUILDING_HOOKS = ("setup", "configure_model")
+"""The hooks of a LightningModule in which layers are built."""
+
 
 def with_built_layers(module: LightningModule) -> LightningModule:
     """Returns a module as `fit` adapts it: the module itself, or a copy with its `setup` and `configure_model` called.
 
     Where they cannot be called without a Trainer, a warning says what is missing, and the module is returned as it is.
     """
-    hooks = [hook for hook in ("setup", "configure_model") if is_overridden(hook, module)]
+    hooks = [hook for hook in BUILDING_HOOKS if is_overridden(hook, module)]
     if not hooks:
         return module
     try:

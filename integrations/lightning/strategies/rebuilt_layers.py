@@ -14,11 +14,8 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraModel, StateError
 from lora_plugins.files import PackedAdapter
-from lora_plugins.integrations.lightning.module import adapted_targets, find_target, lost_layers
+from lora_plugins.integrations.lightning.module import BUILDING_HOOKS, adapted_targets, find_target, lost_layers
 from lora_plugins.integrations.lightning.shims import MethodShims
-
-HOOKS = ("setup", "configure_model")
-"""The hooks of a LightningModule in which layers are built."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def follow_building(shims: MethodShims, module: LightningModule) -> None:
         shims: The shims of the module.
         module: The module, adapted now or later.
     """
-    for hook in HOOKS:
+    for hook in BUILDING_HOOKS:
         if is_overridden(hook, module):
             _follow(shims, module, hook)
 
