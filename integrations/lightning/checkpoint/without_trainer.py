@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lora_plugins import AdapterFileError
+from lora_plugins.integrations.lightning.checkpoint.attribute_dicts import HYPERPARAMETERS
 from lora_plugins.integrations.lightning.checkpoint.entry import KEY, checked_entry
 from lora_plugins.integrations.lightning.checkpoint.late_layers import (
     before_hook,
@@ -99,7 +100,7 @@ def load_from_checkpoint(
     real = _named_class(checkpoint, module_class)
     check_arguments(real, checkpoint, kwargs)
     loading = real if issubclass(real, LoraCheckpointMixin) else _loading_class(real)
-    arguments = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    arguments = checkpoint.get(HYPERPARAMETERS, {})
     with TemporaryDirectory() as folder, _importable(loading) as class_path:
         if _CLASS_PATH in arguments:
             arguments[_CLASS_PATH] = class_path
@@ -217,7 +218,7 @@ def _is_lightnings_own(cls: type[LightningModule]) -> bool:
 
 def _named_class(checkpoint: dict[str, Any], module_class: type[Module]) -> type[Module]:
     """Returns the class that the checkpoint names, which has to be imported already; without a name, `module_class`."""
-    arguments = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    arguments = checkpoint.get(HYPERPARAMETERS, {})
     path = arguments.get(_CLASS_PATH)
     if path is None:
         return module_class
