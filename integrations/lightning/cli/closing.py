@@ -39,7 +39,8 @@ def closing_lines(
     files = {**console.written, **_files_of_lightning(trainer)}
     whole = Path(str(files.get("Log", ""))) / "config.yaml"  # what Lightning saves, with all that was given
     saved = [str(whole)] if whole.is_file() else configs
-    files |= _last("Configuration", configs if alone else saved) if files else {}
+    if files and (given := configs if alone else saved):
+        files["Configuration"] = given[-1]
     own = getattr(module, "next_commands", None)
     commands: list[str] = list(own(trainer).values()) if callable(own) else []
     head = "Stopped by Ctrl-C. Saved:" if stopped else "Saved:"
@@ -55,11 +56,8 @@ def _files_of_lightning(trainer: Trainer) -> dict[str, Any]:
     stored = [path for path in written_by(run.checkpoint_callbacks) if Path(path).exists()]
     # Not the trainer's log_dir, which asks the other processes, and these have ended.
     log = run.logger and (getattr(run.logger, "log_dir", None) or run.logger.save_dir)
-    return {**_last("Checkpoint", stored[:1]), **_last("Log", [log] if log else [])}
-
-
-def _last(what: str, paths: Sequence[Any]) -> dict[str, Any]:
-    return {what: paths[-1]} if paths else {}
+    found = {"Checkpoint": next(iter(stored), None), "Log": log}
+    return {what: path for what, path in found.items() if path}
 
 
 def _commands(files: dict[str, Any], configs: Sequence[str]) -> list[str]:
