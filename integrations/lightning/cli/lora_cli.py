@@ -17,6 +17,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraError
 from lora_plugins.cli import TERMINATED, without_collections
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, places_of_results
+from lora_plugins.integrations.lightning.checkpoint import written_by
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
 from lora_plugins.integrations.lightning.cli.explained import explained
@@ -155,8 +156,8 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             try:
                 self.trainer.fit(model, **kwargs)
             except SIGTERMException as error:
-                saved = [getattr(each, "best_model_path", "") for each in self.trainer.checkpoint_callbacks]
-                left = next((f"Left is {path}; --ckpt_path goes on from it." for path in saved if path), "")
+                saved = written_by(self.trainer.checkpoint_callbacks)
+                left = f"Left is {saved[0]}; --ckpt_path goes on from it." if saved else ""
                 print(f"Ended by SIGTERM, without results. {left}".strip(), file=sys.stderr)
                 raise SystemExit(TERMINATED) from error
             if self.trainer.is_global_zero:
