@@ -126,9 +126,7 @@ class FitConsole(Callback):
         """Leaves the bar as a line."""
         self._stop()
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the bar as a line."""
-        self._stop()
+    on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the terminal."""
