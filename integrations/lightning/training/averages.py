@@ -145,13 +145,12 @@ def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple
 
 
 def _name_of_original(average: nn.Module, module: LightningModule) -> str | None:
-    """Returns the name of the part that a module is the average of; None if it is of none."""
-    return next((plain_name(name) for name, part in module.named_modules() if _is_average(average, part)), None)
+    """Returns the name of the part that a module is the average of; None if it is of none.
 
-
-def _is_average(average: nn.Module, part: nn.Module) -> bool:
-    """Whether one has the class, names and, up to rounding, frozen values of the other, which a mere twin has not."""
-    return type(average) is type(part) and _agree(average, named_parameters(part))
+    It has the class, names and, up to rounding, frozen values of that part, which a mere twin has not.
+    """
+    alike = ((name, part) for name, part in module.named_modules() if type(part) is type(average))
+    return next((plain_name(name) for name, part in alike if _agree(average, named_parameters(part))), None)
 
 
 def _agree(copy: nn.Module, own: Mapping[str, nn.Parameter]) -> bool:
