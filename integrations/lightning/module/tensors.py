@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_plugins import LoraModel
-from lora_plugins.adapter import adapted_layers, adapter_tensors, present_state
+from lora_plugins.adapter import adapter_tensors, present_state
 from lora_plugins.inplace import (
     StoredWeight,
     full_name,
@@ -15,6 +15,7 @@ from lora_plugins.inplace import (
     named_tensors,
     own_buffers,
     own_parameters,
+    state_of,
 )
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets, adapted_weights
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
@@ -127,8 +128,6 @@ def _meant_to_be_trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _built_since(target: nn.Module) -> list[str]:
-    known, adapted = present_state(target).requires_grad, adapted_layers(target)
-    modules = model_modules(target)
-    ours = adapted.keys() | {entry.name for entry in modules if isinstance(entry.module, StoredWeight)}
-    own = own_parameters(modules)
-    return [name for name in own if name not in known and name.rpartition(".")[0] not in ours]
+    known, modules = present_state(target).requires_grad, model_modules(target)
+    ours = {e.name for e in modules if state_of(e.module) is not None or isinstance(e.module, StoredWeight)}
+    return [name for name in own_parameters(modules) if name not in known and name.rpartition(".")[0] not in ours]
