@@ -330,7 +330,7 @@ class LoraCallback(Callback):
         It does so where Lightning first runs what is left of the epoch of the file, which is nothing after its end.
         """
         loop = trainer.fit_loop
-        if not (loop.epoch_loop.restarting or getattr(loop, "is_resuming", False)):
+        if not (loop.epoch_loop.restarting or loop.is_resuming):
             self._run.restore_random_numbers(trainer)
         self._run.restored = None
 
