@@ -60,7 +60,7 @@ def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, dict):
         for key, each in value.items():
             yield from _tensors(each, (*path, key))
-    elif type(value) in (Tensor, torch.nn.Parameter) and is_dense(value) and path:
+    elif type(value) in (Tensor, torch.nn.Parameter) and is_dense(value):
         yield path, value
 
 

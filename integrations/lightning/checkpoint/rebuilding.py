@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError
 from lora_plugins.errors import listing, near
@@ -34,10 +33,10 @@ LINE = "line"
 _ONE_ARGUMENT = LightningModule.CHECKPOINT_HYPER_PARAMS_NAME
 
 
-def with_line(checkpoint: Mapping[str, Any], module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+def with_line(checkpoint: Mapping[str, Any], module: LightningModule) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns a checkpoint with which Lightning's own loader tells how to load it, and what to record in its entry."""
     saved = checkpoint.get(HYPERPARAMETERS, {})
-    if type(saved) is not dict or not isinstance(module, LightningModule):
+    if type(saved) is not dict:
         return dict(checkpoint), {}
     # Lightning before 2.6.6 imports what stands there, and shows it up to the first dot.
     line = f"(this file has a LoRA adapter, and not the base: load it as follows) {rebuilding_line(module, None)}"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_plugins import LoraModel
@@ -26,7 +27,7 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.utils import plain_name
 
 
-def shrink(checkpoint: Mapping[str, Any], module: nn.Module, *, whole: bool = False) -> dict[str, Any]:
+def shrink(checkpoint: Mapping[str, Any], module: LightningModule, *, whole: bool = False) -> dict[str, Any]:
     """Returns a checkpoint without the frozen base, and with what is needed to rebuild the adapters.
 
     Args:
