@@ -74,7 +74,7 @@ class _Part:
 
     @cached_property
     def mark(self) -> int | None:
-        """The checksum of the first matrix that counts for `equals`: parts whose marks differ need no closer look."""
+        """The checksum of the first matrix that counts for `equals`, by which parts trained alike are found."""
         counted = (t for t, moves in zip(self.tensors, self.trained, strict=True) if not moves or all(self.trained))
         return next((checksum(tensor) for tensor in counted if tensor.dim() > 1), None)
 
@@ -83,8 +83,6 @@ class _Part:
 
     def equals(self, other: "_Part") -> bool:
         """Whether the values are the same, but for what is trained in place, and more than constants."""
-        if self.trained == other.trained and self.mark != other.mark:
-            return False
         trained = [own or its for own, its in zip(self.trained, other.trained, strict=True)]
         pairs = [
             (own, its)
@@ -119,15 +117,16 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
         if len(free) < 2 or not adapted:
             continue
         origins = [part for part in adapted if part.required] or adapted[:1]
-        copies = (_copy_of(origin, part, module, pretrained) for origin, part in _pairs(origins, free))
+        copies = (_copy_of(*pair, module, pretrained) for pair in _pairs(origins, free))
         found += [copy for copy in copies if copy is not None]
     return found
 
 
-def _pairs(origins: list[_Part], parts: list[_Part]) -> Iterator[tuple[_Part, _Part]]:
-    """Yields pairs of an origin and a part: the first origin that it equals, as a target has its critic, or the first.
+def _pairs(origins: list[_Part], parts: list[_Part]) -> Iterator[tuple[_Part, _Part, bool]]:
+    """Yields origin, part and whether they are equal: the first origin that a part equals, as a target has its critic.
 
-    Of an origin itself, those before it count. Equal marks are looked up, as thousands of layers may have one layout.
+    Where it equals none, the first of all. Of an origin itself, those before it count. Equal marks are looked up, as
+    thousands of layers may have one layout.
     """
     place = {origin.name: at for at, origin in enumerate(origins)}
     marked: dict[tuple[bool, ...], dict[int | None, list[_Part]]] = defaultdict(lambda: defaultdict(list))
@@ -140,17 +139,17 @@ def _pairs(origins: list[_Part], parts: list[_Part]) -> Iterator[tuple[_Part, _P
             if trained != part.trained:  # whose marks are of other tensors
                 near += chain(*marks.values())
         near.sort(key=lambda origin: place[origin.name])
-        equal = (o for o in near if place[o.name] < end and part.is_disjoint_from(o) and part.equals(o))
+        equal = next((o for o in near if place[o.name] < end and part.is_disjoint_from(o) and part.equals(o)), None)
         disjoint = (origin for origin in islice(origins, end) if part.is_disjoint_from(origin))
-        if (found := next(equal, None) or next(disjoint, None)) is not None:
-            yield found, part
+        if (found := equal or next(disjoint, None)) is not None:
+            yield found, part, equal is not None
 
 
 def _copy_of(
-    origin: _Part, part: _Part, module: nn.Module, pretrained: Mapping[str, Fingerprint]
+    origin: _Part, part: _Part, equal: bool, module: nn.Module, pretrained: Mapping[str, Fingerprint]
 ) -> NetworkCopy | None:
     """Returns a part as a copy of another one of its layout; None if it is none."""
-    equal, frozen = part.equals(origin), origin.required and not part.required
+    frozen = origin.required and not part.required
     if not frozen and (not equal or _are_repeated(module, origin.name, part.name)):
         return None
     began = equal or _began_equal(origin.name, part.name, pretrained)
