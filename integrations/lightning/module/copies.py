@@ -229,9 +229,8 @@ def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
     required, trained = _required_by_author(module), trained_in_place(module)
     members: dict[str, list[str]] = {}
     for name in parameters:
-        parents = name.split(".")[:-1]
-        for depth in range(1, len(parents) + 1):
-            members.setdefault(".".join(parents[:depth]), []).append(name)
+        for around in path_starts(name)[1:]:
+            members.setdefault(around, []).append(name)
     parts = []
     for entry in modules[1:]:
         names = members.get(entry.name, [])
