@@ -16,7 +16,6 @@ from lora_plugins.inplace import full_name, named_parameters, named_tensors
 from lora_plugins.integrations.lightning.module import (
     frozen_as_built,
     frozen_tensors,
-    moved_by_hand,
     outside,
 )
 from lora_plugins.integrations.lightning.shims import Averaging, averaged_module, callbacks_of, drop_average
@@ -47,8 +46,7 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule, note_moved:
     if not averages:
         return
     note_moved()
-    moved = moved_by_hand(module)
-    frozen = {name: tensor for name, tensor in _frozen(module).items() if name not in moved}
+    frozen = _frozen(module)
     with torch.no_grad():
         for average, path in averages:
             named = {full_name(path, name): tensor for name, tensor in named_tensors(average).items()}
