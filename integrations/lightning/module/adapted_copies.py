@@ -72,8 +72,8 @@ def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[se
         if not is_adapted_alike(module, copy):
             continue
         network = submodule(module, copy.name)
-        names = {name for name, _ in network.named_parameters()}  # as they are called there
-        factors = {name for name in names if plain_name(name) in adapter_tensors(network)}
+        names, tensors = {name for name, _ in network.named_parameters()}, adapter_tensors(network)
+        factors = {name for name in names if plain_name(name) in tensors}  # as they are called there
         own = names - factors
         for part in module.modules():
             for value in vars(part).values():

@@ -1,12 +1,15 @@
 """What a fit does beside its steps costs as much for each layer in a large module as in a small one."""
 
+import copy
+
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lora_plugins import LoraConfig
+from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback
+from lora_plugins.integrations.lightning.module import add_names, find_copies
 from tests.growth import EACH_BLOCK, Blocks, assert_linear
 from tests.integrations.lightning.toys import loader, trainer
 
@@ -37,5 +40,16 @@ def test_a_fit_and_one_that_goes_on(tmp_path):
             trainer(folder, callbacks=[written, stored], max_epochs=epochs).fit(Module(size), data, ckpt_path=path)
 
         return {"fit": lambda: fit(1), "go on": lambda: fit(2, folder / "last.ckpt")}
+
+    assert_linear(steps)
+
+
+def test_the_names_of_a_copy():
+    def steps(size):
+        module = Module(size)
+        module.teacher = copy.deepcopy(module.net).requires_grad_(False)
+        LoraModel(module, LoraConfig(r=2, target_modules=rf".*\.{EACH_BLOCK}"))
+        copies = find_copies(module)
+        return {"names": lambda: add_names(module, copies)}
 
     assert_linear(steps)
