@@ -142,7 +142,7 @@ def mean_gradients(
 
 def _let_train(model: nn.Module, plan: Plan, weights: Iterable[nn.Parameter]) -> None:
     """Puts a model into training mode as it will be with the plan's adapter, where only these weights get gradients."""
-    model.train()
+    model.train(True)  # by place, as modules call those below them
     for module in model.modules():
         if is_frozen(module):  # for another adapter, which may freeze other norms than this one will
             module.training = True

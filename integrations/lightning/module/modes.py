@@ -23,7 +23,7 @@ def set_training_mode(target: nn.Module, averages: Collection[nn.Module]) -> Non
     """
     modes = {child: own_mode(child) for child in target.modules()}
     kept = _kept_in_eval_mode(target, averages)
-    target.train()
+    target.train(True)  # by place: a `train` that its author has replaced may have no default, or another name
     named = [(plain_name(n), child) for n, child in target.named_modules() if not isinstance(child, AdapterTensors)]
     for name, child in named:  # outer ones first, since `train` goes down
         if within(name, kept):

@@ -40,6 +40,19 @@ def test_models_that_are_to_stay_in_eval_mode_stay_and_lightning_warns(tmp_path)
     assert set(module.modes) == {(False, False)}
 
 
+def stay(self, mode=True):
+    """What latent-diffusion puts in place of `train`: called on a module, its first argument is the mode."""
+    return self
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
+def test_a_target_whose_train_was_replaced_by_a_function_stays_as_it_is(tmp_path):
+    module = ArrivesInEvalMode()
+    module.net.train = stay
+    trainer(tmp_path, [LoraCallback(LoraConfig(r=2), target="net")]).fit(module, loader())
+    assert set(module.modes) == {(False, False)}
+
+
 class Distilled(Classifier):
     """Learns from a copy of itself that its author froze and put into eval mode."""
 
