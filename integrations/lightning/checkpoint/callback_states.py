@@ -32,9 +32,7 @@ def without_base_of_callbacks(
     large = [(path, value) for path, value in _tensors(states, ()) if value.numel() >= _SMALLEST]
     shapes = {value.shape for _, value in large}
     names = {checksum(tensor): name for name, tensor in base.items() if tensor.shape in shapes}
-    found = [
-        (path, name) for path, value in large if (name := names.get(checksum(value))) and _equal(base[name], value)
-    ]
+    found = [(path, name) for path, value in large if (name := names.get(checksum(value))) and equal(base[name], value)]
     for path, _ in found:
         states = changed_at(states, path, lambda _: None)  # its place stays: some pair by position
     return {**checkpoint, CALLBACKS: states} if found else {**checkpoint}, [([*path], name) for path, name in found]
@@ -64,7 +62,8 @@ def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
         yield path, value
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors have the same type, shape and values, wherever they are."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 

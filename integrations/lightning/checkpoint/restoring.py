@@ -15,7 +15,7 @@ from lora_plugins.adapter import adapter_tensors, model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same, versions_told
 from lora_plugins.inplace import named_tensors, own_tensor
-from lora_plugins.integrations.lightning.checkpoint.callback_states import with_base_of_callbacks
+from lora_plugins.integrations.lightning.checkpoint.callback_states import equal, with_base_of_callbacks
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
     check_same_adapter,
@@ -48,7 +48,9 @@ from lora_plugins.plugins import registry_of
 from lora_plugins.utils import plain_name
 
 
-def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: bool = False) -> dict[str, Any]:
+def restore(
+    module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: bool = False, again: bool = False
+) -> dict[str, Any]:
     """Puts the adapters of a checkpoint on a module and returns the checkpoint with complete state dicts.
 
     Adapters that the module has already keep their parameters, so that an optimizer goes on with them.
@@ -57,6 +59,7 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: boo
         module: The module, with the base it had when the checkpoint was written.
         checkpoint: What `shrink` returned; it is not changed.
         keep_moved: Whether to go on, with a warning, if it leaves out what the module has moved by hand since.
+        again: Whether it was restored before; the module's own hook may have filled in what the file leaves out.
 
     Raises:
         AdapterFileError: If the entry is damaged or newer, or does not fit the module. Adapters that were not on the
@@ -78,10 +81,17 @@ def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: boo
         note_built(module, entry.get("outside", {}))
         take_fingerprints(module)
         if not whole:  # by hand, or by training, in the run that wrote it
-            mark_moved(module, (frozen_keys(module) | outside(module).keys()).intersection(state))
+            held = (frozen_keys(module) | outside(module).keys()).intersection(state)
+            mark_moved(module, _with_other_values(module, state, held) if again else held)
         complete = _complete(module, checkpoint, entry)
         undo.pop_all()
     return complete
+
+
+def _with_other_values(module: nn.Module, state: StateDict, names: Set[str]) -> set[str]:
+    """Returns the names under which a state dict has other values than the module."""
+    found = named_tensors(module, aliases=True)
+    return {name for name in names if name not in found or not equal(found[name], state[name])}
 
 
 def _put_base(

@@ -191,14 +191,14 @@ class CheckpointShims:
 
         def after_hook(_: object) -> None:
             after()
-            complete.update(self._restored(without_base(module, complete)))
+            complete.update(self._restored(without_base(module, complete), again=restored is not None))
 
         shims.after("on_load_checkpoint", after_hook, before=shims.remove)  # ahead of it, as it may raise an error
         return complete
 
-    def _restored(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def _restored(self, checkpoint: dict[str, Any], *, again: bool = False) -> dict[str, Any]:
         trains = self._trainer.state.fn == "fit"
-        complete = restore(self._module, checkpoint, keep_moved=self._keeps_moved or not trains)
+        complete = restore(self._module, checkpoint, keep_moved=self._keeps_moved or not trains, again=again)
         if not trains and "current_model_state" in complete:
             # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
             # that is to be tested. The metric in the file's name is that of the averaged ones.

@@ -19,7 +19,7 @@ from lora_plugins.cli.main import main
 from lora_plugins.files import OWN_ENTRIES
 from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
 from lora_plugins.integrations.lightning.adapter_files import adapter_files, check_room
-from tests.integrations.lightning.toys import CONFIG, Classifier, loader, lora, trainer
+from tests.integrations.lightning.toys import CONFIG, Classifier, FillsItsBackboneIn, loader, lora, trainer
 
 X = torch.linspace(-1, 1, 20).view(5, 4)
 
@@ -151,6 +151,21 @@ class TestMovedBeforeACheckpoint:
             trainer(tmp_path, [callback]).fit(
                 module if same else CountingPrior(), loader(), ckpt_path=tmp_path / "last.ckpt"
             )
+
+
+class TestFilledIn:
+    """What the module's own hook fills into a checkpoint, from what it has, was not moved: warnings are errors here."""
+
+    def test_the_best(self, tmp_path):
+        callback = lora(save_adapter_to=tmp_path / "ours", merge_source="best")
+        best = ModelCheckpoint(tmp_path, monitor="train/loss")
+        trainer(tmp_path, [callback, best]).fit(FillsItsBackboneIn(), loader())
+
+    def test_that_of_a_resumed_run(self, tmp_path):
+        kept = ModelCheckpoint(tmp_path, save_last=True)
+        trainer(tmp_path, [lora(), kept], max_epochs=1).fit(FillsItsBackboneIn(), loader())
+        callback = lora(save_adapter_to=tmp_path / "ours")
+        trainer(tmp_path, [callback]).fit(FillsItsBackboneIn(), loader(), ckpt_path=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("listed", [False, True])

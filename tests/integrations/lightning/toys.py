@@ -76,6 +76,17 @@ class Renames(Classifier):
         checkpoint["state_dict"] = {key.removeprefix("its."): value for key, value in checkpoint["state_dict"].items()}
 
 
+class FillsItsBackboneIn(Classifier):
+    """Leaves its backbone out of its files, and fills in what it has itself."""
+
+    def on_save_checkpoint(self, checkpoint):
+        for key in [key for key in checkpoint["state_dict"] if "net.0." in key]:
+            del checkpoint["state_dict"][key]
+
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["state_dict"] |= {key: value for key, value in self.state_dict().items() if "net.0." in key}
+
+
 BASE = set(Classifier().state_dict())
 
 
