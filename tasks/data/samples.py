@@ -71,7 +71,8 @@ class LazySamples(Dataset[dict[str, Any]]):
         item = self.items[index]
         image, target = self.read(item)
         if isinstance(target, np.ndarray):
-            image, target = self.transform(image, tv_tensors.Mask(torch.from_numpy(target)))
+            image, mask = self.transform(image, tv_tensors.Mask(torch.from_numpy(target)))
+            target = mask.long()
         else:
             image = self.transform(image)
         return {"image": image, "target": target, "name": item.name}

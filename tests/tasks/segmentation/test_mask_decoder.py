@@ -40,6 +40,16 @@ class TestMaskDecoder:
         assert MaskDecoder(["a", "b"], 255, reduce_labels=True).decode(picture, "m").tolist() == [[255, 0, 1, 255]]
 
     @pytest.mark.parametrize(
+        ("classes", "ignored", "size"),
+        [(2, 255, 1), (256, 256, 8), (2, -100, 8)],
+        ids=["255 is ignored", "256 is ignored", "a negative value is ignored"],
+    )
+    def test_masks_of_photos_are_held_in_8_bits_where_these_suffice(self, classes, ignored, size):
+        picture = Image.fromarray(np.array([[0, 1]], dtype=np.uint8))
+        found = MaskDecoder([f"c{at}" for at in range(classes)], ignored).decode(picture, "m")
+        assert (found.tolist(), found.itemsize) == ([[0, 1]], size)
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ((None, 255), "Name the `classes`"),
