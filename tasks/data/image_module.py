@@ -164,7 +164,7 @@ class ImageDataModule(VisionDataModule):
         for split in (TRAIN, VAL):
             if not items.get(split):
                 raise DataError(f"There is nothing in the {split} split. {self._what_fills(split)}")
-        _warn_of_repeats(items, seen)
+        _warn_of_repeats(items, seen, self.class_names)
         if seen:
             _warn_of_darkness(max(each.brightest for each in seen.values()))
             self._check_classes(frozenset().union(*(seen[id(item)].classes for item in items[TRAIN])))
@@ -275,16 +275,25 @@ def _warn_of_darkness(brightest: int) -> None:
         )
 
 
-def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[int, _Seen]) -> None:
-    """Warns of images that are measured on and trained on: listed twice, or, where all were read, copied."""
-    places: dict[Any, dict[str, str]] = defaultdict(dict)
+def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[int, _Seen], classes: Sequence[str]) -> None:
+    """Warns of images that are listed twice, or, where all were read, copied: into another split, or another class."""
+    splits: dict[Any, dict[str, str]] = defaultdict(dict)
+    labels: dict[Any, dict[int, str]] = defaultdict(dict)
     for split, members in items.items():
         for item in members:
             place = str(item.image) if isinstance(item.image, Path) else item.name
-            places[seen[id(item)].pixels if seen else item.image][split] = place
-    repeated = [" = ".join(dict.fromkeys(of.values())) for of in places.values() if TRAIN in of and len(of) > 1]
+            picture = seen[id(item)].pixels if seen else item.image
+            splits[picture][split] = place
+            if isinstance(item.target, int):
+                labels[picture][item.target] = f"{place} ({classes[item.target]})"
+    repeated = [" = ".join(dict.fromkeys(of.values())) for of in splits.values() if TRAIN in of and len(of) > 1]
     if repeated:
         rank_zero_warn(
             f"{len(repeated)} image{'s are' if len(repeated) > 1 else ' is'} in train and in another split, so that "
             f"metrics are of what was trained on: {listing(repeated, 3)}."
+        )
+    if ambiguous := [" = ".join(of.values()) for of in labels.values() if len(of) > 1]:
+        rank_zero_warn(
+            f"{len(ambiguous)} image{'s have' if len(ambiguous) > 1 else ' has'} several labels, of which one at most "
+            f"is learned: {listing(ambiguous, 3)}. Leave it under one of them."
         )

@@ -81,7 +81,7 @@ class TestImagesInTwoSplits:
 
     def test_copies_of_other_names_and_encodings_are_told(self, class_folders):
         shutil.copy(class_folders / "train" / "cat" / "0.jpg", class_folders / "val" / "cat" / "same.jpg")
-        Image.open(class_folders / "train" / "dog" / "1.jpg").save(class_folders / "val" / "cat" / "other.bmp")
+        Image.open(class_folders / "train" / "dog" / "1.jpg").save(class_folders / "val" / "dog" / "other.bmp")
         with pytest.warns(
             UserWarning, match=r"2 images are in.*train/cat/0.jpg = .*val/cat/same.jpg', '.*/1.jpg = .*/other.bmp'\."
         ):
@@ -111,6 +111,17 @@ class TestImagesInTwoSplits:
             shutil.copy(path, path.with_name(f"copy of {path.name}"))
         with pytest.warns(UserWarning, match=r"in train and in another split.*= "):
             loaded(ImageFolderDataModule(str(flat_folders), val_share=0.2, **SIZE))
+
+
+class TestImagesOfSeveralLabels:
+    def test_are_told(self, class_folders):
+        shutil.copy(class_folders / "train" / "cat" / "0.jpg", class_folders / "train" / "dog" / "same.jpg")
+        with pytest.warns(UserWarning, match=r"1 image has several labels.*cat/0.jpg \(cat\) = .*/same.jpg \(dog\)'"):
+            loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+
+    def test_copies_under_one_label_have_no_other(self, class_folders):
+        shutil.copy(class_folders / "train" / "cat" / "0.jpg", class_folders / "train" / "cat" / "same.jpg")
+        loaded(ImageFolderDataModule(str(class_folders), **SIZE))
 
 
 class TestImagesThatAreAllNearlyBlack:
@@ -180,7 +191,7 @@ class TestSampling:
     def test_balanced_draws_each_class_equally_often(self, tmp_path):
         for name, count in (("many", 45), ("few", 5)):
             for i in range(count):
-                write_image(tmp_path / "data" / "train" / name / f"{i}.png", noise(8, 8, seed=i))
+                write_image(tmp_path / "data" / "train" / name / f"{i}.png", noise(8, 8, seed=i + 50 * (name == "few")))
             write_image(tmp_path / "data" / "val" / name / "0.png", noise(8, 8, seed=100 + count))
         torch.manual_seed(0)
         data = loaded(ImageFolderDataModule(str(tmp_path / "data"), sampler="balanced", batch_size=10, **SIZE))
