@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from lora_plugins.errors import listing
@@ -49,7 +50,9 @@ def check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: s
         way = "Move these up" if split else f"Train on {inner}"
         raise DataError(f"{folder} holds one folder, {classes[0]!r}, with folders in it. {way}.")
     masks = [name for name in classes if OF_MASKS.search(name)]
-    images = [name for name in classes if OF_IMAGES.search(name) and name not in masks]
+    others = [name for name in classes if name not in masks]
+    are_paired = len(masks) == len(others) == 1 and _are_paired(folder / others[0], folder / masks[0])
+    images = [name for name in others if are_paired or OF_IMAGES.search(name)]
     if images and masks and (len(classes) == 2 or any(not image_files(folder / name) for name in classes)):
         are_drawn = any(holds_images(folder / name) for name in masks)
         boxes = "" if are_drawn else _boxes(folder / masks[0])
@@ -64,6 +67,12 @@ def check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: s
             f"{TRAIN}, {VAL} and {TEST}, with the folders of the classes in them; if they are classes, move the images "
             "in them up."
         )
+
+
+def _are_paired(images: Path, masks: Path) -> bool:
+    """Whether each image of a folder has one of another format in another folder, whose name begins alike."""
+    pairs = zip_longest(image_files(images), image_files(masks), fillvalue=images)
+    return all(mask.stem.startswith(image.stem) and mask.suffix != image.suffix for image, mask in pairs)
 
 
 def check_has_classes(data: Path, split: str) -> None:

@@ -58,7 +58,16 @@ class TestLabels:
         with pytest.raises(DataError, match=rf"not like classes. They are expected in {expected[0]} and {expected[1]}"):
             survey(tmp_path, Flags())
 
-    @pytest.mark.parametrize("names", [("mask", "no mask"), ("images with mask", "images without mask")], ids=", ".join)
+    def test_images_whose_masks_are_told_by_their_names_are_no_class(self, tmp_path):
+        for number in range(3):
+            write_image(tmp_path / "Task1_Input" / f"{number}.jpg", noise())
+            write_image(tmp_path / "Task1_GroundTruth" / f"{number}_mask.png", noise())
+        with pytest.raises(DataError, match="'Task1_GroundTruth', 'Task1_Input', which look like images with masks"):
+            survey(tmp_path, Flags())
+
+    @pytest.mark.parametrize(
+        "names", [("mask", "no mask"), ("face", "mask"), ("images with mask", "images without mask")], ids=", ".join
+    )
     def test_classes_of_masks(self, tmp_path, names):
         for number in range(5):
             for name in names:
