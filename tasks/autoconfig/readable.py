@@ -29,4 +29,5 @@ def _check_sizes(pair: tuple[Path, Path]) -> None:
     image, mask = pair
     (width, height), size = shown_size(mask), shown_size(image)
     if (width, height) != size:
-        raise DataError(f"{mask} is {width}x{height}, and its image is {size[0]}x{size[1]} (width x height)")
+        hint = ": images are turned upright as their EXIF says, and masks have to be" if (height, width) == size else ""
+        raise DataError(f"{mask} is {width}x{height}, and its image is {size[0]}x{size[1]} (width x height){hint}")

@@ -383,6 +383,11 @@ def turned(root, kind="jpg"):
     Image.fromarray(noise(60, 40)).save(root / "images" / f"3.{kind}", exif=exif)
 
 
+def a_mask_on_its_side(root):
+    turned(root)
+    write_image(root / "masks" / "3.png", np.zeros((60, 40), np.uint8))
+
+
 def a_folder_within_a_class(root):
     write_images(root, "cat/2024/0.jpg", "dog/0.jpg")
 
@@ -483,6 +488,7 @@ def images_of_a_split_beside_lists(root):
         (a_photo_as_mask, "more than 256 colors"),
         (smoothed, "black and white with 9 grays between"),
         (masks_of_another_size, r"(?s)1 problem.*3.png is 30x40, and its image is 60x40 \(width x height\)"),
+        (a_mask_on_its_side, "is 40x60, and its image is 60x40 .*: images are turned upright as their EXIF says"),
         (of_two_kinds, "Some masks are gray and others in color"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
