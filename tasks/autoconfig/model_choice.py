@@ -113,10 +113,13 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
     found = _OF_LIBRARY[library](task, rest, resized)
     source, words = _weights_of(name, found, weights)
     options = {"options": dict(found.options)} if found.options else {}
+    # The default model tells ImageNet's 1,000 classes apart: as many of one's own are others.
+    head = {"head": "new"} if task == LABELS and model is None and weights is None else {}
     arguments = {
         "source": found.source,
         "name": found.name,
         "weights": source,
+        **head,
         **options,
         **found.further,
     }

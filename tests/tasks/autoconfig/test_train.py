@@ -300,6 +300,17 @@ def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
     }
 
 
+@pytest.mark.parametrize(
+    ("named", "head"), [([], "new"), (["--model", "timm/tf_efficientnet_lite0"], None)], ids=["default", "by its name"]
+)
+def test_a_thousand_classes_are_not_those_of_imagenet(named, head, folders, tmp_path, capsys):
+    """Unless the model is asked for, whose classifier of 1,000 classes fits."""
+    folders("labels")
+    assert main(["train", "photos", *named, "--plan", "--save-config", "it.yaml"]) == 0, capsys.readouterr().err
+    made = yaml.safe_load((tmp_path / "it.yaml").read_text())["model"]["init_args"]["model"]
+    assert made.get("head") == head
+
+
 def test_classes_that_are_not_validated_on_are_named(folders, tmp_path, capsys):
     given = folders("labels")
     write_image(tmp_path / "photos" / "owl" / "0.png", noise())
