@@ -62,8 +62,9 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
     alone = [each for each in OTHER_TRANSFORMERS if each in children and _DENOISER not in children]
     other = asked if asked in OTHER_TRANSFORMERS else next(iter(alone), None)
     renamed = {_DENOISER: other} if other is not None and other not in found else {}
-    if "text_encoder_2" in children and "text_encoder_3" not in children and "text_encoder_2" not in found:
-        renamed["text_encoder_3"] = "text_encoder_2"  # the T5 of Flux, which is the third of Stable Diffusion 3
+    t5 = next((each for each in ("text_encoder_3", "text_encoder_2", "text_encoder") if each in children), None)
+    if t5 is not None and t5 not in found:
+        renamed["text_encoder_3"] = t5  # as in Stable Diffusion 3; the second of Flux, and all that PixArt has
     parts = {name: renamed.get(name, name) for name in found}
     if asked is not None and asked not in parts.values():
         raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")

@@ -29,6 +29,7 @@ ALONE = ""
 _ENCODERS: Mapping[str, str] = {
     "text_encoders.clip_l.transformer.": "text_encoder.",
     "text_encoders.clip_g.transformer.": "text_encoder_2.",
+    "text_encoders.clip_h.transformer.": "text_encoder.",
     "text_encoders.t5xxl.transformer.": "text_encoder_3.",
     "lora_te.": "text_encoder.",
     "lora_te1.": "text_encoder.",

@@ -372,10 +372,11 @@ def test_a_file_of_flux_goes_into_the_parts_of_its_pipeline(tmp_path):
     ("start", "other"),
     [
         ("text_encoders.clip_l.transformer.text_model", "text_encoders.t5xxl.transformer"),
+        ("text_encoders.clip_h.transformer", None),
         ("lora_te", None),
         ("lora_te1", "lora_te2"),
     ],
-    ids=["ComfyUI", "ai-toolkit", "ai-toolkit, of two"],
+    ids=["ComfyUI", "ComfyUI, of Stable Diffusion 2", "ai-toolkit", "ai-toolkit, of two"],
 )
 def test_keys_with_dots_have_names_of_text_encoders(start, other, tmp_path):
     names = {f"{start}.encoder.layers.0.self_attn.q_proj": "text_encoder.encoder.layers.0.self_attn.q_proj"}
@@ -391,6 +392,17 @@ def test_keys_with_dots_have_names_of_text_encoders(start, other, tmp_path):
     parts = nn.ModuleDict({"text_encoder": TEXT.build(), "text_encoder_2": t5()})
     layers = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors").plans["default"].layers
     assert {layer.name for layer in layers} == {*names.values()}
+
+
+def test_a_t5_is_the_one_text_encoder_of_a_pipeline(tmp_path):
+    layer = "encoder.block.0.layer.0.SelfAttention.q"
+    shapes = {"lora_A": (2, 16), "lora_B": (16, 2)}
+    tensors = {
+        f"text_encoders.t5xxl.transformer.{layer}.{key}.weight": torch.ones(shape) for key, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    lora = LoraModel.load_adapter(nn.ModuleDict({"text_encoder": t5()}), tmp_path / "adapter.safetensors")
+    assert [each.name for each in lora.plans["default"].layers] == [f"text_encoder.{layer}"]
 
 
 def anima():
