@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.kernels import DISABLE_VARIABLE, _switches, disabled_kernels, linear_2d, lora_linear
+from lora_plugins.kernels._onednn import unavailable
 from tests.core.kernels.needs import needs
 
 onednn = pytest.importorskip("lora_plugins.kernels.entries.onednn")
@@ -19,9 +20,11 @@ def another_maker(monkeypatch) -> None:
     """As on a processor that is not of Intel, where the kernel would not be used."""
     if DISABLE_VARIABLE in os.environ:
         pytest.skip(f"{DISABLE_VARIABLE} is set")
-    monkeypatch.setattr(onednn, "_processor", lambda: "AuthenticAMD")
-    if reason := onednn.available():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the processor has no AVX512")
+    if reason := unavailable():
         pytest.skip(reason)
+    monkeypatch.setattr(onednn, "_processor", lambda: "AuthenticAMD")
     switches = _switches._Switches(_switches._entries())
     monkeypatch.setattr(_switches, "_switches", lambda: switches)
 
@@ -29,6 +32,12 @@ def another_maker(monkeypatch) -> None:
 def test_it_is_not_used_on_processors_of_intel(monkeypatch):
     monkeypatch.setattr(onednn, "_processor", lambda: "vendor_id : GenuineIntel")
     assert onednn.available() == "on processors of Intel, MKL is as fast"
+
+
+def test_it_is_used_with_avx512_alone(monkeypatch):
+    assert not onednn.available()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert onednn.available() == "it needs a processor with AVX512, and torch uses AVX2 of this one"
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +50,7 @@ def no_gradients() -> Iterator[None]:
 PATHS = {
     "effective_weight_first": (2000, 64, 16, 0.0),
     "high_rank": (2000, 64, 60, 0.0),
+    "large_factors": (600, 512, 64, 0.0),
     "few_rows": (30, 500, 80, 0.0),
     "dropout": (2000, 64, 16, 0.3),
 }
