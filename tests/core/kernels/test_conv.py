@@ -1,6 +1,7 @@
 """A convolution with an update computes the law, whatever computes it, with exact gradients of every order."""
 
 import torch
+from torch.nn import functional as F
 
 from lora_plugins.kernels import disabled_kernels
 from tests.core.kernels.conv_cases import CASES, WITHOUT_DROPOUT, Case, cases, in_both_formats
@@ -62,3 +63,13 @@ def test_ordinary_operations_are_the_law(case: Case, last: bool):
             output = compute(*inputs)
         found.append([output, *torch.autograd.grad(output.sin().sum(), inputs)])
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+
+
+@in_both_formats([case for case in CASES if case.dropout])
+def test_ordinary_operations_drop_elements_of_the_branch_only(case: Case, last: bool):
+    x, weight, bias, A, B = inputs = case.tensors(channels_last=last)
+    with disabled_kernels("all"):
+        output = case.compute(*inputs)
+    torch.manual_seed(7)
+    update = case.law(F.dropout(x, case.dropout), torch.zeros_like(weight), torch.zeros_like(bias), A, B)
+    torch.testing.assert_close(output, case.geometry.convolve(x, weight, bias) + update, rtol=1e-11, atol=1e-11)
