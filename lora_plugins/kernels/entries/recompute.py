@@ -26,7 +26,7 @@ def _available() -> str:
 
 def _has_history(x: Tensor) -> bool:
     """Whether the graph behind the input stays alive until the backward, and may be read there."""
-    return x.grad_fn is not None and not x.output_nr and not _is_checkpointed()
+    return x.grad_fn is not None and not _is_checkpointed()
 
 
 def _recomputation(x: Tensor) -> Recompute | None:
@@ -69,10 +69,7 @@ def _is_in_place(node: Any) -> bool:
 
 
 def _view(node: Any, x: Tensor) -> Recompute | None:
-    parent, output = node.next_functions[0]
-    if parent is None or output:
-        return None
-    recompute, shape = _of_node(parent, x), x.shape
+    recompute, shape = _of_node(node.next_functions[0][0], x), x.shape
     return None if recompute is None else lambda: recompute().reshape(shape)  # of another layout, perhaps
 
 
@@ -103,6 +100,7 @@ _RULES: Mapping[str, Rule] = {
     "UnsafeViewBackward0": _view,
     "ReshapeAliasBackward0": _view,
 }
+"""By name of an operation in the graph; each of them has one output that can be differentiated."""
 
 
 KERNELS = (Kernel("recompute", "recomputation", _available, _has_history, _recomputation),)
