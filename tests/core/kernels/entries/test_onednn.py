@@ -102,6 +102,16 @@ def test_what_onednn_does_not_suit_stays_with_torch(x, weight, bias, calls):
     assert not calls
 
 
+WRONG = {"columns": (X[:, :71], WEIGHT, BIAS), "type_of_bias": (X, WEIGHT, BIAS.double())}
+
+
+@pytest.mark.parametrize(("x", "weight", "bias"), WRONG.values(), ids=WRONG)
+def test_what_is_wrong_is_refused_by_torch(x, weight, bias, calls):
+    with pytest.raises(RuntimeError, match=r"cannot be multiplied|same dtype"):
+        linear_2d(x, weight, bias)
+    assert not calls
+
+
 def test_a_user_can_turn_onednn_off(monkeypatch, calls):
     linear_2d(X, WEIGHT, BIAS)
     assert calls == [X.shape]
