@@ -40,8 +40,9 @@ def open_state(model: nn.Module) -> ModelState:
         parameters = own_parameters(model_modules(model))
         state = ModelState(requires_grad={name: p.requires_grad for name, p in parameters.items()})
         model.__dict__[MODEL_STATE] = state
-        model.register_load_state_dict_pre_hook(accept_base)  # type: ignore[no-untyped-call]
-        model.register_forward_pre_hook(_check_training)
+        # By torch's own methods: the modules of some packages have others of these names (otx).
+        nn.Module.register_load_state_dict_pre_hook(model, accept_base)  # type: ignore[no-untyped-call]
+        nn.Module.register_forward_pre_hook(model, _check_training)
         warn_on_save(model, state)
         for module in model.modules():
             pin_attributes(module)

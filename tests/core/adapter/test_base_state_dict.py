@@ -103,3 +103,21 @@ def test_a_changed_base_is_refused_under_any_of_its_names():
     LoraModel(model, LoraConfig(r=2, target_modules=["first", "again"], init="pissa"))
     with pytest.raises(StateError, match="'pissa', which changed the base"):
         model.load_state_dict({"again.weight": torch.zeros(2, 6)}, strict=False)
+
+
+def test_a_model_may_have_methods_of_torchs_names():
+    """As the models of otx, which register a hook of their own for the classes of a checkpoint."""
+
+    class Named(nn.Sequential):
+        def register_load_state_dict_pre_hook(self, model_classes, ckpt_classes):
+            raise AssertionError
+
+        def register_forward_pre_hook(self, stage):
+            raise AssertionError
+
+    model, other = (Named(*model_of(seed)) for seed in range(2))
+    lora = adapted(model)
+    model.load_state_dict(other.state_dict())
+    lora.unload()
+    for key, value in other.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
