@@ -73,7 +73,9 @@ def watch_loading(model: nn.Module, accept: Accept) -> None:
     adapted = [name for name, part in parts.items() if state_of(part) is not None]
     for part in {parts[start]: None for name in adapted for start in path_starts(name)}:
         if part is not model and not isinstance(part, ScriptModule) and not _hooks_of(part):
-            part.register_load_state_dict_pre_hook(_Watch(weakref.ref(model), accept))
+            # By torch's own method: the modules of some packages have another of this name (otx).
+            hook = _Watch(weakref.ref(model), accept)
+            nn.Module.register_load_state_dict_pre_hook(part, hook)  # type: ignore[no-untyped-call]
 
 
 def let_load(part: nn.Module) -> None:

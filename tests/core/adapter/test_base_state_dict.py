@@ -105,7 +105,8 @@ def test_a_changed_base_is_refused_under_any_of_its_names():
         model.load_state_dict({"again.weight": torch.zeros(2, 6)}, strict=False)
 
 
-def test_a_model_may_have_methods_of_torchs_names():
+@pytest.mark.parametrize("part", [False, True], ids=["the model", "a part of it"])
+def test_modules_may_have_methods_of_torchs_names(part):
     """As the models of otx, which register a hook of their own for the classes of a checkpoint."""
 
     class Named(nn.Sequential):
@@ -115,9 +116,10 @@ def test_a_model_may_have_methods_of_torchs_names():
         def register_forward_pre_hook(self, stage):
             raise AssertionError
 
-    model, other = (Named(*model_of(seed)) for seed in range(2))
-    lora = adapted(model)
-    model.load_state_dict(other.state_dict())
+    named = [Named(*model_of(seed)) for seed in range(2)]
+    model, other = (nn.ModuleDict({"net": net}) for net in named) if part else named
+    lora = LoraModel(model, LoraConfig(r=2, target_modules="all", init="gaussian"))
+    named[0].load_state_dict(named[1].state_dict())
     lora.unload()
     for key, value in other.state_dict().items():
         assert torch.equal(model.state_dict()[key], value)
