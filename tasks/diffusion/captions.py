@@ -81,7 +81,8 @@ def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Capti
         elif not prompt.strip():
             problems.append(f"The prompt of {path} is empty.")
     if problems:
-        raise DataError(f"{len(problems)} problems with the pictures of {where}:\n{listed(problems)}")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise DataError(f"{count} with the pictures of {where}:\n{listed(problems)}")
     return [Captioned(path, str(prompt).strip(), _size(path)) for path, prompt in pairs]
 
 
