@@ -284,7 +284,7 @@ def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[int, _Se
             place = str(item.image) if isinstance(item.image, Path) else item.name
             picture = seen[id(item)].pixels if seen else item.image
             splits[picture][split] = place
-            if isinstance(item.target, int):
+            if isinstance(item.target, int) and 0 <= item.target < len(classes):  # others, such as -1, are no labels
                 labels[picture][item.target] = f"{place} ({classes[item.target]})"
     repeated = [" = ".join(dict.fromkeys(of.values())) for of in splits.values() if TRAIN in of and len(of) > 1]
     if repeated:
@@ -295,5 +295,5 @@ def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[int, _Se
     if ambiguous := [" = ".join(of.values()) for of in labels.values() if len(of) > 1]:
         rank_zero_warn(
             f"{len(ambiguous)} image{'s have' if len(ambiguous) > 1 else ' has'} several labels, of which one at most "
-            f"is learned: {listing(ambiguous, 3)}. Leave it under one of them."
+            f"is learned: {listing(ambiguous, 3)}. Leave each image under one label."
         )

@@ -68,6 +68,14 @@ class TestHub:
         data = loaded(HubImageDataModule(str(tmp_path / "unlabeled"), **SIZE))
         assert len(data.predict_dataloader().dataset) == len(splits["test"])
 
+    def test_none_is_no_second_label_of_a_copy(self, tmp_path, labeled_rows):
+        from datasets import DatasetDict, load_from_disk
+
+        splits = load_from_disk(str(labeled_rows))
+        splits["test"] = splits["validation"].map(lambda row: {"label": -1})
+        DatasetDict(splits).save_to_disk(tmp_path / "unlabeled")
+        loaded(HubImageDataModule(str(tmp_path / "unlabeled"), check_files=True, **SIZE))
+
     def test_masks(self, masked_rows):
         data = loaded(
             HubMaskDataModule(
