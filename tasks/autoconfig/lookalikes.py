@@ -4,7 +4,6 @@ import glob
 import os
 import re
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 from lora_plugins.errors import listing
@@ -18,6 +17,8 @@ OF_IMAGES, OF_MASKS = (
     re.compile(words, re.IGNORECASE) for words in ("image|img", "mask|label|annotation|segment|^gt|ground.?truth")
 )
 """What names of folders hold that are no classes."""
+
+JPEG = frozenset({".jpg", ".jpeg"})
 
 
 def without_masks(data: Path) -> DataError:
@@ -70,9 +71,14 @@ def check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: s
 
 
 def _are_paired(images: Path, masks: Path) -> bool:
-    """Whether each image of a folder has one of another format in another folder, whose name begins alike."""
-    pairs = zip_longest(image_files(images), image_files(masks), fillvalue=images)
-    return all(mask.stem.startswith(image.stem) and mask.suffix != image.suffix for image, mask in pairs)
+    """Whether masks are files of another format than images, with equal names, or with one ending added to all.
+
+    A JPEG is no mask: it changes the values of pixels.
+    """
+    pictures, drawn = ({path.stem: path.suffix.lower() for path in image_files(folder)} for folder in (images, masks))
+    ending = max(drawn, key=len, default="")[len(max(pictures, key=len, default="")) :]
+    are_named = bool(pictures) and {name + ending for name in pictures} == {*drawn}
+    return are_named and JPEG.union(pictures.values()).isdisjoint(drawn.values())
 
 
 def check_has_classes(data: Path, split: str) -> None:

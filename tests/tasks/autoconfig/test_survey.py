@@ -59,11 +59,34 @@ class TestLabels:
             survey(tmp_path, Flags())
 
     def test_images_whose_masks_are_told_by_their_names_are_no_class(self, tmp_path):
-        for number in range(3):
+        for number in (1, 2, 10):  # of which 10 comes first with an ending, and second without one
             write_image(tmp_path / "Task1_Input" / f"{number}.jpg", noise())
             write_image(tmp_path / "Task1_GroundTruth" / f"{number}_mask.png", noise())
         with pytest.raises(DataError, match="'Task1_GroundTruth', 'Task1_Input', which look like images with masks"):
             survey(tmp_path, Flags())
+
+    @pytest.mark.parametrize(
+        ("faces", "masks"),
+        [
+            (["0.jpg", "1.jpg"], ["0.JPG", "1.JPG"]),
+            (["0.jpg", "1.jpg"], ["0.jpeg", "1.jpeg"]),
+            (["face_0.jpg", "face_1.jpg"], ["face_0.png", "face_1.png", "face_2.png"]),
+        ],
+        ids=["endings in capitals", "other endings of JPEG", "one more"],
+    )
+    def test_classes_of_masks_with_names_as_those_of_another_class(self, tmp_path, faces, masks):
+        for folder, names in (("face", faces), ("mask", masks)):
+            for name in names:
+                write_image(tmp_path / folder / name, noise())
+        assert survey(tmp_path, Flags(val_share=0.5)).classes == ("face", "mask")
+
+    @pytest.mark.parametrize("inner", ["", "2024"], ids=["empty", "with folders in them"])
+    def test_folders_without_images_are_not_taken_for_images_with_masks(self, tmp_path, inner):
+        for name in ("face", "mask"):
+            (tmp_path / name / inner).mkdir(parents=True)
+        with pytest.raises(DataError) as error:
+            survey(tmp_path, Flags())
+        assert "masks" not in str(error.value)
 
     @pytest.mark.parametrize(
         "names", [("mask", "no mask"), ("face", "mask"), ("images with mask", "images without mask")], ids=", ".join
