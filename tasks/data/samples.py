@@ -72,7 +72,7 @@ class LazySamples(Dataset[dict[str, Any]]):
         image, target = self.read(item)
         if isinstance(target, np.ndarray):
             image, mask = self.transform(image, tv_tensors.Mask(torch.from_numpy(target)))
-            target = mask.long()
+            target = mask if mask.is_floating_point() else mask.long()  # fractions are no classes
         else:
             image = self.transform(image)
         return {"image": image, "target": target, "name": item.name}

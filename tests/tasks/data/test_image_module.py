@@ -187,6 +187,19 @@ def test_one_model_after_another_has_images_of_its_own_size(kind, class_folders,
         assert [data.splits[split][0]["image"].shape[1:] for split in ("train", "val")] == [size, size]
 
 
+class SoftMasks(MaskFolderDataModule):
+    """Its masks are fractions, not classes."""
+
+    def read(self, item):
+        image, mask = super().read(item)
+        return image, mask.astype(np.float32) / 2
+
+
+def test_masks_of_fractions_stay_fractions(mask_folders):
+    data = loaded(SoftMasks(str(mask_folders), classes=["a", "b", "c"], augmentation="none", **SIZE, check_files=False))
+    assert data.splits["train"][0]["target"].unique().tolist() == [0.0, 0.5, 1.0, 127.5]
+
+
 class TestSampling:
     def test_balanced_draws_each_class_equally_often(self, tmp_path):
         for name, count in (("many", 45), ("few", 5)):
