@@ -113,7 +113,7 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
     found = _OF_LIBRARY[library](task, rest, resized)
     source, words = _weights_of(name, found, weights)
     options = {"options": dict(found.options)} if found.options else {}
-    # The default model tells ImageNet's 1,000 classes apart: as many of one's own are others.
+    # The default model has a classifier of ImageNet's 1,000 classes, which would be kept for 1,000 others.
     head = {"head": "new"} if task == LABELS and model is None and weights is None else {}
     arguments = {
         "source": found.source,
