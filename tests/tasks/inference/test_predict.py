@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lora_plugins import LoraConfig
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback
-from lora_plugins.tasks import ImageClassificationTask, ImageFolderDataModule
+from lora_plugins.tasks import DataError, ImageClassificationTask, ImageFolderDataModule
 from lora_plugins.tasks.inference import load_task, mask_probabilities, predict_folder
 from lora_plugins.tasks.segmentation import class_colors
 
@@ -145,6 +145,17 @@ class TestPredict:
         with pytest.warns(UserWarning, match="2 of 3 images"):
             assert predict([*files, "--skip"]) == 0
         assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
+
+    @pytest.mark.parametrize("kind", ["labels", "masks"])
+    def test_all_images_are_read_before_the_first_prediction(self, fitted, tmp_path, kind):
+        """Or else hours of predictions would be lost at the last image."""
+        write_image(tmp_path / "images" / "a.png", noise())
+        (tmp_path / "images" / "b.png").write_bytes(b"no picture")
+        task, predicted = fitted[kind][0], []
+        hook = task.register_forward_hook(lambda *_: predicted.append(True))
+        with hook, pytest.raises(DataError, match="1 of 2 images cannot be read"):
+            predict_folder(task, tmp_path / "images", tmp_path / "out")
+        assert not predicted
 
     @pytest.mark.parametrize(
         ("kind", "name", "content"),
