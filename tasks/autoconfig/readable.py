@@ -29,5 +29,5 @@ def _check_sizes(pair: tuple[Path, Path]) -> None:
     image, mask = pair
     (width, height), size = shown_size(mask), shown_size(image)
     if (width, height) != size:
-        hint = ": images are turned upright as their EXIF says, and masks have to be" if (height, width) == size else ""
+        hint = ": if its EXIF turns the image upright, turn the mask as well" if (height, width) == size else ""
         raise DataError(f"{mask} is {width}x{height}, and its image is {size[0]}x{size[1]} (width x height){hint}")

@@ -511,7 +511,7 @@ def images_of_a_split_beside_lists(root):
         (a_photo_as_mask, "more than 256 colors"),
         (smoothed, "black and white with 9 grays between"),
         (masks_of_another_size, r"(?s)1 problem.*3.png is 30x40, and its image is 60x40 \(width x height\)"),
-        (a_mask_on_its_side, "is 40x60, and its image is 60x40 .*: images are turned upright as their EXIF says"),
+        (a_mask_on_its_side, "is 40x60, and its image is 60x40 .*: if its EXIF turns the image upright, turn the mask"),
         (of_two_kinds, "Some masks are gray and others in color"),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
