@@ -135,10 +135,9 @@ def _averaged_by(value: Any) -> Iterator[nn.Module]:
 
 
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:
-    """Returns the averages of adapted parts that third-party callbacks hold, each with the name of its part."""
-    others = [callback for callback in _comparable(trainer) if not isinstance(callback, Averaging)]
-    values = [value for callback in others for value in vars(callback).values()]
-    held = [value.module for value in values if isinstance(value, AveragedModel)]
+    """Returns the averages of adapted parts that callbacks hold beside Lightning's, each with the name of its part."""
+    known, values = _averages(trainer), [each for callback in _comparable(trainer) for each in vars(callback).values()]
+    held = [each.module for each in values if isinstance(each, AveragedModel) and each.module not in known]
     found = [(average, _name_of_original(average, module)) for average in held]
     return [(average, name) for average, name in found if name is not None]
 

@@ -258,6 +258,24 @@ def test_average_of_another_callback_has_the_frozen_base(tmp_path, part, first):
     assert any(p.any() for name, p in module.named_parameters() if ".lora_B." in name)
 
 
+class TwoDecays(EMAWeightAveraging):
+    """Keeps a slower average beside that of Lightning."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.slow = AveragedModel(pl_module, avg_fn=get_ema_avg_fn(0.99))
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        super().on_train_batch_end(trainer, pl_module, *args)
+        self.slow.update_parameters(pl_module)
+
+
+def test_second_average_of_a_callback_has_the_frozen_base(tmp_path):
+    module, averaging = Classifier(), TwoDecays(decay=0.8)
+    before = values(module)
+    trainer(tmp_path, [lora(), averaging], max_epochs=4).fit(module, loader(), loader())
+    assert {key for key in differing(before, values(averaging.slow.module)) if key in before} == set()
+
+
 class EarlyAverage(Callback):
     """Makes its average in `setup`, before there are adapters, and anew in `on_fit_start` if it is told to."""
 
