@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.integrations.lightning.checkpoint.nested_paths import Path, changed_at
-from lora_plugins.integrations.lightning.module import checksum
+from lora_plugins.integrations.lightning.module import checksum, equal
 from lora_plugins.utils import is_dense
 
 CALLBACKS = "callbacks"
@@ -60,11 +60,6 @@ def _tensors(value: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:
             yield from _tensors(each, (*path, key))
     elif type(value) in (Tensor, torch.nn.Parameter) and is_dense(value):
         yield path, value
-
-
-def equal(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two tensors have the same type, shape and values, wherever they are."""
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 
 def _copy_of(tensor: Tensor, _: None) -> Tensor:

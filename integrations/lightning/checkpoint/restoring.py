@@ -15,7 +15,7 @@ from lora_plugins.adapter import adapter_tensors, model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same, versions_told
 from lora_plugins.inplace import named_tensors, own_tensor
-from lora_plugins.integrations.lightning.checkpoint.callback_states import equal, with_base_of_callbacks
+from lora_plugins.integrations.lightning.checkpoint.callback_states import with_base_of_callbacks
 from lora_plugins.integrations.lightning.checkpoint.comparison import (
     check_no_surplus,
     check_same_adapter,
@@ -32,6 +32,7 @@ from lora_plugins.integrations.lightning.checkpoint.state_dicts import (
 from lora_plugins.integrations.lightning.module import (
     adapters_by_place,
     built_alike,
+    equal,
     frozen_keys,
     lost_layers,
     mark_merged,

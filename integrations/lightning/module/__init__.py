@@ -25,7 +25,7 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapters_by_place,
     layers_of_factors,
 )
-from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, local
+from lora_plugins.integrations.lightning.module.bitwise import checksum, checksums, equal, local
 from lora_plugins.integrations.lightning.module.built_layers import BUILDING_HOOKS, with_built_layers
 from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper
@@ -106,6 +106,7 @@ __all__ = [
     "checksum",
     "checksums",
     "copy_factors",
+    "equal",
     "file_entries",
     "find_copies",
     "find_target",

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lora_plugins.utils import is_dense
+
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The whole numbers of some bytes."""
 
@@ -46,14 +48,30 @@ def is_constant(tensor: Tensor) -> bool:
         return all(is_constant(getattr(own, name)) for name in names)
     if own.numel() == 0:
         return True
-    words = own.contiguous().view(-1).view(_WORDS.get(own.element_size(), torch.int64)).view(own.numel(), -1)
+    words = _numbers(own).view(own.numel(), -1)
     lowest, highest = words.aminmax(dim=0)
     return torch.equal(lowest, highest)
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors have the same type, shape and bits, wherever they are; of sparse ones False."""
+    if one.dtype != other.dtype or one.shape != other.shape or not (is_dense(one) and is_dense(other)):
+        return False
+    if hasattr(one, "__tensor_flatten__"):
+        names, _ = one.__tensor_flatten__()
+        return type(one) is type(other) and all(equal(getattr(one, name), getattr(other, name)) for name in names)
+    numbers = (_numbers(each.detach().to(one.device)) for each in (one, other))
+    return not hasattr(other, "__tensor_flatten__") and torch.equal(*numbers)
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Returns the checksum of each tensor."""
     return {name: checksum(tensor) for name, tensor in tensors.items()}
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """Views a tensor's memory as a vector of whole numbers, one for each element of up to eight bytes."""
+    return tensor.contiguous().view(-1).view(_WORDS.get(tensor.element_size(), torch.int64))
 
 
 def _words(data: Tensor) -> Tensor:

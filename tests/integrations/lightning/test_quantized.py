@@ -15,7 +15,17 @@ from lora_plugins import AdapterFileError, LoraModel, StateError
 from lora_plugins.adapter import model_state
 from lora_plugins.inplace import detached_weight
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
-from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+from tests.integrations.lightning.toys import (
+    CONFIG,
+    Classifier,
+    FillsItsBackboneIn,
+    differing,
+    load,
+    loader,
+    lora,
+    trainer,
+    values,
+)
 
 NF4 = replace(CONFIG, quantize="nf4", quantize_options={"min_size": 0})
 STORED = {f"net.{i}.weight_stored.{name}" for i in (0, 3) for name in ("codes", "scale_codes", "scale_maxima")}
@@ -232,3 +242,17 @@ def test_a_copy_of_what_other_libraries_quantized_is_found(quantize, tmp_path):
     fitted(tmp_path, config, module)
     assert all(layer.lora_B["default"].any() for layer in (module.teacher[0], module.teacher[3]))
     assert all(map(torch.equal, bases(module)[1], before))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torchao
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao float8"])
+def test_what_a_module_fills_into_its_file_was_not_moved(kind, tmp_path):
+    """Warnings are errors here; values of these types have no arithmetic."""
+    for module in (first := FillsItsBackboneIn(), again := FillsItsBackboneIn()):
+        LIBRARIES[kind](module)
+    kept = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, [lora(), kept], max_epochs=1).fit(first, loader())
+    callback = lora(save_adapter_to=tmp_path / "ours")
+    trainer(tmp_path, [callback], max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert (tmp_path / "ours").exists()
