@@ -1,6 +1,6 @@
 """What is done to copies of adapted networks, so that their adapters follow those of their origins."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ def start_alike(module: nn.Module, copies: Iterable[NetworkCopy], adapter: str) 
     An average of B is one of the product `B @ A` only while A is the same. What an init made of the base is the same
     already, where the base is.
     """
+    if derives_from_base(module, adapter):
+        return
     for copy in copies:
         if copy.equal and is_adapted_alike(module, copy):
             copy_factors(module, copy, adapter)
@@ -40,8 +42,13 @@ def freeze_alike(module: nn.Module, copies: Iterable[NetworkCopy]) -> None:
                 parameter.requires_grad_(False)
 
 
+def derives_from_base(module: nn.Module, adapter: str) -> bool:
+    """Whether an init derived A and B of some adapters of a name from their base."""
+    return any(each.plan.init.changes_base for (_, name), each in adapters_by_place(module).items() if name == adapter)
+
+
 def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:
-    """Gives a copy that is adapted alike the A and B of its origin, unless an init derived them from the base.
+    """Gives a copy that is adapted alike the A and B of its origin.
 
     Args:
         module: The module.
@@ -49,8 +56,6 @@ def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str
         adapter: Name of the adapter.
         but: The factor that the copy keeps, such as "lora_B".
     """
-    if any(each.plan.init.changes_base for (_, name), each in adapters_by_place(module).items() if name == adapter):
-        return
     own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
     with torch.no_grad():
         for name, tensor in own.items():
@@ -68,6 +73,8 @@ def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[se
         The sets, and what was added to each.
     """
     added: list[tuple[set[str], set[str]]] = []
+    values = [value for part in module.modules() for value in vars(part).values()]
+    sets = [value for value in values if isinstance(value, set) and value]
     for copy in copies:
         if not is_adapted_alike(module, copy):
             continue
@@ -75,18 +82,27 @@ def add_names(module: nn.Module, copies: Iterable[NetworkCopy]) -> list[tuple[se
         names, tensors = {name for name, _ in network.named_parameters()}, adapter_tensors(network)
         factors = {name for name in names if plain_name(name) in tensors}  # as they are called there
         own = names - factors
-        for part in module.modules():
-            for value in vars(part).values():
-                if isinstance(value, set) and factors and value - factors == own:
-                    value.update(factors)
-                    added.append((value, factors))
+        for value in sets:
+            if factors and value - factors == own:
+                value.update(factors)
+                added.append((value, factors))
     return added
 
 
-def base_pairs(module: nn.Module, copy: NetworkCopy) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields what neither a copy nor its origin trains: the full name, the parameter, and that of the origin."""
+def ids_in_place(module: nn.Module) -> set[int]:
+    """Returns the `id` of each parameter that adapters train in place."""
     parameters = own_parameters(model_modules(module))
-    in_place = {id(parameters[name]) for name in trained_in_place(module) & parameters.keys()}
+    return {id(parameters[name]) for name in trained_in_place(module) & parameters.keys()}
+
+
+def base_pairs(module: nn.Module, copy: NetworkCopy, in_place: Set[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yields what neither a copy nor its origin trains: the full name, the parameter, and that of the origin.
+
+    Args:
+        module: The module.
+        copy: The copy.
+        in_place: What `ids_in_place` says of the module.
+    """
     own, origin = (own_parameters(model_modules(submodule(module, p))) for p in (copy.name, copy.origin))
     for name, tensor in own.items():
         if in_place.isdisjoint((id(tensor), id(origin[name]))):

@@ -106,9 +106,10 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
     layers += [name.rpartition(".")[0] for name in trained_in_place(module)]
     around = {start for layer in layers for start in (*path_starts(layer), "")}
     alike: dict[object, list[_Part]] = {}
-    for part in _parts(module, held):
+    required = _required_by_author(module)
+    for part in _parts(module, held, required):
         alike.setdefault(part.layout, []).append(part)
-    found = [copy for copy in _sharing(module) if copy.origin in around]
+    found = [copy for copy in _sharing(module, required) if copy.origin in around]
     pretrained = _of_pretrained(module)
     for parts in alike.values():  # in the order of the module: outer parts first
         copied = {copy.name for copy in found}
@@ -181,17 +182,18 @@ def _are_repeated(module: nn.Module, first: str, second: str) -> bool:
     return isinstance(submodule(module, ".".join(name for name, _ in shared)), nn.ModuleList | nn.Sequential)
 
 
-def _sharing(module: nn.Module) -> list[NetworkCopy]:
+def _sharing(module: nn.Module, required: Mapping[str, bool]) -> list[NetworkCopy]:
     """Finds copies that have modules of their origin, and others of their own, by the second names of modules."""
     found: dict[str, NetworkCopy] = {}
-    for entry in model_modules(module):
-        owners = [pair for names in combinations(entry.names, 2) for pair in _owners(*names)]
-        for first, second in owners:
-            if second in found or _are_repeated(module, first, second):
-                continue
-            copy = _sharing_copy(module, first, second)
-            if copy is not None:
-                found[second] = copy
+    modules = model_modules(module)
+    needed = {id(tensor): required[name] for name, tensor in own_parameters(modules).items()}
+    pairs = (pair for entry in modules for names in combinations(entry.names, 2) for pair in _owners(*names))
+    for first, second in dict.fromkeys(pairs):  # all layers of a part that has two names lead to one pair
+        if second in found or _are_repeated(module, first, second):
+            continue
+        copy = _sharing_copy(module, first, second, needed)
+        if copy is not None:
+            found[second] = copy
     return [*found.values()]
 
 
@@ -204,8 +206,15 @@ def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
         yield first, second
 
 
-def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | None:
-    """Returns the second part as a copy of the first, or the reverse if the author froze that of the first."""
+def _sharing_copy(module: nn.Module, first: str, second: str, needed: Mapping[int, bool]) -> NetworkCopy | None:
+    """Returns the second part as a copy of the first, or the reverse if the author froze that of the first.
+
+    Args:
+        module: The module.
+        first: The name of the first part.
+        second: The name of the second part.
+        needed: Which parameters required a gradient before there were adapters, by `id`.
+    """
     tensors = [own_parameters(model_modules(submodule(module, part))) for part in (first, second)]
     if any(is_lazy(tensor) for own in tensors for tensor in own.values()):
         return None
@@ -213,8 +222,6 @@ def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | N
     pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
     if layouts[0] != layouts[1] or not 0 < len(pairs) < len(layouts[0]):
         return None
-    required = _required_by_author(module)
-    needed = {id(tensor): required[name] for name, tensor in own_parameters(model_modules(module)).items()}
     learns = [any(needed[id(pair[part])] for pair in pairs) for part in (0, 1)]
     if learns[1] and not learns[0]:
         first, second = second, first
@@ -222,11 +229,11 @@ def _sharing_copy(module: nn.Module, first: str, second: str) -> NetworkCopy | N
     return NetworkCopy(first, second, equal, equal, frozen=learns[0] != learns[1], shares=True)
 
 
-def _parts(module: nn.Module, held: Collection[int] | None) -> list[_Part]:
+def _parts(module: nn.Module, held: Collection[int] | None, required: Mapping[str, bool]) -> list[_Part]:
     """Returns all parts of a module that have parameters, outer ones first."""
     modules = model_modules(module)
     parameters = own_parameters(modules)
-    required, trained = _required_by_author(module), trained_in_place(module)
+    trained = trained_in_place(module)
     members: dict[str, list[str]] = {}
     for name in parameters:
         for around in path_starts(name)[1:]:

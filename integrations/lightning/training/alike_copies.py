@@ -1,5 +1,6 @@
 """Copies that are adapted as their origin is: an average of their parameters is one of their adapters as well."""
 
+from collections.abc import Set
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,15 @@ from torch import nn
 from lora_plugins import StateError
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import submodule
-from lora_plugins.integrations.lightning.module import NetworkCopy, base_pairs, checksum, checksums, copy_factors, local
+from lora_plugins.integrations.lightning.module import (
+    NetworkCopy,
+    base_pairs,
+    checksum,
+    checksums,
+    copy_factors,
+    derives_from_base,
+    local,
+)
 from lora_plugins.integrations.lightning.training.written_tensors import FIRST_CHECKS, WrittenTensors
 
 _FOLLOWS = 3
@@ -27,11 +36,12 @@ class AlikeCopy:
     Args:
         module: The module.
         copy: The copy.
+        in_place: The parameters that adapters train in place, by `id`.
     """
 
-    def __init__(self, module: nn.Module, copy: NetworkCopy) -> None:
+    def __init__(self, module: nn.Module, copy: NetworkCopy, in_place: Set[int]) -> None:
         self._module, self._copy = module, copy
-        pairs = [(own, origin) for _, own, origin in base_pairs(module, copy)]
+        pairs = [(own, origin) for _, own, origin in base_pairs(module, copy, in_place)]
         # Tensors that consist of others, as those of torchao do, have no arithmetic: nothing averages them.
         averaged = [(own, origin) for own, origin in pairs if not hasattr(own, "__tensor_flatten__")]
         self._base = [(own, origin) for own, origin in averaged if copy.equal and own is not origin]
@@ -108,7 +118,8 @@ class AlikeCopy:
     def _start_alike(self) -> None:
         """Gives the copy the A of its origin: with one A, an average of B is one of the product."""
         for adapter in {name.rpartition(".")[2] for name in self._own}:
-            copy_factors(self._module, self._copy, adapter, but="lora_B")
+            if not derives_from_base(self._module, adapter):
+                copy_factors(self._module, self._copy, adapter, but="lora_B")
         self._sums = checksums(self._own)
 
     def _differs(self) -> bool:

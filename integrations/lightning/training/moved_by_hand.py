@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora_plugins.integrations.lightning.module import NetworkCopy, is_adapted_alike
+from lora_plugins.integrations.lightning.module import NetworkCopy, ids_in_place, is_adapted_alike
 from lora_plugins.integrations.lightning.training.alike_copies import AlikeCopy
 from lora_plugins.integrations.lightning.training.unlike_copies import UnlikeCopy
 
@@ -28,8 +28,9 @@ class MovedByHand:
     """
 
     def __init__(self, module: nn.Module, copies: Sequence[NetworkCopy]) -> None:
-        self._unlike = [UnlikeCopy(module, copy) for copy in copies if not is_adapted_alike(module, copy)]
-        self._alike = [AlikeCopy(module, copy) for copy in copies if is_adapted_alike(module, copy)]
+        in_place = ids_in_place(module)
+        self._unlike = [UnlikeCopy(module, copy, in_place) for copy in copies if not is_adapted_alike(module, copy)]
+        self._alike = [AlikeCopy(module, copy, in_place) for copy in copies if is_adapted_alike(module, copy)]
 
     @property
     def _all(self) -> list[UnlikeCopy | AlikeCopy]:

@@ -1,6 +1,6 @@
 """Copies that are not adapted as their origin is: a module that changes one by hand pairs parameters wrongly."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 
 from torch import nn
 
@@ -18,11 +18,12 @@ class UnlikeCopy:
     Args:
         module: The module.
         copy: The copy.
+        in_place: The parameters that adapters train in place, by `id`.
     """
 
-    def __init__(self, module: nn.Module, copy: NetworkCopy) -> None:
+    def __init__(self, module: nn.Module, copy: NetworkCopy, in_place: Set[int]) -> None:
         self._module, self._copy = module, copy
-        self._tensors = {name: tensor for name, tensor, _ in base_pairs(module, copy)}
+        self._tensors = {name: tensor for name, tensor, _ in base_pairs(module, copy, in_place)}
         self._sums = checksums(self._tensors)
         self._looks = 0
         self._watched = WrittenTensors(self._tensors.values())

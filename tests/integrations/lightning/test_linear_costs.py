@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -9,7 +10,8 @@ from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback
-from lora_plugins.integrations.lightning.module import add_names, find_copies
+from lora_plugins.integrations.lightning.module import add_names, find_copies, start_alike
+from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from tests.growth import EACH_BLOCK, Blocks, assert_linear
 from tests.integrations.lightning.toys import loader, trainer
 
@@ -44,12 +46,37 @@ def test_a_fit_and_one_that_goes_on(tmp_path):
     assert_linear(steps)
 
 
-def test_the_names_of_a_copy():
+def teacher(module):
+    module.teacher = copy.deepcopy(module.net).requires_grad_(False)
+
+
+def teacher_with_another_head(module):
+    module.teacher = nn.ModuleDict({"blocks": copy.deepcopy(module.net.blocks[1:]), "head": nn.Linear(4, 3)})
+    module.teacher.requires_grad_(False)
+
+
+def second_name(module):
+    module.blocks = module.net.blocks
+
+
+def shared_layers(module):
+    teacher(module)
+    for own, its in zip(module.teacher.blocks, module.net.blocks, strict=True):
+        own[0] = its[0]
+
+
+@pytest.mark.parametrize("change", [teacher, teacher_with_another_head, second_name, shared_layers])
+def test_the_copies_of_a_module(change):
     def steps(size):
         module = Module(size)
-        module.teacher = copy.deepcopy(module.net).requires_grad_(False)
+        change(module)
         LoraModel(module, LoraConfig(r=2, target_modules=rf".*\.{EACH_BLOCK}"))
         copies = find_copies(module)
-        return {"names": lambda: add_names(module, copies)}
+        return {
+            "find": lambda: find_copies(module),
+            "names": lambda: add_names(module, copies),
+            "start": lambda: start_alike(module, copies, "default"),
+            "watch": lambda: MovedByHand(module, copies),
+        }
 
     assert_linear(steps)
