@@ -64,13 +64,13 @@ class ImageFolderDataModule(ImageDataModule):
     def _items(self, split: str, problems: list[str]) -> list[Item]:
         folder = self._folder(split)
         items: list[Item] = []
+        targets = {name: at for at, name in enumerate(self.class_names)}
         for name in subfolders(folder):
             paths = image_files(folder / name)
             if not paths:
                 problems.append(without_images(folder / name))
-            if name not in self.class_names:
+            if name not in targets:
                 problems.append(f"{folder / name} is no class of {self._folder(TRAIN)}")
                 continue
-            label = self.class_names.index(name)
-            items += [Item(path, label, str(path), path.relative_to(folder).as_posix()) for path in paths]
+            items += [Item(path, targets[name], str(path), path.relative_to(folder).as_posix()) for path in paths]
         return items

@@ -63,9 +63,10 @@ class ImageListDataModule(ImageDataModule):
         items: dict[str, list[Item]] = {}
         problems: list[str] = []
         labels: dict[Path, tuple[str, int]] = {}
+        targets = {name: at for at, name in reversed([*enumerate(self.class_names)])}  # the first of a name counts
         for number, row in enumerate(read_list(self.file, (image, label)), 1):
             where = f"Row {number} of {self.file}"
-            if str(row[label]) not in self.class_names:
+            if str(row[label]) not in targets:
                 problems.append(f"{where}: {unknown('class', str(row[label]), self.class_names)}")
                 continue
             path = self.root / str(row[image])
@@ -73,7 +74,7 @@ class ImageListDataModule(ImageDataModule):
             if first != str(row[label]):
                 problems.append(f"{where}: {path} has the label {str(row[label])!r}, and in row {at} {first!r}")
                 continue
-            item = Item(path, self.class_names.index(str(row[label])), str(path), path_key(row[image], self.root))
+            item = Item(path, targets[str(row[label])], str(path), path_key(row[image], self.root))
             items.setdefault(row_split(row, split, where), []).append(item)
         return items, problems
 

@@ -30,6 +30,25 @@ class TestLists:
         batch = Batch.read(next(iter(data.val_dataloader())))
         assert batch.targets.tolist() == [0, 0, 1, 1]
 
+    def test_labels_are_looked_up_among_many_classes(self, class_folders):
+        compared: list[object] = []
+
+        class Name(str):
+            __slots__ = ()
+            __hash__ = str.__hash__
+
+            def __eq__(self, other):
+                compared.append(other)
+                return str.__eq__(self, other)
+
+        rows = self.rows(class_folders)
+        names = [*(f"class {at}" for at in range(500)), "cat", "dog"]
+        data = ImageListDataModule(written(class_folders / "list.csv", rows), classes=[*map(Name, names)], **SIZE)
+        compared.clear()
+        items, _ = data.find()
+        assert {item.target for item in items["train"]} == {500, 501}
+        assert len(compared) < 10 * len(rows)
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
