@@ -146,9 +146,10 @@ class Shelf:
         return torch.stack([found[at] for at in range(len(keys))])
 
     def _described(self, name: str) -> Described:
-        names = self.names()
-        if name not in names:
-            raise UnknownAdapterError(str(unknown("adapter", name, names)))
+        if name not in self._known or not (self.folder / name / MANIFEST).exists():  # not listed anew each time
+            names = self.names()
+            if name not in names:
+                raise UnknownAdapterError(str(unknown("adapter", name, names)))
         return describe_folder(self.folder / name)
 
     def _with_adapter(self, described: Described, packed: PackedAdapter) -> tuple[VisionTask, str]:

@@ -10,6 +10,7 @@ from lora_plugins.errors import AdapterFileError
 from lora_plugins.files import MANIFEST
 from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.inference import load_task
+from tests.growth import calls
 
 from ..conftest import tiny_vit
 from .conftest import LABELS
@@ -136,3 +137,14 @@ def test_adapters_are_loaded_in_their_own_type_and_cast_then(tmp_path, dtype, to
         found = logits(shelf, name)
         assert found.dtype == dtype
         torch.testing.assert_close(found, alone(tmp_path / "adapters" / name, dtype), rtol=0, atol=tolerance)
+
+
+def test_describing_an_adapter_again_costs_the_same_among_many(adapters):
+    shelf = shelf_of(adapters)
+    name = shelf.names()[0]
+    shelf.describe(name)
+    among_few = calls(lambda: shelf.describe(name))
+    for number in range(100):
+        shutil.copytree(adapters / name, adapters / f"copy {number}")
+    shelf.describe("copy 0")
+    assert calls(lambda: shelf.describe(name)) < among_few + 50
