@@ -10,6 +10,7 @@ from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.model_choice import Choice
 from lora_plugins.tasks.autoconfig.recommended import RECIPES, Recipe
+from lora_plugins.tasks.errors import counted
 from lora_plugins.tasks.files import TRAIN, VAL, leaves_one, why_left_out
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
@@ -118,7 +119,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
         ),
         (
             "splits",
-            f"{found.counts[TRAIN]} images to train, {found.counts[VAL]} to validate on{held}{none_of}"
+            f"{counted(found.counts[TRAIN], 'image')} to train, {found.counts[VAL]} to validate on{held}{none_of}"
             f"{_left(found.left_out)}",
             "--val-share",
         ),
@@ -129,8 +130,9 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
         ),
         (
             "training",
-            f"{trainer['max_epochs']} epochs of {steps} steps of {data['batch_size']} images, lr {model['lr']:g} "
-            f"{recipe.schedule}, {where}, seed {made['seed_everything']}",
+            f"{counted(trainer['max_epochs'], 'epoch')} of {counted(steps, 'step')} of "
+            f"{counted(data['batch_size'], 'image')}, lr {model['lr']:g} {recipe.schedule}, {where}, "
+            f"seed {made['seed_everything']}",
             "--epochs --batch-size --lr --device --seed",
         ),
     ]

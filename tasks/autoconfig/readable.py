@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.errors import DataError, counted, listed
 from lora_plugins.tasks.files import read_errors, shown_size
 
 
@@ -20,9 +20,7 @@ def unequal(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
 def check_no_problems(problems: Sequence[str]) -> None:
     """Raises one error that lists all problems of the data, if there are some."""
     if problems:
-        raise DataError(
-            f"The data cannot be used ({len(problems)} problem{'s' * (len(problems) > 1)}):\n{listed(problems)}"
-        )
+        raise DataError(f"The data cannot be used ({counted(len(problems), 'problem')}):\n{listed(problems)}")
 
 
 def _check_sizes(pair: tuple[Path, Path]) -> None:

@@ -32,7 +32,7 @@ from lora_plugins.tasks.argument_checks import check_size
 from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
-from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.errors import DataError, counted, listed
 from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, read_errors
 
 ERROR, SKIP = "error", "skip"
@@ -248,7 +248,7 @@ class ImageDataModule(VisionDataModule):
         return "Add samples of other classes."
 
     def _report(self, problems: Sequence[str]) -> None:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        count = counted(len(problems), "problem")
         if self.on_problem == ERROR:
             raise DataError(
                 f"The data cannot be used ({count}):\n{listed(problems)}\nWith on_problem: skip of the data (of a "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.errors import DataError, counted, listed
 from lora_plugins.tasks.files import image_files, read_errors, read_image, read_list, shown_size
 
 CAPTION_SUFFIX = ".txt"
@@ -81,8 +81,7 @@ def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Capti
         elif not prompt.strip():
             problems.append(f"The prompt of {path} is empty.")
     if problems:
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise DataError(f"{count} with the pictures of {where}:\n{listed(problems)}")
+        raise DataError(f"{counted(len(problems), 'problem')} with the pictures of {where}:\n{listed(problems)}")
     return [Captioned(path, str(prompt).strip(), _size(path)) for path, prompt in pairs]
 
 

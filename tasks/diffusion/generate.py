@@ -20,7 +20,7 @@ from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
-from lora_plugins.tasks.errors import WeightsError, unknown
+from lora_plugins.tasks.errors import WeightsError, counted, unknown
 from lora_plugins.tasks.files import as_png
 from lora_plugins.tasks.training import PROVENANCE_KEY
 from lora_plugins.utils import replace_file
@@ -144,4 +144,4 @@ def _write(folder: Path, rows: dict[str, list[Image]], seed: int) -> None:
         for number, picture in enumerate(pictures):
             replace_file(folder / f"{stem}-seed-{seed + number}.png", as_png(picture))
     replace_file(folder / SHEET, as_png(contact_sheet(rows)))
-    print(f"{sum(len(pictures) for pictures in rows.values())} pictures and {SHEET} in {folder}")
+    print(f"{counted(sum(map(len, rows.values())), 'picture')} and {SHEET} in {folder}")

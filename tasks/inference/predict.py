@@ -29,7 +29,7 @@ from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of
 from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
 from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size
-from lora_plugins.tasks.errors import DataError, listed
+from lora_plugins.tasks.errors import DataError, counted, listed
 from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     NO_IMAGE,
@@ -147,13 +147,9 @@ def _told(files: Sequence[Path], out: Path) -> str:
             labels = Counter(label for _, label, *_ in islice(csv.reader(stream), 1, None))
         counts = ", ".join(f"{count} {name}" for name, count in labels.most_common(MAX_TOLD))
         more = f", and {len(labels) - MAX_TOLD} more" if len(labels) > MAX_TOLD else ""
-        return f"Labels of {_images(labels.total())} with probabilities: {files[0]} ({counts}{more})"
+        return f"Labels of {counted(labels.total(), 'image')} with probabilities: {files[0]} ({counts}{more})"
     masks = [file for file in files if file.is_relative_to(out / MASKS)]
-    return f"Masks of {_images(len(masks))}: {out / MASKS}, and over the images: {out / OVERLAYS}"
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'' if count == 1 else 's'}"
+    return f"Masks of {counted(len(masks), 'image')}: {out / MASKS}, and over the images: {out / OVERLAYS}"
 
 
 def _found(images: str) -> list[Path]:

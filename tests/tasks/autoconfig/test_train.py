@@ -331,10 +331,12 @@ def test_files_that_are_not_read_are_counted(folders, tmp_path, capsys, name, wh
     assert f"(0.2 of all); 1 left out, such as {left}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("batch", "steps"), [(7, 1), (3, 3), (8, 1)], ids=["one image left", "two left", "none left"])
+@pytest.mark.parametrize(
+    ("batch", "steps"), [(7, "1 step"), (3, "3 steps"), (8, "1 step")], ids=["one image left", "two left", "none left"]
+)
 def test_the_steps_that_it_tells_are_those_of_an_epoch(folders, capsys, batch, steps):
     assert main(["train", *folders("labels"), "--batch-size", str(batch), "--plan"]) == 0, capsys.readouterr().err
-    assert f"1 epochs of {steps} steps of {batch} images" in capsys.readouterr().out
+    assert f"1 epoch of {steps} of {batch} images" in capsys.readouterr().out
 
 
 def test_an_adapter_holds_no_weights_of_its_base(folders, capsys):
