@@ -163,33 +163,25 @@ def test_an_image_that_is_cut_off_cannot_be_read(written, serve, kind):
     assert all("the image cannot be read" in answer.text for answer in answers)
 
 
-@pytest.mark.parametrize("arguments", [{}, []], ids=["no model", "no arguments"])
-def test_a_folder_that_says_nonsense_does_not_hide_the_others(adapters, serve, arguments):
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"class": "x", "arguments": {}}, "no task that can be served"),
+        ({"class": "x", "arguments": []}, "no task that can be served"),
+        ({"class": "lora_plugins.tasks.ranking.RankingTask"}, "the version that its run had"),
+    ],
+    ids=["no model", "no arguments", "another version"],
+)
+def test_a_folder_that_cannot_be_served_does_not_hide_the_others(adapters, serve, told, said):
     from fastapi.testclient import TestClient
 
     from lora_plugins.tasks.serving import make_app
 
     manifest = manifest_of(adapters / "birds")
-    task = {**manifest[PROVENANCE_KEY], "class": "x", "arguments": arguments}
-    write_manifest(adapters / "birds", {**manifest, PROVENANCE_KEY: task})
+    write_manifest(adapters / "birds", {**manifest, PROVENANCE_KEY: {**manifest[PROVENANCE_KEY], **told}})
     with TestClient(make_app(serve(adapters))) as client:
         listed = {each.pop("name"): each for each in client.get("/adapters").json()}
-        assert "no task that can be served" in listed["birds"]["problem"]
-        assert listed["boats"]["classes"] == ["0", "1", "2"]
-        assert client.post(to("birds"), content=encoded(picture())).status_code == 422
-
-
-def test_a_folder_of_another_version_does_not_hide_the_others(adapters, serve):
-    from fastapi.testclient import TestClient
-
-    from lora_plugins.tasks.serving import make_app
-
-    manifest = manifest_of(adapters / "birds")
-    task = {**manifest[PROVENANCE_KEY], "class": "lora_plugins.tasks.ranking.RankingTask"}
-    write_manifest(adapters / "birds", {**manifest, PROVENANCE_KEY: task})
-    with TestClient(make_app(serve(adapters))) as client:
-        listed = {each.pop("name"): each for each in client.get("/adapters").json()}
-        assert "the version that its run had" in listed["birds"]["problem"]
+        assert said in listed["birds"]["problem"]
         assert listed["boats"]["classes"] == ["0", "1", "2"]
         assert client.post(to("birds"), content=encoded(picture())).status_code == 422
 
