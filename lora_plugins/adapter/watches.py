@@ -32,7 +32,9 @@ def input_moments(
     read = 0
     with ExitStack() as hooks, torch.no_grad():
         for (name, _), total in sums.items():
-            hooks.enter_context(submodule(model, name).register_forward_pre_hook(total.add, with_kwargs=True))
+            # By torch's own method, as in `open_state`: a layer may have another of this name.
+            layer = submodule(model, name)
+            hooks.enter_context(nn.Module.register_forward_pre_hook(layer, total.add, with_kwargs=True))
         for batch in batches:
             step(model, batch)
             read += 1

@@ -515,6 +515,19 @@ class Doubling(nn.Linear):
         return super().forward(2 * x if twice else x)
 
 
+class OwnHooks(nn.Linear):
+    def register_forward_pre_hook(self, stage):
+        raise AssertionError
+
+
+def test_a_layer_with_a_method_of_torchs_name_is_observed():
+    """As the models of otx have hooks of their own."""
+    model = nn.Sequential(OwnHooks(4, 4))
+    config = LoraConfig(r=2, target_modules="all", init="eva")
+    LoraModel(model, config, init_data=InitData([torch.randn(8, 4) for _ in range(2)]))
+    assert model[0].lora_A["default"].any()
+
+
 class Asked(nn.Module):
     """Calls a layer with more than its base class takes, if asked for."""
 
