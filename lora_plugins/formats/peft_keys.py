@@ -85,8 +85,9 @@ def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str]) -> P
     wrong += [f"{name!r}: it is no key of PEFT's LoRA" for name in found.values if _is_unknown(found, name, modules)]
     if wrong:
         raise AdapterFileError("The adapter has keys without a place:\n  " + "\n  ".join(wrong[:20]))
-    for name in [name for name in found.values if _is_copy(found, name)]:
-        found.copies[name] = found.values.pop(name)
+    for name in [f"{layer}.weight" for layer in found.factors]:
+        if name in found.values:  # PEFT saves the weight of an adapted embedding beside its A and B
+            found.copies[name] = found.values.pop(name)
     return found
 
 
@@ -144,12 +145,6 @@ def _put(place: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> str:
         return f"{key!r}: another key has another value of this tensor"
     place[name] = tensor
     return ""
-
-
-def _is_copy(found: PeftTensors, name: str) -> bool:
-    """Whether a value is the weight of an adapted layer: PEFT saves that of an embedding beside its A and B."""
-    path, _, own = name.rpartition(".")
-    return own == "weight" and path in found.factors
 
 
 def layer_keys(layers: Mapping[str, PortableLayer], prefix: str = PREFIX) -> dict[str, Tensor]:

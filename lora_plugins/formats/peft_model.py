@@ -112,7 +112,8 @@ def saved_modules(config: PeftConfig, values: Iterable[str]) -> list[str]:
     Raises:
         AdapterFileError: If one is inside another, where PEFT loses what was trained.
     """
-    saved = [_saved_around(config, owner) for owner in sorted(_owners(values))]
+    owners = sorted({name.rpartition(".")[0] for name in values})
+    saved = [[path for path in reversed(path_starts(owner)) if config.is_saved(path)] for owner in owners]
     nested = [paths for paths in saved if len(paths) > 1]
     if nested:
         raise AdapterFileError(
@@ -171,12 +172,3 @@ def _untrained(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tensor]:
     buffers = own_buffers(model_modules(model))
     values = adapter.values.items()
     return {name: value for name, value in values if first.get(name) in buffers and not within(name, saved)}
-
-
-def _owners(values: Iterable[str]) -> set[str]:
-    return {name.rpartition(".")[0] for name in values}
-
-
-def _saved_around(config: PeftConfig, owner: str) -> list[str]:
-    """Returns the modules, of one and those around it, that were trained in full."""
-    return [path for path in reversed(path_starts(owner)) if config.is_saved(path)]
