@@ -2,8 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,19 +29,8 @@ METADATA = "lora_adapter_metadata"
 """Where the header of a file has PEFT's configs, as JSON of one level: `unet.r`, `text_encoder.lora_alpha`, ..."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The tensors of one part of a pipeline in a file, by name of the layer."""
-
-    layers: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    @property
-    def has_alphas(self) -> bool:
-        return any("alpha" in factors for factors in self.layers.values())
-
-    def portable(self, config: PeftConfig | None) -> dict[str, PortableLayer]:
-        """Returns its layers, all of which have A and B."""
-        return {name: _layer(name, factors, config) for name, factors in self.layers.items()}
+_Part = dict[str, dict[str, Tensor]]
+"""The tensors of one part of a pipeline in a file, by name of the layer."""
 
 
 class DiffusersFormat(PortableFormat):
@@ -72,14 +60,17 @@ class DiffusersFormat(PortableFormat):
         configs = _configs(metadata, parts, options["patterns"])
         modules = [] if model is None else [entry.name for entry in model_modules(model)]
         for part, config in configs.items():
-            config.check_expressions([*(name.removeprefix(f"{part}.") for name in modules), *parts[part].layers])
-        if ALONE in parts and ALONE not in configs and not parts[ALONE].has_alphas:
+            config.check_expressions([*(name.removeprefix(f"{part}.") for name in modules), *parts[part]])
+        if ALONE in parts and ALONE not in configs and not any("alpha" in each for each in parts[ALONE].values()):
             warnings.warn(
                 f"{path} says no alpha, neither in keys nor as metadata: the rank of each layer is taken for it, as "
                 "diffusers does. If it was trained with another, its update has another scale.",
                 stacklevel=2,
             )
-        layers = {part: found.portable(configs.get(part)) for part, found in parts.items()}
+        layers = {
+            part: {name: _layer(name, factors, configs.get(part)) for name, factors in found.items()}
+            for part, found in parts.items()
+        }
         if model is None:
             return _adapter(layers, {part: part for part in parts}, configs)
         denoiser = denoiser_of(model)
@@ -124,7 +115,7 @@ def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, 
         part, name, factor = placed
         if part == ORIGINAL and model is not None:
             part, name = with_conditioner(part, name, model)
-        own = parts.setdefault(part, _Part()).layers.setdefault(name, {})
+        own = parts.setdefault(part, {}).setdefault(name, {})
         if factor in own:
             wrong.append(key)
         own[factor] = tensor
@@ -145,7 +136,7 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) 
     return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude", magnitude))
 
 
-def _configs(metadata: Mapping[str, str], parts: Mapping[str, _Part], patterns: str | None) -> dict[str, PeftConfig]:
+def _configs(metadata: Mapping[str, str], parts: Iterable[str], patterns: str | None) -> dict[str, PeftConfig]:
     """Returns PEFT's configs in the header of a file, by part."""
     if METADATA not in metadata:
         return {}
