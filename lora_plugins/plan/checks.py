@@ -53,8 +53,9 @@ def reasons(
     found[site.name] = found[site.name] or _weight_reason(site, slots, init, restoring) or _input_reason(site, init)
     texts = [f"{name!r}: {reason}" for name, reason in found.items() if reason]
     if dropout and not texts:
-        cannot = f"cannot honor dropout={dropout}{_of(variant)}; set dropout=0 or exclude"
-        if not _honors_dropout(site, variant):
+        of_variant = f" with the variant {variant.name!r}" if variant else ""
+        cannot = f"cannot honor dropout={dropout}{of_variant}; set dropout=0 or exclude"
+        if site.plugin is None or site.plugin.lookup or branch_use(site, variant) == "never":
             texts.append(f"{site.name!r}: {site.class_name} {cannot} it")
         texts += [
             f"{other.name!r}: it shares the weight of {site.name!r}, and {cannot} both"
@@ -64,14 +65,6 @@ def reasons(
     if variant is not None and (reason := _variant_reason(site, variant)):
         texts.append(f"{site.name!r}: {reason}")
     return texts
-
-
-def _of(variant: VariantPlugin | None) -> str:
-    return f" with the variant {variant.name!r}" if variant else ""
-
-
-def _honors_dropout(site: Site, variant: VariantPlugin | None) -> bool:
-    return site.plugin is not None and not site.plugin.lookup and branch_use(site, variant) != "never"
 
 
 def _layer_reason(site: Site, slots: tuple[Slot, ...]) -> str:

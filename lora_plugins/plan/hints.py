@@ -89,10 +89,10 @@ def _lists(pattern: str, names: Sequence[str]) -> Iterator[str]:
     entries = [entry.strip(" '\"") for entry in pattern.strip("[](){} ").split(",")]
     found = [name for name in names if any(ends_with(entry, name) for entry in entries)]
     if found and all(any(ends_with(entry, name) for name in names) for entry in entries):
-        yield f"{said} To match the ends of names, write a list: {entries} matches {_counted(found)}."
+        yield f"{said} To match the ends of names, write a list: {entries} matches {listing(found, 2)}."
     anywhere = rf".*(?:{pattern})"
     if not is_risky(pattern) and (found := _matched(anywhere, names)):
-        yield f"{said} {anywhere!r} matches {_counted(found)}."
+        yield f"{said} {anywhere!r} matches {listing(found, 2)}."
 
 
 def _expressions(pattern: str, patterns: Sequence[str], names: Sequence[str]) -> Iterator[str]:
@@ -100,10 +100,10 @@ def _expressions(pattern: str, patterns: Sequence[str], names: Sequence[str]) ->
     if _is_expression(pattern, names):
         entries = [each if _is_expression(each, names) else rf"(?:.*\.)?{exact_expression(each)}" for each in patterns]
         whole = "|".join(entries)
-        yield f"{said} As a regular expression, target_modules={whole!r} matches {_counted(_matched(whole, names))}."
+        yield f"{said} As a regular expression, target_modules={whole!r} matches {listing(_matched(whole, names), 2)}."
     end = pattern.rpartition("*")[2].lstrip(".")
     if end not in ("", pattern) and (found := [name for name in names if ends_with(end, name)]):
-        yield f"{said} {[end]} matches {_counted(found)}."
+        yield f"{said} {[end]} matches {listing(found, 2)}."
 
 
 def _is_expression(entry: str, names: Sequence[str]) -> bool:
@@ -138,10 +138,6 @@ def _matched(expression: str, names: Sequence[str]) -> list[str]:
         return matches("target_modules", expression, names)[expression]
     except ConfigError:
         return []
-
-
-def _counted(names: Sequence[str]) -> str:
-    return listing(names, 2)
 
 
 def _words(pattern: str) -> set[str]:
