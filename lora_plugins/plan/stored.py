@@ -1,5 +1,6 @@
 """Which weights a config stores in fewer bytes, and how."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_plugins.config import LoraConfig
@@ -37,7 +38,7 @@ def stored_weights(
     wanted = config.quantize_modules
     sites = targets if wanted is None else _chosen(wanted, survey, saved)
     least = storage.options["min_size"]
-    large = {name: (site, weight) for name, site, weight in _weights(sites) if _size(weight) >= least}
+    large = {name: (site, weight) for name, site, weight in _weights(sites) if math.prod(weight.shape) >= least}
     refused = [f"{name!r}: {reason}" for name, found in large.items() if (reason := _reason(*found, storage, loading))]
     if refused:
         raise TargetError(
@@ -56,34 +57,27 @@ def _chosen(wanted: Sequence[str] | str, survey: Survey, saved: set[str]) -> lis
     free = [site for site in survey.outside(saved) if site.plugin]
     if wanted == "all":
         return free
-    adaptable = [site for site in survey.sites if site.plugin]
-    _refuse_trained(wanted, adaptable, free)
-    _refuse_unserved(wanted, adaptable, survey)
+    _check_patterns(wanted, survey, free)
     found = patterns.select("quantize_modules", wanted, [n for site in free for n in site.names])
     chosen = {name for matches in found.values() for name in matches}
     return [site for site in free if chosen & set(site.names)]
 
 
-def _refuse_trained(wanted: Sequence[str] | str, adaptable: Sequence[Site], free: Sequence[Site]) -> None:
-    names = {name for site in free for name in site.names}
-    everywhere = [name for site in adaptable for name in site.names]
-    for pattern, found in patterns.matches("quantize_modules", wanted, everywhere).items():
-        if found and names.isdisjoint(found):
-            raise TargetError(
-                f"quantize_modules: {quoted(pattern)} matches {listing(found)}, which modules_to_save trains in full "
-                "and so keeps dense. Take it out of one of the two."
-            )
-
-
-def _refuse_unserved(wanted: Sequence[str] | str, adaptable: Sequence[Site], survey: Survey) -> None:
-    names = {name for site in adaptable for name in site.names}
-    everywhere = [name for site in survey.sites for name in site.names]
-    for pattern, found in patterns.matches("quantize_modules", wanted, everywhere).items():
-        if found and names.isdisjoint(found):
-            raise TargetError(
-                f"quantize_modules: {quoted(pattern)} matches {listing(found)}, which no plugin adapts and none can "
-                f"store. {patterns.nearest(pattern, names)}"
-            )
+def _check_patterns(wanted: Sequence[str] | str, survey: Survey, free: Sequence[Site]) -> None:
+    """Refuses a pattern that matches modules, and none whose weights can be stored."""
+    storable = {name for site in free for name in site.names}
+    served = {name for site in survey.sites if site.plugin for name in site.names}
+    every = [name for site in survey.sites for name in site.names]
+    for pattern, found in patterns.matches("quantize_modules", wanted, every).items():
+        if not found or not storable.isdisjoint(found):
+            continue
+        trained = [name for name in found if name in served]
+        why = (
+            "modules_to_save trains in full and so keeps dense. Take it out of one of the two."
+            if trained
+            else f"no plugin adapts and none can store. {patterns.nearest(pattern, served)}"
+        )
+        raise TargetError(f"quantize_modules: {quoted(pattern)} matches {listing(trained or found)}, which {why}")
 
 
 def _weights(sites: Sequence[Site]) -> Iterator[tuple[str, Site, Weight]]:
@@ -92,11 +86,6 @@ def _weights(sites: Sequence[Site]) -> Iterator[tuple[str, Site, Weight]]:
             raise site.failure
         for tensor, weight in site.weights.items():
             yield full_name(site.name, tensor), site, weight
-
-
-def _size(weight: Weight) -> int:
-    rows, columns = weight.shape
-    return rows * columns
 
 
 def _reason(site: Site, weight: Weight, storage: Storage, loading: bool) -> str:
