@@ -101,16 +101,13 @@ def _gradient(case: LayerCase, model: Holder, slot: Slot, value: Tensor) -> Tens
 def _of_each_row(case: LayerCase, model: Holder, slot: Slot, vectors: Tensor) -> None:
     """Requires that the vectors of a batch are those of its rows together, in whatever order."""
     arguments = case.arguments(model.layer)
-    rows = range(_rows(arguments))
-    single = [mapped(arguments, itemgetter(slice(at, at + 1)), batched(arguments)) for at in rows]
+    rows = batched(arguments)
+    count = len(arguments[0]) if any(rows) else 0
+    single = [mapped(arguments, itemgetter(slice(at, at + 1)), rows) for at in range(count)]
     if not single or not all(runs(model, each) for each in single):
         return
     each = torch.cat([_vectors_of(case, model, slot, row) for row in single])
     require_close("the sum of the squares of the vectors that inputs() gave", vectors.T @ vectors, each.T @ each, 1e-8)
-
-
-def _rows(arguments: Sequence[Any]) -> int:
-    return len(arguments[0]) if any(batched(arguments)) else 0
 
 
 def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: Tensor) -> None:

@@ -175,7 +175,8 @@ def _mixed(case: LayerCase) -> None:
         ]:
             if not _goes_by_rows(case.model().eval(), inputs, named):
                 continue
-            rows = _rows(len((*inputs, *named.values())[0]))
+            count = len((*inputs, *named.values())[0])
+            rows = [("third", None, "second", "default")[at % 4] for at in range(count)]
             for mode, context in MODES.items():
                 with context(), lora.mixed_batch(rows):
                     got = _call_mixed(model, inputs, named)
@@ -200,10 +201,6 @@ def _goes_by_rows(module: nn.Module, inputs: Sequence[Any], named: dict[str, Any
         return False
     pairs = zip(tensors_of(call(module, inputs, **named)), tensors_of(call(module, single, **names)), strict=True)
     return all(len(full) == len(every[0]) and torch.allclose(full[:1], one) for full, one in pairs if full.dim())
-
-
-def _rows(count: int) -> list[str | None]:
-    return [("third", None, "second", "default")[at % 4] for at in range(count)]
 
 
 def _call_mixed(model: Holder, inputs: Sequence[Any], named: dict[str, Any]) -> Any:

@@ -160,7 +160,7 @@ def compare_gradients(case: LayerCase, model: Holder, reference: Holder, toleran
 
 def _trained_beside(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Lets the parameters of a layer that have no update, as biases, be trained; returns them by name."""
-    adapted = set(_updated_names(layer))
+    adapted = {slot.tensor for adapter in layer_state(layer).adapters.values() for slot in adapter.slots}
     others = {
         name: parameter
         for name, parameter in layer.named_parameters()
@@ -169,11 +169,6 @@ def _trained_beside(layer: nn.Module) -> dict[str, nn.Parameter]:
     for parameter in others.values():
         parameter.requires_grad_()
     return others
-
-
-def _updated_names(layer: nn.Module) -> list[str]:
-    """Returns the attribute names of the weights of a layer that have an update."""
-    return [slot.tensor for adapter in layer_state(layer).adapters.values() for slot in adapter.slots]
 
 
 def _gradients_of(module: nn.Module, inputs: Sequence[Any], leaves: Sequence[Tensor]) -> list[Tensor]:
