@@ -222,31 +222,25 @@ class HoldsALambda(Product):
 
 
 PLANTED = {
-    StartsTwiceAtZero: "trainable",
     CountsOnADrawnA: "trainable",
-    NoScaling: "scaling",
     DrawsFromTheProcess: "pure",
     DrawsFirstValues: "pure",
-    WrongWithoutGradients: "branch",
-    KeepsItsUpdate: "pure",
     KeepsItsUpdateWithoutGradients: "pure",
     WritesIntoA: "pure",
     WritesIntoItsOwn: "pure",
     OtherType: "shapes",
-    NotFiniteForAZeroRow: "zeros",
     OnlySquare: "shapes",
-    OnlyRankTwo: "ranks",
     KeepsTensors: "pure",
     KeepsItsFirstWeight: "pure",
     KeepsTheLastNorm: "pure",
     DetachedA: "gradients",
-    OnDefaultDevice: "device",
     InFloat32: "dtype",
     OneTensorInFloat32: "dtype",
     OtherGradient: "gradients",
     HalfAGradient: "gradients",
     HoldsALambda: "copies",
 }
+"""By defect, the check that is about it. More are in `test_variants`."""
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
