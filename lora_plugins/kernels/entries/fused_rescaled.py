@@ -115,8 +115,10 @@ class _Rescaled(torch.autograd.Function):
         inputs, dy = layer.flat(x), layer.flat(gradient)
         if matrix is None:
             matrix = _matrix(_direction(weight, A, B, options), factors, weight, options, x)
-        gradients = _whole_gradients if options.dropout is None else _update_gradients
-        dx, of_weight = gradients(dy, inputs, weight, matrix, options, needed[0])
+        if options.dropout is None:
+            dx, of_weight = layer.gradients(dy, inputs, matrix, of_x=needed[0])
+        else:
+            dx, of_weight = _update_gradients(dy, inputs, weight, matrix, options, needed[0])
         G = of_weight.flatten(1).to(A.dtype)
         if options.dropout is not None:
             G = G * options.dropout.scale
@@ -223,13 +225,6 @@ def _matrix(direction: Tensor, factors: Tensor, weight: Tensor, options: Rescale
     if options.dropout is not None:
         rescaled.sub_(weight.flatten(1)).mul_(options.dropout.scale)
     return laid_out_like(weight, rescaled.to(x.dtype).view(weight.shape))
-
-
-def _whole_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, matrix: Tensor, options: RescaledOptions, of_x: bool
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of x and of the whole weight."""
-    return _layer(options).gradients(dy, x, matrix, of_x=of_x)
 
 
 def _update_gradients(
