@@ -92,7 +92,8 @@ class OwnedTensors:
         if not back:
             _check_there(name for name in differ if name in gone)
         changing = [name for name in differ if name not in gone]
-        away = [name for name in changing if _is_away(own_tensor(model, name), self._values(wanted.get(name))[name])]
+        new = {name: self._values(wanted.get(name))[name] for name in changing}
+        away = [name for name, value in new.items() if own_tensor(model, name).is_meta and not value.is_meta]
         if away:
             raise StateError(
                 f"{listing(away, 3)} takes another value, and has none to exchange it for while on the meta device. "
@@ -179,8 +180,3 @@ def _check_there(replaced: Iterable[str]) -> None:
             "the adapters, which leaves the new layer as it is, or keep their updates by merge_and_unload(), and adapt "
             "the model again."
         )
-
-
-def _is_away(tensor: Tensor, value: Tensor) -> bool:
-    """Whether a tensor has its value elsewhere, so that another one would be lost in its place."""
-    return tensor.is_meta and not value.is_meta

@@ -71,12 +71,8 @@ def detached_weight(layer: nn.Module, name: str) -> Tensor:
         with torch.no_grad():
             return _dense_of(layer, parameter).detach()
     with frozen_statistics(layer), torch.no_grad():
-        return (_by_hook(layer, name) if name in layer.__dict__ else raw_weight(layer, name)).detach()
-
-
-def _by_hook(layer: nn.Module, name: str) -> Tensor:
-    computing = [hook for hook in weight_hooks(layer) if hook.weight == name]
-    return computing[0].compute() if computing else raw_weight(layer, name)
+        hook = next((hook for hook in weight_hooks(layer) if hook.weight == name), None)
+        return (hook.compute() if hook and name in layer.__dict__ else raw_weight(layer, name)).detach()
 
 
 def normalized_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
