@@ -2,11 +2,11 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.core.processes import run_python
 
 ROOT = Path(__file__).parent.parent.parent
 HEAVY = ("lightning", "lightning_fabric", "pytorch_lightning", "timm", "torchmetrics", "torchvision", "transformers")
@@ -17,7 +17,7 @@ REPORT = f"import sys; print([name for name in {HEAVY!r} if name in sys.modules]
 
 def python(code):
     """Runs code in a fresh process, which does not find the checkout by itself."""
-    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    return run_python("-P", "-c", code)
 
 
 def test_the_core_imports_nothing_heavy():

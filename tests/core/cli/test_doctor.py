@@ -1,8 +1,6 @@
 """`lora-plugins doctor` and `lora-plugins plugins`: what they find, and what they say to do."""
 
 import importlib
-import os
-import subprocess
 import sys
 from importlib import metadata
 
@@ -11,6 +9,7 @@ import pytest
 from lora_plugins.cli.main import main
 from lora_plugins.kernels import DISABLE_VARIABLE, disabled_kernels, kernel_report
 from lora_plugins.plugins import LOAD_VARIABLE, default_registry
+from tests.core.processes import run_python
 
 BROKEN = "import no_such_library\n"
 WORKING = """
@@ -99,14 +98,7 @@ class TestDoctor:
             assert line.endswith(f"used here: {wanted[status.name]}")
 
     def test_a_kernel_that_does_not_exist_is_a_problem(self):
-        done = subprocess.run(
-            [sys.executable, "-m", "lora_plugins", "doctor"],
-            env={**os.environ, DISABLE_VARIABLE: "fused_conf"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_python("-m", "lora_plugins", "doctor", **{DISABLE_VARIABLE: "fused_conf"})
         assert done.returncode == 1
         assert f"[problem] {DISABLE_VARIABLE} names 'fused_conf', which is not a kernel." in done.stdout
         assert f"Correct {DISABLE_VARIABLE}" in done.stdout
@@ -257,9 +249,7 @@ class TestPlugins:
             "main(['doctor'])\n"
             "main(['new-plugin', 'mine'])\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False
-        )
+        done = run_python("-c", code, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         for words in ("Plugins of lora_plugins", "problems found", "Wrote lora-plugins-mine"):
             assert words in done.stdout
@@ -268,14 +258,7 @@ class TestPlugins:
 class TestTraceback:
     def test_a_failed_plugin_that_is_asked_for_shows_its_own(self, tmp_path):
         (tmp_path / "mine.py").write_text("def start():\n    import no_such_library\nstart()\n")
-        done = subprocess.run(
-            [sys.executable, "-m", "lora_plugins", "plugins"],
-            env={**os.environ, "LORA_PLUGINS_LOAD": str(tmp_path / "mine.py")},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = run_python("-m", "lora_plugins", "plugins", LORA_PLUGINS_LOAD=str(tmp_path / "mine.py"))
         assert done.returncode == 1
         assert "line 2, in start" in done.stderr
         assert done.stderr.splitlines()[-1].startswith("error: Plugin 'mine' of ")

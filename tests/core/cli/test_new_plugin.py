@@ -1,6 +1,5 @@
 """`lora-plugins new-plugin`: the package it writes is installed, and passes its own tests as it was written."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from lora_plugins.cli.main import main
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
+from tests.core.processes import run_tests
 
 
 def test_its_own_tests_pass_as_generated(tmp_path, capsys):
@@ -17,18 +17,7 @@ def test_its_own_tests_pass_as_generated(tmp_path, capsys):
     assert f"Wrote {folder}" in capsys.readouterr().out
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--no-build-isolation", "--target", str(tmp_path / "site"), str(folder)], check=True)
-    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert f"{len(LAYER_CHECKS) + len(INIT_CHECKS) + 2} passed" in done.stdout
+    assert f"{len(LAYER_CHECKS) + len(INIT_CHECKS) + 2} passed" in run_tests(folder, tmp_path / "site")
 
 
 def test_no_placeholder_is_left(tmp_path):

@@ -1,8 +1,5 @@
 """A format of a third party: a real distribution, found by its entry point, told by its files."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +11,7 @@ from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer,
 from lora_plugins.plugins import FORMATS, build_registry
 from lora_plugins.testing import FORMAT_CHECKS
 from tests.core.formats.peft_cases import CASES, difference, with_ours
+from tests.core.processes import run_python, run_tests
 
 LINEAR = CASES[0]
 
@@ -211,31 +209,15 @@ def test_two_formats_that_know_one_file_are_told(registry, tmp_path):
 
 
 def test_its_own_tests_pass_where_it_is_installed(installed):
-    path = os.pathsep.join([str(installed("plugin_format")), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
-        cwd=installed("plugin_format").parent / "source",
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert f"{len(FORMAT_CHECKS)} passed" in done.stdout
+    site = installed("plugin_format")
+    assert f"{len(FORMAT_CHECKS)} passed" in run_tests(site.parent / "source", site)
 
 
 def test_the_command_converts_by_it(installed, tmp_path):
     """Between two formats that know layers by name no model is needed."""
     with_ours(LINEAR).save_adapter(tmp_path / "a", format="peft")
-    path = os.pathsep.join([str(installed("plugin_format")), os.environ.get("PYTHONPATH", "")])
     arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b.npz"), "--to", "npz"]
     for call in (arguments, ["inspect", str(tmp_path / "b.npz")]):
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "lora_plugins", *call],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_python("-P", "-m", "lora_plugins", *call, paths=[installed("plugin_format")])
         assert done.returncode == 0, done.stderr
     assert "format: npz" in done.stdout

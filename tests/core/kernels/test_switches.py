@@ -1,10 +1,8 @@
 """Which kernels are used: found in their folder, switched off by name, reported with the reason."""
 
-import os
 import pkgutil
 import re
 import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
 
@@ -17,14 +15,13 @@ from lora_plugins.kernels import DISABLE_VARIABLE, KernelStatus, disabled_kernel
 from lora_plugins.kernels._kernel import Kernel, missing_from_torch
 from lora_plugins.kernels._operation import operation
 from lora_plugins.kernels._switches import _Switches, active_kernels
+from tests.core.processes import run_python
 
 FILES = sorted(info.name for info in pkgutil.iter_modules(entries.__path__))
 
 
 def python(code: str, disable: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, DISABLE_VARIABLE: disable}
-    command = [sys.executable, "-P", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return run_python("-P", "-c", code, **{DISABLE_VARIABLE: disable})
 
 
 REPORT = "from lora_plugins.kernels import kernel_report; print([(s.name, s.reason) for s in kernel_report()])"

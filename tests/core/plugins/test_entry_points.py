@@ -1,8 +1,6 @@
 """Plugins of third parties: real distributions, installed by pip, found by their entry points, used by name."""
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,8 +10,7 @@ from torch import nn
 from lora_plugins import LoraConfig, LoraModel, PluginError
 from lora_plugins.plugins import ALLOW_VARIABLE, BLOCK_VARIABLE, INITS, LAYERS, build_registry
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
-
-PATH = os.environ.get("PYTHONPATH", "")
+from tests.core.processes import run_python, run_tests
 
 
 def info(registry, name):
@@ -50,16 +47,8 @@ class TestExample:
         assert [layer.name for layer in LoraModel.plan(Pair(), LoraConfig()).layers] == ["out"]
 
     def test_its_own_tests_pass_where_it_is_installed(self, installed):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
-            cwd=installed("plugin_example").parent / "source",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(installed("plugin_example")), PATH])},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        assert f"{len(LAYER_CHECKS) + len(INIT_CHECKS) + 1} passed" in done.stdout
+        site = installed("plugin_example")
+        assert f"{len(LAYER_CHECKS) + len(INIT_CHECKS) + 1} passed" in run_tests(site.parent / "source", site)
 
     def test_its_layer_keeps_the_law(self, with_plugins):
         with_plugins("plugin_example")
@@ -272,14 +261,7 @@ assert torch.allclose(A @ A.T, torch.eye(2), atol=1e-6)
 
 def test_a_fresh_process_uses_it_without_any_registration(installed):
     """What a user does: install the distribution, name its init, run."""
-    path = os.pathsep.join([str(installed("plugin_example")), str(installed("plugin_broken"))])
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_python("-W", "error", "-c", SCRIPT, paths=map(installed, ("plugin_example", "plugin_broken")))
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[1].split() == ["pair", "Bilinear", "bilinear", "2", "8", "34"]
 
@@ -325,15 +307,11 @@ class TestFromYaml:
         pytest.importorskip("lightning")
         (folder / "compare.py").write_text(MODULE)
         (folder / "run.yaml").write_text(YAML % init)
-        path = os.pathsep.join([str(installed("plugin_example")), str(installed("plugin_broken")), str(folder)])
-        return subprocess.run(
-            [sys.executable, "-P", "-m", "lora_plugins", *(command or ("fit", "--config", "run.yaml"))],
-            # A wide terminal, so that a table does not break the words that are looked for.
-            env={**os.environ, "PYTHONPATH": path, "COLUMNS": "250"},
+        return run_python(
+            *("-P", "-m", "lora_plugins", *(command or ("fit", "--config", "run.yaml"))),
+            paths=[installed("plugin_example"), installed("plugin_broken"), folder],
             cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
+            COLUMNS="250",  # a wide terminal, so that a table does not break the words that are looked for
         )
 
     def test_layer_type_and_init_are_used_by_name(self, installed, tmp_path):

@@ -1,13 +1,10 @@
 """A storage of a third party: a real distribution, found by its entry point."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from lora_plugins.plugins import STORAGES, build_registry
 from lora_plugins.testing import STORAGE_CHECKS
+from tests.core.processes import run_tests
 
 
 @pytest.fixture
@@ -22,14 +19,5 @@ def test_it_is_listed_with_its_distribution_and_version(registry):
 
 
 def test_its_own_tests_pass_where_it_is_installed(installed):
-    path = os.pathsep.join([str(installed("plugin_storage")), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
-        cwd=installed("plugin_storage").parent / "source",
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert f"{len(STORAGE_CHECKS)} passed" in done.stdout
+    site = installed("plugin_storage")
+    assert f"{len(STORAGE_CHECKS)} passed" in run_tests(site.parent / "source", site)

@@ -1,8 +1,5 @@
 """A device that torch cannot use here is refused at the start, and no plugin is blamed for it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -12,6 +9,7 @@ from lora_plugins.layers.linear import LinearPlugin
 from lora_plugins.storages.nf4 import NF4Storage
 from lora_plugins.testing import check_layer_plugin, check_storage_plugin, check_variant_plugin
 from lora_plugins.variants.dora import DoraVariant
+from tests.core.processes import run_python
 
 NOWHERE = ["cuda:99", "cpuu", ""]
 """Devices that no machine of ours has."""
@@ -36,8 +34,7 @@ def test_a_check_refuses_it(kind, device):
     "device", ["cuda:99", *(pytest.param(each, marks=pytest.mark.slow) for each in ("cpuu", "", "meta"))]
 )
 def test_our_own_tests_refuse_it(device):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", __file__, "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_python("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", __file__, "--device", device)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert done.stderr.startswith(f"ERROR: --device is {device!r}, which torch cannot use here: ")
     assert len(done.stderr.strip().splitlines()) == 1

@@ -1,10 +1,8 @@
 """The pytest plugin, in pytest processes of their own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.core.processes import run_python
 
 TESTS = """
 import torch
@@ -76,16 +74,8 @@ def run(tmp_path):
 
     def run_pytest(text, *options):
         (tmp_path / "test_it.py").write_text(text)
-        command = [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-        return subprocess.run(
-            [*command, *options, "test_it.py"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTEST_ADDOPTS": ""},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        command = ["-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+        return run_python(*command, *options, "test_it.py", cwd=tmp_path, PYTEST_ADDOPTS="")
 
     return run_pytest
 

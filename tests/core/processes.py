@@ -1,0 +1,33 @@
+"""Processes of Python that tests of the core start."""
+
+import os
+import subprocess
+import sys
+
+
+def run_python(*arguments, paths=(), cwd=None, **environment):
+    """Runs Python to its end; returns its exit code and what it printed.
+
+    Args:
+        *arguments: Those of Python.
+        paths: Folders that it finds packages in, before those that this process does.
+        cwd: The folder that it runs in.
+        **environment: Further variables of its environment.
+    """
+    path = os.pathsep.join(filter(None, [*map(str, paths), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def run_tests(folder, site):
+    """Runs the tests of a plugin's package that is installed in a folder `site`; returns what they print."""
+    done = run_python("-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", paths=[site], cwd=folder)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
