@@ -1,6 +1,5 @@
 """Small parts of diffusion pipelines, and what adapters change in them."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_plugins import LoraModel
 from tests.core.formats.peft_cases import moved
 
 TOLERANCE = 1e-9
@@ -99,6 +99,12 @@ class Part:
         expected = self.run(second)
         return float((self.run(first) - expected).abs().max() / expected.abs().max())
 
+    def read_exactly(self, path, expected):
+        """Checks that the part, with the adapter of a file, computes what another model does."""
+        model = self.build()
+        LoraModel.load_adapter(model, path)
+        assert self.difference(model, expected) <= TOLERANCE
+
 
 UNET = Part("unet", unet, _unet_output, ["to_q", "to_v", "to_out.0", "conv1", "conv_in"])
 TEXT = Part("text_encoder", text_encoder, _text_output, ["q_proj", "v_proj", "fc1"])
@@ -117,7 +123,3 @@ def with_peft(part, **fields):
     peft.inject_adapter_in_model(config, model)
     model.peft_config = {"default": config}
     return moved(model)
-
-
-def plain(model):
-    return copy.deepcopy(model)
