@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import InitPlugin, LoraConfig, LoraModel, StoragePlugin, build_registry, hookimpl
+from lora_plugins import InitPlugin, LoraConfig, LoraModel, StoragePlugin
+from tests.core.registries import registry_of
 
 
 class Projecting(InitPlugin):
@@ -41,17 +42,7 @@ class Rotating(StoragePlugin):
         return torch.linalg.qr(random).Q
 
 
-class Hooks:
-    @hookimpl
-    def lora_plugins_register_inits(self, registrar):
-        registrar.add(Projecting())
-
-    @hookimpl
-    def lora_plugins_register_storages(self, registrar):
-        registrar.add(Rotating())
-
-
-REGISTRY = build_registry([("mine", Hooks())])
+REGISTRY = registry_of(Projecting(), Rotating())
 
 
 def build():

@@ -15,10 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_plugins
-from lora_plugins import InitData, InitPlugin, LoraConfig, LoraModel, build_registry, hookimpl
+from lora_plugins import InitData, InitPlugin, LoraConfig, LoraModel
 from lora_plugins.utils import own_randomness
 from tests.core.card import CARD, WaitError, Watch
 from tests.core.layer_cases import LAYER_CASES
+from tests.core.registries import registry_of
 
 EVERY_TYPE = {case.id: (case.make, case.inputs) for case in LAYER_CASES} | {
     "lstm": (lambda: nn.LSTM(6, 5, 2, bidirectional=True), lambda: (torch.randn(3, 2, 6),)),
@@ -344,17 +345,9 @@ class ScaledInit(InitPlugin):
         return {}
 
 
-class ScaledPlugins:
-    """What an entry point would name."""
-
-    @hookimpl
-    def lora_plugins_register_inits(self, registrar):
-        registrar.add(ScaledInit())
-
-
 def test_all_that_an_init_gets_is_in_one_place(device):
     """With --device; that of a third party, to which its tests on the processor say the same."""
-    started, registry = [], build_registry([("scaled", ScaledPlugins())])
+    started, registry = [], registry_of(ScaledInit())
     for place in ("cpu", device):
         torch.manual_seed(0)
         model, _ = model_of("linear")

@@ -17,10 +17,9 @@ from lora_plugins import (
     StateError,
     TargetError,
     VariantPlugin,
-    build_registry,
-    hookimpl,
 )
 from lora_plugins.variants.dora import DoraVariant
+from tests.core.registries import registry_of
 
 
 class Start(InitPlugin):
@@ -207,21 +206,6 @@ class NamedBackwards(Views):
 
 def first(**values):
     return type("Gate", (Gate,), {"first": values or None})()
-
-
-def registry_of(plugin):
-    class Hooks:
-        @hookimpl
-        def lora_plugins_register_inits(self, registrar):
-            if isinstance(plugin, InitPlugin):
-                registrar.add(plugin)
-
-        @hookimpl
-        def lora_plugins_register_variants(self, registrar):
-            if isinstance(plugin, VariantPlugin):
-                registrar.add(plugin)
-
-    return build_registry([("mine", Hooks())])
 
 
 def adapted(plugin):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import InitPlugin, LoraConfig, LoraModel, hookimpl
-from lora_plugins.plugins import build_registry
+from lora_plugins import InitPlugin, LoraConfig, LoraModel
+from tests.core.registries import registry_of
 
 
 def build():
@@ -61,18 +61,11 @@ class FailingBase(FailingInit):
         return weight + 1
 
 
-class Failing:
-    @hookimpl
-    def lora_plugins_register_inits(self, registrar):
-        registrar.add(FailingInit())
-        registrar.add(FailingBase())
-
-
 class TestAllOrNothing:
     @pytest.mark.parametrize("init", ["failing", "failing_base"])
     @pytest.mark.parametrize("adapted", [False, True], ids=["first adapter", "second adapter"])
     def test_an_init_that_fails_leaves_the_model_as_it_was(self, untouched, init, adapted):
-        model, registry = build(), build_registry([("failing", Failing())])
+        model, registry = build(), registry_of(FailingInit(), FailingBase())
         if adapted:
             LoraModel(model, LoraConfig(r=2, init="none", modules_to_save=["norm"]), "first")
         with untouched(model), pytest.raises(MemoryError):

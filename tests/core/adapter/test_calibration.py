@@ -22,10 +22,10 @@ from lora_plugins import (
     StateError,
     TargetError,
     calibrate,
-    hookimpl,
 )
-from lora_plugins.plugins import INITS, build_registry, default_registry
+from lora_plugins.plugins import INITS, default_registry
 from tests.core.libraries import Conv1D
+from tests.core.registries import registry_of
 
 
 class Net(nn.Module):
@@ -305,13 +305,7 @@ class TestUse:
                 context.B.zero_()
                 return {}
 
-        class Module:
-            @hookimpl
-            def lora_plugins_register_inits(self, registrar):
-                registrar.add(Asks("asks_inputs", "inputs"))
-                registrar.add(Asks("asks_gradients", "gradients"))
-
-        registry = build_registry([("mine", Module())])
+        registry = registry_of(Asks("asks_inputs", "inputs"), Asks("asks_gradients", "gradients"))
         for name in ("asks_inputs", "asks_gradients"):
             config = LoraConfig(r=2, target_modules=["head"], init=name)
             LoraModel(net(), config, registry=registry, init_data=InitData(batches(), loss))
@@ -341,13 +335,8 @@ class TestUse:
             def fill(self, context):
                 raise AssertionError("an init whose ranks are refused was asked for values")
 
-        class Module:
-            @hookimpl
-            def lora_plugins_register_inits(self, registrar):
-                registrar.add(Ranks())
-
         model, data = net(), InitData(batches(), loss)
-        config, registry = LoraConfig(r=2, target_modules=["head"], init="ranks"), build_registry([("m", Module())])
+        config, registry = LoraConfig(r=2, target_modules=["head"], init="ranks"), registry_of(Ranks())
         with untouched(model), pytest.raises(PluginError, match=match):
             LoraModel(model, config, registry=registry, init_data=data)
 
@@ -359,13 +348,8 @@ class TestUse:
             def fill(self, context):
                 return {}
 
-        class Module:
-            @hookimpl
-            def lora_plugins_register_inits(self, registrar):
-                registrar.add(Odd())
-
         with pytest.raises(PluginError, match="'needs'"):
-            build_registry([("mine", Module())]).get(INITS, "odd")
+            registry_of(Odd()).get(INITS, "odd")
 
 
 class TestRefusals:
@@ -465,12 +449,7 @@ class TestRefusals:
             def inputs(self, layer, slot, x):
                 return given(x)
 
-        class Odds:
-            @hookimpl
-            def lora_plugins_register_layers(self, registrar):
-                registrar.add(OddPlugin())
-
-        return nn.Sequential(Odd(4, 4)), build_registry([("odds", Odds())])
+        return nn.Sequential(Odd(4, 4)), registry_of(OddPlugin())
 
     def test_lookups_have_no_inputs(self, untouched):
         model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5))
@@ -563,12 +542,7 @@ class SaysNothing(RowMajorPlugin):
 
 
 def test_a_layer_whose_plugin_does_not_say_its_inputs_is_named():
-    class Plugins:
-        @hookimpl
-        def lora_plugins_register_layers(self, registrar):
-            registrar.add(SaysNothing())
-
-    model, registry = nn.Sequential(Doubling(6, 4)), build_registry([("mine", Plugins())])
+    model, registry = nn.Sequential(Doubling(6, 4)), registry_of(SaysNothing())
     with pytest.raises(TargetError, match="'0': the plugin 'says_nothing' does not say what 'weight' of this Doubling"):
         LoraModel(model, LoraConfig(r=2, init="eva"), registry=registry, init_data=InitData([torch.ones(12, 6)]))
     assert type(model[0]) is Doubling

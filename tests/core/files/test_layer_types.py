@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import AdapterFileError, LoraConfig, LoraModel, RowMajorPlugin, hookimpl
-from lora_plugins.plugins import build_registry
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, RowMajorPlugin
 from tests.core.file_cases import manifest_of, write_manifest
+from tests.core.registries import registry_of
 
 
 class Named(nn.Linear):
@@ -23,14 +23,7 @@ class NamedPlugin(RowMajorPlugin):
     module_type = Named
 
 
-class Further:
-    @hookimpl
-    def lora_plugins_register_layers(self, registrar):
-        registrar.add(PairsPlugin())
-        registrar.add(NamedPlugin())
-
-
-FURTHER = build_registry([("further", Further())])
+FURTHER = registry_of(PairsPlugin(), NamedPlugin())
 
 
 def model() -> nn.ModuleDict:

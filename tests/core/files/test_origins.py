@@ -18,13 +18,12 @@ from lora_plugins import (
     RowMajorPlugin,
     Slot,
     StoragePlugin,
-    hookimpl,
 )
 from lora_plugins.files import MANIFEST
 from lora_plugins.inits.gaussian import GaussianInit
-from lora_plugins.plugins import build_registry
 from lora_plugins.variants.dora import DoraVariant
 from tests.core.file_cases import adapt, build, manifest_of, rewrite, write_manifest
+from tests.core.registries import registry_of
 
 
 class OtherInit(GaussianInit):
@@ -38,20 +37,6 @@ class OtherVariant(DoraVariant):
 class OtherLayer(RowMajorPlugin):
     name = "other_layer"
     module_type = nn.Bilinear
-
-
-class Others:
-    @hookimpl
-    def lora_plugins_register_layers(self, registrar):
-        registrar.add(OtherLayer())
-
-    @hookimpl
-    def lora_plugins_register_inits(self, registrar):
-        registrar.add(OtherInit())
-
-    @hookimpl
-    def lora_plugins_register_variants(self, registrar):
-        registrar.add(OtherVariant())
 
 
 def model() -> nn.ModuleDict:
@@ -69,7 +54,7 @@ def model() -> nn.ModuleDict:
     ids=["init", "variant", "layer type"],
 )
 def test_the_distribution_of_a_plugin_that_is_not_here_is_named(fields, what, tmp_path):
-    registry = build_registry([("others", Others())])
+    registry = registry_of(OtherLayer(), OtherInit(), OtherVariant())
     LoraModel(model(), LoraConfig(r=2, **fields), registry=registry).save_adapter(tmp_path)
     text = (tmp_path / MANIFEST).read_text().replace("(given in code)", "their-package")
     write_manifest(tmp_path, json.loads(text.replace('"version": "-"', '"version": "1.2"')))
@@ -122,19 +107,11 @@ class Finer(Rounded):
 
 def registry_with(kind, plugin, version):
     """A registry with one plugin, as if it came from a distribution of a version."""
-    registry = build_registry([("others", type("Hooks", (), {kind.hook_name: _hook(kind, plugin)})())])
+    registry = registry_of(plugin)
     owned = registry.of(kind)[plugin.name]
     named = replace(owned, info=replace(owned.info, distribution="their-package", version=version))
     objects = {**registry.of(kind), plugin.name: named}
     return replace(registry, by_kind={**registry.by_kind, kind.name: objects})
-
-
-def _hook(kind, plugin):
-    def hook(self, registrar):
-        registrar.add(plugin)
-
-    hook.__name__ = kind.hook_name
-    return hookimpl(hook)
 
 
 @pytest.mark.parametrize(

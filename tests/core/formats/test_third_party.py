@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import AdapterFileError, LoraConfig, LoraModel, PluginError, hookimpl
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, PluginError
 from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, convert
 from lora_plugins.plugins import FORMATS, build_registry
 from lora_plugins.testing import FORMAT_CHECKS
 from tests.core.formats.peft_cases import CASES, difference, with_ours
 from tests.core.processes import run_python, run_tests
+from tests.core.registries import registry_of
 
 LINEAR = CASES[0]
 
@@ -91,15 +92,6 @@ class Empty(Failing):
         return PortableAdapter({})
 
 
-def with_format(plugin):
-    class Hooks:
-        @hookimpl
-        def lora_plugins_register_formats(self, registrar):
-            registrar.add(plugin)
-
-    return build_registry([("mine", Hooks())])
-
-
 @pytest.mark.parametrize(
     ("content", "format", "place"),
     [
@@ -114,13 +106,13 @@ def test_an_error_in_reading_is_told_with_its_place(content, format, place, tmp_
     path.write_bytes(content)
     model = LINEAR.build()
     with untouched(model), pytest.raises(ValueError, match=r"license|decode") as caught:
-        LoraModel.load_adapter(model, path, format=format, registry=with_format(Failing()))
+        LoraModel.load_adapter(model, path, format=format, registry=registry_of(Failing()))
     assert caught.value.__notes__ == [f"It was raised in {place.format(path)}."]
 
 
 def test_an_error_in_writing_is_told_with_its_place(tmp_path):
     with pytest.raises(ValueError, match="license") as caught:
-        adapted(with_format(Failing())).save_adapter(tmp_path / "adapter", format="failing")
+        adapted(registry_of(Failing())).save_adapter(tmp_path / "adapter", format="failing")
     assert caught.value.__notes__ == [f"It was raised in the format 'failing', writing {tmp_path / 'adapter'}."]
 
 
@@ -128,7 +120,7 @@ def test_a_file_without_layers_is_refused(tmp_path):
     path = tmp_path / "adapter"
     path.write_text("failing")
     with pytest.raises(AdapterFileError, match="has no layers, so there is nothing to load"):
-        LoraModel.load_adapter(LINEAR.build(), path, registry=with_format(Empty()))
+        LoraModel.load_adapter(LINEAR.build(), path, registry=registry_of(Empty()))
 
 
 PAIR = PortableLayer(torch.ones(2, 4), torch.ones(6, 2), 1.0)
@@ -178,7 +170,7 @@ def test_a_wrong_answer_is_told_and_nothing_is_touched(answer, message, tmp_path
     answering = type("Answering", (Failing,), {"load": lambda *_: answer})()
     model = LINEAR.build()
     with untouched(model), pytest.raises(PluginError, match=rf"load\(\) of the format 'failing' .*{message}"):
-        LoraModel.load_adapter(model, path, registry=with_format(answering))
+        LoraModel.load_adapter(model, path, registry=registry_of(answering))
 
 
 def test_without_it_nobody_knows_the_format(registry, tmp_path):
@@ -194,13 +186,8 @@ def test_two_formats_that_know_one_file_are_told(registry, tmp_path):
     class Greedy(type(registry.get(FORMATS, "npz"))):
         name = "greedy"
 
-    class Plugin:
-        @hookimpl
-        def lora_plugins_register_formats(self, registrar):
-            registrar.add(Greedy())
-
     path = adapted(registry).save_adapter(tmp_path / "adapter.npz", format="npz")
-    both = build_registry([("greedy", Plugin())])
+    both = registry_of(Greedy())
     with pytest.raises(AdapterFileError, match=r"can be of the formats .*'greedy'.*format='"):
         LoraModel.load_adapter(LINEAR.build(), path, registry=both)
     model = LINEAR.build()

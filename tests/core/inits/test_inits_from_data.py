@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_plugins import ConfigError, InitData, InitPlugin, LoraConfig, LoraModel, PluginError, TargetError, hookimpl
-from lora_plugins.plugins import build_registry
+from lora_plugins import ConfigError, InitData, InitPlugin, LoraConfig, LoraModel, PluginError, TargetError
+from tests.core.registries import registry_of
 
 
 class Mlp(nn.Module):
@@ -302,13 +302,8 @@ class TestRanks:
             def fill(self, context):
                 return {}
 
-        class Module:
-            @hookimpl
-            def lora_plugins_register_inits(self, registrar):
-                registrar.add(Odd())
-
         model = mlp()
-        registry = build_registry([("mine", Module())])
+        registry = registry_of(Odd())
         config = LoraConfig(target_modules=list(NAMES), init="odd")
         with untouched(model), pytest.raises(PluginError, match="'odd' gave"):
             LoraModel(model, config, registry=registry, init_data=InitData(batches()))

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_plugins import LoraConfig, LoraModel, RowMajorPlugin, build_registry, hookimpl
+from lora_plugins import LoraConfig, LoraModel, RowMajorPlugin
+from tests.core.registries import registry_of
 
 
 class Named(nn.Linear):
@@ -39,12 +40,6 @@ class ByKeywordPlugin(RowMajorPlugin):
         return (F.linear(x, base["weight"]) + (B @ A @ x[..., None])[..., 0]) * factor
 
 
-class MyPlugins:
-    @hookimpl
-    def lora_plugins_register_layers(self, registrar):
-        registrar.add(ByKeywordPlugin())
-
-
 def merged_output(lora, *args, **kwargs):
     with torch.no_grad():
         lora.merge_adapter(max_error=1.0)
@@ -65,7 +60,7 @@ def test_a_parameter_of_the_forward_has_any_name(name, stored):
 
 @pytest.mark.parametrize("given", [{}, {"factor": 3.0}], ids=["alone", "a number first"])
 def test_a_branch_of_keywords_alone(given):
-    registry = build_registry([("mine", MyPlugins())])
+    registry = registry_of(ByKeywordPlugin())
     lora = LoraModel(nn.Sequential(ByKeyword()).double(), LoraConfig(r=2, init="none"), registry=registry)
     x = torch.randn(3, 5).double()
     output = lora.model.eval()[0](**given, x=x)

@@ -22,9 +22,9 @@ from lora_plugins import (
 )
 from lora_plugins.adapter import transitions
 from lora_plugins.inplace import StoredWeight, all_stored, make_dense
-from lora_plugins.plugins import build_registry, hookimpl
 from tests.core.layer_cases import LAYER_CASES, LayerCase
 from tests.core.libraries import Conv1D
+from tests.core.registries import registry_of
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 """What the law may be off by, as a share of the largest value."""
@@ -143,16 +143,10 @@ class OuterPlugin(RowMajorPlugin[Outer]):
         return ()
 
 
-class Plugins:
-    @hookimpl
-    def lora_plugins_register_layers(self, registrar):
-        registrar.add(OuterPlugin())
-
-
 def test_a_layer_type_of_a_third_party_needs_no_code():
     torch.manual_seed(0)
     model = nn.Sequential(Outer()).double()
-    LoraModel(model, config(), registry=build_registry([("outer", Plugins())]))
+    LoraModel(model, config(), registry=registry_of(OuterPlugin()))
     assert_the_law_holds(randomized(model), torch.randn(4, 6, dtype=torch.float64))
 
 

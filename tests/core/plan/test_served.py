@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, PluginError, RowMajorPlugin, Slot, TargetError, build_registry, hookimpl
+from lora_plugins import LoraConfig, LoraModel, PluginError, RowMajorPlugin, Slot, TargetError
+from tests.core.registries import registry_of
 
 
 class Pair(nn.Module):
@@ -106,15 +107,6 @@ WRONG = {
     "cannot go back": (CannotGoBack(), r"from_matrix for 'first', \(4, 4\), raised RuntimeError"),
     "raises": (Raises(), r"AttributeError: 'Pair' object has no attribute 'nothing'"),
 }
-
-
-def registry_of(plugin):
-    class Hooks:
-        @hookimpl
-        def lora_plugins_register_layers(self, registrar):
-            registrar.add(plugin)
-
-    return build_registry([("mine", Hooks())])
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -15,6 +15,7 @@ from lora_plugins.plugins import (
     build_registry,
     default_registry,
 )
+from tests.core.registries import registers, registry_of
 
 IN_CODE = "(given in code)"
 
@@ -38,25 +39,6 @@ def plugin(**hooks):
     return type("Plugin", (), {name: staticmethod(hookimpl(function)) for name, function in hooks.items()})()
 
 
-def registers(*plugins, override=False):
-    """A plugin object that registers these layer types and inits."""
-
-    def lora_plugins_register_layers(registrar):
-        for each in plugins:
-            if isinstance(each, RowMajorPlugin):
-                registrar.add(each, override=override)
-
-    def lora_plugins_register_inits(registrar):
-        for each in plugins:
-            if isinstance(each, InitPlugin):
-                registrar.add(each, override=override)
-
-    return plugin(
-        lora_plugins_register_layers=lora_plugins_register_layers,
-        lora_plugins_register_inits=lora_plugins_register_inits,
-    )
-
-
 def info(registry, name):
     (found,) = [info for info in registry.plugins if info.name == name]
     return found
@@ -72,7 +54,7 @@ class TestWhatIsFound:
         assert {"linear", "conv2d", "embedding", "multihead_attention"} <= set(info(registry, "layers").names(LAYERS))
 
     def test_a_plugin_given_in_code_joins_them(self):
-        registry = build_registry([("mine", registers(ZeroInit(), BilinearPlugin()))])
+        registry = registry_of(ZeroInit(), BilinearPlugin())
         found = info(registry, "mine")
         assert (found.state, found.distribution, found.names(LAYERS), found.names(INITS)) == (
             "loaded", IN_CODE, ("bilinear",), ("zero",),
@@ -82,13 +64,13 @@ class TestWhatIsFound:
 
     def test_the_registry_of_the_process_is_built_once_and_stays_as_it_is(self):
         first = default_registry()
-        build_registry([("mine", registers(ZeroInit()))])
+        registry_of(ZeroInit())
         assert default_registry() is first
         assert "zero" not in first.of(INITS)
 
     def test_a_registry_is_used_where_it_is_given(self):
         model = nn.ModuleDict({"bi": nn.Bilinear(2, 3, 4)})
-        registry = build_registry([("mine", registers(ZeroInit(), BilinearPlugin()))])
+        registry = registry_of(ZeroInit(), BilinearPlugin())
         lora = LoraModel(model, LoraConfig(r=2, init="zero"), registry=registry)
         assert lora.plans["default"].layers[0].shapes == ((4, 6),)
 
@@ -216,7 +198,7 @@ class TestClashes:
     def test_built_in_ones_cannot_be_blocked(self):
         linear = type("Linear", (BilinearPlugin,), {"module_type": nn.Linear})()
         with pytest.raises(PluginError, match=r"Leave one of them out\. A plugin"):
-            build_registry([("mine", registers(linear))])
+            registry_of(linear)
 
     def test_two_owners_of_a_layer_name(self):
         other = type("Other", (BilinearPlugin,), {"module_type": nn.PReLU})()
@@ -233,16 +215,16 @@ class TestClashes:
     def test_a_built_in_name_is_taken(self, name):
         mine = type("Mine", (ZeroInit,), {"name": name})()
         with pytest.raises(PluginError, match=rf"init '{name}': 'inits' of lora-plugins .* and 'mine'"):
-            build_registry([("mine", registers(mine))])
+            registry_of(mine)
 
     def test_a_plugin_may_not_own_a_name_twice(self):
-        registry = build_registry([("mine", registers(ZeroInit(), ZeroInit()))])
+        registry = registry_of(ZeroInit(), ZeroInit())
         assert "'mine'" in info(registry, "mine").state
         assert "init 'zero', which the same plugin registered already" in info(registry, "mine").state
 
     def test_a_plugin_may_not_own_a_class_twice(self):
         other = type("Other", (BilinearPlugin,), {"name": "other"})()
-        registry = build_registry([("mine", registers(BilinearPlugin(), other))])
+        registry = registry_of(BilinearPlugin(), other)
         assert "Bilinear', which the same plugin registered already" in info(registry, "mine").state
 
 
@@ -332,7 +314,7 @@ class TestFiles:
 class TestTrace:
     def test_every_call_of_a_hook_is_written(self, monkeypatch, capsys):
         monkeypatch.setenv(TRACE_VARIABLE, "1")
-        build_registry([("mine", registers(ZeroInit()))])
+        registry_of(ZeroInit())
         written = capsys.readouterr().err
         for hook in ("lora_plugins_register_layers", "lora_plugins_register_inits"):
             assert f"{hook} [hook]" in written

@@ -17,6 +17,7 @@ from lora_plugins.plugins import (
     class_path,
     default_registry,
 )
+from tests.core.registries import registers
 
 INFO = PluginInfo("mine", "some-dist", "1.0")
 
@@ -133,19 +134,19 @@ class TestLookup:
             pass
 
         plugin = variant(Layer, name="special", module_type=Special)
-        registry = build_registry([("special", layers(plugin))])
+        registry = build_registry([("special", registers(plugin))])
         assert registry.layer_for(MoreSpecial) is plugin
         assert registry.layer_for(Special) is plugin
         assert registry.layer_for(Other).name == "linear"
 
     def test_a_class_can_be_named_by_its_import_path(self):
         plugin = variant(Layer, name="by_path", module_type="torch.nn.modules.linear.Bilinear")
-        assert build_registry([("by_path", layers(plugin))]).layer_for(nn.Bilinear) is plugin
+        assert build_registry([("by_path", registers(plugin))]).layer_for(nn.Bilinear) is plugin
         assert class_path(nn.Bilinear) == "torch.nn.modules.linear.Bilinear"
 
     def test_a_path_from_which_a_class_is_imported_leads_to_it(self, monkeypatch):
         plugin = variant(Layer, name="by_path", module_type="some_package.Layer")
-        registry = build_registry([("by_path", layers(plugin))])
+        registry = build_registry([("by_path", registers(plugin))])
         assert registry.layer_for(nn.Bilinear) is None
         monkeypatch.setitem(sys.modules, "some_package", SimpleNamespace(Layer=nn.Bilinear))
         assert registry.layer_for(nn.Bilinear) is plugin
@@ -153,7 +154,7 @@ class TestLookup:
 
     def test_two_paths_that_lead_to_one_class_are_a_clash_once_it_is_imported(self, monkeypatch):
         plugins = [variant(Layer, name=name, module_type=f"{name}.Layer") for name in ("one", "two")]
-        registry = build_registry([(each.name, layers(each)) for each in plugins])
+        registry = build_registry([(each.name, registers(each)) for each in plugins])
         for each in plugins:
             monkeypatch.setitem(sys.modules, each.name, SimpleNamespace(Layer=nn.Bilinear))
         with pytest.raises(PluginError, match=r"Two plugins own the module class 'torch\S*Bilinear': 'one'.*'two'"):
@@ -162,7 +163,7 @@ class TestLookup:
 
     def test_of_two_paths_to_one_class_the_one_that_overrides_is_taken(self, monkeypatch):
         plugins = [variant(Layer, name=name, module_type=f"{name}.Layer") for name in ("one", "two")]
-        registry = build_registry([("one", layers(plugins[0], override=True)), ("two", layers(plugins[1]))])
+        registry = build_registry([("one", registers(plugins[0], override=True)), ("two", registers(plugins[1]))])
         for each in plugins:
             monkeypatch.setitem(sys.modules, each.name, SimpleNamespace(Layer=nn.Bilinear))
         assert registry.layer_for(nn.Bilinear) is plugins[0]
@@ -189,16 +190,3 @@ class TestInfo:
         assert INFO.state == "loaded"
         assert PluginInfo("a", "b", "1", blocked="LORA_PLUGINS_BLOCK").state == "blocked by LORA_PLUGINS_BLOCK"
         assert PluginInfo("a", "b", "1", error=ImportError("no libx")).state == "failed: ImportError: no libx"
-
-
-def layers(*plugins, override=False):
-    """A plugin object, as an entry point would name one, that registers layer types."""
-    from lora_plugins import hookimpl
-
-    class Plugin:
-        @hookimpl
-        def lora_plugins_register_layers(self, registrar):
-            for plugin in plugins:
-                registrar.add(plugin, override=override)
-
-    return Plugin()

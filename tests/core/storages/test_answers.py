@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, PluginError, StoragePlugin, build_registry, hookimpl
+from lora_plugins import LoraConfig, LoraModel, PluginError, StoragePlugin
+from tests.core.registries import registry_of
 
 
 class Whole(StoragePlugin):
@@ -79,14 +80,9 @@ class Fails(Whole):
 
 
 def stored_by(plugin, layer=None):
-    class Hooks:
-        @hookimpl
-        def lora_plugins_register_storages(self, registrar):
-            registrar.add(plugin)
-
     model = nn.Sequential(layer or nn.Linear(5, 4))
     config = LoraConfig(r=2, quantize="whole", quantize_options={"min_size": 0})
-    return LoraModel(model, config, registry=build_registry([("mine", Hooks())]))
+    return LoraModel(model, config, registry=registry_of(plugin))
 
 
 @pytest.mark.parametrize(

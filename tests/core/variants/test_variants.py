@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.measure import kept_bytes
-from lora_plugins import LoraConfig, LoraModel, PluginError, StateError, TargetError, VariantPlugin, hookimpl
-from lora_plugins.plugins import build_registry
+from lora_plugins import LoraConfig, LoraModel, PluginError, StateError, TargetError, VariantPlugin
 from tests.core.libraries import Conv1D
+from tests.core.registries import registry_of
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -286,14 +286,8 @@ class Gated(VariantPlugin):
         return own["gate"] * scaling * (B @ A)
 
 
-class Brings:
-    @hookimpl
-    def lora_plugins_register_variants(self, registrar):
-        registrar.add(Gated())
-
-
 def test_a_third_party_brings_a_variant():
-    registry = build_registry([("gated", Brings())])
+    registry = registry_of(Gated())
     model = nn.Sequential(nn.Linear(3, 3)).double()
     x = torch.randn(2, 3, dtype=torch.float64)
     before = model(x)
@@ -310,10 +304,5 @@ def test_a_third_party_brings_a_variant():
 def test_a_bad_name_is_refused(name):
     bad = type("Bad", (Gated,), {"name": name})
 
-    class BringsBad:
-        @hookimpl
-        def lora_plugins_register_variants(self, registrar):
-            registrar.add(bad())
-
-    registry = build_registry([("bad", BringsBad())])
-    assert "PluginError" in next(info.state for info in registry.plugins if info.name == "bad")
+    registry = registry_of(bad())
+    assert "PluginError" in next(info.state for info in registry.plugins if info.name == "mine")
