@@ -49,7 +49,7 @@ def warn_of_unsaved(model: nn.Module, state: ModelState, adapter: str) -> None:
 
 
 def _waits_for_a_step(model: nn.Module, plan: Plan, adapter: str) -> bool:
-    """Whether each layer has a factor of zeros with a gradient that is none."""
+    """Whether each layer has a factor that is all zeros, with a gradient that is not."""
     tensors = (slot_tensors(submodule(model, layer.name), adapter, slot) for layer, slot, _ in plan.slots())
     return all(any(_is_zero(each[name]) and _has_gradient(each[name]) for name in "AB") for each in tensors)
 

@@ -1,4 +1,4 @@
-"""The tensors that a file has of one layer: whether they can be an A, a B and what belongs to them."""
+"""Checks of the tensors that a file has for one layer: A, B, and what its format has beside them."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from lora_plugins.errors import AdapterFileError
 
 
 def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
-    """Checks that a layer has an A and a B, and that what belongs to them does; whether they fit a model is not asked.
+    """Checks that a layer has an A and a B, and that its tensors fit each other; a model is not looked at.
 
     Args:
         name: Name of the layer.

@@ -69,7 +69,7 @@ class PeftPatterns:
     Args:
         fields: The config, whose patterns are regular expressions.
         counts: Which of several patterns counts that match a layer, the `first` or the `longest`; None where they must
-            agree. With it, a version that the config does not say is the newest that gives a layer its rank.
+            agree. If it is given and the config names no version, the newest rule that gives a layer its rank holds.
 
     Attributes:
         expressions: What the names of layers are matched with.
@@ -131,7 +131,7 @@ class PeftPatterns:
 
 
 def _rule(version: Any) -> _Rule:
-    """Returns the rule of a version of PEFT, as a config names it; that of now if it is none."""
+    """Returns the rule of the version of PEFT that a config names; the newest rule if that is not a version."""
     known = version_of(version)
     if known is None:
         return _RULES[0]

@@ -138,7 +138,7 @@ def _wrong(adapter: Any) -> str:
 
 
 def _wrong_part(name: str, layer: PortableLayer) -> str:
-    """Says what a layer was given that it cannot have; empty if there is nothing such."""
+    """Says which value of a layer is not valid; empty if all are."""
     factors = {"A": layer.A, "B": layer.B}
     for part, value in (factors if layer.magnitude is None else {**factors, "magnitude": layer.magnitude}).items():
         if not _is_dense_tensor(value):

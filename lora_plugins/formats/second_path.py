@@ -1,4 +1,4 @@
-"""Layers of which a second path, as other libraries add it, leaves out a part of the computation."""
+"""Layers that other libraries adapt by a path beside them, which leaves out a part of what the layer computes."""
 
 import warnings
 from collections.abc import Mapping, Sequence

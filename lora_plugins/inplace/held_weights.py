@@ -2,8 +2,8 @@
 
 Each reading of the weight of an adapted layer makes a new tensor, so what `self.weight.data *= self.mask` writes would
 be gone at the next reading. Inside one call of a forward, all readings give the same tensor, until another one is
-assigned, as by layers that compute a weight which is no parameter. Forwards of torch itself never write, and go
-without.
+assigned, as by layers that compute a weight which is no parameter. Forwards of torch itself never write, so they
+read the weight anew each time.
 """
 
 import functools

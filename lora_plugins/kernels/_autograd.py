@@ -54,7 +54,8 @@ class Options:
 def save(ctx: Any, options: Options, x: Tensor, bias: Tensor | None, *others: Tensor | None) -> None:
     """Saves what the backward needs, except an input that can be computed again.
 
-    A bias is kept past torch's check of what is saved: no gradient depends on it, so that it may change meanwhile.
+    torch refuses a backward when a saved tensor has changed. A bias may change, as no gradient depends on it, so it is
+    kept in the context.
     """
     ctx.options, ctx.bias = options, bias
     ctx.dtype, ctx.stride = x.dtype, x.stride()

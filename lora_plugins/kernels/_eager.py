@@ -68,10 +68,10 @@ def applies_in_eager_mode(
     *_: object,
     **__: object,
 ) -> bool:
-    """The checker of a kernel that computes any call in plain eager mode that torch's own layer computes as well.
+    """Whether a kernel for plain eager mode computes a call, which torch's own layer has to be able to compute.
 
-    Not a layer without inputs or outputs, nor an input without dimensions, or with empty rows. Not dropout that is
-    recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
+    It does not where a layer has no inputs or outputs, or an input has no dimensions or empty rows, nor with dropout
+    that is recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
     """
     recorded = dropout and x.is_cuda and torch.cuda.is_current_stream_capturing()
     return (

@@ -1,4 +1,4 @@
-"""The plugins that a config names, with the options that it gives them: what can be wrong before there is a model."""
+"""The plugins that a config names and their options, checked before there is a model."""
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, listing, noted

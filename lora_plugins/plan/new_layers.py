@@ -54,7 +54,7 @@ def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
 
 
 def _own(layer: nn.Module, name: str) -> Tensor:
-    """Returns a layer's own parameter; nothing where it is computed, not there yet, or of other than plain floats."""
+    """Returns a layer's own parameter; an empty tensor where it is computed, on meta, or not of plain floats."""
     value = dict(layer.named_parameters(recurse=False)).get(name)
     if value is None or value.is_meta or foreign_kind(value) is not None or value.dtype not in _PLAIN:
         return torch.empty(0, device="cpu")

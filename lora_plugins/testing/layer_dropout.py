@@ -182,7 +182,7 @@ def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: S
 def _drops_each(
     case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any], rest: _Mask, axes: Collection[int] | None
 ) -> bool:
-    """Requires it of all pairs of elements of which it can be told, and returns whether there were some.
+    """Requires it of all pairs of elements that the check can judge, and returns whether there was one.
 
     Args:
         case: The layer.

@@ -1,4 +1,4 @@
-"""The registry that a plugin is checked with: the built-in plugins, and of its own kind it alone."""
+"""The registry that a plugin is checked with: it alone of its kind, and the built-in plugins of all others."""
 
 from dataclasses import replace
 from typing import Any

@@ -58,7 +58,7 @@ def _of_node(node: Any, x: Tensor) -> Recompute | None:
 
 
 def _is_written(node: Any, x: Tensor) -> bool:
-    """Whether something was written into what an operation gave, other than by that operation in place."""
+    """Whether anything but the operation itself, in place, has written into its output."""
     return x._version > 1 or (x._version == 1 and not _is_in_place(node))
 
 
