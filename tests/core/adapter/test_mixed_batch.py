@@ -104,22 +104,31 @@ def adapted(make, dtype=torch.float64, **fields) -> LoraModel:
     return lora
 
 
+def by_rows(lora: LoraModel, x: Tensor, rows) -> Tensor:
+    with torch.no_grad(), lora.mixed_batch(rows) as model:
+        return model(x)
+
+
+def alone(lora: LoraModel, x: Tensor, name: str | None) -> Tensor:
+    with torch.no_grad():
+        if name is None:
+            with lora.disable_adapter() as model:
+                return model(x)
+        lora.set_adapter(name)
+        return lora.model(x)
+
+
+def assert_each_alone(mixed: Tensor, lora: LoraModel, x: Tensor, rows) -> None:
+    for at, name in enumerate(rows):
+        torch.testing.assert_close(mixed[at : at + 1], alone(lora, x[at : at + 1], name), **TIGHT)
+
+
 @pytest.mark.parametrize(("make", "batch"), MODELS.values(), ids=MODELS)
 def test_each_row_is_what_its_adapter_alone_gives(make, batch):
     lora, x = adapted(make), batch()
     x = x.double() if x.is_floating_point() else x
     rows = ["a", "c", None, "b", "a"]
-    with torch.no_grad(), lora.mixed_batch(rows) as model:
-        mixed = model(x)
-    for i, name in enumerate(rows):
-        with torch.no_grad():
-            if name is None:
-                with lora.disable_adapter() as model:
-                    alone = model(x[i : i + 1])
-            else:
-                lora.set_adapter(name)
-                alone = lora.model(x[i : i + 1])
-        torch.testing.assert_close(mixed[i : i + 1], alone, **TIGHT)
+    assert_each_alone(by_rows(lora, x, rows), lora, x, rows)
 
 
 def test_the_model_is_as_before_afterwards():
@@ -174,15 +183,6 @@ def scrambled(lora):
     return lora
 
 
-def alone(lora, x, name):
-    with torch.no_grad():
-        if name is None:
-            with lora.disable_adapter() as model:
-                return model(x)
-        lora.set_adapter(name)
-        return lora.model(x)
-
-
 class Head(nn.Module):
     """A head of several layers, whose output has another shape than its input, and a sum that it keeps."""
 
@@ -210,21 +210,23 @@ def test_each_row_has_the_head_of_its_adapter(head, fields):
     x = torch.randn(7, 6, dtype=torch.float64)
     rows = ["b", "a", None, "plain", "b", "a", "a"]
     kinds, before = [type(module) for module in lora.model.modules()], copy.deepcopy(lora.model.state_dict())
-    with torch.no_grad(), lora.mixed_batch(rows) as mixed_model:
-        mixed = mixed_model(x)
+    mixed = by_rows(lora, x, rows)
     assert [type(module) for module in lora.model.modules()] == kinds
     assert all(torch.equal(value, before[key]) for key, value in lora.model.state_dict().items())
-    for at, name in enumerate(rows):
-        torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+    assert_each_alone(mixed, lora, x, rows)
     assert not torch.allclose(mixed[1], alone(lora, x[1:2], "plain")[0])
 
 
-class Past(nn.Module):
-    """Reads the weight of its head without calling it."""
+class BodyAndHead(nn.Module):
+    """Two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+
+class Past(BodyAndHead):
+    """Reads the weight of its head without calling it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(self.body(x), self.head.weight)
@@ -242,12 +244,8 @@ class Tied(nn.Module):
         return self.other(self.body(x))
 
 
-class Rowless(nn.Module):
+class Rowless(BodyAndHead):
     """Calls its head with its rows and another dimension in one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).repeat(2, 1))
@@ -265,11 +263,8 @@ def test_a_head_that_is_read_past_its_forward_is_refused():
 
 
 def test_a_head_that_shares_its_parameter_has_its_rows_there_too():
-    lora, x = two(Tied()), torch.randn(3, 6, dtype=torch.float64)
-    with torch.no_grad(), lora.mixed_batch(["a", None, "b"]) as model:
-        mixed = model(x)
-    for at, name in enumerate(["a", None, "b"]):
-        torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+    lora, x, rows = two(Tied()), torch.randn(3, 6, dtype=torch.float64), ["a", None, "b"]
+    assert_each_alone(by_rows(lora, x, rows), lora, x, rows)
 
 
 class Convolutional(nn.Module):
@@ -424,12 +419,8 @@ def test_a_weight_read_past_its_layer_is_refused():
     refused(adapted(Reader), "The weight of 'layer' is used by another module")
 
 
-class Asking(nn.Module):
+class Asking(BodyAndHead):
     """Asks what weights are like and computes with none, as models of transformers do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in (self.body, self.head):
@@ -445,12 +436,11 @@ class Asking(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_what_a_weight_is_like_can_be_asked(compiled: bool):
-    lora, x = two(Asking()), torch.randn(3, 6, dtype=torch.float64)
-    with torch.no_grad(), lora.mixed_batch(["a", None, "b"]) as model:
+    lora, x, rows = two(Asking()), torch.randn(3, 6, dtype=torch.float64), ["a", None, "b"]
+    with torch.no_grad(), lora.mixed_batch(rows) as model:
         run = torch.compile(model, backend="eager") if compiled else model
         mixed = run(x)
-    for at, name in enumerate(["a", None, "b"]):
-        torch.testing.assert_close(mixed[at], alone(lora, x[at : at + 1], name)[0], **TIGHT)
+    assert_each_alone(mixed, lora, x, rows)
 
 
 class KeepsFloat(nn.Module):
