@@ -31,24 +31,30 @@ NET = f"{Net.__module__}:Net"
 X = torch.linspace(-1, 1, 40).view(2, 5, 4)
 
 
-@pytest.fixture
-def lora():
-    config = LoraConfig(r=2, alpha=3.0, target_modules=["q", "out"], modules_to_save=["head"])
-    lora = LoraModel(Net().eval(), config)
+def adapted(**fields):
+    lora = LoraModel(Net().eval(), LoraConfig(r=2, **fields))
     moved(lora.model)
     return lora
+
+
+@pytest.fixture
+def lora():
+    return adapted(alpha=3.0, target_modules=["q", "out"], modules_to_save=["head"])
 
 
 @pytest.fixture
 def linear():
-    lora = LoraModel(Net().eval(), LoraConfig(r=2, target_modules=["q"]))
-    moved(lora.model)
-    return lora
+    return adapted(target_modules=["q"])
 
 
-def loaded(path, **options):
+def convert(source, target, *arguments):
+    """The exit status of the command."""
+    return main(["convert", str(source), str(target), "--to", *map(str, arguments)])
+
+
+def loaded(path):
     model = Net().eval()
-    LoraModel.load_adapter(model, path, **options)
+    LoraModel.load_adapter(model, path)
     return model(X)
 
 
@@ -57,7 +63,7 @@ class TestConvert:
     @pytest.mark.parametrize("source", ["peft", "lora_plugins"])
     def test_with_a_model(self, source, target, lora, tmp_path, capsys):
         lora.save_adapter(tmp_path / "a", format=source)
-        assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", target, "--model", NET, "4"]) == 0
+        assert convert(tmp_path / "a", tmp_path / "b", target, "--model", NET, "4") == 0
         out = capsys.readouterr().out
         assert f"in the format '{target}'" in out
         assert ("weights that this model had" in out) == (target == "lora_plugins")
@@ -71,10 +77,10 @@ class TestConvert:
         save_file(base.state_dict(), tmp_path / "base.safetensors")
         lora = LoraModel(base.eval(), LoraConfig(r=2, target_modules=["q"], init="pissa"))
         lora.save_adapter(tmp_path / "a")
-        arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft", "--model", NET]
-        assert main(arguments) == 1
+        arguments = [tmp_path / "a", tmp_path / "b", "peft", "--model", NET]
+        assert convert(*arguments) == 1
         assert not (tmp_path / "b").exists()
-        assert main([*arguments, "--weights", str(tmp_path / "base.safetensors")]) == 0
+        assert convert(*arguments, "--weights", tmp_path / "base.safetensors") == 0
         assert (tmp_path / "b" / "adapter_config.json").is_file()
 
     def test_weights_with_one_name_of_a_shared_tensor(self, tmp_path):
@@ -83,81 +89,70 @@ class TestConvert:
         LoraModel(Tied(), config).save_adapter(tmp_path / "a")
         save_model(Tied(), tmp_path / "base.safetensors")
         made = f"{Tied.__module__}:Tied"
-        arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft", "--model", made]
-        assert main([*arguments, "--weights", str(tmp_path / "base.safetensors")]) == 0
+        weights = tmp_path / "base.safetensors"
+        assert convert(tmp_path / "a", tmp_path / "b", "peft", "--model", made, "--weights", weights) == 0
 
     def test_weights_of_another_model(self, linear, tmp_path, capsys):
         linear.save_adapter(tmp_path / "a", format="peft")
-        save_file(
-            {**Net().state_dict(), "head.bias": torch.zeros(5), "tail": torch.zeros(1)}, tmp_path / "b.safetensors"
-        )
-        arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "c"), "--to", "lora_plugins", "--model", NET]
-        assert main([*arguments, "--weights", str(tmp_path / "b.safetensors")]) == 1
+        weights = tmp_path / "b.safetensors"
+        save_file({**Net().state_dict(), "head.bias": torch.zeros(5), "tail": torch.zeros(1)}, weights)
+        assert convert(tmp_path / "a", tmp_path / "c", "lora_plugins", "--model", NET, "--weights", weights) == 1
         assert "does not fit the model: 'head.bias', 'tail' differ" in capsys.readouterr().err
 
     def test_a_place_where_nothing_can_be_written(self, linear, tmp_path, capsys):
         path = linear.save_adapter(tmp_path / "a", format="peft")
         (tmp_path / "file").touch()
-        assert main(["convert", str(path), str(tmp_path / "file" / "b"), "--to", "peft"]) == 1
+        assert convert(path, tmp_path / "file" / "b", "peft") == 1
         assert f"{tmp_path / 'file'} is a file. Name another place." in capsys.readouterr().err
-        assert main(["convert", str(path), str(tmp_path / "file"), "--to", "peft"]) == 1
+        assert convert(path, tmp_path / "file", "peft") == 1
         assert "which is a file. Name a folder." in capsys.readouterr().err
 
     def test_without_a_model(self, lora, tmp_path):
         lora.save_adapter(tmp_path / "a", format="peft")
-        assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "peft"]) == 0
+        assert convert(tmp_path / "a", tmp_path / "b", "peft") == 0
         torch.testing.assert_close(loaded(tmp_path / "b"), lora.model(X), rtol=0, atol=0)
 
     def test_options(self, linear, tmp_path):
         linear.save_adapter(tmp_path / "a", format="peft")
-        arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b.safetensors"), "--to", "kohya"]
-        assert main(arguments) == 1
-        assert main([*arguments, "--write-option", "component=unet"]) == 0
+        arguments = [tmp_path / "a", tmp_path / "b.safetensors", "kohya"]
+        assert convert(*arguments) == 1
+        assert convert(*arguments, "--write-option", "component=unet") == 0
         torch.testing.assert_close(loaded(tmp_path / "b.safetensors"), linear.model(X), rtol=0, atol=0)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            pytest.param(["--to", "pefd"], "There is no format 'pefd'. Did you mean 'peft'?", id="format"),
-            pytest.param(["--to", "kohya"], "what is trained in full has no form there", id="not expressible"),
-            pytest.param(["--to", "lora_plugins"], "the base model is needed: --model MODULE:NAME", id="no model"),
-            pytest.param(["--to", "peft", "--model", "torch"], "the import path of a class or function", id="no name"),
-            pytest.param(["--to", "peft", "--model", "torch:nothing"], "has no attribute 'nothing'", id="nothing"),
-            pytest.param(["--to", "peft", "--model", "no_module:x"], "No module named 'no_module'", id="no module"),
+            pytest.param(["pefd"], "There is no format 'pefd'. Did you mean 'peft'?", id="format"),
+            pytest.param(["kohya"], "what is trained in full has no form there", id="not expressible"),
+            pytest.param(["lora_plugins"], "the base model is needed: --model MODULE:NAME", id="no model"),
+            pytest.param(["peft", "--model", "torch"], "the import path of a class or function", id="no name"),
+            pytest.param(["peft", "--model", "torch:nothing"], "has no attribute 'nothing'", id="nothing"),
+            pytest.param(["peft", "--model", "no_module:x"], "No module named 'no_module'", id="no module"),
+            pytest.param(["peft", "--model", "builtins:str"], "which is no torch.nn.Module", id="no model made"),
+            pytest.param(["peft", "--model", NET, "5"], "The adapter does not fit this model", id="another"),
+            pytest.param(["peft", "--model", "torch.nn:Linear"], "made no model: TypeError: Linear", id="made"),
             pytest.param(
-                ["--to", "peft", "--model", "builtins:str"], "which is no torch.nn.Module", id="no model made"
-            ),
-            pytest.param(["--to", "peft", "--model", NET, "5"], "The adapter does not fit this model", id="another"),
-            pytest.param(["--to", "peft", "--model", "torch.nn:Linear"], "made no model: TypeError: Linear", id="made"),
-            pytest.param(
-                ["--to", "peft", "--model", NET, "--weights", "no.safetensors"],
-                "there is no such file",
-                id="no weights",
+                ["peft", "--model", NET, "--weights", "no.safetensors"], "there is no such file", id="no weights"
             ),
             pytest.param(
-                ["--to", "peft", "--model", NET, "--weights", __file__],
-                "which is no safetensors file",
-                id="not weights",
+                ["peft", "--model", NET, "--weights", __file__], "which is no safetensors file", id="not weights"
             ),
-            pytest.param(
-                ["--to", "peft", "--weights", __file__], "which --model does not name", id="weights of no model"
-            ),
-            pytest.param(["--to", "peft", "--write-option", "component"], "write NAME=VALUE", id="no value"),
-            pytest.param(["--to", "peft", "--read-option", "a=b"], "has no option 'a'", id="no option"),
+            pytest.param(["peft", "--weights", __file__], "which --model does not name", id="weights of no model"),
+            pytest.param(["peft", "--write-option", "component"], "write NAME=VALUE", id="no value"),
+            pytest.param(["peft", "--read-option", "a=b"], "has no option 'a'", id="no option"),
         ],
     )
     def test_what_is_wrong_is_said(self, arguments, message, lora, tmp_path, capsys):
         lora.save_adapter(tmp_path / "a", format="peft")
-        assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), *arguments]) == 1
+        assert convert(tmp_path / "a", tmp_path / "b", *arguments) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "b").exists()
 
     def test_names_without_dots_need_a_model(self, linear, tmp_path, capsys):
         path = linear.save_adapter(tmp_path / "a.safetensors", format="kohya", format_options={"component": "unet"})
-        arguments = ["convert", str(path), str(tmp_path / "b"), "--to", "peft"]
-        assert main(arguments) == 1
+        assert convert(path, tmp_path / "b", "peft") == 1
         assert "From 'kohya' to 'peft' the base model is needed" in capsys.readouterr().err
-        assert main([*arguments, "--model", NET]) == 0
+        assert convert(path, tmp_path / "b", "peft", "--model", NET) == 0
         torch.testing.assert_close(loaded(tmp_path / "b"), linear.model(X), rtol=0, atol=0)
 
 
