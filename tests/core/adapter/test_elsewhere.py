@@ -188,8 +188,7 @@ def test_a_weight_is_the_updated_one_for_whoever_reads_it_in_a_forward(split, ki
         whole = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in model.parameters() if p.requires_grad]
         return [output.detach(), *whole]
 
-    for got, expected in zip(gradients(split), gradients(lambda model: model), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients(split), gradients(lambda model: model), rtol=0, atol=1e-12)
 
 
 @IN_A_PROCESS
@@ -223,8 +222,7 @@ def test_statistics_that_move_are_the_base_s_in_a_block(split):
             base = model(X)
         return base, model(X)
 
-    for got, expected in zip(outputs(split), outputs(lambda model: model), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(outputs(split), outputs(lambda model: model), rtol=0, atol=1e-12)
 
 
 class Table(nn.Module):

@@ -43,17 +43,12 @@ def gradients(output: Tensor, model: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(output.sin().sum(), [*trained(model).values()]))
 
 
-def same(got: list[Tensor], wanted: list[Tensor]) -> None:
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, **TIGHT)
-
-
 @models
 def test_compile_of_one_graph(name):
     model, x = adapted(name)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), **TIGHT)
-    same(gradients(compiled(x), model), gradients(model(x), model))
+    torch.testing.assert_close(gradients(compiled(x), model), gradients(model(x), model), **TIGHT)
 
 
 @floating
@@ -85,7 +80,7 @@ def test_functional_gradients(name):
         return torch.func.functional_call(model, parameters, (x,)).sin().sum()
 
     found = torch.func.grad(loss)({key: value.detach() for key, value in trained(model).items()})
-    same([*found.values()], gradients(model(x), model))
+    torch.testing.assert_close([*found.values()], gradients(model(x), model), **TIGHT)
 
 
 @floating
@@ -126,7 +121,7 @@ def test_gradient_checkpointing(name, reentrant, dropout):
     torch.manual_seed(3)
     output = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
     output.sin().sum().backward()
-    same([p.grad for p in trained(model).values()], wanted)
+    torch.testing.assert_close([p.grad for p in trained(model).values()], wanted, **TIGHT)
 
 
 @models
@@ -148,4 +143,4 @@ def test_many_gradients_at_once(name, fields):
     at_once = torch.autograd.grad(output, wanted, many, is_grads_batched=True, retain_graph=True)
     assert not any(gradient.requires_grad for gradient in at_once)
     one_by_one = [torch.autograd.grad(output, wanted, one, retain_graph=True) for one in many]
-    same(list(at_once), [torch.stack(each) for each in zip(*one_by_one, strict=True)])
+    torch.testing.assert_close(list(at_once), [torch.stack(each) for each in zip(*one_by_one, strict=True)], **TIGHT)
