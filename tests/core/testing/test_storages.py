@@ -68,7 +68,7 @@ class Shift(Int8Storage):
 
 class HalfScales(Int8Storage):
     def store(self, weight, options):
-        return super().store(weight * 1e2, {**options, "double_quant": False}) | {}
+        return super().store(weight * 1e2, {**options, "double_quant": False})
 
     def restore(self, tensors, shape, options):
         return super().restore({**tensors, "scales": tensors["scales"].half().float()}, shape, options) / 1e2
