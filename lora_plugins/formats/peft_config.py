@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor
 
 from lora_plugins.errors import AdapterFileError, ConfigError, near
@@ -24,6 +25,7 @@ from lora_plugins.field_checks import (
 )
 from lora_plugins.files import check_expressions
 from lora_plugins.formats.peft_patterns import PeftPatterns
+from lora_plugins.formats.peft_version import version_of
 from lora_plugins.formats.portable import PortableLayer, commonest
 from lora_plugins.utils import path_ends
 
@@ -131,8 +133,8 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _CHANGED_INITS = ("pissa", "olora")
 """The starts that change the base in a way that can be computed again; they have the same names here."""
 
-_ANY_BLOCK = re.compile(r".*?\.[^.]*\.(?P<at>\d+)\.")
-"""What matches a name up to the number of its block, whatever the list of blocks is called."""
+_FIRST_BLOCK_SINCE = Version("0.20")
+"""The version of PEFT since which the number of a block is the first one in a name of several; before, the last one."""
 
 
 class PeftConfig:
@@ -237,7 +239,8 @@ class PeftConfig:
             AdapterFileError: If they do not.
         """
         targets = (self.fields.get(key) for key in ("target_modules", "exclude_modules"))
-        compiled = [expression.pattern for expression in (*self._around, *self._containers)]
+        blocks = self._blocks if self.fields.get("layers_pattern") else []
+        compiled = [expression.pattern for expression in (*self._around, *blocks)]
         whole = [each for each in targets if isinstance(each, str)]
         check_expressions([*whole, *compiled, *self._patterns.expressions], names)
 
@@ -278,17 +281,21 @@ class PeftConfig:
         return [re.compile(rf"(^|.*\.){saved}($|\..*)") for saved in self.fields.get("modules_to_save", [])]
 
     @cached_property
-    def _containers(self) -> list[re.Pattern[str]]:
-        """What matches a name up to the number of its block, where the config names the lists of blocks."""
+    def _blocks(self) -> list[re.Pattern[str]]:
+        """What matches a name up to the number of its block, in one of the lists that the config names, or in any."""
+        version = version_of(self.fields.get("peft_version", "0"))
+        is_last = version is not None and version < _FIRST_BLOCK_SINCE
         named = self.fields.get("layers_pattern", [])
-        patterns = [named] if isinstance(named, str) else named
-        return [re.compile(rf"(?:^|.*?\.){pattern}\.(?P<at>\d+)\.") for pattern in patterns]
+        lists = [named] if isinstance(named, str) else named
+        start, any_start = (r".*\.", r".*\.") if is_last else (r"(?:^|.*?\.)", r".*?\.")
+        expressions = [start + each for each in lists] or [f"{any_start}[^.]*"]
+        return [re.compile(rf"{each}\.(?P<at>\d+)\.") for each in expressions]
 
     def _in_block(self, name: str) -> bool:
         blocks = self.fields.get("layers_to_transform")
         if blocks is None or blocks == []:
             return True
-        found = next((match for each in self._containers or [_ANY_BLOCK] if (match := each.match(name))), None)
+        found = next((match for each in self._blocks if (match := each.match(name))), None)
         return found is not None and int(found["at"]) in ([blocks] if isinstance(blocks, int) else blocks)
 
 

@@ -101,6 +101,21 @@ class Numbered(nn.Module):
         return x
 
 
+class Staged(nn.Module):
+    """Blocks that are counted in stages, which are counted as well."""
+
+    def __init__(self):
+        super().__init__()
+        stages = (nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(6, 6)}) for _ in range(2)) for _ in range(2))
+        self.net = nn.ModuleDict({"stages": nn.ModuleList(stages)})
+
+    def forward(self, x):
+        for stage in self.net["stages"]:
+            for block in stage:
+                x = block["fc"](x).tanh()
+        return x
+
+
 class Listed(nn.Module):
     """A layer that is called from a plain list, as in the mask heads of Mask2Former."""
 
@@ -145,6 +160,7 @@ INPUTS = {
     Words: lambda: torch.randint(0, 7, (2, 4)),
     Repeated: lambda: torch.randn(4, 6),
     Numbered: lambda: torch.randn(4, 6),
+    Staged: lambda: torch.randn(4, 6),
     Lookalikes: lambda: torch.randn(4, 6),
 }
 

@@ -22,6 +22,7 @@ from tests.core.formats.peft_cases import (
     TENSORS,
     TOLERANCE,
     Case,
+    Staged,
     difference,
     edit_config,
     edit_tensors,
@@ -309,6 +310,30 @@ class TestPatterns:
         with_peft(LINEAR).save_pretrained(tmp_path)
         edit_config(tmp_path, r=4)
         refused(LINEAR, tmp_path, untouched, "has rank 2 in the tensors and 4 in the config")
+
+
+class TestBlocks:
+    """Of several numbers in a name, PEFT takes the first for that of a block; before 0.20, it took the last."""
+
+    @pytest.mark.parametrize("version", [None, "0.17.1", "0.19.1"])
+    @pytest.mark.parametrize("lists", [None, r"stages\.\d+"], ids=["any list", "the inner list"])
+    def test_it_was_the_last_number(self, version, lists, tmp_path, untouched):
+        case = Case("", Staged, {"target_modules": r".*\.1\.fc"})
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        fields = {"target_modules": ["fc"], "layers_to_transform": [1], "layers_pattern": lists}
+        edit_config(tmp_path, **fields, peft_version=version)
+        read_exactly(case, tmp_path, theirs)
+        edit_config(tmp_path, layers_to_transform=[0, 1])
+        refused(case, tmp_path, untouched, "2 layers of this model that it has no A and B for: 'net.stages.0.0.fc'")
+
+    def test_it_is_the_first_number(self, tmp_path, untouched):
+        case = Case("", Staged, {"target_modules": ["fc"], "layers_to_transform": [1]})
+        theirs = with_peft(case)
+        theirs.save_pretrained(tmp_path)
+        read_exactly(case, tmp_path, theirs)
+        edit_config(tmp_path, peft_version="0.19.1")
+        refused(case, tmp_path, untouched, "1 layers of this model that it has no A and B for: 'net.stages.0.1.fc'")
 
 
 class TestSeveral:
