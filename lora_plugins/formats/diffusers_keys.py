@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from lora_plugins.formats.components import COMPONENTS, ORIGINAL
 from lora_plugins.formats.peft_keys import PREFIX
+from lora_plugins.utils import plain_name
 
 _ENDINGS: Mapping[str, str] = {
     ".lora_A.weight": "A",
@@ -74,7 +75,7 @@ def own_key(key: str) -> str:
 
 def placed_key(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
-    key = _ADAPTER.sub(r"\1", key.removeprefix(PREFIX))
+    key = _ADAPTER.sub(r"\1", plain_name(key).removeprefix(PREFIX))
     encoder = next((start for start in _ENCODERS if key.startswith(start)), "")
     key = _ENCODERS.get(encoder, "") + key.removeprefix(encoder)
     part, _, rest = key.partition(".")

@@ -287,8 +287,18 @@ def test_the_outputs_are_those_of_diffusers(part, names, tmp_path):
         ("", "lora_A.default", "lora_B.default"),
         ("base_model.model.", "lora_A", "lora_B"),
         ("{part}.", "lora_A", "lora_B"),
+        ("{part}._orig_mod.", "lora_A", "lora_B"),
     ],
-    ids=["A and B", "down and up", "nothing", "nothing, down and up", "name of the adapter", "PEFT's", "the part"],
+    ids=[
+        "A and B",
+        "down and up",
+        "nothing",
+        "nothing, down and up",
+        "name of the adapter",
+        "PEFT's",
+        "the part",
+        "a compiled part",
+    ],
 )
 @pytest.mark.parametrize(
     ("part", "names"), [(UNET, UNET_NAMES), (FLUX, [*FLUX_NAMES, "single_blocks_0_linear1"])], ids=["unet", "flux"]
