@@ -63,7 +63,11 @@ def refuse_keys(keys: Collection[str]) -> None:
             f"{listing(sorted(keys), 3)}. Merge it into the model with the library that made it."
         )
     if keys:
-        raise AdapterFileError(f"{len(keys)} keys of the adapter have no place: {listing(keys)}.")
+        raise AdapterFileError(
+            f"{len(keys)} keys of the adapter have no place: {listing(keys)}. What is trained besides LoRA, such as "
+            "embeddings of tokens and weights of normalizations, has no form here: for the rest alone, take those keys "
+            "out of the file."
+        )
 
 
 def _other_method(key: str) -> str:
