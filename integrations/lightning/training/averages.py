@@ -75,7 +75,7 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
     """
     for callback in _comparable(trainer):
         for name, value in vars(callback).items():
-            if any(_is_plain_copy(copy, module) for copy in _averaged_by(value)):
+            if any(_is_plain_copy(copy, module) for copy in _averaged_by(callback, value)):
                 raise StateError(
                     f"{type(callback).__name__}.{name} ({type(value).__name__}) holds a copy of weights of "
                     f"{type(module).__name__} that was made before there were adapters. It has no A and B, and an "
@@ -121,17 +121,20 @@ def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:
     return False
 
 
-def _averaged_by(value: Any) -> Iterator[nn.Module]:
-    """Yields the averages that an object keeps, as AveragedModel, ModelEmaV3 and others do.
+def _averaged_by(callback: Callback, value: Any) -> Iterator[nn.Module]:
+    """Yields the averages that a callback keeps as an attribute, or in one, as AveragedModel, ModelEmaV3 and others do.
 
     They have a module and a method that updates it; a teacher has none, and a metric updates something else.
     """
-    if isinstance(value, type | LightningModule | Metric) or not any(
-        name.startswith("update") for name in dir(type(value))
-    ):
-        return
-    held = value.children() if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
-    yield from (each for each in held if isinstance(each, nn.Module))
+    if isinstance(value, nn.Module) and _updates(callback):
+        yield value
+    if not isinstance(value, type | LightningModule | Metric) and _updates(value):
+        held = value.children() if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
+        yield from (each for each in held if isinstance(each, nn.Module))
+
+
+def _updates(value: Any) -> bool:
+    return any(name.startswith("update") for name in dir(type(value)))
 
 
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:

@@ -311,6 +311,16 @@ class OfAnObject:
         raise NotImplementedError
 
 
+class EarlyCopy(EarlyAverage):
+    """Averages a bare copy by a method of its own, as the SWA of PaSST does."""
+
+    def __init__(self, part, again=False):
+        super().__init__(copy.deepcopy, part, again)
+
+    def update_parameters(self, module):
+        raise NotImplementedError
+
+
 class Squares(Classifier):
     """Two square layers without biases: pairs by position have fitting shapes where they do not belong together."""
 
@@ -339,6 +349,16 @@ class TestMadeBeforeAdapters:
     def test_made_anew_in_on_fit_start(self, tmp_path, make, part, first, sanity):
         callbacks = self.callbacks(first, EarlyAverage(make, part, again=True))
         trainer(tmp_path, callbacks, num_sanity_val_steps=sanity).fit(Squares(), loader(), loader())
+
+
+@pytest.mark.parametrize("part", ["", "net", "net.0"], ids=["the module", "its network", "a layer"])
+class TestCopyThatItsCallbackAverages:
+    def test_refused_by_name_if_made_before_adapters(self, tmp_path, part):
+        with pytest.raises(StateError, match=r"EarlyCopy\.average \(\w+\) holds a copy of weights of Classifier"):
+            trainer(tmp_path, [lora(), EarlyCopy(part)]).fit(Classifier(), loader())
+
+    def test_made_anew_in_on_fit_start(self, tmp_path, part):
+        trainer(tmp_path, [lora(), EarlyCopy(part, again=True)]).fit(Classifier(), loader())
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda module: AveragedModel(Classifier(base_seed=1).net)])
