@@ -1,8 +1,8 @@
 """Models whose tensors are offloaded, fused or sharded: forwards work, and calls that need the tensors are refused.
 
-FSDP and tensor parallelism of torch split them over processes. accelerate keeps them in other memory or in files, and
-leaves them on the meta device until a layer is called; diffusers leaves memory without values of those on the disk, and
-computes with copies of projections that were fused.
+FSDP and tensor parallelism of torch, and ZeRO-3 of DeepSpeed, split them over processes. accelerate keeps them in other
+memory or in files, and leaves them on the meta device until a layer is called; diffusers leaves memory without values
+of those on the disk, and computes with copies of projections that were fused.
 """
 
 from collections.abc import Iterable
@@ -90,6 +90,7 @@ def _check_whole(model: nn.Module, names: Iterable[str], call: str) -> None:
     if split:
         raise StateError(
             f"{CALLS[call].doing} needs whole tensors, and {listing(split, 3)} are split over processes. Do it before "
-            "the model is sharded, or in a whole model that has loaded get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict."
+            "the model is sharded, with DeepSpeed inside of deepspeed.zero.GatheredParameters, or in a whole model "
+            "that has loaded get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+            "torch.distributed.checkpoint.state_dict."
         )

@@ -24,7 +24,7 @@ class Contents:
         modules = list(modules)
         self._classes = [(module, module.__class__) for module in modules]
         contents = [*(content for module in modules for content in _contents(module)), *more]
-        self._contents = [(content, content.copy()) for content in contents]
+        self._contents = [(content, dict(content)) for content in contents]  # DeepSpeed's have no copy()
 
     def put_back(self) -> None:
         """Restores the modules; safe to repeat if it is interrupted."""

@@ -141,7 +141,8 @@ def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
 
 def is_shard(layer: nn.Module, name: str) -> bool:
     """Whether a weight is split over processes."""
-    return is_distributed(_parameter(layer, name)) or is_kept_in_parts(layer, name)
+    parameter = _parameter(layer, name)
+    return is_distributed(parameter) or is_kept_in_parts(layer, name) or _is_partitioned(parameter)
 
 
 def is_kept_in_parts(layer: nn.Module, name: str) -> bool:
@@ -171,6 +172,11 @@ def is_kept_in_parts(layer: nn.Module, name: str) -> bool:
 def is_distributed(tensor: Tensor | None) -> bool:
     """Whether a tensor is a DTensor, whose import is too slow for those who do not use it."""
     return hasattr(tensor, "placements")
+
+
+def _is_partitioned(parameter: nn.Parameter | None) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has taken the values of a parameter, which keeps its shape beside it."""
+    return parameter is not None and hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
 
 
 def _check_not_shared(layer: nn.Module, name: str, view: Tensor) -> None:

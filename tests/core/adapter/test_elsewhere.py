@@ -98,6 +98,20 @@ def test_what_needs_whole_tensors_is_refused(tmp_path, split, call):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_what_needs_whole_tensors_is_refused_where_deepspeed_has_taken_them(tmp_path, call):
+    adapted()[1].save_adapter(tmp_path / "adapter", "default")
+    _, lora = adapted()
+    whole = {parameter: parameter.data for parameter in lora.model.parameters()}
+    for parameter, value in whole.items():
+        parameter.ds_shape, parameter.data = value.shape, value.new_empty(0)
+    with pytest.raises(StateError, match=r"'0\.weight', '0\.bias', .* are split .* inside of .*GatheredParameters"):
+        CALLS[call](lora, tmp_path / "adapter")
+    for parameter, value in whole.items():
+        parameter.data = value
+    CALLS[call](lora, tmp_path / "adapter")
+
+
 @IN_A_PROCESS
 def test_a_model_that_was_split_before_is_not_adapted():
     with pytest.raises(StateError, match=r"Adding an adapter .*'0\.weight'.* are split"):

@@ -1,5 +1,7 @@
 """What a module consists of is put back, whatever was done to it."""
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -28,3 +30,22 @@ def test_what_torch_adds_is_taken_away():
     before.put_back()
     assert list(layer.state_dict()) == names
     assert torch.equal(layer(x), expected)
+
+
+class OfAModule(OrderedDict):
+    """Parameters as DeepSpeed holds them, in a dictionary that cannot be copied."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_parameters_in_a_dictionary_that_cannot_be_copied():
+    layer = nn.Linear(3, 2)
+    parameters, layer._parameters = layer._parameters, OfAModule(layer)
+    layer._parameters.update(parameters)
+    before = Contents([layer], [])
+    del layer.bias
+    before.put_back()
+    assert isinstance(layer._parameters, OfAModule)
+    assert dict(layer._parameters) == parameters
