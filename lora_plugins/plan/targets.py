@@ -185,10 +185,19 @@ def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site]) -
             handled = {name for site in free if site.plugin for name in site.names}
             raise TargetError(
                 f"exclude_modules: {quoted(pattern)} matches {listing(matches)}, which is no layer and excludes none. "
-                f"Name the layers in it, or write a regular expression. {patterns.nearest(pattern, handled)}"
+                f"{_all_below(matches, handled) or patterns.nearest(pattern, handled)}"
             )
         names |= {name for site in excluded for name in site.names}
     return names
+
+
+def _all_below(containers: Iterable[str], names: Iterable[str]) -> str:
+    """Returns how to exclude all layers in modules that are no layers; empty if there are none in them."""
+    holding = next((each for each in containers if any(name.startswith(f"{each}.") for name in names)), None)
+    if holding is None:
+        return ""
+    expression = rf"{patterns.exact_expression(holding)}\..+"
+    return f"Name the layers in it, or write a regular expression: exclude_modules={expression!r}."
 
 
 def _check_served(sites: list[Site], registry: Registry) -> None:

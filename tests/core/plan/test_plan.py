@@ -1,6 +1,8 @@
 """The plan: which layers, with which rank and alpha; errors that name the field; and nothing touched, ever."""
 
+import ast
 import math
+import re
 
 import pytest
 import torch
@@ -252,8 +254,18 @@ class TestNearMisses:
 
     def test_an_exclusion_that_cannot_exclude_anything_is_an_error(self, swin, untouched):
         """A list names layers, not what lies below them, so this would leave every layer adapted."""
-        with untouched(swin), pytest.raises(TargetError, match=r"exclude_modules: 'attn'"):
+        with untouched(swin), pytest.raises(TargetError, match=r"exclude_modules: 'attn'") as caught:
             LoraModel(swin, LoraConfig(exclude_modules=["attn"]))
+        offered = ast.literal_eval(re.search(r"expression: exclude_modules=(.+)\.$", str(caught.value))[1])
+        names = {layer.name for layer in LoraModel.plan(swin, LoraConfig(exclude_modules=offered)).layers}
+        everywhere = {layer.name for layer in LoraModel.plan(swin, LoraConfig()).layers}
+        left_out = everywhere - names
+        assert left_out
+        assert len({name.partition(".attn.")[0] for name in left_out}) == 1
+
+    def test_a_module_with_no_layer_in_it_excludes_nothing(self):
+        with pytest.raises(TargetError, match=r"exclude_modules: '1' matches '1', .* excludes none\. There is '0'\.$"):
+            LoraModel(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), LoraConfig(exclude_modules=["1"]))
 
     def test_excluding_every_target_is_an_error(self, swin, untouched):
         with untouched(swin), pytest.raises(TargetError, match="nothing is left to adapt"):
