@@ -99,6 +99,7 @@ from lora_plugins.integrations.lightning.training import (
     needs_data,
     random_numbers,
     start_averages_from,
+    stores_changed_base,
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
@@ -262,7 +263,8 @@ class LoraCallback(Callback):
         def adapt() -> None:
             self._ensure_adapted(trainer, pl_module)
 
-        if needs_data(self.config):
+        alone = not is_sharded(trainer) and len(lora_callbacks(trainer)) == 1  # others need to know what is stored
+        if needs_data(self.config) or (alone and stores_changed_base(self.config)):
             restored = partial(copy_into_averages, trainer, pl_module)
             self._run.strategy_shims = adapt_after_restoring(trainer, adapt, restored)
         else:

@@ -16,6 +16,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     adapt_after_restoring,
     calibrate_on_train_batches,
     needs_data,
+    stores_changed_base,
 )
 from lora_plugins.integrations.lightning.training.frozen_base import freeze_again, frozen_names
 from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
@@ -55,4 +56,5 @@ __all__ = [
     "random_numbers",
     "set_random_numbers",
     "start_averages_from",
+    "stores_changed_base",
 ]

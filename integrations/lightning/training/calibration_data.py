@@ -37,6 +37,17 @@ def needs_data(config: LoraConfig) -> bool:
     return registry_of(config).get(INITS, config.init).needs is not None
 
 
+def stores_changed_base(config: LoraConfig) -> bool:
+    """Whether the config's init changes a base that is stored in fewer bytes: the pretrained one is lost with it.
+
+    A checkpoint has to come first then. Its adapter needs that base, and its init may have drawn or rounded otherwise.
+
+    Raises:
+        PluginError: If there is no such init.
+    """
+    return config.quantize is not None and registry_of(config).get(INITS, config.init).changes_base
+
+
 def adapt_after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Callable[[], None]) -> MethodShims:
     """Calls `adapt` when Lightning has restored a checkpoint or has none, and `restored` after it has read one.
 

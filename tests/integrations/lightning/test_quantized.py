@@ -69,6 +69,18 @@ def test_another_base_is_refused(tmp_path):
         run.fit(Classifier(), loader(), ckpt_path=path)
 
 
+def test_a_resumed_run_with_another_seed_takes_the_stored_base_of_the_checkpoint(tmp_path):
+    """The pretrained weights are lost once others are stored, so that nothing may be stored ahead of the checkpoint."""
+    config = replace(NF4, init="pissa", init_options={"niter": 2})
+    torch.manual_seed(1)
+    _, module, path = fitted(tmp_path, config)
+    resumed = Classifier(lr=0.3)
+    torch.manual_seed(2)
+    run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False, print_plan=False)], max_epochs=2)
+    run.fit(resumed, loader(), loader(), ckpt_path=path)
+    assert not differing(values(resumed), values(module))
+
+
 @pytest.mark.parametrize("options", [{"merge_on_fit_end": True}, {"export_to": "merged.safetensors"}], ids=str)
 def test_merging_without_a_word_on_dense_weights_is_refused_before_training(options, tmp_path):
     module = Classifier()
