@@ -561,8 +561,8 @@ class LoraModel(metaclass=Told):
 
         Raises:
             AdapterFileError: If the file is damaged, belongs to another model, or does not fit into the adapter that is
-                there: a higher rank, other layers, heads or biases, another variant or one that lacks layers, or an
-                init that changed the base.
+                there: a higher rank, other layers, heads or biases, another variant or one that lacks layers, one of
+                another rank or scaling that does more than rescale rows, or an init that changed the base.
             StateError: If there is no such adapter, something is merged, or a block is open.
         """
         state = self._state

@@ -86,6 +86,12 @@ def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
             raise _unfit(f"only one of the two adapts {listing(shared)} with {layer.name!r}, whose weight they share")
         if layer.r > present.r:
             raise _unfit(f"its rank on {layer.name!r} is {layer.r}, and that of the one that is there {present.r}")
+        resized = (layer.r, layer.scaling) != (present.r, present.scaling)
+        if resized and present.variant is not None and not present.variant.rescales_rows:
+            raise _unfit(
+                f"rank or scaling on {layer.name!r} is another one, by which the variant {present.variant.name!r} may "
+                "compute more than scaling · B·A"
+            )
     if differing := values.keys() ^ own.saved_in_place:
         raise _unfit(f"only one of the two has values of {listing(differing)}")
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError, VariantPlugin
+from tests.core.registries import registry_of
 from tests.state.interrupted import passed, stopped
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -159,6 +160,43 @@ def test_what_does_not_fit_is_refused(own, other, message, saved):
     with pytest.raises(AdapterFileError, match=message):
         lora.swap_adapter("a", path)
     assert torch.equal(lora.model(X), before)
+
+
+class ByRank(VariantPlugin):
+    """Scales the update by the rank, which is that of A: rows of zeros count."""
+
+    name = "by_rank"
+
+    def shapes(self, rows, columns, r):
+        return {}
+
+    def first_values(self, weight, A, B, scaling):
+        return {}
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return len(A) * scaling * (B @ A)
+
+
+@pytest.mark.parametrize("other", [{"r": 2}, {"alpha": 3.0}], ids=str)
+def test_a_variant_that_does_more_than_rescale_rows_keeps_rank_and_scaling(other, tmp_path):
+    registry = registry_of(ByRank())
+
+    def saved(name, seed, **fields):
+        model = base()
+        torch.manual_seed(seed)
+        config = LoraConfig(**{"r": 4, **TARGETS, "init": "none", "variant": "by_rank", **fields})
+        lora = LoraModel(model, config, registry=registry)
+        lora.save_adapter(tmp_path / name)
+        return lora
+
+    saved("other", 1, **other)
+    own, alike = saved("own", 2), saved("alike", 3)
+    before = own.model(X)
+    with pytest.raises(AdapterFileError, match=r"rank or scaling on '0' is another one, by which .* 'by_rank' may"):
+        own.swap_adapter("default", tmp_path / "other")
+    close(own.model(X), before)
+    own.swap_adapter("default", tmp_path / "alike")
+    close(own.model(X), alike.model(X))
 
 
 class Tied(nn.Module):
