@@ -580,6 +580,33 @@ def test_a_layer_of_sparse_gradients_passes(sparse):
     )
 
 
+class Factorized(nn.Module):
+    """A table of few columns, and a projection of its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.up = nn.Parameter(torch.randn(7, 3)), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, index):
+        return F.embedding(index, self.table) @ self.up
+
+
+class FactorizedPlugin(ColumnMajorPlugin):
+    name = "factorized"
+    module_type = Factorized
+    lookup = True
+
+    def slots(self, layer):
+        return [Slot("table", "table"), Slot("up", "up")]
+
+    def biases(self, layer):
+        return []
+
+
+def test_a_table_whose_rows_are_projected_passes():
+    check_layer_plugin(FactorizedPlugin(), Factorized, lambda layer: torch.tensor([[0, 1], [6, 4]]))
+
+
 class OnGraph(nn.Module):
     """y = A x W + b, of a graph's adjacency A, sparse, that it is called with or holds."""
 
