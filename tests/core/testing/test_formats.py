@@ -205,6 +205,14 @@ class WhateverLiesThere(PortableFormat):
         return path
 
 
+class KeepsWhatItRead(PeftFormat):
+    def __init__(self):
+        self.adapters = {}
+
+    def load(self, path, model, options):
+        return self.adapters.setdefault(path, super().load(path, model, options))
+
+
 class AlphasLast(PortableFormat):
     """A folder with a file for each layer, and the list of them, which is written last."""
 
@@ -398,7 +406,7 @@ VIOLATIONS = {
     "recognized": [KnowsEverything, KnowsNothing, RaisesForStrangers],
     "output": [OneAlpha, KeepsAlphas, WholeAlphas, AlphasAsText],
     "bits": [Scaled],
-    "replaced": [WhateverLiesThere],
+    "replaced": [WhateverLiesThere, KeepsWhatItRead],
     "full disk": [WhateverLiesThere, AlphasLast],
     "whole": [LeavesOut, WritesFirst],
     "layers": [TurnsKernels, Squeezes, ByLastName, InSmallLetters],
