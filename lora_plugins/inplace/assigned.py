@@ -49,8 +49,7 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
         nn.Module.register_parameter(layer, name, param)
 
     def register_buffer(layer: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        if name in weights:
-            refuse_while_merged(layer, name, tensor)
+        refuse_while_merged(layer, name, tensor)
         base.register_buffer(layer, name, tensor, persistent)
 
     def parametrizations(layer: nn.Module) -> Any:

@@ -172,7 +172,7 @@ def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     except AttributeError:
         for entry in model_modules(model):  # TensorDictParams of tensordict gives its tensors names with dots
             nested = name.removeprefix(full_name(entry.name, ""))
-            if "." in nested and (nested in entry.module._parameters or nested in entry.module._buffers):
+            if nested in entry.module._parameters or nested in entry.module._buffers:
                 return entry.module, nested
         raise
 
