@@ -341,6 +341,31 @@ def test_a_head_without_rows_is_refused():
     refused(two(Rowless()), r"'head', .* gets tensors of the shapes \[4, 6\] for a batch of 2")
 
 
+class ByName(Rowless):
+    """Gives its head the rows by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=self.body(x))
+
+
+class Twice(Rowless):
+    """A head that is given two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Bilinear(6, 6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x), x)
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes"), [(ByName, r"\[2, 6\]"), (Twice, r"\[2, 6\], \[2, 6\]")], ids=["by-name", "two"]
+)
+def test_a_head_that_is_given_no_tensor_first_or_another_one_is_refused(model, shapes):
+    refused(two(model()), rf"'head', .* gets tensors of the shapes {shapes} for a batch of 2 .* It has to get one")
+
+
 class Pair(nn.Linear):
     """A head that returns two tensors."""
 

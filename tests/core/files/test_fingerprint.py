@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.files import same
@@ -74,6 +75,19 @@ def test_it_draws_no_random_number_of_the_user():
     before = torch.get_rng_state()
     fingerprint(torch.ones(3))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_pruned_weight_is_told_by_what_is_left_of_it(tmp_path):
+    def build(row):
+        torch.manual_seed(0)
+        mask = torch.ones(64, 64)
+        mask[row] = 0
+        return nn.Sequential(prune.custom_from_mask(nn.Linear(64, 64), "weight", mask))
+
+    LoraModel(build(0), LoraConfig(r=2)).save_adapter(tmp_path)
+    LoraModel.load_adapter(build(0), tmp_path)
+    with pytest.raises(AdapterFileError, match="was trained on another base"):
+        LoraModel.load_adapter(build(1), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")

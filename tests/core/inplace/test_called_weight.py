@@ -210,6 +210,7 @@ def test_the_weight_can_be_looked_at_in_training():
     weight = reads.qkv.weight
     assert (weight.dtype, weight.shape, weight.device.type) == (torch.float64, (144, 96), "cpu")
     assert torch.equal(weight.detach(), reads.eval().qkv.weight)
+    assert torch.equal(weight.detach().sum(dim=1), weight.sum(dim=1))
 
 
 def test_rows_of_a_batch_have_their_adapters():

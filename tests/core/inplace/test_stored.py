@@ -147,6 +147,47 @@ def test_a_layer_type_of_a_third_party_needs_no_code():
     assert_the_law_holds(randomized(model), torch.randn(4, 6, dtype=torch.float64))
 
 
+class Product(nn.Module):
+    """Two weights, of which an adapter may have one part each."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = (nn.Parameter(torch.randn(5, 6)) for _ in range(2))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.left) * nn.functional.linear(x, self.right)
+
+
+class ProductPlugin(RowMajorPlugin[Product]):
+    """Asks which weights an update is added to."""
+
+    name = "product"
+    module_type = Product
+    branch_types = (Product,)
+    branch_use = "always"
+
+    def slots(self, layer):
+        return [*self.parts(layer).values()]
+
+    def parts(self, layer):
+        return {"q": Slot("left", "q"), "k": Slot("right", "k")}
+
+    def branch(self, layer, base, terms, x):
+        weights = {name: base[name] if name in base else getattr(layer, name) for name in ("left", "right")}
+        assert {name for name in weights if name in base} == {term.slot.tensor for term in terms}
+        for term in terms:
+            weights[term.slot.tensor] = weights[term.slot.tensor] + term.delta_weight()
+        return nn.functional.linear(x, weights["left"]) * nn.functional.linear(x, weights["right"])
+
+
+@pytest.mark.parametrize("parts", [["q"], ["q", "k"]], ids="-".join)
+def test_a_branch_is_given_the_weights_that_updates_are_added_to(parts):
+    torch.manual_seed(0)
+    model = nn.Sequential(Product()).double()
+    LoraModel(model, config(fused_parts={"0": parts}), registry=registry_of(ProductPlugin()))
+    assert_the_law_holds(randomized(model), torch.randn(4, 6, dtype=torch.float64))
+
+
 def build():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 3))
@@ -243,6 +284,21 @@ def test_a_layer_that_keeps_a_sparse_tensor_for_the_backward():
     model = Alone(OnGraph(8, 16).double())
     LoraModel(model, config(target_modules=["0"]))
     assert_the_law_holds(randomized(model), torch.randn(5, 8, dtype=torch.float64), torch.eye(5).double().to_sparse())
+
+
+class PacksByItself(nn.Linear):
+    """A linear layer that has hooks of its own for what is kept for the backward."""
+
+    def forward(self, x):
+        with torch.autograd.graph.save_on_cpu():
+            return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_a_layer_with_hooks_of_its_own_for_what_is_kept():
+    torch.manual_seed(0)
+    model = Alone(PacksByItself(8, 16).double())
+    LoraModel(model, config(target_modules=["0"]))
+    assert_the_law_holds(randomized(model), torch.randn(5, 8, dtype=torch.float64))
 
 
 def test_a_second_derivative():
@@ -421,6 +477,19 @@ def test_an_embedding_makes_only_the_looked_up_rows_dense(monkeypatch):
         model(index)
     lora.unload(dequantize=False)
     model(index)
+
+
+def test_rows_of_a_table_with_a_merged_update_have_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(100, 64)).double().eval()
+    lora = LoraModel(model, config(quantize="int8"), "a")
+    lora.add_adapter("b", LoraConfig(r=2))
+    randomized(model)
+    lora.set_adapter(["a", "b"])
+    index = torch.tensor([[3, 99], [0, 3]])
+    expected = model(index).detach()
+    lora.merge_adapter("a", max_error=1.0)
+    torch.testing.assert_close(model(index).detach(), expected, rtol=0, atol=1e-12)
 
 
 def test_a_stored_embedding_keeps_its_largest_norm():

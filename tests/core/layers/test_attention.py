@@ -170,6 +170,16 @@ class TestMultiheadAttention:
         names = {name for name, p in model.named_parameters() if p.requires_grad}
         assert names == {f"attention.lora_{factor}_{part}.default" for factor in "AB" for part in "qv"}
 
+    @WIDTHS
+    def test_an_adapter_of_other_parts_that_rests_does_nothing(self, widths):
+        model = nn.ModuleDict({"attention": self.make(**widths)})
+        lora = adapt(model, target_modules=["attention"], fused_parts={"attention": ["q"]})
+        given = self.inputs(widths)
+        expected = model["attention"](*given)[0]
+        lora.add_adapter("v", LoraConfig(target_modules=["attention"], fused_parts={"attention": ["v"]}))
+        lora.set_adapter("default")
+        assert torch.equal(model["attention"](*given)[0], expected)
+
     def test_finite_differences(self):
         model = nn.ModuleDict({"attention": self.make()})
         adapt(model, r=1)
