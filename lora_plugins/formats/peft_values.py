@@ -60,8 +60,8 @@ def values_for_peft(adapter: PortableAdapter, model: nn.Module | None) -> PeftVa
     owners = tuple(owner for owner in owners if not _taken_for(owner, modules))
     for owner in owners:
         module = modules_of[owner].module if owner in modules_of else None
-        inside = any(child.state_dict() for child in module.children()) if module is not None else True
-        if module is None or not owner or owner in adapter.layers or inside or isinstance(module, _PARAMETERS):
+        inside = module is None or any(child.state_dict() for child in module.children())
+        if not owner or owner in adapter.layers or inside or isinstance(module, _PARAMETERS):
             named = [name for name in others if name.rpartition(".")[0] == owner]
             raise AdapterFileError(
                 f"The adapter cannot be written in this format: {listing(named)} was trained by itself, and PEFT "
