@@ -239,6 +239,16 @@ class TestKeys:
         with pytest.raises(AdapterFileError, match="'b' and 'a' are one and the same"):
             LoraModel.load_adapter(model, tmp_path)
 
+    @pytest.mark.filterwarnings("ignore:.*PEFT can compute something else before merging")
+    def test_alphas_that_differ_for_two_names_of_one_layer_are_told_by_both(self, tmp_path):
+        shared = nn.Linear(4, 4)
+        model = nn.ModuleDict({"a": shared, "b": shared})
+        apart = nn.ModuleDict({name: copy.deepcopy(shared) for name in model})
+        LoraModel(apart, LoraConfig(r=2, alpha_pattern={"b": 3.0})).save_adapter(tmp_path, format="peft")
+        edit_tensors(tmp_path, lambda tensors: tensors.update({key: torch.ones_like(tensors[key]) for key in tensors}))
+        with pytest.raises(AdapterFileError, match="'b' and 'a' are one and the same"):
+            LoraModel.load_adapter(model, tmp_path)
+
     @pytest.mark.parametrize("init", ["pissa", "olora"])
     @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
     def test_a_rank_above_that_of_the_matrix_is_read(self, init, rslora, tmp_path):

@@ -306,10 +306,15 @@ class TestPatterns:
         edit_config(tmp_path, peft_version=None)
         read_exactly(case, tmp_path, theirs)
 
-    def test_a_rank_that_the_config_does_not_say(self, tmp_path, untouched):
-        with_peft(LINEAR).save_pretrained(tmp_path)
-        edit_config(tmp_path, r=4)
-        refused(LINEAR, tmp_path, untouched, "has rank 2 in the tensors and 4 in the config")
+    @pytest.mark.parametrize(
+        ("fields", "edited", "rank"),
+        [({}, {"r": 4}, 2), ({"r": 4, "rank_pattern": {"more.fc": 3}}, {"rank_pattern": {}}, 3)],
+        ids=["some", "all that the matrix has"],
+    )
+    def test_a_rank_that_the_config_does_not_say(self, fields, edited, rank, tmp_path, untouched):
+        with_peft(replace(LINEAR, peft={**LINEAR.peft, **fields})).save_pretrained(tmp_path)
+        edit_config(tmp_path, **edited)
+        refused(LINEAR, tmp_path, untouched, f"has rank {rank} in the tensors and 4 in the config")
 
 
 class TestBlocks:
