@@ -47,12 +47,7 @@ class HubDataset:
         loaded = _load(name, subset)
         self.tables = {split: loaded[own] for split, own in self._own_splits(loaded, splits).items()}
         self.features = self.tables[TRAIN].features
-        from datasets import Image as ImageFeature
-
-        for column in image_columns:
-            self.check_column(column)
-            encoded = ImageFeature(decode=False)
-            self.tables = {split: table.cast_column(column, encoded) for split, table in self.tables.items()}
+        self._encoded = {column: self._not_decoded(column) for column in image_columns}
 
     def check_column(self, column: str) -> None:
         """Checks that a column exists.
@@ -95,11 +90,19 @@ class HubDataset:
             DataError: If it cannot be decoded.
         """
         split, row = item.image
-        stored = self.tables[split][row][column]
+        stored = self._encoded[column][split][row][column]
         if stored is None:
             raise DataError(f"{item.name} has no {column}. Splits without it can be left out: see `splits`.")
         source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
         return decode_image(source, f"{column} in {item.name}", resized_to)
+
+    def _not_decoded(self, column: str) -> Mapping[str, Any]:
+        """The images of a column by split, encoded and alone: `datasets` decodes all that is in a row that is read."""
+        from datasets import Image as ImageFeature
+
+        self.check_column(column)
+        alone = {split: table.select_columns(column) for split, table in self.tables.items()}
+        return {split: table.cast_column(column, ImageFeature(decode=False)) for split, table in alone.items()}
 
     def _own_splits(self, loaded: Any, splits: Mapping[str, str] | None) -> dict[str, str]:
         if splits is None:

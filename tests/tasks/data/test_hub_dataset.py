@@ -86,6 +86,17 @@ class TestHub:
         expected = np.where(raw == 0, 255, raw.astype(int) - 1)
         assert np.array_equal(data.splits["val"][0]["target"].numpy(), expected)
 
+    def test_images_of_other_columns_are_not_read(self, tmp_path, labeled_rows):
+        from datasets import Features, load_from_disk
+        from datasets import Image as Picture
+
+        splits = load_from_disk(str(labeled_rows))
+        features = Features({**splits["train"].features, "preview": Picture()})
+        broken = splits.map(lambda row: {"preview": {"bytes": b"no picture", "path": None}}, features=features)
+        broken.save_to_disk(tmp_path / "broken")
+        data = loaded(HubImageDataModule(str(tmp_path / "broken"), **SIZE))
+        assert data.splits["val"][1]["target"] == 1
+
     def test_an_unknown_column(self, labeled_rows):
         with pytest.raises(ConfigError, match="Did you mean 'image'"):
             loaded(HubImageDataModule(str(labeled_rows), image_column="imag", **SIZE))
