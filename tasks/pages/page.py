@@ -100,6 +100,7 @@ def render_comparison(runs: Mapping[str, RunRecord], notes: Sequence[str] = ()) 
         for number, (label, run) in enumerate(runs.items())
         if (points := _points(run, f"val/{name}"))
     ]
+    after = [{result.name: result.after for result in run.classes} for run in runs.values()]
     values = [metric.after for run in runs.values() if (metric := run.metrics.get(name)) and metric.after is not None]
     return _render(
         "comparison.html",
@@ -107,6 +108,7 @@ def render_comparison(runs: Mapping[str, RunRecord], notes: Sequence[str] = ()) 
         first=first,
         notes=notes,
         charts=[_chart(name, lines)] if lines else [],
+        classes=[(result.name, [found.get(result.name) for found in after]) for result in first.classes],
         top=max(values, default=None),
         colors=COLORS,
         settings=_differing(list(runs.values())),
