@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_plugins.tasks.errors import DataError, counted, listed
-from lora_plugins.tasks.files import image_files, read_errors, read_image, read_list, shown_size
+from lora_plugins.tasks.files import image_files, read_errors, read_image, read_list
 
 CAPTION_SUFFIX = ".txt"
 IMAGE, PROMPT = "image", "prompt"
@@ -72,8 +72,13 @@ def _caption(path: Path) -> str | None:
 
 def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Captioned]:
     """Reads every picture once, so that errors show before anything is trained."""
-    errors = read_errors([path for path, _ in pairs], read_image)
-    problems = [error for error in errors if error is not None]
+    sizes: dict[Path, tuple[int, int]] = {}
+
+    def read(path: Path) -> None:
+        width, height = read_image(path).size
+        sizes[path] = height, width
+
+    problems = [error for error in read_errors([path for path, _ in pairs], read) if error is not None]
     for path, prompt in pairs:
         caption = path.with_suffix(CAPTION_SUFFIX)
         if prompt is None:
@@ -82,9 +87,4 @@ def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Capti
             problems.append(f"The prompt of {path} is empty.")
     if problems:
         raise DataError(f"{counted(len(problems), 'problem')} with the pictures of {where}:\n{listed(problems)}")
-    return [Captioned(path, str(prompt).strip(), _size(path)) for path, prompt in pairs]
-
-
-def _size(path: Path) -> tuple[int, int]:
-    width, height = shown_size(path)
-    return height, width
+    return [Captioned(path, str(prompt).strip(), sizes[path]) for path, prompt in pairs]

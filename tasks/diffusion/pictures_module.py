@@ -178,11 +178,11 @@ class PicturesDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of pictures, in random order."""
         others = [] if self.class_pictures is None else self.class_pictures.read()
-        data = _Pictures(self.pictures, self._sizes(), others, self.repeats, self.random_flip)
-        buckets = self._sizes() * self.repeats
+        sizes = self._sizes()
+        data = _Pictures(self.pictures, sizes, others, self.repeats, self.random_flip)
         return DataLoader(
             data,
-            batch_sampler=BucketBatchSampler(RandomSampler(data), self.batch_size, False, buckets),
+            batch_sampler=BucketBatchSampler(RandomSampler(data), self.batch_size, False, sizes * self.repeats),
             collate_fn=_collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -197,4 +197,5 @@ class PicturesDataModule(LightningDataModule):
         if not self.buckets:
             return [(self.resolution, self.resolution)] * len(self.pictures)
         buckets = bucket_sizes(self.resolution, self.bucket_step)
-        return [nearest_bucket(picture.size, buckets) for picture in self.pictures]
+        of_size = {size: nearest_bucket(size, buckets) for size in {picture.size for picture in self.pictures}}
+        return [of_size[picture.size] for picture in self.pictures]

@@ -8,6 +8,7 @@ from PIL import Image
 from lora_plugins import ConfigError
 from lora_plugins.tasks import ClassPictures, DataError, PicturesDataModule
 from lora_plugins.tasks.diffusion.buckets import bucket_sizes, fit, nearest_bucket
+from tests.growth import calls
 
 
 def batches(data):
@@ -89,6 +90,15 @@ def test_batches_are_of_one_bucket(picture_folder):
     assert len(found) == len(data.train_dataloader()) == 4
     assert sum(len(batch.names) for batch in found) == 6
     assert len({tuple(batch.pixels.shape[2:]) for batch in found}) == len(data.sizes) == 3
+
+
+def test_each_picture_is_opened_once_and_each_size_has_its_bucket_looked_for_once(picture_folder, monkeypatch):
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda source: opened.append(source) or real(source))
+    data = PicturesDataModule(str(picture_folder(*[(16, 24)] * 20)), prompt="a dog", resolution=512, buckets=True)
+    data.setup("fit")
+    assert len(opened) == 20
+    assert calls(data.train_dataloader) < 20 * len(bucket_sizes(512, 64))
 
 
 def test_class_pictures_come_beside_and_have_the_size_of_their_subject(picture_folder):
