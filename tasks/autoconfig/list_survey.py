@@ -11,11 +11,12 @@ from lora_plugins.tasks.autoconfig.folders import class_names
 from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, labels_survey, shared
 from lora_plugins.tasks.autoconfig.lookalikes import images_of_list_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
-from lora_plugins.tasks.autoconfig.readable import check_no_problems, unequal, unreadable
+from lora_plugins.tasks.autoconfig.readable import check_no_problems, equal_sizes, unreadable
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import TRAIN, read_list, row_split, shown_size
+from lora_plugins.tasks.files import TRAIN, read_list, row_split
 
 Rows = Sequence[Mapping[str, Any]]
+Pairs = Sequence[tuple[Path, Path]]
 
 
 def list_survey(data: Path, flags: Flags) -> Survey:
@@ -38,10 +39,13 @@ def list_survey(data: Path, flags: Flags) -> Survey:
     images = [data.parent / str(row["image"]) for row in rows]
     if not any(path.exists() for path in images):
         raise images_of_list_elsewhere(data, str(rows[0]["image"]))
-    check_no_problems(unreadable(images))
     unread = sorted({name for row in rows for name in row if name} - {"image", column, "split"})
     found = f"a list of {column}s{f', without its {listing(unread)}' if unread else ''}"
-    return _of_masks(data, rows, splits, found, flags) if column == "mask" else _of_labels(data, splits, found, flags)
+    if column == "mask":
+        pairs = [(image, data.parent / str(row["mask"])) for image, row in zip(images, rows, strict=True)]
+        return _of_masks(data, pairs, splits, found, flags)
+    check_no_problems(unreadable(images))
+    return _of_labels(data, splits, found, flags)
 
 
 def _splits(data: Path, rows: Rows) -> dict[str, Rows]:
@@ -53,13 +57,11 @@ def _splits(data: Path, rows: Rows) -> dict[str, Rows]:
     return {**splits}
 
 
-def _of_masks(data: Path, rows: Rows, splits: Mapping[str, Rows], found: str, flags: Flags) -> Survey:
-    images, masks = ([data.parent / str(row[column]) for row in rows] for column in ("image", "mask"))
-    check_no_problems(unequal([*zip(images, masks, strict=True)]))
-    coding = mask_coding(masks, flags.classes or class_names(data.parent), flags.ignore_index)
+def _of_masks(data: Path, pairs: Pairs, splits: Mapping[str, Rows], found: str, flags: Flags) -> Survey:
+    size = common_size(equal_sizes(pairs))
+    coding = mask_coding([mask for _, mask in pairs], flags.classes or class_names(data.parent), flags.ignore_index)
     share, counts = shared({split: len(members) for split, members in splits.items()}, [len(splits[TRAIN])], flags)
     arguments = {"file": str(data.absolute()), **coding.arguments(), **share}
-    size = common_size([shown_size(image) for image in images])
     return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, found, size, coding)
 
 

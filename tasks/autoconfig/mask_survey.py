@@ -6,8 +6,8 @@ from lora_plugins.tasks.autoconfig.folders import beside, class_names, splits_in
 from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, shared
 from lora_plugins.tasks.autoconfig.lookalikes import IMAGES_FOLDER, MASKS_FOLDER, images_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
-from lora_plugins.tasks.autoconfig.readable import check_no_problems, unequal, unreadable
-from lora_plugins.tasks.files import MASK_SUFFIXES, TRAIN, check_folder, image_files, left_out, paired, shown_size
+from lora_plugins.tasks.autoconfig.readable import check_no_problems, equal_sizes
+from lora_plugins.tasks.files import MASK_SUFFIXES, TRAIN, check_folder, image_files, left_out, paired
 
 
 def mask_survey(data: Path, flags: Flags) -> Survey:
@@ -25,6 +25,7 @@ def mask_survey(data: Path, flags: Flags) -> Survey:
     inside = {split: split for split in splits} or {TRAIN: ""}
     pairs = _pairs(images_folder, masks_folder, inside)
     flat = [pair for members in pairs.values() for pair in members]
+    sizes = equal_sizes(flat)
     coding = mask_coding([mask for _, mask in flat], flags.classes or class_names(data), flags.ignore_index)
     share, counts = shared({split: len(members) for split, members in pairs.items()}, [len(pairs[TRAIN])], flags)
     unread = left_out(images_folder / folder for folder in inside.values()) if nested else []
@@ -41,14 +42,14 @@ def mask_survey(data: Path, flags: Flags) -> Survey:
         coding.classes,
         counts,
         f"images with masks in {masks_folder}",
-        common_size([shown_size(image) for image, _ in flat]),
+        common_size(sizes),
         coding,
         [*(beside(images_folder, splits) if nested and splits else ()), *unread],
     )
 
 
 def _pairs(images: Path, masks: Path, inside: dict[str, str]) -> dict[str, list[tuple[Path, Path]]]:
-    """The images with their masks by split; refuses those that lack one, cannot be read, or differ in size."""
+    """The images with their masks by split; refuses those that lack one."""
     pairs: dict[str, list[tuple[Path, Path]]] = {}
     problems: list[str] = []
     for split, folder in inside.items():
@@ -56,9 +57,6 @@ def _pairs(images: Path, masks: Path, inside: dict[str, str]) -> dict[str, list[
         pairs[split] = paired(images / folder, masks / folder, unpaired)
         problems += unpaired if pairs[split] else _common_cause(images / folder, masks / folder) or unpaired
     check_no_problems(problems)
-    flat = [pair for members in pairs.values() for pair in members]
-    check_no_problems(unreadable([image for image, _ in flat]))
-    check_no_problems(unequal(flat))
     return pairs
 
 

@@ -12,9 +12,19 @@ def unreadable(paths: Sequence[Path]) -> list[str]:
     return [error for error in read_errors(paths, shown_size) if error]
 
 
-def unequal(pairs: Sequence[tuple[Path, Path]]) -> list[str]:
-    """The masks that cannot be read, or differ in size from their images, which are rotated as their files say."""
-    return [error for error in read_errors(pairs, _check_sizes) if error]
+def equal_sizes(pairs: Sequence[tuple[Path, Path]]) -> list[tuple[int, int]]:
+    """Width and height of images, which are rotated as their files say, and of their masks; reads headers once.
+
+    Raises:
+        DataError: With all that cannot be read, and all masks that differ in size from their images.
+    """
+    sizes: dict[tuple[Path, Path], tuple[int, int]] = {}
+
+    def read(pair: tuple[Path, Path]) -> None:
+        sizes[pair] = _equal_size(*pair)
+
+    check_no_problems([error for error in read_errors(pairs, read) if error])
+    return [sizes[pair] for pair in pairs]
 
 
 def check_no_problems(problems: Sequence[str]) -> None:
@@ -23,9 +33,9 @@ def check_no_problems(problems: Sequence[str]) -> None:
         raise DataError(f"The data cannot be used ({counted(len(problems), 'problem')}):\n{listed(problems)}")
 
 
-def _check_sizes(pair: tuple[Path, Path]) -> None:
-    image, mask = pair
-    (width, height), size = shown_size(mask), shown_size(image)
+def _equal_size(image: Path, mask: Path) -> tuple[int, int]:
+    size, (width, height) = shown_size(image), shown_size(mask)
     if (width, height) != size:
         hint = ": if its EXIF turns the image upright, turn the mask as well" if (height, width) == size else ""
         raise DataError(f"{mask} is {width}x{height}, and its image is {size[0]}x{size[1]} (width x height){hint}")
+    return size

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -655,6 +656,15 @@ def test_the_size_of_images_is_that_in_which_they_are_shown(tmp_path, kind):
     rows = [{"image": f"images/{at}.jpg", "mask": f"masks/{at}.png"} for at in range(5)]
     data = root if kind == "folders" else written(root / "list.csv", rows)
     assert survey(data, Flags()).size == (32, 64)
+
+
+@pytest.mark.parametrize("kind", ["folders", "list"])
+def test_each_image_with_a_mask_is_opened_once(tmp_path, monkeypatch, kind):
+    root, opened, real = masked(tmp_path / "data", [0, 1]), Counter(), Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.update([Path(path).suffix]) or real(path))
+    rows = [{"image": f"images/{at}.jpg", "mask": f"masks/{at}.png"} for at in range(5)]
+    survey(root if kind == "folders" else written(root / "list.csv", rows), Flags())
+    assert opened == {".jpg": 5, ".png": 10}  # the header of a mask, before the values of all
 
 
 @pytest.mark.parametrize("kind", ["flat_folders", "class_folders", "masks"])
