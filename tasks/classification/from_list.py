@@ -1,6 +1,7 @@
 """Images and their labels from a list: CSV, or JSON lines."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from PIL import Image
 from lora_plugins.field_checks import check_names, optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import ImageDataModule, Item
-from lora_plugins.tasks.errors import unknown
+from lora_plugins.tasks.errors import MAX_LISTED, unknown
 from lora_plugins.tasks.files import path_key, read_image, read_list, row_split
 
 
@@ -64,17 +65,19 @@ class ImageListDataModule(ImageDataModule):
         problems: list[str] = []
         labels: dict[Path, tuple[str, int]] = {}
         targets = {name: at for at, name in reversed([*enumerate(self.class_names)])}  # the first of a name counts
+        told = cache(lambda name: str(unknown("class", name, self.class_names)))
         for number, row in enumerate(read_list(self.file, (image, label)), 1):
             where = f"Row {number} of {self.file}"
-            if str(row[label]) not in targets:
-                problems.append(f"{where}: {unknown('class', str(row[label]), self.class_names)}")
+            name, path = str(row[label]), self.root / str(row[image])
+            if name not in targets:
+                is_listed = len(problems) < MAX_LISTED  # near names take long to find
+                problems.append(f"{where}: {told(name) if is_listed else name}")
                 continue
-            path = self.root / str(row[image])
-            first, at = labels.setdefault(path, (str(row[label]), number))
-            if first != str(row[label]):
-                problems.append(f"{where}: {path} has the label {str(row[label])!r}, and in row {at} {first!r}")
+            first, at = labels.setdefault(path, (name, number))
+            if first != name:
+                problems.append(f"{where}: {path} has the label {name!r}, and in row {at} {first!r}")
                 continue
-            item = Item(path, targets[str(row[label])], str(path), path_key(row[image], self.root))
+            item = Item(path, targets[name], str(path), path_key(row[image], self.root))
             items.setdefault(row_split(row, split, where), []).append(item)
         return items, problems
 

@@ -10,6 +10,7 @@ from lora_plugins.tasks import (
     ImageListDataModule,
 )
 from lora_plugins.tasks.data import Batch
+from tests.growth import calls
 
 from ..conftest import SIZE, loaded, written
 
@@ -113,3 +114,14 @@ class TestLists:
             data = loaded(ImageListDataModule(path, val_share=0.4, split_seed=seed, **SIZE))
             train, val = ({item.image for item in data.splits[split].items} for split in ("train", "val"))
             assert not train & val
+
+    def test_near_names_are_looked_for_only_where_they_are_told(self, tmp_path):
+        """Of many classes, it takes long; a list of labels that are all written otherwise would have no end."""
+        steps = []
+        for rows in (50, 100):
+            path = written(
+                tmp_path / f"{rows}.csv", [{"image": f"{at}.jpg", "label": f"Cat{at}"} for at in range(rows)]
+            )
+            data = ImageListDataModule(path, classes=[f"cat{at}" for at in range(100)])
+            steps.append(calls(data.find))
+        assert steps[1] - steps[0] < 50 * 100
