@@ -93,37 +93,24 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "BeforeAfter": "reporting",
-    "ClassPictures": "diffusion",
-    "DataError": "errors",
-    "DigitPicturesDataModule": "examples",
-    "DigitScenesDataModule": "examples",
-    "DigitsDataModule": "examples",
-    "HtmlReport": "reporting",
-    "HubImageDataModule": "classification",
-    "HubMaskDataModule": "segmentation",
-    "ImageClassificationTask": "classification",
-    "ImageFolderDataModule": "classification",
-    "ImageListDataModule": "classification",
-    "MaskFolderDataModule": "segmentation",
-    "MaskListDataModule": "segmentation",
-    "ModelConfig": "models",
-    "PicturesDataModule": "diffusion",
-    "PredictionPicture": "reporting",
-    "ReadDigits": "examples",
-    "ReportError": "errors",
-    "SamplePictures": "diffusion",
-    "SavePipeline": "diffusion",
-    "SemanticSegmentationTask": "segmentation",
-    "TensorBoardImages": "reporting",
-    "TextToImageTask": "diffusion",
+    **dict.fromkeys(
+        ("HubImageDataModule", "ImageClassificationTask", "ImageFolderDataModule", "ImageListDataModule"),
+        "classification",
+    ),
     "VisionDataModule": "data",
-    "WeightsError": "errors",
-    "draw_predictions": "reporting",
-    "export_task": "inference",
-    "load_task": "inference",
-    "merged_task": "inference",
-    "predict_folder": "inference",
+    **dict.fromkeys(
+        ("ClassPictures", "PicturesDataModule", "SamplePictures", "SavePipeline", "TextToImageTask"), "diffusion"
+    ),
+    **dict.fromkeys(("DataError", "ReportError", "WeightsError"), "errors"),
+    **dict.fromkeys(("DigitPicturesDataModule", "DigitScenesDataModule", "DigitsDataModule", "ReadDigits"), "examples"),
+    **dict.fromkeys(("export_task", "load_task", "merged_task", "predict_folder"), "inference"),
+    "ModelConfig": "models",
+    **dict.fromkeys(
+        ("BeforeAfter", "HtmlReport", "PredictionPicture", "TensorBoardImages", "draw_predictions"), "reporting"
+    ),
+    **dict.fromkeys(
+        ("HubMaskDataModule", "MaskFolderDataModule", "MaskListDataModule", "SemanticSegmentationTask"), "segmentation"
+    ),
     "warmup_cosine": "training",
 }
 

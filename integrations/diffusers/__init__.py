@@ -34,18 +34,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "FAMILIES": "families",
-    "LAYERS": "families",
-    "Family": "families",
-    "LoraPipeline": "lora_pipeline",
-    "Sampling": "sampling",
-    "contact_sheet": "sheets",
-    "default_targets": "families",
-    "family_of": "families",
-    "in_eval_mode": "sampling",
+    **dict.fromkeys(("FAMILIES", "Family", "LAYERS", "default_targets", "family_of"), "families"),
     "load_pipeline": "loading",
+    "LoraPipeline": "lora_pipeline",
     "parts_of": "parts",
-    "sample": "sampling",
+    **dict.fromkeys(("Sampling", "in_eval_mode", "sample"), "sampling"),
+    "contact_sheet": "sheets",
 }
 
 __getattr__, __dir__ = lazily(__name__, _MODULES, extra="diffusion")
