@@ -22,8 +22,8 @@ class OccurringAUROC(MulticlassAUROC):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="No (positive|negative) samples")
             values: Tensor = super().compute()
-        both = [bool((labels == i).any() and (labels != i).any()) for i in range(len(values))]
-        return values[values.new_tensor(both).bool()].mean()
+        counts = labels.bincount(minlength=len(values))
+        return values[(counts > 0) & (counts < len(labels))].mean()
 
     def _labels(self) -> Tensor:
         labels: Tensor = dim_zero_cat(self.target)
