@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lora_plugins.field_checks import Check, check_fields
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Item
-from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_folder, open_image, paired
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_folder, paired
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 _CHECKS: Mapping[str, Check] = dict.fromkeys(("root", "images", "masks"), check_path)
@@ -47,10 +45,6 @@ class MaskFolderDataModule(MaskDataModule):
             splits += [TEST] if (folder / TEST).is_dir() else []
         problems: list[str] = []
         return {split: self._pairs(split, problems) for split in splits}, problems
-
-    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
-        """Opens the two files."""
-        return open_image(item.image), open_image(item.target)
 
     def _flat(self) -> bool:
         return self.shares[VAL] > 0 and not (self.root / self.images / TRAIN).is_dir()

@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lora_plugins.field_checks import optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import Item
-from lora_plugins.tasks.files import open_image, path_key, read_list, row_split
+from lora_plugins.tasks.files import path_key, read_list, row_split
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -55,7 +53,3 @@ class MaskListDataModule(MaskDataModule):
             key = path_key(row[mask], self.root)
             items.setdefault(name, []).append(Item(image_path, mask_path, str(mask_path), key))
         return items, []
-
-    def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
-        """Opens the two files."""
-        return open_image(item.image), open_image(item.target)

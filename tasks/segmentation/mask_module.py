@@ -1,6 +1,5 @@
 """The data module that all data modules with masks inherit from."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from PIL import Image
 
 from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import as_rgb
+from lora_plugins.tasks.files import as_rgb, open_image
 from lora_plugins.tasks.segmentation.mask_decoder import MaskDecoder
 
 
@@ -47,9 +46,9 @@ class MaskDataModule(ImageDataModule):
         """The names of the classes, given or of the table."""
         return self.decoder.classes
 
-    @abstractmethod
     def open_pair(self, item: Item) -> tuple[Image.Image, Image.Image]:
-        """The image and the mask of a sample, as they are stored."""
+        """The image and the mask of a sample, as they are stored: by default in files."""
+        return open_image(item.image), open_image(item.target)
 
     def read(self, item: Item) -> tuple[Image.Image, np.ndarray[Any, Any]]:
         """Reads a sample.
