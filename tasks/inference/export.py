@@ -30,7 +30,7 @@ from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.inference.loading import load_task, merged_task
-from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask
+from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask, eval_mode
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_file
 
@@ -94,7 +94,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
     path = _checked(path)
     if path.exists() and path.resolve() == Path(task.model_config.weights).resolve():
         raise ConfigError(f"The file is {path}, which the task is read from: it would be replaced. Name a new file.")
-    with _on_the_cpu(task):
+    with _on_the_cpu(task), eval_mode(task):
         return _write_weights(task, path) if path.suffix == SAFETENSORS else _write_program(task, path, size)
 
 

@@ -1,8 +1,8 @@
 """Figures of a fit: predictions and the confusion matrix."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_plugins.tasks.segmentation import IGNORED, Pixels, class_colors, colorize, overlay
-from lora_plugins.tasks.training import VisionTask
+from lora_plugins.tasks.training import VisionTask, eval_mode
 from lora_plugins.utils import replace_file
 
 INCHES = 2.0
@@ -174,18 +174,6 @@ def has_validated(trainer: Trainer, what: str) -> bool:
 def evenly_spaced(total: int, count: int) -> list[int]:
     """At most `count` evenly spaced indices below `total`."""
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()]
-
-
-@contextmanager
-def eval_mode(task: VisionTask) -> Iterator[None]:
-    """Puts a task into eval mode inside a `with` block; the mode of every module is restored."""
-    training = {module: module.training for module in task.modules()}
-    task.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def val_precision(task: VisionTask) -> AbstractContextManager[Any]:

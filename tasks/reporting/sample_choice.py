@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Example
 from lora_plugins.tasks.reporting.class_results import count_confusion, mean_iou
-from lora_plugins.tasks.reporting.figures import as_pixels, eval_mode, val_precision
+from lora_plugins.tasks.reporting.figures import as_pixels, val_precision
 from lora_plugins.tasks.segmentation import IGNORED, Mask, class_colors, colorize, palette_image
-from lora_plugins.tasks.training import VisionTask
+from lora_plugins.tasks.training import VisionTask, eval_mode
 
 MOST, PER_CLASS = 48, 2
 """A page has at most so many examples; within that, each class is in so many."""

@@ -5,6 +5,7 @@ From that provenance, `inference` loads a task again.
 
 from lora_plugins.tasks.training.base_task import BaseTask
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, SMP_LOSSES, Objective, balanced_weights
+from lora_plugins.tasks.training.modes import eval_mode
 from lora_plugins.tasks.training.optimization import (
     OptimizerCallable,
     SchedulerCallable,
@@ -32,6 +33,7 @@ __all__ = [
     "balanced_weights",
     "check_optimizer",
     "check_scheduler",
+    "eval_mode",
     "is_of_sizes",
     "next_steps",
     "warmup_cosine",

@@ -1,6 +1,7 @@
 """Exported networks answer as the task does."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ class TestExport:
         if suffix == ".pt2":
             found = torch.export.load(tmp_path / "m.pt2").module()(torch.rand(3, 3, 16, 16))
             assert found.device.type == "cpu"
+
+    @pytest.mark.parametrize("size", [None, (24, 24)], ids=["written", "refused"])
+    def test_a_task_that_is_trained_goes_on_as_it_was(self, fitted, tmp_path, size):
+        task = merged_task(fitted["labels"][1]["adapter"]).train()
+        task.network.norm.eval()
+        modes = [module.training for module in task.modules()]
+        with suppress(ConfigError):
+            export_task(task, tmp_path / "m.pt2", size)
+        assert [module.training for module in task.modules()] == modes
 
     def test_another_size(self, fitted, tmp_path, capsys):
         files = [str(fitted["masks"][1]["merged"]), str(tmp_path / "m.pt2")]
