@@ -31,7 +31,9 @@ from lora_plugins.tasks.models import AUTO, NONE
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
-REQUIRED = frozenset({"class", "arguments", "image_size", "interpolation", "mean", "std", "bgr"})
+OF_ALL = frozenset({"class", "arguments"})
+REQUIRED = OF_ALL | {"image_size", "interpolation", "mean", "std", "bgr"}
+"""What files say of any task, and of those that predict labels or masks."""
 
 _OF_IMAGES: Mapping[str, Check] = {"image_size": optional(check_size), "interpolation": choice_of(*INTERPOLATIONS)}
 """What is read without building anything, and so said to be wrong by nothing else."""
@@ -194,6 +196,11 @@ def _model(provenance: Provenance, **changes: str) -> dict[str, Any]:
 
 
 def _checked(provenance: Any, path: Path) -> Provenance:
+    if isinstance(provenance, Mapping) and provenance.keys() & REQUIRED == OF_ALL:
+        raise WeightsError(
+            f"{path} is of {provenance['class']}, which predicts no labels and no masks. Pictures are drawn by "
+            "lora-plugins generate."
+        )
     if not isinstance(provenance, Mapping) or not provenance.keys() >= REQUIRED:
         raise WeightsError(
             f"{path} does not say which task it is of. Files that a task's fit has written do: a checkpoint, or what "

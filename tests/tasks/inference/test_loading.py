@@ -205,6 +205,14 @@ def test_load_from_checkpoint_takes_an_adapter_alone(fitted):
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
 
 
+def test_an_adapter_of_a_task_that_draws_pictures(fitted, tmp_path, capsys):
+    shutil.copytree(fitted["labels"][1]["adapter"], tmp_path / "adapter")
+    said = {"class": "lora_plugins.tasks.diffusion.text_to_image.TextToImageTask", "arguments": {}, "target": "parts"}
+    write_manifest(tmp_path / "adapter", manifest_of(tmp_path / "adapter") | {"task": said})
+    assert main(["predict", str(tmp_path / "adapter"), str(tmp_path)]) == 1
+    assert "TextToImageTask, which predicts no labels and no masks. Pictures are drawn" in capsys.readouterr().err
+
+
 def test_a_file_that_does_not_say_what_it_is_of(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="does not say which task"):
