@@ -46,10 +46,10 @@ def check_png(name: str, value: Any) -> None:
 
 
 def check_paths(name: str, value: Any) -> None:
-    """One path, or a list of them; whoever reads them says which one is empty."""
-    for path in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(path, str | os.PathLike):
-            raise ConfigError(f"{name} is {shown(value)}. It is a path, or a list of paths.")
+    """One path, or a list of at least one; whoever reads them says which one is empty."""
+    paths = value if isinstance(value, list | tuple) else [value]
+    if not paths or any(not isinstance(path, str | os.PathLike) for path in paths):
+        raise ConfigError(f"{name} is {shown(value)}. It is a path, or a list of at least one.")
 
 
 def check_columns(**columns: Any) -> None:
@@ -82,9 +82,9 @@ def check_sides(name: str, value: Any) -> None:
 
 
 def check_indices(name: str, value: Any) -> None:
-    """Places in a data set."""
-    if not _is_list(value):
-        raise ConfigError(f"{name} is a list of whole numbers, not {shown(value)}.")
+    """Places in a data set, one at least."""
+    if not _members(value):
+        raise ConfigError(f"{name} is a list of at least one whole number, not {shown(value)}.")
     for index in value:
         whole_from(0)(name, index)
 
@@ -110,11 +110,7 @@ def instance_of(kind: type) -> Check:
 
 def _members(value: Any) -> Sequence[Any]:
     """What a list or another sequence holds; nothing for everything else."""
-    return value if _is_list(value) else ()
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else ()
 
 
 def _is_digit(value: Any) -> bool:

@@ -30,6 +30,7 @@ from lora_plugins.tasks import (
     SamplePictures,
     SemanticSegmentationTask,
     draw_predictions,
+    predict_folder,
     warmup_cosine,
 )
 
@@ -209,8 +210,13 @@ def test_digits_and_places_come_in_any_sequence(tmp_path):
         (lambda: DigitScenesDataModule(digit_sizes=12), "^digit_sizes is the smallest and the largest side in pixels"),
         (lambda: DigitScenesDataModule(digit_sizes=(0, 9)), "^digit_sizes is a whole number of at least 1, not 0"),
         (lambda: warmup_cosine(3, 4), "^optimizer is 3. It has to be of the class Optimizer"),
+        (lambda: predict_folder(SEGMENTER, [], "out"), r"^images is \[\]. It is a path, or a list of at least one"),
+        (
+            lambda: draw_predictions(SEGMENTER, DataLoader([0]), [], "masks.png"),
+            r"^indices is a list of at least one whole number, not \[\]",
+        ),
     ],
-    ids=["digit", "one side", "no side", "optimizer"],
+    ids=["digit", "one side", "no side", "optimizer", "no image", "no place"],
 )
 def test_messages_say_what_an_argument_is(make, message):
     with pytest.raises(ConfigError, match=message):
