@@ -177,7 +177,7 @@ def report_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         return path / FILE
-    return path.with_suffix(".json") if path.suffix in (".html", ".htm") else path
+    return path.with_suffix(".json") if path.suffix.lower() in (".html", ".htm") else path
 
 
 def _run(stored: Mapping[str, Any]) -> RunRecord:

@@ -12,7 +12,7 @@ from lora_plugins.tasks.pages import Metric, as_stored, read_run, run_as_json
 from .conftest import run_of
 
 
-@pytest.mark.parametrize("name", ["", "report.html", "report.json"], ids=["its folder", "the page", "the numbers"])
+@pytest.mark.parametrize("name", ["", "report.html", "report.HTML", "report.json"])
 def test_a_run_is_read_as_it_was_written(tmp_path, name):
     (tmp_path / "report.json").write_text(run_as_json(run_of()))
     assert read_run(tmp_path / name) == run_of()
