@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import check_flag, check_names, check_options, check_whole, optional
+from lora_plugins.field_checks import check_flag, check_names, check_options, check_whole, optional, shown
 from lora_plugins.tasks.argument_checks import check_ignored
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import as_rgb
@@ -102,9 +102,13 @@ class MaskDecoder:
             raise ConfigError(f"`colors` has no color for the classes {', '.join(missing)}.")
         table: dict[int, int] = {}
         for name, color in colors.items():
-            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
-                raise ConfigError(f"The color of {name!r} is {list(color)}; it takes three numbers from 0 to 255.")
-            packed = (color[0] << 16) | (color[1] << 8) | color[2]
+            try:
+                red, green, blue = bytes([*color])
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"The color of {name!r} is {shown(color)}; it takes three whole numbers from 0 to 255."
+                ) from error
+            packed = (red << 16) | (green << 8) | blue
             if packed in table:
                 raise ConfigError(f"The color {list(color)} of {name!r} stands for another name too.")
             table[packed] = self.classes.index(name) if name in self.classes else self.ignore_index

@@ -22,6 +22,12 @@ class TestMaskDecoder:
         found = code.decode(self.picture([128, 64, 128], [0, 0, 255], [0, 0, 0]), "m")
         assert found.tolist() == [[1, 0, 255]]
 
+    def test_colors_of_a_palette_of_numpy(self):
+        """Of 8 bits, in which red and green would be lost when the three are written in one number."""
+        palette = np.array([[200, 0, 0], [0, 200, 0], [7, 7, 7]], dtype=np.uint8)
+        code = MaskDecoder(None, 255, dict(zip("abc", palette, strict=True)))
+        assert code.decode(self.picture([7, 7, 7], [0, 200, 0], [200, 0, 0]), "m").tolist() == [[2, 1, 0]]
+
     def test_the_table_names_the_classes(self):
         assert MaskDecoder(None, 255, COLORS).classes == ["sky", "road", "void"]
 
@@ -59,10 +65,21 @@ class TestMaskDecoder:
                 (["a", "b"], 2, None, True),
                 "ignore_index is 2, which is how masks with reduce_labels write the class 'b'",
             ),
-            ((None, 255, {"a": [1, 2]}), "three numbers"),
+            ((None, 255, {"a": [1, 2]}), "three whole numbers"),
+            ((None, 255, {"a": [0.1, 0.5, 0.9]}), "three whole numbers"),
+            ((None, 255, {"a": "red"}), "'red'; it takes three whole numbers"),
             ((None, 255, {"a": [1, 2, 3], "b": [1, 2, 3]}), "another name"),
         ],
-        ids=["nothing", "no color", "ignored class", "ignored class before it is reduced", "short", "twice"],
+        ids=[
+            "nothing",
+            "no color",
+            "ignored class",
+            "ignored class before it is reduced",
+            "short",
+            "shares",
+            "a word",
+            "twice",
+        ],
     )
     def test_wrong_tables(self, arguments, message):
         with pytest.raises(ConfigError, match=message):
