@@ -142,6 +142,12 @@ def balanced_weights(counts: Tensor) -> Tensor:
     return torch.where(occurs, weights, 1.0)
 
 
+def check_class_weights(name: str, value: object) -> None:
+    """Class weights, as a list or a word: Lightning, which saves arguments, cannot compare arrays."""
+    if not isinstance(value, list | tuple | str):
+        raise ConfigError(f"{name} is {shown(value)}; it is a list of numbers, or 'balanced'.")
+
+
 def given_weights(weights: object, classes: int) -> Tensor:
     """Class weights that are given as numbers, (classes,).
 

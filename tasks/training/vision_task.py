@@ -37,7 +37,13 @@ from lora_plugins.tasks.models import (
 )
 from lora_plugins.tasks.training.base_task import BaseTask
 from lora_plugins.tasks.training.class_agreement import check_checkpoint, check_class_names, check_data
-from lora_plugins.tasks.training.losses import CROSS_ENTROPY, Objective, balanced_weights, given_weights
+from lora_plugins.tasks.training.losses import (
+    CROSS_ENTROPY,
+    Objective,
+    balanced_weights,
+    check_class_weights,
+    given_weights,
+)
 from lora_plugins.tasks.training.optimization import (
     LR,
     WEIGHT_DECAY,
@@ -53,6 +59,7 @@ from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_
 CONFUSION = "confusion"
 
 _CHECKS: Mapping[str, Check] = {
+    "class_weights": optional(check_class_weights),
     "lr": number_from(0),
     "weight_decay": number_from(0),
     "lr_scheduler": optional(check_scheduler),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -39,7 +40,10 @@ from .conftest import tiny_segformer, tiny_vit
 OF_TASKS = {
     "loss": [None, ["dice"], ""],
     "label_smoothing": ["0.1", None, float("nan"), True, 1.0],
-    "class_weights": [5, {"a": 1.0}, [1.0], ["1", "2", "3"], [float("nan"), 1, 1], [1, 1, -1], torch.ones(3)],
+    "class_weights": [
+        *(5, {"a": 1.0}, [1.0], ["1", "2", "3"], [float("nan"), 1, 1], [1, 1, -1]),
+        *(torch.ones(3), np.ones(3)),
+    ],
     "optimizer": ["adam"],
     "lr": ["1e-3", None, -1.0, float("nan"), float("inf"), True],
     "weight_decay": ["0", -1, float("inf")],
