@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from types import MappingProxyType
 from typing import Any
 
@@ -91,7 +92,7 @@ def sample(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sa
     with torch.no_grad(), in_eval_mode(pipe):
         for start in range(0, len(prompts), sampling.batch_size):
             chosen = slice(start, start + sampling.batch_size)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
+            generators = [torch.Generator().manual_seed(index(seed)) for seed in seeds[chosen]]
             arguments = sampling.arguments(pipe, len(generators))
             try:
                 pictures += pipe(list(prompts[chosen]), generator=generators, **arguments).images

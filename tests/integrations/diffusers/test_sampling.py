@@ -1,5 +1,6 @@
 """Samples with seeds of their own, and contact sheets."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert pipe.unet.training
     assert not pipe.text_encoder.training
-    again = sample(pipe, PROMPTS[2:], [5], sampling)
+    again = sample(pipe, PROMPTS[2:], np.array([5]), sampling)
     assert again[0].tobytes() == together[2].tobytes()
     assert together[0].tobytes() != sample(pipe, PROMPTS[:1], [4], sampling)[0].tobytes()
 
