@@ -119,13 +119,13 @@ class TrainingGuard(TrainerCallback):
 
     def _check(self, model: nn.Module, optimizer: Optimizer) -> None:
         check_active(model, self.adapter_name)
-        plan = LoraModel(model).plans[self.adapter_name]
-        if not trained(model):
+        plan, tensors = LoraModel(model).plans[self.adapter_name], trained(model)
+        if not tensors:
             raise StateError(
                 f"Nothing of the model requires a gradient, so that nothing would be trained. Call LoraModel(model)."
                 f"set_adapter({self.adapter_name!r}), and freeze no more than is to stay as it is."
             )
-        lost = trained(model).keys() - adapter_tensors(model).keys() - set(plan.trained)
+        lost = tensors.keys() - adapter_tensors(model).keys() - set(plan.trained)
         if lost:
             raise StateError(
                 f"{listing(sorted(lost))} are trained and are no part of the adapter, so that no checkpoint would hold "
@@ -159,8 +159,9 @@ class TrainingGuard(TrainerCallback):
             return
         self._seen, model = True, kwargs["model"]
         self._check_buffers(model)
-        factors = adapter_tensors(model).keys() & trained(model).keys()
-        without = [name for name, parameter in trained(model).items() if parameter.grad is None]
+        tensors = trained(model)
+        factors = adapter_tensors(model).keys() & tensors.keys()
+        without = [name for name, parameter in tensors.items() if parameter.grad is None]
         if factors and factors <= set(without):
             raise StateError(
                 "The first backward gave the adapter no gradient. Activation checkpointing with use_reentrant=True "

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
+from lora_plugins.plan import parameter_counts
 from lora_plugins.tasks.examples.read_digits import AFTER, BEFORE, ReadDigits
 
 NO_PRIOR = ("--data.init_args.class_pictures=null",)
@@ -66,8 +67,7 @@ class _Clock(Callback):
     seconds, trained, total = 0.0, 0, 0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-        self.total = sum(p.numel() for p in pl_module.parameters())
+        self.trained, self.total = parameter_counts(pl_module)
         self._start = time.process_time()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
