@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -150,8 +151,7 @@ def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
 
 def first_val_loader(trainer: Trainer) -> DataLoader[Any]:
     """The first loader of the val split, of a trainer that validates."""
-    loaders = trainer.val_dataloaders
-    return cast("DataLoader[Any]", loaders[0] if isinstance(loaders, list) else loaders)
+    return cast("DataLoader[Any]", CombinedLoader(trainer.val_dataloaders).flattened[0])
 
 
 def has_places(loader: DataLoader[Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 
 from lora_plugins import Plan
 from lora_plugins.tasks.training import VisionTask
@@ -115,7 +116,7 @@ def data_facts(trainer: Trainer) -> Facts:
         {
             "module": "" if data is None else type(data).__name__,
             "where": _place(data),
-            **{split: _length(loader) for split, loader in sizes.items()},
+            **{split: _length(loaders) for split, loaders in sizes.items()},
             "augmentation": str(getattr(data, "augmentation", "")),
             "sampler": str(getattr(data, "sampler", "")),
         }
@@ -168,10 +169,9 @@ def _place(data: Any) -> str:
     return next((str(place) for name in DATA_PLACES if (place := getattr(data, name, None))), "")
 
 
-def _length(loader: Any) -> str:
-    first = loader[0] if isinstance(loader, list) else loader
+def _length(loaders: Any) -> str:
     try:
-        return f"{len(first.dataset):,} images"
+        return f"{len(CombinedLoader(loaders).flattened[0].dataset):,} images"
     except (AttributeError, TypeError):  # a data set that does not know its length
         return ""
 

@@ -302,10 +302,13 @@ class Endless(IterableDataset):
             yield torch.rand(3, 16, 16), i % 3
 
 
-def test_data_without_a_module_or_a_length(trainer, tmp_path):
+@pytest.mark.parametrize(
+    "held", [lambda each: each, lambda each: [each], lambda each: {"val": each}], ids=["alone", "list", "dict"]
+)
+def test_data_without_a_module_or_a_length(trainer, tmp_path, held):
     path, samples = tmp_path / "r.html", [(torch.rand(3, 16, 16), i % 3) for i in range(4)]
     fit = trainer(callbacks=[HtmlReport(str(path))], max_epochs=2, num_sanity_val_steps=-1)
-    fit.fit(ImageClassificationTask(tiny_vit()), DataLoader(Endless(), 2), DataLoader(samples, 2))
+    fit.fit(ImageClassificationTask(tiny_vit()), DataLoader(Endless(), 2), held(DataLoader(samples, 2)))
     run = read_run(path)
     assert [epoch for epoch, _ in run.history["val/loss"]] == [0, 1, 2]
     assert [(result.train, result.val) for result in run.classes] == [(2, 2), (2, 1), (2, 1)]
