@@ -215,8 +215,10 @@ class VisionTask(BaseTask):
         """Normalizes images (N, channels, H, W) in [0, 1], of any precision, and calls the network on them.
 
         Raises:
-            ConfigError: If they have another number of channels than the network takes.
+            ConfigError: If they are whole numbers, or have another number of channels than the network takes.
         """
+        if not images.is_floating_point():
+            raise ConfigError(f"Images are {images.dtype}, and a task takes fractions from 0 to 1: images / 255.")
         own, given = len(self.mean), images.shape[1]
         if own not in (1, given):
             raise ConfigError(

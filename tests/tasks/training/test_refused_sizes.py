@@ -22,6 +22,13 @@ def test_another_number_of_channels_is_told_as_that(trainer):
             judge()
 
 
+def test_images_of_8_bits_are_refused(trainer):
+    """They would be normalized as if white were 1, and train without an error."""
+    loader = DataLoader(TensorDataset(torch.ones(2, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 1])))
+    with pytest.raises(ConfigError, match=r"^Images are torch.uint8, and a task takes fractions from 0 to 1: images /"):
+        trainer().validate(ImageClassificationTask(tiny_vit()), loader)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_size_that_the_network_refuses_is_told_as_that(trainer, count):
     """timm asserts, torch raises: it is a size that the user chose, of the images or, for batch norm, of the batch."""
