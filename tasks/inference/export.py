@@ -66,6 +66,8 @@ class _ExportedNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) or (N, classes, H, W) of images (N, channels, H, W)."""
         size = images.shape[-2:]
+        if images.dtype != self.mean.dtype:  # or the program has a cast that does nothing
+            images = images.to(self.mean.dtype)
         images = (images - self.mean) / self.std
         logits = self.network_logits(self.network, images.flip(1) if self.bgr else images)
         if logits.ndim == 4 and logits.shape[-2:] != size:

@@ -48,6 +48,12 @@ class TestExport:
             found = torch.export.load(tmp_path / "m.pt2").module()(torch.rand(3, 3, 16, 16))
             assert found.device.type == "cpu"
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_a_task_in_half_precision(self, fitted, tmp_path, dtype):
+        task, images = merged_task(fitted["labels"][1]["adapter"]).to(dtype), torch.rand(2, 3, 16, 16)
+        export_task(task, tmp_path / "m.pt2")
+        torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(images), task(images))
+
     @pytest.mark.parametrize("size", [None, (24, 24)], ids=["written", "refused"])
     def test_a_task_that_is_trained_goes_on_as_it_was(self, fitted, tmp_path, size):
         task = merged_task(fitted["labels"][1]["adapter"]).train()
