@@ -48,6 +48,7 @@ class VisionDataModule(LightningDataModule):
         choice_of(*SAMPLERS)("sampler", sampler)
         self.batch_size, self.num_workers, self.sampler = batch_size, num_workers, sampler
         self.splits: dict[str, Dataset[Any]] = {}
+        self._counts: Tensor | None = None
 
     @property
     @abstractmethod
@@ -86,12 +87,17 @@ class VisionDataModule(LightningDataModule):
         return self._loader(TEST if TEST in self.splits else VAL)
 
     def class_counts(self) -> Tensor:
-        """How often each class occurs in the train split, (classes,): in samples, or in pixels of their masks."""
-        counts = torch.zeros(len(self.class_names), dtype=torch.long)
-        for target in self.targets(TRAIN):
-            counted = target if self.ignore_index is None else target[target != self.ignore_index]
-            counts += torch.bincount(counted, minlength=len(counts))
-        return counts
+        """How often each class occurs in the train split, (classes,): in samples, or in pixels of their masks.
+
+        They are counted once: every run of a task with balanced weights asks for them, and masks are read from disk.
+        """
+        if self._counts is None:
+            counts = torch.zeros(len(self.class_names), dtype=torch.long)
+            for target in self.targets(TRAIN):
+                counted = target if self.ignore_index is None else target[target != self.ignore_index]
+                counts += torch.bincount(counted, minlength=len(counts))
+            self._counts = counts
+        return self._counts
 
     def targets(self, split: str) -> Iterator[Tensor]:
         """The targets of a split, sample by sample, flattened."""

@@ -212,6 +212,17 @@ class TestSampling:
         assert 0.4 < float((drawn == 0).float().mean()) < 0.6
         assert data.class_counts().tolist() == [5, 45]
 
+    def test_masks_are_counted_once(self, mask_folders, trainer):
+        """Not by each run of a task with balanced weights."""
+        data, read = MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], image_size=(32, 32)), []
+        task = SemanticSegmentationTask(tiny_segformer(3), ignore_index=255, class_weights="balanced")
+        trainer(max_steps=1).fit(task, data)
+        weights, own = task.weights, data.targets
+        data.targets = lambda split: read.append(split) or own(split)
+        trainer().validate(task, data)
+        assert not read
+        assert torch.equal(task.weights, weights)
+
     def test_masks_have_many_classes(self, mask_folders):
         data = loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], sampler="balanced", **SIZE))
         with pytest.raises(ConfigError, match="one class a sample"):
