@@ -1,6 +1,5 @@
 """Many adapters on one ViT-S: memory, switching, and a batch whose rows have different ones."""
 
-import time
 from collections.abc import Callable
 from statistics import median
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.speed.cases import Case, vit
+from benchmarks.speed.measure import elapsed
 from benchmarks.speed.variants import installed
 from lora_plugins import LoraConfig, LoraModel
 
@@ -49,8 +49,8 @@ def _memory_and_switching(ours: LoraModel, peft: nn.Module | None, rounds: int) 
     adapters = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name) / COUNT
     base = sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
     names = [f"a{at % COUNT}" for at in range(1, rounds + 1)]
-    own = median(_seconds(lambda name=name: ours.set_adapter(name, trainable=False)) for name in names)
-    theirs = median(_seconds(lambda name=name: peft.set_adapter(name)) for name in names) if peft is not None else None
+    own = median(elapsed(lambda name=name: ours.set_adapter(name, trainable=False)) for name in names)
+    theirs = median(elapsed(lambda name=name: peft.set_adapter(name)) for name in names) if peft is not None else None
     return [
         ("base (MiB)", f"{base / 2**20:.1f}", ""),
         (f"each of {COUNT} adapters (MiB)", f"{adapters / 2**20:.2f}", ""),
@@ -85,16 +85,10 @@ def _mixed(ours: LoraModel, peft: nn.Module | None, x: torch.Tensor, rounds: int
     torch.testing.assert_close(mixed(), one_by_one(), rtol=1e-3, atol=1e-3)
     for _ in range(rounds):
         for name, action in actions.items():
-            times[name].append(_seconds(action))
+            times[name].append(elapsed(action))
     over = {name: median(a / b for a, b in zip(of, times["base"], strict=True)) for name, of in times.items()}
     return [
         (f"{ROWS} rows, one batch of the base (ms)", f"{1000 * median(times['base']):.0f}", ""),
         (f"{ROWS} rows with {ROWS} adapters, mixed, over it", f"{over['mixed']:.2f}", f"{over.get('peft', 0):.2f}"),
         ("the same, one by one, over it", f"{over['one by one']:.2f}", ""),
     ]
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start

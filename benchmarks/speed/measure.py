@@ -1,7 +1,7 @@
 """Time and memory of steps."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 import torch
@@ -30,6 +30,13 @@ def step(
         loss = model(*batch).float().square().mean()
     if loss.requires_grad:  # the floor of an embedding has nothing to differentiate
         precision.scaler(device).scale(loss).backward()
+
+
+def elapsed(action: Callable[[], object]) -> float:
+    """Returns the seconds that a call takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def seconds(

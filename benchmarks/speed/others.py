@@ -2,8 +2,6 @@
 
 import copy
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +10,7 @@ from torch import nn
 
 from benchmarks.speed import merging
 from benchmarks.speed.cases import Case, vit
+from benchmarks.speed.measure import elapsed
 from benchmarks.speed.variants import installed, ours, peft
 from lora_plugins import LoraConfig, LoraModel
 
@@ -23,21 +22,15 @@ def rows(rounds: int, device: torch.device) -> list[Row]:
     return [*_thousand_layers(), *merging.rows(), *_inference(rounds, device), *_mixed_batch(rounds, device)]
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def _thousand_layers() -> list[Row]:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(1000)))
     config = LoraConfig(r=4)
-    inject = _seconds(lambda: LoraModel(model, config))
+    inject = elapsed(lambda: LoraModel(model, config))
     other = copy.deepcopy(LoraModel(model).unload())
     LoraModel(model, config)
     with tempfile.TemporaryDirectory() as folder:
         LoraModel(model).save_adapter(Path(folder) / "adapter")
-        load = _seconds(lambda: LoraModel.load_adapter(other, Path(folder) / "adapter"))
+        load = elapsed(lambda: LoraModel.load_adapter(other, Path(folder) / "adapter"))
     theirs = ["", ""]
     if "peft" in installed():
         theirs = _thousand_layers_of_peft()
@@ -51,10 +44,10 @@ def _thousand_layers_of_peft() -> list[str]:
     base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(1000)))
     other = copy.deepcopy(base)
     config = PeftConfig(r=4, target_modules=[name for name, _ in base.named_children()])
-    inject = _seconds(lambda: get_peft_model(base, config))
+    inject = elapsed(lambda: get_peft_model(base, config))
     with tempfile.TemporaryDirectory() as folder:
         get_peft_model(copy.deepcopy(other), config).save_pretrained(folder)
-        load = _seconds(lambda: PeftModel.from_pretrained(other, folder))
+        load = elapsed(lambda: PeftModel.from_pretrained(other, folder))
     return [f"{inject:.2f}", f"{load:.2f}"]
 
 
@@ -104,7 +97,7 @@ def _compare(
         for _ in range(rounds + 1):
             for name, model in models.items():
                 options = of_peft or {} if name == "peft" else {}
-                times[name].append(_seconds(lambda m=model, o=options: m(*batch, **o)))
+                times[name].append(elapsed(lambda m=model, o=options: m(*batch, **o)))
     ratios = {
         name: median(a / b for a, b in zip(values[1:], times["floor"][1:], strict=True))
         for name, values in times.items()
