@@ -24,7 +24,12 @@ _TYPES: Mapping[str, str] = {
     "list": "a list, such as [a, b]",
     "tuple": "a list, such as [224, 224]",
     "dict": "a table, such as {a: 1}",
+    "collections.abc.Iterable": "a list, such as [a, b]",
+    "collections.abc.Sequence": "a list, such as [a, b]",
 }
+
+_OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
+"""The keys of a table that names a class."""
 
 _OF_THE_CPU = "DefaultCPUAllocator: "
 """Begins what torch says where the memory of a CPU is too small, in an error of no class of its own."""
@@ -39,6 +44,9 @@ def explained(message: str, flags: Iterable[str] = ()) -> str:
     """
     where = ".".join(_KEY.findall(message))
     classes = _CLASS.findall(message)
+    for key in re.findall(r"'([\w-]+)'", message):
+        if key not in _OF_A_CLASS and (alike := difflib.get_close_matches(key, _OF_A_CLASS, n=1, cutoff=0.85)):
+            return f"{where}: there is no {key!r} of a class. Did you mean {alike[0]!r}?"
     for pattern, say in _REASONS:
         if (found := re.search(pattern, message)) is not None:
             said = say(found, classes[-1] if classes else "", list(flags))
@@ -104,8 +112,9 @@ def _module(found: re.Match[str], cls: str, flags: list[str]) -> str:
 
 def _wrong_type(found: re.Match[str], cls: str, flags: list[str]) -> str:
     nested = re.fullmatch(r"NestedArg\(key='(.+)', val='(.*)'\)", found[2].strip())
-    value, expected = nested[2] if nested else found[2], _TYPES.get(found[1], found[1])
-    return f"it is {expected}, and {value!r} was given."
+    value, types = nested[2] if nested else found[2], {*re.findall(r"Expected a <class '([\w.]+)'>", found.string)}
+    first = "float" if {"int", "float"} <= types else found[1]
+    return f"it is {_TYPES.get(first, first)}, and {value!r} was given."
 
 
 def _choice(found: re.Match[str], cls: str, flags: list[str]) -> str:
@@ -135,9 +144,9 @@ _Say = Callable[[re.Match[str], str, list[str]], str]
 _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"([\w.]+ needs [\w.]+\. Run: pip install '[^']+')", lambda found, *_: found[1]),
     (r"unrecognized arguments: (\S+)", _nested_option),
-    (r"Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", _option_of_callable),
-    (r"Option '(\w+)' is not accepted", _option),
-    (r"Group '([\w.]+)' does not accept option '(\w+)'", _field),
+    (r"Option '(\w+)[\w.]*' is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", _option_of_callable),
+    (r"Option '(\w+)[\w.]*' is not accepted", _option),
+    (r"Group '([\w.]+)' does not accept option '(\w+)", _field),
     (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),
     (r"No module named '([\w.]+)'", _module),
     (r"Expected a dot import path string: (\S+)", _class_path),

@@ -199,7 +199,6 @@ def folder(tmp_path_factory):
     (folder / "broken.yaml").write_text("model: [")
     (folder / "twice.yaml").write_text("lora: {r: 4, alpha: 2, r: 8}")
     (folder / "sections.yaml").write_text("lora: {r: 4}\nmodel: x\nlora: {alpha: 8}\n")
-    (folder / "nested.yaml").write_text("model: {init_args: {model: {num_clases: 3}}}")
     (folder / "list.yaml").write_text("trainer: [1, 2]")
     (folder / "images").mkdir()
     return folder
@@ -225,9 +224,43 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
 
 
 @needs_vision
-def test_a_field_of_an_argument_in_a_file(folder, capsys):
-    message = "model has no 'num_clases'. Did you mean 'num_classes'?"
-    refused(["--config", "recipe:cls", "--config", str(folder / "nested.yaml")], message, capsys)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {init_args: {model: {num_clases: 3}}}", "model has no 'num_clases'. Did you mean 'num_classes'?"),
+        ("model: {init_args: {model: {optios: {depth: 4}}}}", "model has no 'optios'. Did you mean 'options'?"),
+        ("model: {init_args: {modl: {name: x}}}", "ImageClassificationTask has no 'modl'. Did you mean 'model'?"),
+        ("model: {init_ars: {lr: 1}}", "model: there is no 'init_ars' of a class. Did you mean 'init_args'?"),
+        (
+            "trainer: {callbacks: [{class_pah: lora_plugins.tasks.HtmlReport, init_args: {path: x}}]}",
+            "trainer.callbacks: there is no 'class_pah' of a class. Did you mean 'class_path'?",
+        ),
+        (
+            "trainer: {logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_arg: {save_dir: x}}}",
+            "trainer.logger: there is no 'init_arg' of a class. Did you mean 'init_args'?",
+        ),
+        ("trainer: {gradient_clip_val: many}", "trainer.gradient_clip_val: it is a number, and 'many' was given"),
+        ("data: {init_args: {digits: x}}", "data.digits: it is a list, such as [a, b], and 'x' was given"),
+        (
+            "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: -1}}",
+            "`optimizer` or `lr_scheduler` cannot be built: Invalid learning rate: -1",
+        ),
+    ],
+    ids=[
+        "field",
+        "field with fields",
+        "argument with fields",
+        "init_args",
+        "callback",
+        "logger",
+        "number",
+        "list",
+        "value of an optimizer",
+    ],
+)
+def test_a_key_of_a_file(text, message, tmp_path, capsys):
+    (tmp_path / "more.yaml").write_text(text)
+    refused(["--config", "recipe:cls", "--config", str(tmp_path / "more.yaml")], message, capsys)
 
 
 @needs_vision
