@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unfetched, unknown
 from lora_plugins.tasks.models.from_timm import check_name
-from lora_plugins.tasks.models.model_config import ModelConfig
+from lora_plugins.tasks.models.model_config import ModelConfig, building
 from lora_plugins.tasks.models.network import Network, children_except, is_inside
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
@@ -68,12 +68,11 @@ def _create(config: ModelConfig) -> nn.Module:
     _check_options(config, decoders[config.name])
     weights = "imagenet" if config.weights == PRETRAINED else None
     try:
-        return cast(
-            nn.Module,
-            decoders[config.name](encoder_weights=weights, classes=config.num_classes, **config.options),
-        )
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"smp's {config.name} cannot be built with the options {config.options}: {error}") from error
+        with building(config):
+            return cast(
+                nn.Module,
+                decoders[config.name](encoder_weights=weights, classes=config.num_classes, **config.options),
+            )
     except OSError as error:
         raise unfetched(f"the encoder {encoder}", error) from error
 

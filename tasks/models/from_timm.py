@@ -4,9 +4,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unfetched, unknown
-from lora_plugins.tasks.models.model_config import ModelConfig
+from lora_plugins.tasks.models.model_config import ModelConfig, building
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
@@ -47,9 +46,8 @@ def _create(config: ModelConfig, **keywords: Any) -> Any:
 
     check_name(config.name)
     try:
-        return timm.create_model(config.name, **config.options, **keywords)
-    except TypeError as error:
-        raise ConfigError(f"timm's {config.name} cannot be built with the options {config.options}: {error}") from error
+        with building(config):
+            return timm.create_model(config.name, **config.options, **keywords)
     except OSError as error:
         raise unfetched(f"timm's {config.name}", error) from error
 

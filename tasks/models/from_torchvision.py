@@ -7,9 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unfetched, unknown
-from lora_plugins.tasks.models.model_config import ModelConfig
+from lora_plugins.tasks.models.model_config import ModelConfig, building
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
@@ -46,12 +45,8 @@ def _create(config: ModelConfig) -> nn.Module:
     if config.name not in names:
         raise unknown("segmenter of torchvision:", config.name, names)
     keywords = {"weights": None, "weights_backbone": None, "num_classes": config.num_classes, **config.options}
-    try:
+    with building(config):
         module = get_model(config.name, **keywords)
-    except TypeError as error:
-        raise ConfigError(
-            f"torchvision's {config.name} cannot be built with the options {config.options}: {error}"
-        ) from error
     if hasattr(module, AUXILIARY):
         module.aux_classifier = None
     return cast(nn.Module, module)

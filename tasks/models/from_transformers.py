@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.model_config import ModelConfig
+from lora_plugins.tasks.models.model_config import ModelConfig, building
 from lora_plugins.tasks.models.network import Network, children_except
 from lora_plugins.tasks.models.new_head import class_dependent_modules
 from lora_plugins.tasks.models.weights import (
@@ -136,12 +136,8 @@ def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple
 
 
 def _random(config: ModelConfig, auto: Any, architecture: Any) -> Any:
-    try:
+    with building(config):
         return auto.from_config(architecture)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"{config.name} of transformers cannot be built with the options {config.options}: {error}"
-        ) from error
 
 
 def _heads(module: nn.Module, config: ModelConfig, auto: Any) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Which network a task trains, in values that a YAML file can hold."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -113,3 +114,19 @@ _CHECKS: Mapping[str, Check] = {
     "head": choice_of(*HEADS),
 }
 """What the fields can be, by name; that there is such a source is checked by whoever builds the network."""
+
+
+@contextmanager
+def building(config: ModelConfig) -> Iterator[None]:
+    """Names the options of which a library cannot build a network; for them it raises almost anything.
+
+    Raises:
+        ConfigError: Of whatever it raises.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, ImportError) as error:
+        raise ConfigError(
+            f"{config.source}'s {config.name} cannot be built with the options {config.options}: "
+            f"{str(error) or type(error).__name__}"
+        ) from error

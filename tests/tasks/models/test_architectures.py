@@ -102,12 +102,19 @@ def test_the_pictures_side_of_clip(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "name", "options"),
-    [("transformers", "beit", {"out_indices": [1]}), ("smp", "UnetPlusPlus", {"encoder_name": "mit_b0"})],
-    ids=["transformers", "smp"],
+    [
+        ("transformers", "beit", {"out_indices": [1]}),
+        ("smp", "UnetPlusPlus", {"encoder_name": "mit_b0"}),
+        ("timm", "test_vit", {"num_heads": 3}),
+        ("timm", "test_vit", {"patch_size": 0}),
+        ("timm", "test_vit", {"act_layer": "foo"}),
+    ],
+    ids=["transformers", "smp", "timm, which asserts", "timm, which divides by zero", "timm, without such a layer"],
 )
 def test_what_a_library_refuses_is_said_with_the_options(source, name, options):
-    with pytest.raises(ConfigError, match=f"{name}.* cannot be built with the options"):
-        SemanticSegmentationTask(ModelConfig(source, name, 4, "none", options, HALF, HALF))
+    task = ImageClassificationTask if source == "timm" else SemanticSegmentationTask
+    with pytest.raises(ConfigError, match=f"{source}'s {name} cannot be built with the options"):
+        task(ModelConfig(source, name, 4, "none", options, HALF, HALF))
 
 
 def test_an_auxiliary_head_is_not_asked_for():
