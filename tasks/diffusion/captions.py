@@ -4,8 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lora_plugins.errors import listing
 from lora_plugins.tasks.errors import DataError, counted, listed
-from lora_plugins.tasks.files import image_files, read_errors, read_image, read_list
+from lora_plugins.tasks.files import (
+    READERS,
+    image_files,
+    left_out,
+    read_errors,
+    read_image,
+    read_list,
+    read_text,
+    without_images,
+)
 
 CAPTION_SUFFIX = ".txt"
 IMAGE, PROMPT = "image", "prompt"
@@ -35,12 +47,17 @@ def captioned_folder(folder: Path, prompt: str | None) -> list[Captioned]:
         prompt: The prompt of all pictures; None if each has a `.txt` beside it.
 
     Raises:
-        DataError: If there is no folder or no picture, one cannot be read, a caption is missing or empty, or there are
-            captions beside a prompt for all.
+        DataError: If there is no folder or no picture, one or its caption cannot be read, a caption is missing or
+            empty, or there are captions beside a prompt for all.
     """
     paths = image_files(folder)
     if not paths:
-        raise DataError(f"{folder.absolute()} holds no picture.")
+        raise DataError(f"{without_images(folder.absolute())}.")
+    others = [
+        each.name for each in left_out([folder]) if each.is_file() and each.suffix not in (CAPTION_SUFFIX, *READERS)
+    ]
+    if others:  # pictures of telephones among them
+        rank_zero_warn(f"Left out of {folder.absolute()}, as no image files here: {listing(others, 3)}.")
     captions = [path.with_suffix(CAPTION_SUFFIX) for path in paths]
     if prompt is None:
         return _checked([(path, _caption(caption)) for path, caption in zip(paths, captions, strict=True)], str(folder))
@@ -64,10 +81,7 @@ def captioned_list(path: Path, root: Path) -> list[Captioned]:
 
 
 def _caption(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # editors on Windows write a mark of the byte order in front
-    except (OSError, UnicodeDecodeError):
-        return None
+    return read_text(path) if path.is_file() else None
 
 
 def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Captioned]:
@@ -82,7 +96,7 @@ def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Capti
     for path, prompt in pairs:
         caption = path.with_suffix(CAPTION_SUFFIX)
         if prompt is None:
-            problems.append(f"{path} has no caption: there is no readable {caption.name} beside it, and no `prompt`.")
+            problems.append(f"{path} has no caption: there is no {caption.name} beside it, and no `prompt`.")
         elif not prompt.strip():
             problems.append(f"The prompt of {path} is empty.")
     if problems:

@@ -139,8 +139,31 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_an_empty_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match="holds no picture"):
+    with pytest.raises(DataError, match="holds no image"):
         PicturesDataModule(str(tmp_path), prompt="a dog").setup("fit")
+
+
+def test_pictures_one_folder_deeper_are_named(picture_folder):
+    folder = picture_folder((8, 8))
+    (folder / "10_sks dog").mkdir()  # as kohya's scripts want it
+    (folder / "0.png").rename(folder / "10_sks dog" / "0.png")
+    with pytest.raises(DataError, match=r"holds no image .*10_sks dog does: move them up"):
+        PicturesDataModule(str(folder), prompt="a dog").setup("fit")
+
+
+def test_pictures_that_are_left_out_are_named(picture_folder):
+    folder = picture_folder((8, 8))
+    for name in ("0.txt", "1.heic", "1.txt", "metadata.jsonl"):
+        (folder / name).write_text("a dog")
+    with pytest.warns(UserWarning, match=r"Left out of .*, as no image files here: '1\.heic'\.$"):
+        PicturesDataModule(str(folder)).setup("fit")
+
+
+def test_a_caption_in_another_encoding_is_named(picture_folder):
+    folder = picture_folder((8, 8))
+    (folder / "0.txt").write_text("Größe", encoding="utf-16")
+    with pytest.raises(DataError, match=r"0\.txt cannot be read: .* It has to be a text in UTF-8"):
+        PicturesDataModule(str(folder)).setup("fit")
 
 
 def test_every_picture_that_cannot_be_read_is_named(picture_folder):
