@@ -73,6 +73,8 @@ def _of_labels(data: Path, splits: Mapping[str, Rows], found: str, flags: Flags)
     classes = flags.classes or tuple(sorted(occurring))
     if unnamed := sorted(occurring - {*classes}):
         raise DataError(f"{data} has the labels {listing(unnamed)}, which --classes does not name.")
+    if unlearned := sorted(occurring - {*labels[TRAIN]}):
+        raise DataError(f"{data} has the labels {listing(unlearned)}, of which no row is of the split {TRAIN!r}.")
     if len(classes) < 2:
         raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
     chosen = {} if flags.classes is None else {"classes": [*classes]}

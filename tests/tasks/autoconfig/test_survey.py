@@ -379,6 +379,10 @@ def jpeg_masks(root):
     masked(root, [0, 1], suffix=".jpg")
 
 
+def gif_masks(root):
+    masked(root, [0, 1], suffix=".gif")
+
+
 def a_photo_as_mask(root):
     masked(root, [0, 1])
     write_image(root / "masks" / "0.png", noise(40, 60))
@@ -508,7 +512,8 @@ def images_of_a_split_beside_lists(root):
         (two_of_one_name, r"(?s)2 problems.*3\.jpg is one of several files of one name.*3\.png is one"),
         (masks_called_otherwise, r"(?s)1 problem.*0.jpg needs 0.png, and there is 0_mask.png. Rename"),
         (one_value, "All masks hold one value, 0, and"),
-        (jpeg_masks, "are no PNG files. Convert TIFF and BMP; JPEG has lost what a mask says"),
+        (jpeg_masks, "are no PNG files. Convert GIF, TIFF and BMP; JPEG has lost what a mask says"),
+        (gif_masks, "(?s)1 problem.*are no PNG files. Convert GIF"),
         (a_photo_as_mask, "more than 256 colors"),
         (smoothed, "black and white with 9 grays between"),
         (masks_of_another_size, r"(?s)1 problem.*3.png is 30x40, and its image is 60x40 \(width x height\)"),
@@ -557,6 +562,17 @@ def test_flags_that_a_list_of_labels_does_not_take(tmp_path, flags, message):
     data = written(tmp_path / "list.csv", [{"image": f"{at}.jpg", "label": "ab"[at % 2]} for at in range(10)])
     with pytest.raises(DataError, match=message):
         survey(data, Flags(**flags))
+
+
+def test_a_label_that_no_row_trains_is_told(tmp_path):
+    """As a class of which there is no folder in `train`."""
+    write_image(tmp_path / "0.jpg", noise())
+    rows = [
+        {"image": "0.jpg", "label": label, "split": split}
+        for label, split in zip("abc", ("train",) * 2 + ("val",), strict=True)
+    ]
+    with pytest.raises(DataError, match=r"has the labels 'c', of which no row is of the split 'train'"):
+        survey(written(tmp_path / "list.jsonl", rows), Flags())
 
 
 def test_a_first_row_without_a_label_is_told_as_that(tmp_path):
