@@ -154,7 +154,11 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"(?s)Import path does not correspond to a subclass of (\w+).*Given value: ([^\n]+)", _no_class),
     (r"the following arguments are required: (.+)", _required),
     (r"Expected a <class '(?!NoneType)([\w.]+)'>\. Got value: (.+)", _wrong_type),
-    (r"(?s)Expected a <class '(?!NoneType)([\w.]+)'>.*Given value: ([^\n]+)", _wrong_type),
+    (r"(?s)Expected a <class '(?!NoneType)([\w.]+)'>.*?Given value: ([^\n]+)", _wrong_type),
+    (
+        r"(?s)Expected a tuple with (\d+) elements.*?Given value: ([^\n]+)",
+        lambda found, *_: f"it is a list of {found[1]}, and {found[2]} was given.",
+    ),
     (r"File does not exist: '([^']+)'", lambda found, *_: f"there is no file {found[1]}."),
     (r'(?:Key|Option) "([^"]+)" is required', lambda found, *_: f"{found[1]!r} is missing, and has no default."),
 )

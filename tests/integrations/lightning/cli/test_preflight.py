@@ -242,6 +242,14 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
         ("trainer: {gradient_clip_val: many}", "trainer.gradient_clip_val: it is a number, and 'many' was given"),
         ("data: {init_args: {digits: x}}", "data.digits: it is a list, such as [a, b], and 'x' was given"),
         (
+            "data: {class_path: lora_plugins.tasks.ImageFolderDataModule, init_args: {root: ., image_size: 64}}",
+            "data.image_size: it is a list, such as [224, 224], and '64' was given",
+        ),
+        (
+            "data: {class_path: lora_plugins.tasks.ImageFolderDataModule, init_args: {root: ., image_size: [64]}}",
+            "data.image_size: it is a list of 2, and [64] was given",
+        ),
+        (
             "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: -1}}",
             "`optimizer` or `lr_scheduler` cannot be built: Invalid learning rate: -1",
         ),
@@ -255,6 +263,8 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
         "logger",
         "number",
         "list",
+        "one number for two",
+        "too few numbers",
         "value of an optimizer",
     ],
 )
