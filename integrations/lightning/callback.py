@@ -103,6 +103,7 @@ from lora_plugins.integrations.lightning.training import (
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
+from lora_plugins.utils import plain_name
 
 allow_class_path()
 
@@ -470,6 +471,15 @@ class LoraCallback(Callback):
             Whether a merge was undone.
         """
         return self._merge.is_kept and self._merge.undo(self._target(module), type(module).__name__)
+
+    def awaited(self, module: LightningModule) -> dict[tuple[str, str], LoraConfig]:
+        """Returns the adapter that waits for a checkpoint, by target and name; empty if there is none."""
+        target = self._target(module)
+        state = model_state(target)
+        if self._run.strategy_shims is None or (state is not None and self.adapter_name in state.adapters):
+            return {}
+        config = with_declarations(self.config, module, target, self.target)
+        return {(plain_name(self.target or ""), self.adapter_name): config}
 
     def before_save(self, trainer: Trainer) -> None:
         """Records what the module has changed by hand, which the checkpoint has to hold; averages have the base."""

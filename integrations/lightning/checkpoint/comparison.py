@@ -1,6 +1,6 @@
 """Compares the adapters of a checkpoint with those of a module: same configuration, same tensors, same base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -39,7 +39,7 @@ def check_adapters(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapp
             own = LoraModel(target).pack(name)
             keys = {key: state_key(adapter["target"], name, key) for key in own.tensors}
             check_same_adapter(name, PackedAdapter(as_saved(own.manifest, keys, whole), own.tensors), packed)
-        check_no_surplus(module, entry)
+        check_no_surplus(adapters_by_place(module), entry)
 
 
 def locate_adapter(
@@ -118,14 +118,18 @@ def check_same_config(name: str, own: Mapping[str, Any], packed: PackedAdapter) 
         )
 
 
-def check_no_surplus(module: nn.Module, entry: Mapping[str, Any]) -> None:
+def check_no_surplus(places: Iterable[tuple[str, str]], entry: Mapping[str, Any]) -> None:
     """Checks that the module has no adapter that the checkpoint lacks: it would act with its initial values.
+
+    Args:
+        places: Targets and names of the adapters that the module has, or is about to have.
+        entry: The checkpoint's entry.
 
     Raises:
         AdapterFileError: If it has some, naming them.
     """
     known = {(adapter["target"], adapter["manifest"]["adapter_name"]) for adapter in entry["adapters"]}
-    surplus = [place for place in adapters_by_place(module) if place not in known]
+    surplus = [place for place in places if place not in known]
     if surplus:
         here, there = (
             [f"{name} on {path or 'the module'}" for path, name in each] for each in (surplus, sorted(known))

@@ -4,13 +4,14 @@ import copy
 from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.adapter import adapter_tensors, model_state, whole
 from lora_plugins.errors import listing
 from lora_plugins.files import PackedAdapter, by_same_plugins, fingerprint, same, versions_told
@@ -50,7 +51,12 @@ from lora_plugins.utils import plain_name
 
 
 def restore(
-    module: nn.Module, checkpoint: Mapping[str, Any], *, keep_moved: bool = False, again: bool = False
+    module: nn.Module,
+    checkpoint: Mapping[str, Any],
+    *,
+    keep_moved: bool = False,
+    again: bool = False,
+    awaited: Mapping[tuple[str, str], LoraConfig] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Puts the adapters of a checkpoint on a module and returns the checkpoint with complete state dicts.
 
@@ -61,6 +67,7 @@ def restore(
         checkpoint: What `shrink` returned; it is not changed.
         keep_moved: Whether to go on, with a warning, if it leaves out what the module has moved by hand since.
         again: Whether it was restored before; the module's own hook may have filled in what the file leaves out.
+        awaited: The adapters that the checkpoint has to bring, by target and name.
 
     Raises:
         AdapterFileError: If the entry is damaged or newer, or does not fit the module. Adapters that were not on the
@@ -71,11 +78,11 @@ def restore(
     with ExitStack() as undo, entry_errors():
         merged = {**entry.get("base_tensors", {}), **state}
         _put_base(module, entry.get("base", []), entry.get("pretrained", {}), merged, undo)
-        check_no_surplus(module, entry)
+        check_no_surplus([*adapters_by_place(module), *awaited], entry)
         _check_left_out(module, entry, keep_moved=keep_moved)
         whole = bool(entry.get("whole"))
         # Before one is overwritten.
-        located = _in_order([_located(module, adapter, state, whole=whole) for adapter in entry["adapters"]])
+        located = _in_order([_located(module, each, state, awaited, whole=whole) for each in entry["adapters"]])
         for adapter, place in zip(entry["adapters"], located, strict=True):
             _attach_or_overwrite(place, undo)
             _set_active(place.target, place.name, adapter["active"], adapter["weight"])
@@ -193,7 +200,14 @@ class _Located:
     own: PackedAdapter | None
 
 
-def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any], *, whole: bool) -> _Located:
+def _located(
+    module: nn.Module,
+    adapter: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    awaited: Mapping[tuple[str, str], LoraConfig],
+    *,
+    whole: bool,
+) -> _Located:
     """Finds the place of an adapter, and checks it against the one that is there.
 
     A whole checkpoint is of this module, and brings the base that an init has changed as well.
@@ -201,6 +215,8 @@ def _located(module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, 
     target, packed = locate_adapter(module, adapter, saved)
     name, state = str(packed.manifest.get("adapter_name")), model_state(target)
     if state is None or name not in state.adapters:
+        if (wanted := awaited.get((adapter["target"], name))) is not None:
+            check_same_config(name, wanted.to_dict(), packed)
         return _Located(target, name, packed, is_present=False, own=None)
     config = state.adapters[name].plan.config
     check_same_config(name, config.to_dict(), packed)

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lora_plugins import AdapterFileError, LoraModel
+from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning.checkpoint import (
     KEY,
     allowed,
@@ -58,6 +58,9 @@ class Owner(Protocol):
 
     def undo_merge(self, module: nn.Module) -> bool:
         """Undoes a merge, since an adapter is about to be loaded, and returns whether there was one."""
+
+    def awaited(self, module: LightningModule) -> dict[tuple[str, str], LoraConfig]:
+        """Returns the adapter that waits for a checkpoint, by target and name; empty if there is none."""
 
     def before_save(self, trainer: Trainer) -> None:
         """Learns that a checkpoint is about to be written."""
@@ -197,8 +200,10 @@ class CheckpointShims:
         return complete
 
     def _restored(self, checkpoint: dict[str, Any], *, again: bool = False) -> dict[str, Any]:
-        trains = self._trainer.state.fn == "fit"
-        complete = restore(self._module, checkpoint, keep_moved=self._keeps_moved or not trains, again=again)
+        trains, module = self._trainer.state.fn == "fit", self._module
+        awaited = {place: config for owner in self._owners for place, config in owner.awaited(module).items()}
+        keep_moved = self._keeps_moved or not trains
+        complete = restore(module, checkpoint, keep_moved=keep_moved, again=again, awaited=awaited if trains else {})
         if not trains and "current_model_state" in complete:
             # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
             # that is to be tested. The metric in the file's name is that of the averaged ones.

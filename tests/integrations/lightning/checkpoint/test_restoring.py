@@ -82,6 +82,13 @@ def test_layers_are_told_their_version(tmp_path):
     load_from_checkpoint(OfVersions, path)
 
 
+LATE = {
+    "learns from data": {"init": "eva"},
+    "stores another base": {"init": "pissa", "quantize": "nf4", "quantize_options": {"min_size": 0}},
+}
+"""What of a config lets an adapter join after the checkpoint."""
+
+
 class TestRefused:
     """Each bad file stops before training, says what to do, and leaves the trainer usable."""
 
@@ -113,6 +120,25 @@ class TestRefused:
             )
         LoraModel(module).unload()
         assert not differing(values(module), values(Classifier()))
+
+    @pytest.mark.parametrize("fields", LATE.values(), ids=LATE)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"config": {"r": 3}}, "r is 2 in the file and 3 here"),
+            ({"adapter_name": "other"}, "'other on the module'.* adapter_name"),
+            ({"config": {"target_modules": ["0", "3"]}, "target": "net"}, "'default on net'.* adapter_name and target"),
+        ],
+        ids=["rank", "name", "target"],
+    )
+    def test_before_an_adapter_joins_that_waits_for_the_file(self, fields, options, message, tmp_path):
+        config = replace(CONFIG, **fields)
+        run = trainer(tmp_path, [callback(config=config)])
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        others = {**options, "config": replace(config, **options.get("config", {}))}
+        _, module = self.refused(tmp_path, tmp_path / "it.ckpt", message, **others)
+        assert values(module).keys() == values(Classifier()).keys()
 
     def test_the_second_of_two_leaves_the_first(self, tmp_path):
         def callbacks(**second):
