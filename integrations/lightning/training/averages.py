@@ -22,6 +22,9 @@ from lora_plugins.integrations.lightning.shims import Averaging, averaged_module
 from lora_plugins.integrations.lightning.strategies import is_sharded
 from lora_plugins.utils import plain_name
 
+_AVERAGED = ("_parameters", "_params", "_average", "_ema", "_model")
+"""How names of methods of callbacks end that average a bare copy: `update_parameters`, `update_ema`."""
+
 
 def copy_into_averages(trainer: Trainer, module: LightningModule) -> None:
     """Lets averaging callbacks copy the module as it is now, by calling their `setup` again."""
@@ -124,17 +127,19 @@ def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:
 def _averaged_by(callback: Callback, value: Any) -> Iterator[nn.Module]:
     """Yields the averages that a callback keeps as an attribute, or in one, as AveragedModel, ModelEmaV3 and others do.
 
-    They have a module and a method that updates it; a teacher has none, and a metric updates something else.
+    They have a module and a method that updates it; a teacher has none, and a metric updates something else. So may a
+    callback, a temperature beside its teacher say: only a method that is named for what is averaged tells it.
     """
-    if isinstance(value, nn.Module) and _updates(callback):
+    if isinstance(value, nn.Module) and any(
+        name.startswith("update") and name.endswith(_AVERAGED) for name in dir(type(callback))
+    ):
         yield value
-    if not isinstance(value, type | LightningModule | Metric) and _updates(value):
-        held = value.children() if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
-        yield from (each for each in held if isinstance(each, nn.Module))
-
-
-def _updates(value: Any) -> bool:
-    return any(name.startswith("update") for name in dir(type(value)))
+    if isinstance(value, type | LightningModule | Metric) or not any(
+        name.startswith("update") for name in dir(type(value))
+    ):
+        return
+    held = value.children() if isinstance(value, nn.Module) else getattr(value, "__dict__", {}).values()
+    yield from (each for each in held if isinstance(each, nn.Module))
 
 
 def _of_other_callbacks(trainer: Trainer, module: LightningModule) -> list[tuple[nn.Module, str]]:

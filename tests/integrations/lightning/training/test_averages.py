@@ -361,6 +361,20 @@ class TestCopyThatItsCallbackAverages:
         trainer(tmp_path, [lora(), EarlyCopy(part, again=True)]).fit(Classifier(), loader())
 
 
+class WithATemperature(EarlyAverage):
+    """Keeps a teacher, and updates something else."""
+
+    def update(self, step):
+        raise NotImplementedError
+
+    def update_temperature(self, step):
+        raise NotImplementedError
+
+
+def test_a_teacher_of_a_callback_that_updates_something_else_is_no_matter(tmp_path):
+    trainer(tmp_path, [lora(), WithATemperature(copy.deepcopy, "net")]).fit(Classifier(), loader())
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda module: AveragedModel(Classifier(base_seed=1).net)])
 def test_teachers_and_averages_of_other_networks_are_no_matter(tmp_path, make):
     trainer(tmp_path, [lora(), EarlyAverage(make, "net")]).fit(Classifier(), loader())
