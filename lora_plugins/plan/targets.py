@@ -185,18 +185,23 @@ def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site]) -
             handled = {name for site in free if site.plugin for name in site.names}
             raise TargetError(
                 f"exclude_modules: {quoted(pattern)} matches {listing(matches)}, which is no layer and excludes none. "
-                f"{_all_below(matches, handled) or patterns.nearest(pattern, handled)}"
+                f"{_all_below(config.exclude_modules, matches, handled) or patterns.nearest(pattern, handled)}"
             )
         names |= {name for site in excluded for name in site.names}
     return names
 
 
-def _all_below(containers: Iterable[str], names: Iterable[str]) -> str:
+def _all_below(wanted: Sequence[str] | str, containers: Sequence[str], names: Iterable[str]) -> str:
     """Returns how to exclude all layers in modules that are no layers; empty if there are none in them."""
-    holding = next((each for each in containers if any(name.startswith(f"{each}.") for name in names)), None)
-    if holding is None:
+    if not any(name.startswith(f"{container}.") for name in names for container in containers):
         return ""
-    expression = rf"{patterns.exact_expression(holding)}\..+"
+    entries = wanted if isinstance(wanted, str) else "|".join(map(patterns.exact_expression, wanted))
+    if isinstance(wanted, str):
+        expression = rf"(?:{entries})\..+"
+    elif len(wanted) > 1:  # the other entries with it
+        expression = rf"(?:.*\.)?(?:{entries})(?:\..+)?"
+    else:
+        expression = ("" if [*wanted] == [*containers] else r"(?:.*\.)?") + rf"{entries}\..+"
     return f"Name the layers in it, or write a regular expression: exclude_modules={expression!r}."
 
 
