@@ -195,13 +195,10 @@ def _all_below(wanted: Sequence[str] | str, containers: Sequence[str], names: It
     """Returns how to exclude all layers in modules that are no layers; empty if there are none in them."""
     if not any(name.startswith(f"{container}.") for name in names for container in containers):
         return ""
-    entries = wanted if isinstance(wanted, str) else "|".join(map(patterns.exact_expression, wanted))
     if isinstance(wanted, str):
-        expression = rf"(?:{entries})\..+"
-    elif len(wanted) > 1:  # the other entries with it
-        expression = rf"(?:.*\.)?(?:{entries})(?:\..+)?"
+        expression = rf"(?:{wanted})(?:\..+)?"
     else:
-        expression = ("" if [*wanted] == [*containers] else r"(?:.*\.)?") + rf"{entries}\..+"
+        expression = rf"(?:.*\.)?(?:{'|'.join(map(patterns.exact_expression, wanted))})(?:\..+)?"
     return f"Name the layers in it, or write a regular expression: exclude_modules={expression!r}."
 
 

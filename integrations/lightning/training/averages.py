@@ -22,8 +22,8 @@ from lora_plugins.integrations.lightning.shims import Averaging, averaged_module
 from lora_plugins.integrations.lightning.strategies import is_sharded
 from lora_plugins.utils import plain_name
 
-_AVERAGED = ("_parameters", "_params", "_average", "_ema", "_model")
-"""How names of methods of callbacks end that average a bare copy: `update_parameters`, `update_ema`."""
+_OF_AVERAGES = {"update_parameters", "update_ema"}
+"""Methods by which callbacks average a bare copy themselves."""
 
 
 def copy_into_averages(trainer: Trainer, module: LightningModule) -> None:
@@ -130,9 +130,7 @@ def _averaged_by(callback: Callback, value: Any) -> Iterator[nn.Module]:
     They have a module and a method that updates it; a teacher has none, and a metric updates something else. So may a
     callback, a temperature beside its teacher say: only a method that is named for what is averaged tells it.
     """
-    if isinstance(value, nn.Module) and any(
-        name.startswith("update") and name.endswith(_AVERAGED) for name in dir(type(callback))
-    ):
+    if isinstance(value, nn.Module) and not _OF_AVERAGES.isdisjoint(dir(type(callback))):
         yield value
     if isinstance(value, type | LightningModule | Metric) or not any(
         name.startswith("update") for name in dir(type(value))
