@@ -48,7 +48,7 @@ class VisionDataModule(LightningDataModule):
         choice_of(*SAMPLERS)("sampler", sampler)
         self.batch_size, self.num_workers, self.sampler = batch_size, num_workers, sampler
         self.splits: dict[str, Dataset[Any]] = {}
-        self._counts: Tensor | None = None
+        self._counted: tuple[Dataset[Any] | None, Tensor] | None = None
 
     @property
     @abstractmethod
@@ -89,15 +89,16 @@ class VisionDataModule(LightningDataModule):
     def class_counts(self) -> Tensor:
         """How often each class occurs in the train split, (classes,): in samples, or in pixels of their masks.
 
-        They are counted once: every run of a task with balanced weights asks for them, and masks are read from disk.
+        A data set is counted once: every run of a task with balanced weights asks, and masks are read from disk.
         """
-        if self._counts is None:
+        data = self.splits.get(TRAIN)
+        if self._counted is None or self._counted[0] is not data:
             counts = torch.zeros(len(self.class_names), dtype=torch.long)
             for target in self.targets(TRAIN):
                 counted = target if self.ignore_index is None else target[target != self.ignore_index]
                 counts += torch.bincount(counted, minlength=len(counts))
-            self._counts = counts
-        return self._counts
+            self._counted = data, counts
+        return self._counted[1].clone()
 
     def targets(self, split: str) -> Iterator[Tensor]:
         """The targets of a split, sample by sample, flattened."""

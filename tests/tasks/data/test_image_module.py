@@ -23,6 +23,7 @@ from lora_plugins.tasks import (
     SemanticSegmentationTask,
 )
 from lora_plugins.tasks.data import Batch
+from lora_plugins.tasks.data.samples import LazySamples
 
 from ..conftest import SIZE, loaded, noise, tiny_segformer, tiny_vit, write_image, written
 
@@ -222,6 +223,15 @@ class TestSampling:
         trainer().validate(task, data)
         assert not read
         assert torch.equal(task.weights, weights)
+
+    def test_a_train_split_that_was_replaced_is_counted_anew(self, class_folders):
+        """As the folds of a cross-validation are; and what was counted is nobody else's to change."""
+        data = loaded(ImageFolderDataModule(str(class_folders), **SIZE))
+        samples, counts = data.splits["train"], data.class_counts().tolist()
+        data.class_counts().zero_()
+        assert data.class_counts().tolist() == counts
+        data.splits["train"] = LazySamples([item for item in samples.items if item.target], data.read, None)
+        assert data.class_counts().tolist() == [0, *counts[1:]]
 
     def test_masks_have_many_classes(self, mask_folders):
         data = loaded(MaskFolderDataModule(str(mask_folders), classes=["a", "b", "c"], sampler="balanced", **SIZE))
