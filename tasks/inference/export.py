@@ -25,7 +25,7 @@ from lora_plugins.field_checks import Check, check_fields, optional
 from lora_plugins.integrations.lightning.module import plain_state_dict, write_safetensors
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.tasks.argument_checks import check_path, check_size, instance_of
-from lora_plugins.tasks.command_lines import check_ending, check_runtime
+from lora_plugins.tasks.command_lines import ONNX, check_ending, check_runtime
 from lora_plugins.tasks.data import Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
@@ -89,7 +89,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 
     Raises:
         ConfigError: For another suffix, an unknown image size or one that the network does not take, a missing
-            package, or the file of the task's own weights.
+            package, ONNX of a task in half precision, or the file of the task's own weights.
         WeightsError: If the logits of the file differ from those of the task; it is not written then.
     """
     check_fields({"task": task, "path": path, "size": size}, _CHECKS)
@@ -115,6 +115,8 @@ def _write_program(task: VisionTask, path: Path, size: Size | None) -> float:
     size = size or task.image_size
     if size is None:
         raise ConfigError("The task does not say which size its images have. Give it: `size`, or --size HEIGHT WIDTH.")
+    if path.suffix == ONNX and task.mean.itemsize < 4:  # onnxruntime lacks such operations, or rounds in other places
+        raise ConfigError(f"The task is in {task.mean.dtype}, and ONNX files are in float32. Call task.float() first.")
     images = _test_images(len(task.mean), size)
     network = _ExportedNetwork(task).eval()
     with torch.no_grad():
@@ -217,4 +219,4 @@ _Exported = tuple[bytes, Callable[[Tensor], Tensor]]
 """The content of a file, and its network."""
 
 _Write = Callable[[ExportedProgram, Mapping[str, str]], _Exported]
-FORMATS: Mapping[str, _Write] = MappingProxyType({".pt2": _to_pt2, ".onnx": _to_onnx})
+FORMATS: Mapping[str, _Write] = MappingProxyType({".pt2": _to_pt2, ONNX: _to_onnx})

@@ -54,6 +54,15 @@ class TestExport:
         export_task(task, tmp_path / "m.pt2")
         torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(images), task(images))
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_onnx_of_a_task_in_half_precision_is_refused(self, fitted, tmp_path, dtype):
+        """There, onnxruntime lacks operations, or rounds in other places than torch."""
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        task = merged_task(fitted["labels"][1]["adapter"]).to(dtype)
+        with pytest.raises(ConfigError, match=rf"^The task is in {dtype}, .* Call task.float\(\) first"):
+            export_task(task, tmp_path / "m.onnx")
+
     @pytest.mark.parametrize("size", [None, (24, 24)], ids=["written", "refused"])
     def test_a_task_that_is_trained_goes_on_as_it_was(self, fitted, tmp_path, size):
         task = merged_task(fitted["labels"][1]["adapter"]).train()
