@@ -27,4 +27,4 @@ class OccurringAUROC(MulticlassAUROC):
 
     def _labels(self) -> Tensor:
         labels: Tensor = dim_zero_cat(self.target)
-        return labels[labels != self.ignore_index]
+        return labels if self.ignore_index is None else labels[labels != self.ignore_index]

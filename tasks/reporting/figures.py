@@ -142,7 +142,8 @@ def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
 
     classes, names = task.model_config.num_classes, _literal(task.class_labels)
     colors = cast(Any, class_colors(classes) / 255)
-    occurring = [i for i in np.unique(torch.stack([masks, predicted]).numpy()).tolist() if 0 <= i < classes]
+    found = {*np.unique(masks.numpy()), *np.unique(predicted.numpy())}  # their types may differ
+    occurring = [i for i in range(classes) if i in found]
     keys = [Patch(facecolor=colors[i], label=names[i]) for i in occurring[:MOST_KEYS]]
     if bool((masks == task.ignore_index).any()):
         keys.append(Patch(facecolor=cast(Any, np.array(IGNORED) / 255), label=VOID))

@@ -30,9 +30,9 @@ def labels_of(names):
     return labels_figure(task, torch.rand(2, 3, 16, 16), torch.tensor([0, 1]), torch.tensor([0, 0]))
 
 
-def masks_of(names):
+def masks_of(names, dtype=torch.long):
     task, masks = SemanticSegmentationTask(tiny_segformer(2), class_names=names), torch.eye(16).long()[None]
-    return masks_figure(task, torch.rand(1, 3, 16, 16), masks, masks)
+    return masks_figure(task, torch.rand(1, 3, 16, 16), masks.to(dtype), masks)
 
 
 def confusion_of(names):
@@ -46,9 +46,10 @@ def test_names_of_classes_are_no_formulas(draw, tmp_path):
     assert (tmp_path / "it.png").stat().st_size
 
 
-def test_the_key_of_masks_names_every_class():
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8, torch.uint16], ids=str)
+def test_the_key_of_masks_names_every_class(dtype):
     """As programs for annotations name the background."""
-    (legend,) = masks_of(["_background_", "car"]).legends
+    (legend,) = masks_of(["_background_", "car"], dtype).legends
     assert [text.get_text() for text in legend.get_texts()] == ["_background_", "car"]
 
 
