@@ -100,7 +100,8 @@ def render_comparison(runs: Mapping[str, RunRecord], notes: Sequence[str] = ()) 
         for number, (label, run) in enumerate(runs.items())
         if (points := _points(run, f"val/{name}"))
     ]
-    after = [{result.name: result.after for result in run.classes} for run in runs.values()]
+    # Reversed: of classes with one name, the first has the samples of a list.
+    after = [{result.name: result.after for result in reversed(run.classes)} for run in runs.values()]
     values = [metric.after for run in runs.values() if (metric := run.metrics.get(name)) and metric.after is not None]
     return _render(
         "comparison.html",

@@ -72,6 +72,14 @@ def test_each_class_of_a_comparison_is_looked_up():
     assert Name.compared < 3000
 
 
+def test_of_classes_with_one_name_a_comparison_tells_the_first():
+    """The first has the samples of a list."""
+    first, other, absent = run_of().classes
+    run = run_of(classes=(first, other, replace(absent, name=first.name)))
+    text = render_comparison({"LoRA": run})
+    assert re.findall(rf"<td>{first.name}</td><td[^>]*>([^<]*)<", text) == ["95.0%", "95.0%"]
+
+
 def test_classes_that_are_all_alike_have_no_best_one(masks):
     alike = tuple(replace(result, after=0.5) for result in run_of().classes)
     text = render_report(run_of(classes=alike), masks, "#808080")
