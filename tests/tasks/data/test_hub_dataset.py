@@ -59,14 +59,15 @@ class TestHub:
             data = loaded(HubImageDataModule(unlabeled_rows, on_problem="skip", **SIZE))
         assert [int(sample["target"]) for sample in data.splits["train"]] == [0, 1, 0, 1, 1]
 
-    def test_a_test_split_without_labels_is_predicted(self, tmp_path, labeled_rows):
+    @pytest.mark.parametrize("check_files", [False, True])
+    def test_a_test_split_without_labels_is_predicted(self, tmp_path, labeled_rows, check_files):
         """None is no second label of its images, which are copies of others here."""
         from datasets import DatasetDict, load_from_disk
 
         splits = load_from_disk(str(labeled_rows))
         splits["test"] = splits["validation"].map(lambda row: {"label": -1})
         DatasetDict(splits).save_to_disk(tmp_path / "unlabeled")
-        data = loaded(HubImageDataModule(str(tmp_path / "unlabeled"), check_files=True, **SIZE))
+        data = loaded(HubImageDataModule(str(tmp_path / "unlabeled"), check_files=check_files, **SIZE))
         assert len(data.predict_dataloader().dataset) == len(splits["test"])
 
     def test_masks(self, masked_rows):
