@@ -121,10 +121,12 @@ def building(config: ModelConfig) -> Iterator[None]:
     """Names the options of which a library cannot build a network; for them it raises almost anything.
 
     Raises:
-        ConfigError: Of whatever it raises.
+        ConfigError: Of whatever it raises, but an OSError: that tells of weights that cannot be had.
     """
     try:
         yield
+    except OSError:  # some of the hub's are a ValueError too
+        raise
     except (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, ImportError) as error:
         raise ConfigError(
             f"{config.source}'s {config.name} cannot be built with the options {config.options}: "

@@ -117,6 +117,19 @@ def test_what_a_library_refuses_is_said_with_the_options(source, name, options):
         task(ModelConfig(source, name, 4, "none", options, HALF, HALF))
 
 
+class NotThereError(FileNotFoundError, ValueError):
+    """As the hub's LocalEntryNotFoundError before its version 1."""
+
+
+def test_weights_that_cannot_be_fetched_are_told_as_that(monkeypatch):
+    def fail(*arguments, **options):
+        raise NotThereError("no network")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(ConfigError, match=r"could not be fetched \(no network\)"):
+        ImageClassificationTask(ModelConfig("timm", "test_vit", 4, "pretrained"))
+
+
 def test_an_auxiliary_head_is_not_asked_for():
     options = {**TRANSFORMERS["beit"][0], "use_auxiliary_head": True}
     with pytest.raises(ConfigError, match="main head"):
