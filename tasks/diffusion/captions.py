@@ -1,5 +1,6 @@
 """Pictures with prompts: one prompt for all of a folder, a `.txt` beside each picture, or a list."""
 
+import mimetypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lora_plugins.errors import listing
 from lora_plugins.tasks.errors import DataError, counted, listed
 from lora_plugins.tasks.files import (
-    READERS,
     image_files,
     left_out,
     read_errors,
@@ -53,10 +53,8 @@ def captioned_folder(folder: Path, prompt: str | None) -> list[Captioned]:
     paths = image_files(folder)
     if not paths:
         raise DataError(f"{without_images(folder.absolute())}.")
-    others = [
-        each.name for each in left_out([folder]) if each.is_file() and each.suffix not in (CAPTION_SUFFIX, *READERS)
-    ]
-    if others:  # pictures of telephones among them
+    others = [each.name for each in left_out([folder]) if each.is_file() and _is_picture(each)]
+    if others:
         rank_zero_warn(f"Left out of {folder.absolute()}, as no image files here: {listing(others, 3)}.")
     captions = [path.with_suffix(CAPTION_SUFFIX) for path in paths]
     if prompt is None:
@@ -78,6 +76,11 @@ def captioned_list(path: Path, root: Path) -> list[Captioned]:
     """
     rows = read_list(path, [IMAGE, PROMPT])
     return _checked([(root / str(row[IMAGE]), str(row[PROMPT])) for row in rows], str(path))
+
+
+def _is_picture(path: Path) -> bool:
+    kind, _ = mimetypes.guess_type(path.name, strict=False)  # not strict, to know those of telephones
+    return kind is not None and kind.startswith("image/")
 
 
 def _caption(path: Path) -> str | None:

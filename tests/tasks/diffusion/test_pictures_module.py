@@ -153,7 +153,7 @@ def test_pictures_one_folder_deeper_are_named(picture_folder):
 
 def test_pictures_that_are_left_out_are_named(picture_folder):
     folder = picture_folder((8, 8))
-    for name in ("0.txt", "1.heic", "1.txt", "metadata.jsonl"):
+    for name in ("0.txt", "1.heic", "1.txt", "metadata.jsonl", "0.npz", "README.md", "Thumbs.db", "desktop.ini"):
         (folder / name).write_text("a dog")
     with pytest.warns(UserWarning, match=r"Left out of .*, as no image files here: '1\.heic'\.$"):
         PicturesDataModule(str(folder)).setup("fit")
