@@ -64,7 +64,8 @@ def _common_cause(images: Path, masks: Path) -> list[str]:
     """Says why no image has a mask, where one reason holds for all of them."""
     pictures = {path.stem: path for path in image_files(images)}
     found = {path.stem: path for path in image_files(masks, MASK_SUFFIXES)}
-    if not found and any(path.is_file() for path in (*image_files(masks), *left_out([masks]))):
+    named_alike = (path for path in left_out([masks]) if path.is_file() and path.stem in pictures)
+    if not found and (image_files(masks) or any(named_alike)):
         return [f"the masks in {masks} are no PNG files. Convert GIF, TIFF and BMP; JPEG has lost what a mask says"]
     if pictures and found and not pictures.keys() & found.keys():
         image, mask = next(iter(pictures.values())), next(iter(found.values()))

@@ -383,6 +383,13 @@ def gif_masks(root):
     masked(root, [0, 1], suffix=".gif")
 
 
+def no_masks_but_a_note(root):
+    masked(root, [0, 1])
+    for mask in (root / "masks").iterdir():
+        mask.unlink()
+    (root / "masks" / "README.md").touch()
+
+
 def a_photo_as_mask(root):
     masked(root, [0, 1])
     write_image(root / "masks" / "0.png", noise(40, 60))
@@ -514,6 +521,7 @@ def images_of_a_split_beside_lists(root):
         (one_value, "All masks hold one value, 0, and"),
         (jpeg_masks, "are no PNG files. Convert GIF, TIFF and BMP; JPEG has lost what a mask says"),
         (gif_masks, "(?s)1 problem.*are no PNG files. Convert GIF"),
+        (no_masks_but_a_note, "(?s)5 problems.*0.jpg has no mask .*0.png"),
         (a_photo_as_mask, "more than 256 colors"),
         (smoothed, "black and white with 9 grays between"),
         (masks_of_another_size, r"(?s)1 problem.*3.png is 30x40, and its image is 60x40 \(width x height\)"),
