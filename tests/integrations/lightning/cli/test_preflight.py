@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from lightning.pytorch import Callback
 
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.explained import explained
@@ -204,6 +205,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+class WithOptions(Callback):
+    def __init__(self, init_kwargs: dict[str, int] | None = None, n: int = 1) -> None:
+        pass
+
+
 def refused(arguments, message, capsys):
     assert main(["fit", *arguments]) == 1
     said = capsys.readouterr().err
@@ -239,6 +245,10 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
             "trainer: {logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_arg: {save_dir: x}}}",
             "trainer.logger: there is no 'init_arg' of a class. Did you mean 'init_args'?",
         ),
+        (
+            f"trainer: {{callbacks: [{{class_path: {__name__}.WithOptions, init_args: {{init_kwargs: {{}}, n: x}}}}]}}",
+            "trainer.callbacks.n: it is a whole number, and 'x' was given",
+        ),
         ("trainer: {gradient_clip_val: many}", "trainer.gradient_clip_val: it is a number, and 'many' was given"),
         ("data: {init_args: {digits: x}}", "data.digits: it is a list, such as [a, b], and 'x' was given"),
         (
@@ -261,6 +271,7 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
         "init_args",
         "callback",
         "logger",
+        "beside an argument of nearly that name",
         "number",
         "list",
         "one number for two",
@@ -420,3 +431,10 @@ class TestRecipes:
 
 def test_a_message_that_is_not_known_keeps_its_words():
     assert explained("Something else went wrong.") == "Something else went wrong."
+
+
+def test_a_module_that_cannot_be_imported_is_not_imported_again(tmp_path, monkeypatch):
+    (tmp_path / "module_that_fails.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = "boom\n  Given value: {'class_path': 'module_that_fails.It'}"
+    assert explained(message) == message
