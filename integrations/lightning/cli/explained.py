@@ -160,7 +160,7 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"Expected a <class '(?!NoneType)([\w.]+)'>\. Got value: (.+)", _wrong_type),
     (r"(?s)Expected a <class '(?!NoneType)([\w.]+)'>.*?Given value: ([^\n]+)", _wrong_type),
     (
-        r"(?s)Expected a tuple with (\d+) elements.*?Given value: ([^\n]+)",
+        r"(?s)Expected a tuple with (\d+) elements(?:\. Got value: |.*?Given value: )([^\n]+)",
         lambda found, *_: f"it is a list of {found[1]}, and {found[2]} was given.",
     ),
     (r"File does not exist: '([^']+)'", lambda found, *_: f"there is no file {found[1]}."),

@@ -263,6 +263,10 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
             "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: -1}}",
             "`optimizer` or `lr_scheduler` cannot be built: Invalid learning rate: -1",
         ),
+        (
+            "optimizer: {class_path: torch.optim.AdamW, init_args: {betas: [0.9]}}",
+            "optimizer.betas: it is a list of 2, and [0.9] was given",
+        ),
     ],
     ids=[
         "field",
@@ -277,6 +281,7 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
         "one number for two",
         "too few numbers",
         "value of an optimizer",
+        "too few numbers of an optimizer",
     ],
 )
 def test_a_key_of_a_file(text, message, tmp_path, capsys):
