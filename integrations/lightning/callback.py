@@ -264,7 +264,8 @@ class LoraCallback(Callback):
         def adapt() -> None:
             self._ensure_adapted(trainer, pl_module)
 
-        alone = not is_sharded(trainer) and len(lora_callbacks(trainer)) == 1  # others need to know what is stored
+        # Others read at setup which weights are stored, so of several callbacks this one adapts at once.
+        alone = not is_sharded(trainer) and len(lora_callbacks(trainer)) == 1
         if needs_data(self.config) or (alone and stores_changed_base(self.config)):
             restored = partial(copy_into_averages, trainer, pl_module)
             self._run.strategy_shims = adapt_after_restoring(trainer, adapt, restored)
@@ -474,9 +475,10 @@ class LoraCallback(Callback):
 
     def awaited(self, module: LightningModule) -> dict[tuple[str, str], LoraConfig]:
         """Returns the adapter that waits for a checkpoint, by target and name; empty if there is none."""
+        if self._run.strategy_shims is None:
+            return {}
         target = self._target(module)
-        state = model_state(target)
-        if self._run.strategy_shims is None or (state is not None and self.adapter_name in state.adapters):
+        if (state := model_state(target)) is not None and self.adapter_name in state.adapters:
             return {}
         config = with_declarations(self.config, module, target, self.target)
         return {(plain_name(self.target or ""), self.adapter_name): config}

@@ -201,9 +201,10 @@ class CheckpointShims:
 
     def _restored(self, checkpoint: dict[str, Any], *, again: bool = False) -> dict[str, Any]:
         trains, module = self._trainer.state.fn == "fit", self._module
-        awaited = {place: config for owner in self._owners for place, config in owner.awaited(module).items()}
+        owners = self._owners if trains else []
+        awaited = {place: config for owner in owners for place, config in owner.awaited(module).items()}
         keep_moved = self._keeps_moved or not trains
-        complete = restore(module, checkpoint, keep_moved=keep_moved, again=again, awaited=awaited if trains else {})
+        complete = restore(module, checkpoint, keep_moved=keep_moved, again=again, awaited=awaited)
         if not trains and "current_model_state" in complete:
             # After a fit of the same Trainer, WeightAveraging would put the weights before averaging into a module
             # that is to be tested. The metric in the file's name is that of the averaged ones.

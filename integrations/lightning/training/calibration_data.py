@@ -1,7 +1,7 @@
-"""The training batches that inits such as `eva` and `lora_ga` are calibrated on.
+"""Adapters that wait for a checkpoint, and the training batches that inits such as `eva` and `lora_ga` learn from.
 
-Adapters with such an init join the module later than others: after Lightning has restored a checkpoint, whose adapter
-is complete and needs no data, and before the strategy wraps the module and makes its optimizers. The data are the first
+Such adapters join the module later than others: after Lightning has restored a checkpoint, whose adapter is complete
+and needs no data, and before the strategy wraps the module and makes its optimizers. The data of an init are the first
 training batches, given to the `training_step` of a copy of the module, so that nothing of the run is disturbed: no log,
 no metric, no random number. Checked against Lightning 2.6.6.
 """
@@ -38,9 +38,9 @@ def needs_data(config: LoraConfig) -> bool:
 
 
 def stores_changed_base(config: LoraConfig) -> bool:
-    """Whether the config's init changes a base that is stored in fewer bytes: the pretrained one is lost with it.
+    """Whether the config's init changes a base that is then stored in fewer bytes: the pretrained values are gone.
 
-    A checkpoint has to come first then. Its adapter needs that base, and its init may have drawn or rounded otherwise.
+    A checkpoint has to come first then: it brings the base of its adapter, and the init may draw or round another here.
 
     Raises:
         PluginError: If there is no such init.

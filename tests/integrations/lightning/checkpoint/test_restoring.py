@@ -89,6 +89,18 @@ LATE = {
 """What of a config lets an adapter join after the checkpoint."""
 
 
+@pytest.mark.parametrize("fields", [{}, *LATE.values()], ids=["at once", *LATE])
+def test_a_test_asks_the_checkpoint_and_not_the_callback_what_is_adapted(fields, tmp_path):
+    config = replace(CONFIG, **fields)
+    run = trainer(tmp_path, [callback(config=config)])
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    expected = run.validate(run.lightning_module, loader(), verbose=False)
+    other = trainer(tmp_path, [callback(config=config, target="nothing")])
+    found = other.validate(Classifier(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    assert found == expected
+
+
 class TestRefused:
     """Each bad file stops before training, says what to do, and leaves the trainer usable."""
 
