@@ -120,7 +120,8 @@ def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple
         return module, _heads(module, config, auto)
     reporting = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if config.weights == PRETRAINED:
-        module, info = _pretrained(config.name, auto, config=architecture, **reporting)
+        with building(config):
+            module, info = _pretrained(config.name, auto, config=architecture, **reporting)
     else:
         cls = type(_random(config, auto, architecture))
         state = read_weights(config.weights)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from lora_plugins import ConfigError
+from lora_plugins import ConfigError, LoraError
 from lora_plugins.errors import sentence
 from lora_plugins.field_checks import (
     Check,
@@ -118,17 +118,16 @@ _CHECKS: Mapping[str, Check] = {
 
 @contextmanager
 def building(config: ModelConfig) -> Iterator[None]:
-    """Names the options of which a library cannot build a network; for them it raises almost anything.
+    """Tells errors of a library that cannot build a network as one error that names the options.
 
     Raises:
-        ConfigError: Of whatever it raises, but an OSError: that tells of weights that cannot be had.
+        ConfigError: For an error of the library, but an OSError: weights cannot be read or fetched then.
     """
     try:
         yield
-    except OSError:  # some of the hub's are a ValueError too
+    except (OSError, LoraError):  # some of which are a ValueError too
         raise
     except (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, ImportError) as error:
-        raise ConfigError(
-            f"{config.source}'s {config.name} cannot be built with the options {config.options}: "
-            f"{str(error) or type(error).__name__}"
-        ) from error
+        given = f" with the options {config.options}" if config.options else ""
+        said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) or not str(error) else str(error)
+        raise ConfigError(f"{config.source}'s {config.name} cannot be built{given}: {said}") from error

@@ -117,6 +117,19 @@ def test_what_a_library_refuses_is_said_with_the_options(source, name, options):
         task(ModelConfig(source, name, 4, "none", options, HALF, HALF))
 
 
+@pytest.mark.parametrize("weights", ["none", "pretrained"])
+def test_an_option_that_transformers_refuses_is_said_with_any_weights(weights, tmp_path):
+    import transformers
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **small)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be built with the options \{'hidden_act': 'foo'\}: KeyError: .*foo"):
+        ImageClassificationTask(
+            ModelConfig("transformers", str(tmp_path), 3, weights, {"hidden_act": "foo"}, HALF, HALF)
+        )
+
+
 class NotThereError(FileNotFoundError, ValueError):
     """As the hub's LocalEntryNotFoundError before its version 1."""
 
