@@ -55,7 +55,10 @@ def captioned_folder(folder: Path, prompt: str | None) -> list[Captioned]:
         raise DataError(f"{without_images(folder.absolute())}.")
     others = [each.name for each in left_out([folder]) if each.is_file() and _is_picture(each)]
     if others:
-        rank_zero_warn(f"Left out of {folder.absolute()}, as no image files here: {listing(others, 3)}.")
+        rank_zero_warn(
+            f"{folder.absolute()} has pictures in formats that are not read, and they are left out: "
+            f"{listing(others, 3)}. Convert them to PNG or JPEG."
+        )
     captions = [path.with_suffix(CAPTION_SUFFIX) for path in paths]
     if prompt is None:
         return _checked([(path, _caption(caption)) for path, caption in zip(paths, captions, strict=True)], str(folder))
@@ -79,15 +82,19 @@ def captioned_list(path: Path, root: Path) -> list[Captioned]:
 
 
 def _is_picture(path: Path) -> bool:
-    kind, _ = mimetypes.guess_type(path.name, strict=False)  # not strict, to know those of telephones
+    kind, _ = mimetypes.guess_type(path.name, strict=False)
     return kind is not None and kind.startswith("image/")
 
 
-def _caption(path: Path) -> str | None:
-    return read_text(path) if path.is_file() else None
+def _caption(path: Path) -> str | DataError | None:
+    """Returns a caption, or what is wrong with its file; None if there is none."""
+    try:
+        return read_text(path) if path.is_file() else None
+    except DataError as error:
+        return error
 
 
-def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Captioned]:
+def _checked(pairs: Sequence[tuple[Path, str | DataError | None]], where: str) -> list[Captioned]:
     """Reads every picture once, so that errors show before anything is trained."""
     sizes: dict[Path, tuple[int, int]] = {}
 
@@ -98,7 +105,9 @@ def _checked(pairs: Sequence[tuple[Path, str | None]], where: str) -> list[Capti
     problems = [error for error in read_errors([path for path, _ in pairs], read) if error is not None]
     for path, prompt in pairs:
         caption = path.with_suffix(CAPTION_SUFFIX)
-        if prompt is None:
+        if isinstance(prompt, DataError):
+            problems.append(str(prompt))
+        elif prompt is None:
             problems.append(f"{path} has no caption: there is no {caption.name} beside it, and no `prompt`.")
         elif not prompt.strip():
             problems.append(f"The prompt of {path} is empty.")

@@ -155,14 +155,19 @@ def test_pictures_that_are_left_out_are_named(picture_folder):
     folder = picture_folder((8, 8))
     for name in ("0.txt", "1.heic", "1.txt", "metadata.jsonl", "0.npz", "README.md", "Thumbs.db", "desktop.ini"):
         (folder / name).write_text("a dog")
-    with pytest.warns(UserWarning, match=r"Left out of .*, as no image files here: '1\.heic'\.$"):
+    with pytest.warns(
+        UserWarning, match=r"has pictures in formats that are not read, .* left out: '1\.heic'\. Convert them"
+    ):
         PicturesDataModule(str(folder)).setup("fit")
 
 
 def test_a_caption_in_another_encoding_is_named(picture_folder):
-    folder = picture_folder((8, 8))
-    (folder / "0.txt").write_text("Größe", encoding="utf-16")
-    with pytest.raises(DataError, match=r"0\.txt cannot be read: .* It has to be a text in UTF-8"):
+    folder = picture_folder((8, 8), (8, 8))
+    for name in ("0.txt", "1.txt"):
+        (folder / name).write_text("Größe", encoding="utf-16")
+    with pytest.raises(
+        DataError, match=r"2 problems(.|\n)*0\.txt cannot be read: .* UTF-8(.|\n)*1\.txt cannot be read"
+    ):
         PicturesDataModule(str(folder)).setup("fit")
 
 
