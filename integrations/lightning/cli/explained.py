@@ -4,7 +4,6 @@ import difflib
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -45,12 +44,11 @@ def explained(message: str, flags: Iterable[str] = ()) -> str:
     """
     where = ".".join(_KEY.findall(message))
     classes = _CLASS.findall(message)
-    named = re.findall(r"class_path'?:? '([\w.]+)'", message)
-    imported = [cls for cls in named if cls.rpartition(".")[0] in sys.modules]  # the import of others may have failed
-    own = {*_OF_A_CLASS}.union(*map(_parameters, imported))
     for key in re.findall(r"'([\w-]+)'", message):
-        if key not in own and (alike := difflib.get_close_matches(key, _OF_A_CLASS, n=1, cutoff=0.85)):
-            return f"{where}: there is no {key!r} of a class. Did you mean {alike[0]!r}?"
+        # Only what is nearly the same: the message quotes whole tables, and arguments may be called `init_kwargs`.
+        if key not in _OF_A_CLASS and (alike := difflib.get_close_matches(key, _OF_A_CLASS, n=1, cutoff=0.92)):
+            said = f"there is no {key!r} of a class. Did you mean {alike[0]!r}?"
+            return f"{where}: {said}" if where else said
     for pattern, say in _REASONS:
         if (found := re.search(pattern, message)) is not None:
             said = say(found, classes[-1] if classes else "", list(flags))

@@ -1,4 +1,4 @@
-"""A change of `LightningCLI._add_configure_optimizers_method_to_model` of Lightning 2.6.6: no needless warning.
+"""A change of `LightningCLI._add_configure_optimizers_method_to_model` of Lightning 2.6.6: messages.
 
 Without it, every run of one of our tasks with a section `optimizer:` warns that the section replaces the task's own,
 and a value that torch refuses is a traceback.
@@ -24,5 +24,5 @@ class OptimizerSection(LightningCLI):
                 warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden")
             try:
                 super()._add_configure_optimizers_method_to_model(subcommand)
-            except (TypeError, ValueError) as error:  # of torch
+            except (TypeError, ValueError) as error:  # of the constructor
                 raise ConfigError(f"`optimizer` or `lr_scheduler` cannot be built: {error}") from error

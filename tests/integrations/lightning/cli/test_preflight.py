@@ -436,10 +436,3 @@ class TestRecipes:
 
 def test_a_message_that_is_not_known_keeps_its_words():
     assert explained("Something else went wrong.") == "Something else went wrong."
-
-
-def test_a_module_that_cannot_be_imported_is_not_imported_again(tmp_path, monkeypatch):
-    (tmp_path / "module_that_fails.py").write_text("raise RuntimeError")
-    monkeypatch.syspath_prepend(tmp_path)
-    message = "boom\n  Given value: {'class_path': 'module_that_fails.It'}"
-    assert explained(message) == message
