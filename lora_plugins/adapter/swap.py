@@ -89,8 +89,8 @@ def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
         resized = (layer.r, layer.scaling) != (present.r, present.scaling)
         if resized and present.variant is not None and not present.variant.rescales_rows:
             raise _unfit(
-                f"rank or scaling on {layer.name!r} is another one, by which the variant {present.variant.name!r} may "
-                "compute more than scaling · B·A"
+                f"its rank or scaling on {layer.name!r} differs, on which the variant {present.variant.name!r} may "
+                "depend in other ways than by scaling · B·A"
             )
     if differing := values.keys() ^ own.saved_in_place:
         raise _unfit(f"only one of the two has values of {listing(differing)}")

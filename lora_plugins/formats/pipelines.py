@@ -64,9 +64,9 @@ def refuse_keys(keys: Collection[str]) -> None:
         )
     if keys:
         raise AdapterFileError(
-            f"{len(keys)} keys of the adapter have no place: {listing(keys)}. What is trained besides LoRA, such as "
-            "embeddings of tokens and weights of normalizations, has no form here: for the rest alone, take those keys "
-            "out of the file."
+            f"{len(keys)} keys of the adapter have no place: {listing(keys)}. If they are of what was trained besides "
+            "LoRA, such as embeddings of tokens or weights of normalizations, which has no form here, take those keys "
+            "out of the file to load the rest."
         )
 
 

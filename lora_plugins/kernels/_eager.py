@@ -70,8 +70,8 @@ def applies_in_eager_mode(
 ) -> bool:
     """Whether a kernel for plain eager mode computes a call, which torch's own layer has to be able to compute.
 
-    It does not where a layer has no inputs or outputs, or an input has no dimensions or empty rows, nor with dropout
-    that is recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
+    What it leaves to torch are layers without inputs or outputs, inputs without dimensions or with empty rows, and
+    dropout that is recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
     """
     recorded = dropout and x.is_cuda and torch.cuda.is_current_stream_capturing()
     return (

@@ -75,7 +75,7 @@ def _bits(case: FormatCase) -> None:
 
 def _replaced(case: FormatCase) -> None:
     with case.written() as (_, path):
-        case.load(case.model(), path)  # which nothing may keep
+        case.load(case.model(), path)  # a format must not remember what it reads here
         lora, model = case.trained(target_modules=["to_q"], rank_pattern={}, alpha_pattern={}), case.model()
         case.load(model, case.write(lora, path.parent))
         require_close(

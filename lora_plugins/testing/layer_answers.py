@@ -63,8 +63,8 @@ def _span_the_gradient(case: LayerCase, model: Holder, slot: Slot, arguments: Se
 def _rows_are_outputs(case: LayerCase) -> None:
     """Requires that no weight is viewed the other way round, so that an output is a sum over rows of one column.
 
-    Variants take rows for outputs, and inits draw A for as many inputs as there are columns. Of a table, an output has
-    the column of its index, and where another weight follows, as in a factorized embedding, all rows of that.
+    Variants take rows for outputs, and inits draw A for as many inputs as there are columns. Tables are left out: where
+    another weight follows, as in a factorized embedding, an output depends on all rows of a table.
     """
     if not case.plugin.rows_are_outputs or case.plugin.lookup:
         return

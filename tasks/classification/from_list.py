@@ -1,7 +1,6 @@
 """Images and their labels from a list: CSV, or JSON lines."""
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,12 @@ class ImageListDataModule(ImageDataModule):
         problems: list[str] = []
         labels: dict[Path, tuple[str, int]] = {}
         targets = {name: at for at, name in reversed([*enumerate(self.class_names)])}  # the first of a name counts
-        told = cache(lambda name: str(unknown("class", name, self.class_names)))
         for number, row in enumerate(read_list(self.file, (image, label)), 1):
             where = f"Row {number} of {self.file}"
             name, path = str(row[label]), self.root / str(row[image])
             if name not in targets:
                 is_listed = len(problems) < MAX_LISTED  # near names take long to find
-                problems.append(f"{where}: {told(name) if is_listed else name}")
+                problems.append(f"{where}: {unknown('class', name, self.class_names) if is_listed else name}")
                 continue
             first, at = labels.setdefault(path, (name, number))
             if first != name:

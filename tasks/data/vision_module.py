@@ -48,7 +48,7 @@ class VisionDataModule(LightningDataModule):
         choice_of(*SAMPLERS)("sampler", sampler)
         self.batch_size, self.num_workers, self.sampler = batch_size, num_workers, sampler
         self.splits: dict[str, Dataset[Any]] = {}
-        self._counted: tuple[Dataset[Any] | None, Tensor] | None = None
+        self._counted: tuple[Dataset[Any], Tensor] | None = None
 
     @property
     @abstractmethod
@@ -89,9 +89,10 @@ class VisionDataModule(LightningDataModule):
     def class_counts(self) -> Tensor:
         """How often each class occurs in the train split, (classes,): in samples, or in pixels of their masks.
 
-        A data set is counted once: every run of a task with balanced weights asks, and masks are read from disk.
+        A data set is counted once: every run of a task with balanced weights asks, and masks are read from disk. One
+        that is changed in place is not counted again.
         """
-        data = self.splits.get(TRAIN)
+        data = self.splits[TRAIN]
         if self._counted is None or self._counted[0] is not data:
             counts = torch.zeros(len(self.class_names), dtype=torch.long)
             for target in self.targets(TRAIN):

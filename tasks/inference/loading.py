@@ -31,9 +31,11 @@ from lora_plugins.tasks.models import AUTO, NONE
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
 
-OF_ALL = frozenset({"class", "arguments"})
-REQUIRED = OF_ALL | {"image_size", "interpolation", "mean", "std", "bgr"}
-"""What files say of any task, and of those that predict labels or masks."""
+_OF_ANY_TASK = frozenset({"class", "arguments"})
+"""What files say of any task."""
+
+REQUIRED = _OF_ANY_TASK | {"image_size", "interpolation", "mean", "std", "bgr"}
+"""What files say of a task that predicts labels or masks."""
 
 _OF_IMAGES: Mapping[str, Check] = {"image_size": optional(check_size), "interpolation": choice_of(*INTERPOLATIONS)}
 """What is read without building anything, and so said to be wrong by nothing else."""
@@ -196,10 +198,10 @@ def _model(provenance: Provenance, **changes: str) -> dict[str, Any]:
 
 
 def _checked(provenance: Any, path: Path) -> Provenance:
-    if isinstance(provenance, Mapping) and provenance.keys() & REQUIRED == OF_ALL:
+    if isinstance(provenance, Mapping) and provenance.keys() & REQUIRED == _OF_ANY_TASK:
         raise WeightsError(
-            f"{path} is of {provenance['class']}, which predicts no labels and no masks. Pictures are drawn by "
-            "lora-plugins generate."
+            f"{path} is of {provenance['class']}, which predicts no labels and no masks. If it is a TextToImageTask, "
+            "draw pictures with lora-plugins generate."
         )
     if not isinstance(provenance, Mapping) or not provenance.keys() >= REQUIRED:
         raise WeightsError(

@@ -142,7 +142,7 @@ def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
 
     classes, names = task.model_config.num_classes, _literal(task.class_labels)
     colors = cast(Any, class_colors(classes) / 255)
-    found = {*np.unique(masks.numpy()), *np.unique(predicted.numpy())}  # their types may differ
+    found = {*np.unique(masks.numpy()), *np.unique(predicted.numpy())}  # not stacked: torch promotes no uint16
     occurring = [i for i in range(classes) if i in found]
     keys = [Patch(facecolor=colors[i], label=names[i]) for i in occurring[:MOST_KEYS]]
     if bool((masks == task.ignore_index).any()):

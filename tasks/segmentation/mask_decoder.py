@@ -110,7 +110,7 @@ class MaskDecoder:
                 ) from error
             packed = (red << 16) | (green << 8) | blue
             if packed in table:
-                raise ConfigError(f"The color {list(color)} of {name!r} stands for another name too.")
+                raise ConfigError(f"The color {[red, green, blue]} of {name!r} stands for another name too.")
             table[packed] = self.classes.index(name) if name in self.classes else self.ignore_index
         return table
 

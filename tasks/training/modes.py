@@ -1,4 +1,4 @@
-"""Eval mode for a while."""
+"""Modules in eval mode inside a `with` block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ from torch import nn
 
 
 @contextmanager
-def eval_mode(task: nn.Module) -> Iterator[None]:
-    """Puts a task into eval mode inside a `with` block; the mode of every module is restored."""
-    training = {module: module.training for module in task.modules()}
-    task.eval()
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Puts a module into eval mode inside a `with` block, and gives each part its own mode back."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
     try:
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for part, mode in training.items():
+            part.training = mode

@@ -22,7 +22,7 @@ from lora_plugins.integrations.lightning.shims import Averaging, averaged_module
 from lora_plugins.integrations.lightning.strategies import is_sharded
 from lora_plugins.utils import plain_name
 
-_OF_AVERAGES = {"update_parameters", "update_ema"}
+_AVERAGING_METHODS = {"update_parameters", "update_ema"}
 """Methods by which callbacks average a bare copy themselves."""
 
 
@@ -125,12 +125,13 @@ def _is_plain_copy(copy: nn.Module, module: LightningModule) -> bool:
 
 
 def _averaged_by(callback: Callback, value: Any) -> Iterator[nn.Module]:
-    """Yields the averages that a callback keeps as an attribute, or in one, as AveragedModel, ModelEmaV3 and others do.
+    """Yields modules that a callback averages.
 
-    They have a module and a method that updates it; a teacher has none, and a metric updates something else. So may a
-    callback, a temperature beside its teacher say: only a method that is named for what is averaged tells it.
+    Those are in an attribute with an `update...` method, as AveragedModel and ModelEmaV3 have, which is no metric; or a
+    bare copy, if the callback itself has `update_parameters` or `update_ema`. Other methods of a callback do not count:
+    one that keeps a teacher may update a temperature.
     """
-    if isinstance(value, nn.Module) and not _OF_AVERAGES.isdisjoint(dir(type(callback))):
+    if isinstance(value, nn.Module) and not _AVERAGING_METHODS.isdisjoint(dir(type(callback))):
         yield value
     if isinstance(value, type | LightningModule | Metric) or not any(
         name.startswith("update") for name in dir(type(value))

@@ -341,14 +341,14 @@ def test_a_head_without_rows_is_refused():
     refused(two(Rowless()), r"'head', .* gets tensors of the shapes \[4, 6\] for a batch of 2")
 
 
-class ByName(Rowless):
+class ByName(BodyAndHead):
     """Gives its head the rows by name."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(input=self.body(x))
 
 
-class Twice(Rowless):
+class Twice(BodyAndHead):
     """A head that is given two tensors."""
 
     def __init__(self) -> None:

@@ -192,7 +192,7 @@ def test_a_variant_that_does_more_than_rescale_rows_keeps_rank_and_scaling(other
     saved("other", 1, **other)
     own, alike = saved("own", 2), saved("alike", 3)
     before = own.model(X)
-    with pytest.raises(AdapterFileError, match=r"rank or scaling on '0' is another one, by which .* 'by_rank' may"):
+    with pytest.raises(AdapterFileError, match=r"its rank or scaling on '0' differs, on which .* 'by_rank' may"):
         own.swap_adapter("default", tmp_path / "other")
     close(own.model(X), before)
     own.swap_adapter("default", tmp_path / "alike")

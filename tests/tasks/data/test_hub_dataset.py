@@ -61,7 +61,7 @@ class TestHub:
 
     @pytest.mark.parametrize("check_files", [False, True])
     def test_a_test_split_without_labels_is_predicted(self, tmp_path, labeled_rows, check_files):
-        """None is no second label of its images, which are copies of others here."""
+        """Its images are copies of labeled ones, which the check of files must not call a second label."""
         from datasets import DatasetDict, load_from_disk
 
         splits = load_from_disk(str(labeled_rows))

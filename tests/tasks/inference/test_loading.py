@@ -210,7 +210,10 @@ def test_an_adapter_of_a_task_that_draws_pictures(fitted, tmp_path, capsys):
     said = {"class": "lora_plugins.tasks.diffusion.text_to_image.TextToImageTask", "arguments": {}, "target": "parts"}
     write_manifest(tmp_path / "adapter", manifest_of(tmp_path / "adapter") | {"task": said})
     assert main(["predict", str(tmp_path / "adapter"), str(tmp_path)]) == 1
-    assert "TextToImageTask, which predicts no labels and no masks. Pictures are drawn" in capsys.readouterr().err
+    assert (
+        "TextToImageTask, which predicts no labels and no masks. If it is a TextToImageTask, draw"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_file_that_does_not_say_what_it_is_of(tmp_path):
