@@ -92,6 +92,9 @@ def _nested_option(found: re.Match[str], cls: str, flags: list[str]) -> str:
     if not cls:
         return f"there is no flag {found[1]}. {near(found[1], flags)}"
     name = found[1].lstrip("-").partition("=")[0]
+    first, parameters = name.partition(".")[0], _parameters(cls)
+    if parameters and first not in parameters:
+        return f"{cls.rpartition('.')[2]} has no {first!r}. {near(first, parameters)}"
     outer, _, inner = name.rpartition(".")
     known = _fields_below(cls, outer)
     return f"{outer or cls} has no {inner!r}." + (f" {near(inner, known)}" if known else "")

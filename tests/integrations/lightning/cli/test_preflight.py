@@ -154,6 +154,10 @@ LATER = {
         ["--model.init_args.lr_scheduler", "torch.optim.lr_scheduler.StepLR"],
         "lr_scheduler is StepLR, which takes 'step_size' after the optimizer",
     ),
+    "above it": (
+        ["--model.init_args.modl.source", "timm"],
+        "ImageClassificationTask has no 'modl'. Did you mean 'model'?",
+    ),
     "below it": (["--model.init_args.model.sorce", "timm"], "model has no 'sorce'. Did you mean 'source'?"),
     "type": (["--trainer.max_epochs", "three"], "trainer.max_epochs: it is a whole number, and 'three' was given"),
     "type of an argument": (["--model.init_args.model.num_classes", "many"], "a whole number, and 'many' was given"),
