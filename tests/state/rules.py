@@ -389,9 +389,15 @@ def _same_places(own: Adapter, other: Adapter) -> bool:
         fits
         and own.spec.variant == other.spec.variant
         and (own.spec.variant == "lora" or given.keys() == there.keys())
+        and (own.spec.variant != "gated" or _sizes(own) == _sizes(other))  # it rescales no rows
         and {*own.trained, *own.buffers} == {*other.trained, *other.buffers}
         and not (own.changes_base or other.changes_base)
     )
+
+
+def _sizes(adapter: Adapter) -> set[tuple[str, int, float]]:
+    """Rank and scaling of each layer."""
+    return {(slot.site, len(adapter.tensors[slot.key("A")]), slot.scaling) for slot in adapter.slots}
 
 
 def _places(adapter: Adapter) -> dict[str, tuple[int, list[object]]]:
