@@ -152,7 +152,12 @@ def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
 
 def first_val_loader(trainer: Trainer) -> DataLoader[Any]:
     """The first loader of the val split, of a trainer that validates."""
-    return cast("DataLoader[Any]", CombinedLoader(trainer.val_dataloaders).flattened[0])
+    return first_loader(trainer.val_dataloaders)
+
+
+def first_loader(loaders: Any) -> DataLoader[Any]:
+    """The first of a split's loaders, which are held in a list or a dict, or are one alone."""
+    return cast("DataLoader[Any]", CombinedLoader(loaders).flattened[0])
 
 
 def has_places(loader: DataLoader[Any]) -> bool:

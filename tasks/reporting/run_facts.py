@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader
 
 from lora_plugins import Plan
+from lora_plugins.tasks.reporting.figures import first_loader
 from lora_plugins.tasks.training import VisionTask
 
 LIBRARIES: Mapping[str, str] = {
@@ -171,7 +171,7 @@ def _place(data: Any) -> str:
 
 def _length(loaders: Any) -> str:
     try:
-        return f"{len(CombinedLoader(loaders).flattened[0].dataset):,} images"
+        return f"{len(cast(Any, first_loader(loaders).dataset)):,} images"
     except (AttributeError, TypeError):  # a data set that does not know its length
         return ""
 

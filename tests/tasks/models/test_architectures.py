@@ -117,13 +117,16 @@ def test_what_a_library_refuses_is_said_with_the_options(source, name, options):
         task(ModelConfig(source, name, 4, "none", options, HALF, HALF))
 
 
-@pytest.mark.parametrize("weights", ["none", "pretrained"])
-def test_an_option_that_transformers_refuses_is_said_with_any_weights(weights, tmp_path):
-    import transformers
+def save_vit(folder):
+    from transformers import ViTConfig, ViTForImageClassification
 
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    config = transformers.ViTConfig(image_size=16, patch_size=8, **small)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **small)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("weights", ["none", "pretrained"])
+def test_an_option_that_transformers_refuses_is_said_with_any_weights(weights, tmp_path):
+    save_vit(tmp_path)
     with pytest.raises(ConfigError, match=r"cannot be built with the options \{'hidden_act': 'foo'\}: KeyError: .*foo"):
         ImageClassificationTask(
             ModelConfig("transformers", str(tmp_path), 3, weights, {"hidden_act": "foo"}, HALF, HALF)
@@ -185,9 +188,7 @@ def test_preprocessing_is_that_of_the_folder(tmp_path):
 def test_a_network_is_given_what_the_processor_of_its_folder_gives(family, tmp_path):
     import transformers
 
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=3, **small)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    save_vit(tmp_path)
     own = getattr(transformers, f"{family}ImageProcessor")()
     own.save_pretrained(tmp_path)
     task, given = ImageClassificationTask(ModelConfig("transformers", str(tmp_path), 3, "pretrained")), []
