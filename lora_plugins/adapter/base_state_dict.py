@@ -9,15 +9,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.adapter.state import ModelState, adapted_layers, model_state
 from lora_plugins.errors import StateError
-from lora_plugins.inplace import (
-    SUFFIX,
-    factors_of,
-    full_name,
-    holder_of,
-    is_shard,
-    named_tensors,
-    own_tensor,
-)
+from lora_plugins.inplace import SUFFIX, factors_of, full_name, holder_of, is_shard, named_tensors, own_tensor
 from lora_plugins.utils import plain_name
 
 

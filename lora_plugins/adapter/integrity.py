@@ -9,12 +9,7 @@ from lora_plugins.adapter.acting import norms_to_freeze
 from lora_plugins.adapter.attach import adapter_parameters
 from lora_plugins.adapter.state import ModelState, adapted_layers
 from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import (
-    has_statistics,
-    is_frozen,
-    layer_state,
-    model_modules,
-)
+from lora_plugins.inplace import has_statistics, is_frozen, layer_state, model_modules
 
 
 def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:

@@ -10,12 +10,7 @@ from lora_plugins.adapter.gradients import Guards
 from lora_plugins.adapter.lifecycle import CALLS, CONDITIONS, Condition
 from lora_plugins.adapter.owned_tensors import OwnedTensors
 from lora_plugins.errors import StateError, listing, near
-from lora_plugins.inplace import (
-    NamedModule,
-    model_modules,
-    state_of,
-    unwrapped,
-)
+from lora_plugins.inplace import NamedModule, model_modules, state_of, unwrapped
 from lora_plugins.plan import Plan
 from lora_plugins.utils import Versions
 

@@ -13,13 +13,7 @@ from torch import nn
 from lora_plugins.adapter.acting import apply_state
 from lora_plugins.adapter.attach import attach, detach
 from lora_plugins.adapter.base_state_dict import accept_base_of_part
-from lora_plugins.adapter.content import (
-    changed_bases,
-    new_stored_weights,
-    to_store,
-    trained_values,
-    with_own_tensors,
-)
+from lora_plugins.adapter.content import changed_bases, new_stored_weights, to_store, trained_values, with_own_tensors
 from lora_plugins.adapter.group_offloading import check_no_copies
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.moved_base import base_marks

@@ -16,14 +16,7 @@ from lora_plugins.adapter import AdapterContent, check_not_owned, new_stored_wei
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import checksum
 from lora_plugins.files.origins import origin, whose
-from lora_plugins.inplace import (
-    StoredWeight,
-    found_tensor,
-    holder_of,
-    of_all_modules,
-    state_of,
-    stored_weights,
-)
+from lora_plugins.inplace import StoredWeight, found_tensor, holder_of, of_all_modules, state_of, stored_weights
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import STORAGES, Registry, Storage, storage_options
 

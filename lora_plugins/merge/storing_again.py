@@ -6,13 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import MergeError, listing
-from lora_plugins.inplace import (
-    StoredWeight,
-    foreign_weights,
-    full_name,
-    layer_state,
-    stored_weight,
-)
+from lora_plugins.inplace import StoredWeight, foreign_weights, full_name, layer_state, stored_weight
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 
 

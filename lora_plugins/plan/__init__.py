@@ -7,14 +7,7 @@ from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
 from lora_plugins.plan.parameter_counts import parameter_counts
-from lora_plugins.plan.patterns import (
-    ends_with,
-    exact_expression,
-    exact_pattern,
-    is_risky,
-    matches,
-    shortest_ends,
-)
+from lora_plugins.plan.patterns import ends_with, exact_expression, exact_pattern, is_risky, matches, shortest_ends
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan, weights_to_store
 from lora_plugins.plan.renamings import current_name, former_names

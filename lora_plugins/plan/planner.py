@@ -21,16 +21,7 @@ from lora_plugins.plan.stored import stored_weights
 from lora_plugins.plan.survey import survey
 from lora_plugins.plan.targets import left_out, saved_modules, target_sites
 from lora_plugins.plan.ties import Target, grouped
-from lora_plugins.plugins import (
-    LAYERS,
-    InitPlugin,
-    PlannedLayer,
-    Registry,
-    Slot,
-    Storage,
-    VariantPlugin,
-    registry_of,
-)
+from lora_plugins.plugins import LAYERS, InitPlugin, PlannedLayer, Registry, Slot, Storage, VariantPlugin, registry_of
 from lora_plugins.utils import within
 
 

@@ -6,14 +6,7 @@ each kind once; whatever registers, lists, documents or checks plugins loops ove
 
 from lora_plugins.plugins.computing import computes_as
 from lora_plugins.plugins.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, LOAD_VARIABLE, names_in, require_installation
-from lora_plugins.plugins.format import (
-    FORMATS,
-    OWN_FORMAT,
-    AdapterFormat,
-    AdapterSummary,
-    LayerSummary,
-    PackedAdapter,
-)
+from lora_plugins.plugins.format import FORMATS, OWN_FORMAT, AdapterFormat, AdapterSummary, LayerSummary, PackedAdapter
 from lora_plugins.plugins.hookspecs import (
     KINDS,
     FormatRegistrar,

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels._autograd import (
-    Options,
-    call_under_autocast,
-    law_gradients,
-    recomputation,
-    save,
-    saved,
-)
+from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
 from lora_plugins.kernels._channels import as_rows, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
