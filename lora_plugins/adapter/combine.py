@@ -16,7 +16,7 @@ from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing
 from lora_plugins.field_checks import finite
-from lora_plugins.inplace import detached_weight, factors, full_name, own_tensor, submodule
+from lora_plugins.inplace import detached_weight, factors, full_name, layer_state, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry, Slot
 from lora_plugins.utils import in_float64
@@ -42,33 +42,26 @@ def combine(
     if not adapters or len(adapters) != len(weights):
         raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
     check_options(combination_type, options)
-    weights = [finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)]
-    sources = [state.adapter(name).plan for name in adapters]
-    for name, source in zip(adapters, sources, strict=True):
-        _check_source(name, source)
+    weighted = [
+        (name, finite(f"The weight of {name!r}", weight)) for name, weight in zip(adapters, weights, strict=True)
+    ]
+    plans = [state.adapter(name).plan for name in adapters]
+    for name, plan in zip(adapters, plans, strict=True):
+        _check_source(name, plan)
         check_in_place(model, state, name)
-    _check_alike(sources)
-    planned = [{layer.name: layer for layer in source.layers} for source in sources]
-    layers: dict[str, PlannedLayer] = {}
-    for layer in (layer for source in sources for layer in source.layers):
-        layers.setdefault(layer.name, layer)
+    layers = _layers_of(plans)
     results: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     generator, error = torch.Generator().manual_seed(torch.initial_seed()), 0.0
     for layer in layers.values():
         module = submodule(model, layer.name)
         for slot in layer.slots:
-            updates = [
-                _update(module, adapter, own[layer.name], slot, weight)
-                for adapter, own, weight in zip(adapters, planned, weights, strict=True)
-                if layer.name in own
-            ]
-            A, B, relative = combined_update(updates, combination_type, options, generator)
+            A, B, relative = combined_update(_updates(module, slot, weighted), combination_type, options, generator)
             largest = A.abs().amax() * B.abs().amax() * len(A)  # of B @ A, which is not formed here
             _check_range(layer.name, factor_dtype(detached_weight(module, slot.tensor)), A, B, largest)
             results[layer.name, slot.suffix] = (A, B)
             error = max(error, relative)
-    plan = make_plan(model, _config(model, sources, layers, results), registry)
-    return NewAdapter(plan, _padded(results, plan), _values(model, state, adapters, weights)), error
+    plan = make_plan(model, _config(model, plans, layers, results), registry)
+    return NewAdapter(plan, _padded(results, plan), _values(model, state, weighted)), error
 
 
 def _check_source(name: str, plan: Plan) -> None:
@@ -82,8 +75,12 @@ def _check_source(name: str, plan: Plan) -> None:
         )
 
 
-def _check_alike(sources: Sequence[Plan]) -> None:
-    """Checks that adapters of one layer adapt the same of it, and of what shares its weight."""
+def _layers_of(sources: Sequence[Plan]) -> dict[str, PlannedLayer]:
+    """Returns the layers that adapters adapt, by name.
+
+    Raises:
+        ConfigError: If two of them do not adapt the same of a layer, and of what shares its weight.
+    """
     layers: dict[str, PlannedLayer] = {}
     trained = {name for source in sources for name in source.trained}
     for layer in (layer for source in sources for layer in source.layers):
@@ -107,11 +104,17 @@ def _check_alike(sources: Sequence[Plan]) -> None:
             f"One adapter adapts {name!r} alone, and another one with {tied[name]!r}, whose weight it shares; they "
             "cannot be combined."
         )
+    return layers
 
 
-def _update(module: nn.Module, adapter: str, layer: PlannedLayer, slot: Slot, weight: float) -> Update:
-    A, B = factors(module, adapter, slot)
-    return Update(in_float64(A.detach()), in_float64(B.detach()) * layer.scaling, weight)
+def _updates(module: nn.Module, slot: Slot, weighted: Sequence[tuple[str, float]]) -> list[Update]:
+    """Returns the updates of a slot in float64, of those adapters that the layer has."""
+    planned, updates = layer_state(module).adapters, []
+    for name, weight in weighted:
+        if name in planned:
+            A, B = (in_float64(factor.detach()) for factor in factors(module, name, slot))
+            updates.append(Update(A, B * planned[name].scaling, weight))
+    return updates
 
 
 def _check_range(name: str, dtype: torch.dtype, *tensors: Tensor) -> None:
@@ -166,16 +169,14 @@ def _padded(results: Mapping[tuple[str, str], tuple[Tensor, Tensor]], plan: Plan
     return content
 
 
-def _values(
-    model: nn.Module, state: ModelState, adapters: Sequence[str], weights: Sequence[float]
-) -> dict[str, Tensor]:
+def _values(model: nn.Module, state: ModelState, weighted: Sequence[tuple[str, float]]) -> dict[str, Tensor]:
     """Combines what the adapters trained in place, as differences from the base."""
     values: dict[str, Tensor] = {}
     for name in state.values.base:
         device = own_tensor(model, name).device  # values that are not in place may still be where the model was
         owned = [
             (state.values.value(model, adapter, name).to(device), weight)
-            for adapter, weight in zip(adapters, weights, strict=True)
+            for adapter, weight in weighted
             if name in state.values.of(adapter)
         ]
         if not owned:
