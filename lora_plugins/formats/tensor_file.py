@@ -29,20 +29,20 @@ def read_header(path: Path) -> dict[str, Any]:
             size = int.from_bytes(file.read(8), "little")
             available = path.stat().st_size - 8
             if not 2 <= size <= min(available, LARGEST_HEADER):
-                raise AdapterFileError(
-                    f"{path} is not a safetensors file, or it is damaged: its header would have {size:,} bytes, and "
-                    f"the file has {max(available, 0):,}; at most {LARGEST_HEADER:,} are read. Copy it again."
-                )
+                said = f"its header would have {size:,} bytes, and the file has {max(available, 0):,}"
+                raise _damaged(path, f"{said}; at most {LARGEST_HEADER:,} are read")
             header = json.loads(file.read(size))
     except OSError as error:
         raise AdapterFileError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(
-            f"{path} is not a safetensors file, or it is damaged: {error}. Copy it again."
-        ) from error
+        raise _damaged(path, error) from error
     if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
-        raise AdapterFileError(f"{path} is not a safetensors file, or it is damaged. Copy it again.")
+        raise _damaged(path, "its header is no table of tensors")
     return header
+
+
+def _damaged(path: Path, why: object) -> AdapterFileError:
+    return AdapterFileError(f"{path} is not a safetensors file, or it is damaged: {why}. Copy it again.")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -55,9 +55,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     try:
         return safetensors.torch.load(path.read_bytes()), metadata
     except (SafetensorError, KeyError, ValueError) as error:
-        raise AdapterFileError(
-            f"{path} is not a safetensors file, or it is damaged: {error}. Copy it again."
-        ) from error
+        raise _damaged(path, error) from error
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
