@@ -87,13 +87,13 @@ class _Sums:
                 return plugin.inputs(module, self.slot, *args, **kwargs)
         except NotImplementedError as error:
             raise TargetError(
-                f"{self.layer.name!r}: the plugin {self.layer.plugin.name!r} does not say what {self.slot.tensor!r} of "
+                f"{self.layer.name!r}: the plugin {plugin.name!r} does not say what {self.slot.tensor!r} of "
                 f"this {base_class_of(module).__name__} is multiplied by. Add it to exclude_modules, or choose "
                 "another init."
             ) from error
         except TypeError as error:  # a subclass may be called with more than its base class
             raise TargetError(
-                f"{self.layer.name!r}: the plugin {self.layer.plugin.name!r} does not understand what this "
+                f"{self.layer.name!r}: the plugin {plugin.name!r} does not understand what this "
                 f"{base_class_of(module).__name__} is called with: {sentence(error)} Add it to exclude_modules, or "
                 "choose another init."
             ) from error

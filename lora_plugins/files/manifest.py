@@ -52,6 +52,11 @@ def value_key(name: str) -> str:
     return f"value/{name}"
 
 
+def tensor_entry(tensor: Tensor) -> dict[str, Any]:
+    """Returns what a manifest says of a tensor."""
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a manifest with the checksum of all its other entries, which tells when one of them is changed."""
     entries = {key: value for key, value in manifest.items() if key != _SEAL}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import ModelState, base_in_place, check_in_place, check_norms
 from lora_plugins.files.fingerprint import checksum, fingerprints
-from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_key, value_key
+from lora_plugins.files.manifest import FORMAT, checked_manifest, recipe_prefix, tensor_entry, tensor_key, value_key
 from lora_plugins.files.origins import origin
 from lora_plugins.files.stored_base import described
 from lora_plugins.inplace import slot_tensors, submodule
@@ -86,10 +86,7 @@ def manifest_of(
         "layer_types": list(plan.layer_types),
         "layers": {layer.name: _describe(layer, registry) for layer in plan.layers},
         **({"ranks": dict(plan.ranks)} if plan.ranks else {}),
-        "tensors": {
-            key: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-            for key, tensor in tensors.items()
-        },
+        "tensors": {key: tensor_entry(tensor) for key, tensor in tensors.items()},
         "base": base,
         "changed": changed,
         **({"stored": stored} if stored else {}),

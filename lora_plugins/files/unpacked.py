@@ -11,7 +11,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, listing, sentence
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
-from lora_plugins.files.manifest import checked_manifest, recipe_prefix, recipes, tensor_key, value_key
+from lora_plugins.files.manifest import checked_manifest, recipe_prefix, recipes, tensor_entry, tensor_key, value_key
 from lora_plugins.files.origins import check_origins, versions_told
 from lora_plugins.files.other_root import check_root
 from lora_plugins.files.stored_base import new_checked, with_stored
@@ -128,8 +128,7 @@ def _rebuilt(model: nn.Module, unpacked: NewAdapter, sums: Mapping[str, Any]) ->
 def _compare_tensors(expected: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     _difference("tensor", expected, tensors, "the manifest", "the file")
     for key, tensor in tensors.items():
-        found = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        if found != expected[key]:
+        if (found := tensor_entry(tensor)) != expected[key]:
             raise AdapterFileError(f"The tensor {key!r} is {found}, but the manifest says {expected[key]}.")
 
 
