@@ -33,11 +33,9 @@ def swap(model: nn.Module, state: ModelState, adapter: str, other: NewAdapter) -
 
     Raises:
         AdapterFileError: If the other one does not fit into the shapes that are there. Nothing has changed then.
-        StateError: If there is no such adapter, a layer of it was replaced or has another name, something is merged, or
-            a block is open.
+        StateError: If a layer of the adapter was replaced or has another name.
     """
-    state.check("swap_adapter")
-    own = state.adapter(adapter).plan
+    own = state.adapters[adapter].plan
     check_in_place(model, state, adapter)
     if other.stored:
         raise _unfit(f"it was trained on {listing(other.stored)} stored in fewer bytes")
