@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError, add_place
+from lora_plugins.errors import add_place
 from lora_plugins.inplace.deltas import rescaled_term, stacked_adapters, term_of
 from lora_plugins.inplace.frozen_norm import own_mode
 from lora_plugins.inplace.layer_state import Branch, layer_state
@@ -34,24 +34,19 @@ def by_plugin(
         order: Names of the parameters of its forward, in order.
         shown: What the plugin sees in place of the layer; by default the layer.
     """
-    state, training, shown = layer_state(layer), own_mode(layer), layer if shown is None else shown
-    if state.rows is not None:
-        if training:
-            raise StateError(
-                f"{state.name!r} is in training mode inside mixed_batch(), which is for inference. Call model.eval() "
-                "first."
-            )
-        first = args[0] if args else next(kwargs[name] for name in order if name in kwargs)
-        what: Any = stacked_adapters(layer, state, state.rows, first)
-        method = "mixed"
-    else:
+    state, training = layer_state(layer), own_mode(layer)
+    what: Any
+    if state.rows is None:
         term = rescaled_term if branch.rescales else term_of
         what = [term(layer, name, planned, slot, training=training) for name, planned, slot in branch.updates]
         method = "branch"
+    else:
+        first = args[0] if args else next(kwargs[name] for name in order if name in kwargs)
+        what = stacked_adapters(layer, state, state.rows, first, training=training)
+        method = "mixed"
+    compute = functools.partial(getattr(branch.plugin, method), layer if shown is None else shown, weights, what)
     try:
-        return as_one_operation(
-            functools.partial(getattr(branch.plugin, method), shown, weights, what), *args, **kwargs
-        )
+        return as_one_operation(compute, *args, **kwargs)
     except Exception as error:
         add_place(error, f"{method}() of the layer type {branch.plugin.name!r}, for {state.name!r}")
         raise

@@ -118,7 +118,9 @@ def _is_offloaded(layer: nn.Module, state: LayerState) -> bool:
     return not all(factors(layer, adapter, slot)[0].is_meta for adapter, _, slot in state.active_slots())
 
 
-def stacked_adapters(layer: nn.Module, state: LayerState, rows: tuple[str | None, ...], x: Tensor) -> StackedAdapters:
+def stacked_adapters(
+    layer: nn.Module, state: LayerState, rows: tuple[str | None, ...], x: Tensor, *, training: bool
+) -> StackedAdapters:
     """Returns the adapters of the rows of a mixed batch.
 
     Args:
@@ -126,10 +128,15 @@ def stacked_adapters(layer: nn.Module, state: LayerState, rows: tuple[str | None
         state: Its state.
         rows: The adapter of each row; None for the base.
         x: What the layer is called with, the batch first.
+        training: Whether the layer is in training mode.
 
     Raises:
-        StateError: If the layer's input has another number of rows.
+        StateError: If it is, or the layer's input has another number of rows.
     """
+    if training:
+        raise StateError(
+            f"{state.name!r} is in training mode inside mixed_batch(), which is for inference. Call model.eval() first."
+        )
     if len(x) != len(rows):
         raise StateError(
             f"{state.name!r} gets {len(x)} rows for a batch of {len(rows)} adapter names. Give one name for each row "
