@@ -144,8 +144,13 @@ def _apply_to(base: Any) -> Callable[..., nn.Module]:
 
 
 def _weight_property(name: str, base: Any) -> property:
-    is_computed = isinstance(inspect.getattr_static(base, name, None), property)
+    def delete(layer: nn.Module) -> None:
+        del layer.__dict__[name]
 
+    return property(_getter(name), _setter(name, base), delete)
+
+
+def _getter(name: str) -> Callable[[nn.Module], Tensor | DescribedTensor]:
     def get(layer: nn.Module) -> Tensor | DescribedTensor:
         if is_placed() and isinstance(own := layer._parameters.get(name), Tensor):
             return own
@@ -174,6 +179,12 @@ def _weight_property(name: str, base: Any) -> property:
             return described(weight, no_dropout(state.name), layer)
         return called_weight(layer, weight)
 
+    return get
+
+
+def _setter(name: str, base: Any) -> Callable[[nn.Module, Tensor], None]:
+    is_computed = isinstance(inspect.getattr_static(base, name, None), property)
+
     def set(layer: nn.Module, value: Tensor) -> None:
         # Reached by hooks that compute the weight (weight norm, pruning); parameters never come here.
         if is_computed:  # parametrizations would set what they compute from
@@ -181,10 +192,7 @@ def _weight_property(name: str, base: Any) -> property:
         refuse_while_merged(layer, name, value)
         layer.__dict__[name] = value
 
-    def delete(layer: nn.Module) -> None:
-        del layer.__dict__[name]
-
-    return property(get, set, delete)
+    return set
 
 
 def _is_traced(layer: nn.Module, name: str) -> bool:
