@@ -1,29 +1,20 @@
-"""The tensors of a new adapter, computed before anything of the model is touched."""
+"""The tensors of a new adapter, computed before anything of the model is touched; `new_bases` has the weights."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.answers import base_of, check_filled, check_stored, own_values, read_only, recipe_of
+from lora_plugins.adapter.answers import check_filled, own_values, read_only, recipe_of
 from lora_plugins.adapter.same_start import check_first_update
-from lora_plugins.errors import StateError, TargetError, noted
-from lora_plugins.inplace import (
-    StoredWeight,
-    detached_weight,
-    full_name,
-    holder_of,
-    own_tensor,
-    stored_weight,
-    submodule,
-)
+from lora_plugins.errors import TargetError, noted
+from lora_plugins.inplace import StoredWeight, detached_weight, full_name, own_tensor, stored_weight, submodule
 from lora_plugins.plan import Plan
-from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration, Storage
-from lora_plugins.utils import in_full, laid_out_like, run_seed, single_at_least
+from lora_plugins.plugins import InitContext, PlannedLayer, Slot, SlotCalibration
+from lora_plugins.utils import in_full, run_seed, single_at_least
 
 
 @dataclass(frozen=True)
@@ -145,108 +136,6 @@ def _rounding(
         return slot_matrix(layer, slot, dense.to(weight.dtype)).to(values.dtype)
 
     return rounded
-
-
-def changed_bases(model: nn.Module, plan: Plan, content: AdapterContent) -> dict[str, Tensor]:
-    """Computes the base weights that the plan's init replaces, by full name; empty for most inits.
-
-    A weight that is stored in fewer bytes is not the adapter's but the model's; see `new_stored_weights`.
-    """
-    names = {full_name(layer.name, slot.tensor) for layer, slot, _ in plan.slots()} - plan.stored.keys()
-    return _bases(model, plan, content, names, {}, stored=False)
-
-
-def to_store(model: nn.Module, plan: Plan) -> dict[str, Storage]:
-    """Returns by full name how those weights of a plan are to be stored that are not stored yet."""
-    return {name: storage for name, storage in plan.stored.items() if stored_weight(*holder_of(model, name)) is None}
-
-
-def new_stored_weights(
-    model: nn.Module,
-    plan: Plan,
-    content: AdapterContent,
-    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
-) -> dict[str, StoredWeight]:
-    """Stores the weights that the plan names, by full name, outside of the model; tied ones share the result.
-
-    Weights that are stored already are left out.
-
-    Args:
-        model: The model.
-        plan: What is adapted and stored.
-        content: The adapter's tensors.
-        dtypes: The types that weights had when they were stored before, by full name.
-
-    Raises:
-        StateError: If a weight has values that are not finite.
-        PluginError: If the storage does not restore the smallest of them.
-    """
-    new = to_store(model, plan)
-    changed = _bases(model, plan, content, set(new), dtypes, stored=True)
-    made: dict[int, StoredWeight] = {}
-    for name, storage in new.items():
-        parameter = own_tensor(model, name)
-        if id(parameter) in made and name not in changed:
-            continue
-        dtype = dtypes.get(name, parameter.dtype)
-        value = changed.get(name, parameter.detach().to(dtype))
-        if not bool(value.isfinite().all()):
-            raise StateError(f"{name!r} has values that are not finite, which cannot be stored as {storage}.")
-        with noted(f"the storage {storage.plugin.name!r}, for {name!r}"):
-            made[id(parameter)] = StoredWeight(
-                storage,
-                value,
-                parameter.dtype,
-                source_dtype=dtype,
-                device=parameter.device,
-                requires_grad=parameter.requires_grad,
-            )
-    if made:  # a storage that fails does so at once: to restore every weight would take as long as to store it
-        least = min(new, key=lambda name: own_tensor(model, name).numel())
-        with noted(f"the storage {new[least].plugin.name!r}, for {least!r}"):
-            check_stored(new[least], least, made[id(own_tensor(model, least))].dense())
-    return {name: made[id(own_tensor(model, name))] for name in new}
-
-
-def _bases(
-    model: nn.Module,
-    plan: Plan,
-    content: AdapterContent,
-    names: set[str],
-    dtypes: Mapping[str, torch.dtype],
-    *,
-    stored: bool,
-) -> dict[str, Tensor]:
-    """Computes what an init puts in place of base weights, by full name; empty for most inits.
-
-    Args:
-        model: The model.
-        plan: What is adapted.
-        content: The adapter's tensors.
-        names: Full names of the weights that are wanted.
-        dtypes: The types that weights had when that was computed before, by full name.
-        stored: Whether that is stored in fewer bytes; it is wanted in the type of the factors then, not of the weight.
-    """
-    if not plan.init.changes_base:
-        return {}
-    compute = plan.init.base_to_store if stored else plan.init.changed_base
-    changed: dict[str, Tensor] = {}
-    for layer, slot, _ in plan.slots():
-        name = full_name(layer.name, slot.tensor)
-        if name not in names:
-            continue
-        original = detached_weight(submodule(model, layer.name), slot.tensor)
-        original = original.to(dtypes.get(name, original.dtype))
-        weight = changed.get(name, original.to(factor_dtype(original)) if stored else original)
-        matrix = layer.plugin.to_matrix(weight).clone()
-        recipe = {key: value.cpu() for key, value in content[layer.name, slot.suffix].recipe.items()}
-        place = f"the init {plan.init.name!r}, computing the base of {layer.name!r}"
-        with torch.no_grad(), in_full(original), noted(place):
-            before = slot_matrix(layer, slot, original).to("cpu", factor_dtype(original), copy=True)
-            new = compute(before, recipe, layer.scaling, plan.init_options)
-        slot.cut(matrix).copy_(base_of(plan.init, layer, new, before.shape))
-        changed[name] = laid_out_like(original, layer.plugin.from_matrix(matrix, original.shape))
-    return changed
 
 
 def with_own_tensors(

@@ -13,11 +13,12 @@ from torch import nn
 from lora_plugins.adapter.acting import apply_state
 from lora_plugins.adapter.attach import attach, detach
 from lora_plugins.adapter.base_state_dict import accept_base_of_part
-from lora_plugins.adapter.content import changed_bases, new_stored_weights, to_store, trained_values, with_own_tensors
+from lora_plugins.adapter.content import trained_values, with_own_tensors
 from lora_plugins.adapter.group_offloading import check_no_copies
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.moved_base import base_marks
 from lora_plugins.adapter.new_adapter import NewAdapter
+from lora_plugins.adapter.new_bases import changed_bases, new_stored_weights, to_store
 from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.same_start import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
