@@ -94,13 +94,13 @@ class KohyaFormat(PortableFormat):
         if path.suffix != ".safetensors":
             raise AdapterFileError(f"{path}: this format is a file, whose name ends in .safetensors.")
         places = part_of(adapter.layers, model, options["component"])
-        prefix_of = _prefixes_written({part for part, _ in places.values()}, model)
-        lacking = {part for part, _ in places.values()} - {*prefix_of}
-        if lacking:
+        parts = {part for part, _ in places.values()}
+        prefix_of = _prefixes_written(parts, model)
+        if lacking := parts - prefix_of.keys():
             raise AdapterFileError(
                 f"{listing(sorted(lacking))} has no name in this format; there is {listing(prefix_of)}."
             )
-        if (unknown := _unknown_denoiser(places.values(), model)) is not None:
+        if (unknown := _unknown_denoiser(parts, model)) is not None:
             warnings.warn(
                 f"{path}: the layers of {unknown} have the names of diffusers, which others do not know in this "
                 "format. lora_plugins reads it; for diffusers, write format='diffusers'.",
@@ -133,13 +133,13 @@ def _prefixes_written(parts: Collection[str], model: nn.Module | None) -> dict[s
     return prefix_of
 
 
-def _unknown_denoiser(places: Collection[tuple[str, str]], model: nn.Module | None) -> str | None:
+def _unknown_denoiser(parts: Collection[str], model: nn.Module | None) -> str | None:
     """Returns the class of a denoiser whose names in diffusers mean nothing elsewhere; None if there is none."""
-    if model is None or all(part.startswith("text_encoder") for part, _ in places):
+    if model is None or all(part.startswith("text_encoder") for part in parts):
         return None
     children = dict(model.named_children())
-    parts = ("unet", "transformer", "transformer_2")
-    cls = base_class_of(next((children[name] for name in parts if name in children), model))
+    names = ("unet", "transformer", "transformer_2")
+    cls = base_class_of(next((children[name] for name in names if name in children), model))
     known = any(base.__name__ in _KNOWN for base in cls.__mro__)
     return cls.__name__ if cls.__module__.startswith("diffusers.") and not known else None
 

@@ -84,12 +84,13 @@ def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: 
 def _targeted(
     config: LoraConfig, sites: Sequence[Site], free: Sequence[Site], handled: set[str], registry: Registry
 ) -> set[str]:
-    if config.target_modules is None or _means_all(config):
+    wanted = config.target_modules or "all"
+    if wanted == "all":
         return handled - {name for site in free if site.foreign_adapter for name in site.names}
     names = [name for site in sites for name in site.names if name or site.has_parameters]
     served = [site for site in free if site.plugin]
-    hint = partial(target_hint, patterns=config.target_modules, sites=served)
-    matched = patterns.select("target_modules", config.target_modules, names, hint)
+    hint = partial(target_hint, patterns=wanted, sites=served)
+    matched = patterns.select("target_modules", wanted, names, hint)
     targetable = {name for site in free for name in site.names}
     found = {pattern: [name for name in matches if name in targetable] for pattern, matches in matched.items()}
     for pattern, matches in found.items():
@@ -122,10 +123,6 @@ def _of_others(matches: Sequence[str], free: Sequence[Site]) -> str:
     return _ADAPTED_BY_OTHERS if any(within(name, matches) for name in adapters) else ""
 
 
-def _means_all(config: LoraConfig) -> bool:
-    return config.target_modules in (None, "all")
-
-
 def left_out(config: LoraConfig, survey: Survey, saved: set[str], failed: str = "") -> tuple[LeftOut, ...]:
     """What "all" leaves out though it has weights of two dimensions or more; nothing if not all layers were asked for.
 
@@ -135,7 +132,7 @@ def left_out(config: LoraConfig, survey: Survey, saved: set[str], failed: str = 
         saved: The modules that are trained in full.
         failed: What to say of plugins that failed, one of which may be missing here.
     """
-    if not _means_all(config) or config.layers_to_transform is not None:
+    if config.target_modules not in (None, "all") or config.layers_to_transform is not None:
         return ()
     free = survey.outside(saved)
     excluded = _excluded(config, survey.sites, free)
