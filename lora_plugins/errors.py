@@ -87,7 +87,7 @@ def near_matches(name: str, candidates: Iterable[str]) -> list[str]:
 
 
 def _likeness(name: str, candidate: str) -> float:
-    """What two names have in common, from 0 to 1; a name may also be the beginning of a longer one."""
+    """Returns what two names have in common, from 0 to 1; a name may also be the beginning of a longer one."""
     whole = difflib.SequenceMatcher(None, candidate, name)
     begun = len(candidate) > len(name) >= SHORTEST_BEGINNING
     part = difflib.SequenceMatcher(None, candidate[: len(name)], name) if begun else whole

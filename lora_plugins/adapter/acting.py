@@ -67,7 +67,7 @@ def base_in_place(model: nn.Module, state: ModelState) -> Iterator[None]:
 
 
 def _owners(state: ModelState) -> tuple[str, ...]:
-    """The adapters whose values of the model's own tensors are in place."""
+    """Returns the adapters whose values of the model's own tensors are in place."""
     return () if state.blocks else state.active
 
 

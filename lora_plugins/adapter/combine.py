@@ -131,7 +131,7 @@ def _config(
     layers: Mapping[str, PlannedLayer],
     results: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
 ) -> LoraConfig:
-    """A config that names every layer in full, with its rank, and gives a scaling of 1."""
+    """Returns a config that names every layer in full, with its rank, and gives a scaling of 1."""
     ranks: dict[str, int] = {}
     for (name, _), (A, _) in results.items():
         ranks[name] = max(ranks.get(name, 0), len(A))

@@ -37,7 +37,7 @@ def check_no_copies(modules: Sequence[NamedModule], doing: str) -> None:
 
 
 def _group_of(module: nn.Module) -> Any:
-    """The group of modules that are offloaded together with a module; None where it is not offloaded."""
+    """Returns the group of modules that are offloaded together with a module; None where it is not offloaded."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
     return getattr(hooks.get("group_offloading"), "group", None)
 

@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _near_flag(flag: str, known: Iterable[str]) -> str:
-    """For a letter, the flags that begin with it."""
+    """Returns a sentence that offers near flags; for a letter, those that begin with it."""
     begun = [name for name in known if len(flag) == len("-e") and name.startswith(f"-{flag}")]
     return f"Did you mean {listing(begun)}?" if begun else near(flag, known)
 

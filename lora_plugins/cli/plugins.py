@@ -29,7 +29,7 @@ def listed(registry: Registry) -> str:
 
 
 def _lines(info: PluginInfo) -> list[tuple[str, str, str, str, str]]:
-    """The lines of one plugin, one for each thing that it provides."""
+    """Returns the lines of one plugin, one for each thing that it provides."""
     provided = [f"{title} {name}" for title, name in info.provides] or ["-"]
     state = " ".join(info.state.split())  # an error's message may have several lines
     first = (info.name, info.distribution, info.version, provided[0], state)

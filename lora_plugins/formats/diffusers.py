@@ -45,7 +45,7 @@ class DiffusersFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"component": None, "patterns": None}
 
     def recognizes(self, path: Path) -> bool:
-        """A file with keys of diffusers, with a part of a pipeline in front or without, or a folder with its file."""
+        """Knows a file by keys of diffusers, with a part of a pipeline in front or without, or its folder."""
         file = _file(path)
         keys = [*read_shapes(file)] if file.is_file() else []
         if file.name == TENSORS_OF_PEFT:  # whose alphas are beside it

@@ -66,7 +66,7 @@ class KohyaFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"component": None}
 
     def recognizes(self, path: Path) -> bool:
-        """A file with a key behind one of the usual prefixes."""
+        """Knows a file by a key behind one of the usual prefixes."""
         return path.is_file() and any(_split(key) is not None for key in read_shapes(path))
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
@@ -86,7 +86,7 @@ class KohyaFormat(PortableFormat):
         return PortableAdapter(placed, details=details)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
-        """Such files have linear layers and convolutions only."""
+        """Refuses all but linear layers and convolutions."""
         return refusals_of_pipelines(adapter)
 
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:

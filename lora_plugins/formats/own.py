@@ -18,7 +18,7 @@ class OwnFormat(AdapterFormat):
     file_names = (MANIFEST, TENSOR_FILES)
 
     def recognizes(self, path: Path) -> bool:
-        """A folder with our manifest, or with our tensors where that is missing."""
+        """Knows a folder by our manifest, or by our tensors where that is missing."""
         return (path / MANIFEST).is_file() or any(TENSOR_FILE.fullmatch(each.name) for each in path.glob("adapter-*"))
 
     def read(

@@ -48,7 +48,7 @@ class PeftFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"out_proj": None, "patterns": None}
 
     def recognizes(self, path: Path) -> bool:
-        """A folder with PEFT's config, or with folders of such for named adapters; or a file of tensors in one."""
+        """Knows a folder by PEFT's config, or by folders with one for named adapters; or a file of tensors in one."""
         return bool(_folders(path))
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
@@ -89,7 +89,7 @@ class PeftFormat(PortableFormat):
             return replace(found, details={**found.details, "to be said": str(error)})
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
-        """What PEFT has no form for."""
+        """Returns what PEFT has no form for."""
         layers = adapter.layers.items()
         return [
             *(

@@ -105,7 +105,7 @@ def _leading(scatter: Tensor, count: int, niter: int, generator: torch.Generator
 
 
 def _shares(request: RankRequest, count: int, niter: int | None, generator: torch.Generator) -> list[float]:
-    """The shares of variance that the leading directions of a layer explain, averaged over its slots."""
+    """Returns the shares of variance that the leading directions of a layer explain, averaged over its slots."""
     shares = torch.zeros(count, dtype=torch.float64, device="cpu")
     for calibration in request.slots:
         inputs = calibration.inputs

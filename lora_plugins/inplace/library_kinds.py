@@ -122,7 +122,7 @@ def _elements_gguf(weight: Any) -> int:
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """What a linear layer of these libraries computes, with the dense weight that it answers with."""
+    """Computes what a linear layer of these libraries does, with the dense weight that it answers with."""
     weight = layer.weight
     return F.linear(x, weight, None if layer.bias is None else layer.bias.to(weight.dtype))
 

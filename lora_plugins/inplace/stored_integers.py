@@ -76,5 +76,5 @@ def _is_integer(tensor: Tensor) -> bool:
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """A sum of magnitudes: whatever is cut off makes it smaller."""
+    """Returns the sum of the magnitudes: whatever is cut off makes it smaller."""
     return tensor.detach().abs().sum(dtype=torch.int64)

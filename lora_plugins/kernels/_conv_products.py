@@ -102,7 +102,7 @@ def gradients(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
 
 
 def _through_kernel(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
-    """Gradients of x, A and B from that of the effective kernel."""
+    """Returns the gradients of x, A and B, from that of the effective kernel."""
     x, weight, A, B, kernel, options = state
     kernel = effective_kernel(weight, A, B, options.scale, dy.dtype) if kernel is None else kernel
     dx, dkernel = options.geometry.gradients(dy, x, kernel, of_x=needed[0], of_kernel=needed[1] or needed[2])
@@ -112,7 +112,7 @@ def _through_kernel(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradien
 
 
 def _through_both(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
-    """Gradient of x from the effective kernel, those of A and B from small products."""
+    """Returns the gradient of x from the effective kernel, and those of A and B from small products."""
     x, weight, A, B, kernel, options = state
     dx = None
     if needed[0]:
@@ -125,7 +125,7 @@ def _through_both(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients
 
 
 def _through_products(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
-    """Gradients of x, A and B where the small products were added to the output."""
+    """Returns the gradients of x, A and B where the small products were added to the output."""
     x, weight, A, B, h, options = state
     geometry = options.geometry
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
@@ -141,7 +141,7 @@ def _through_products(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradi
 
 
 def _through_update(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
-    """Gradients of x, A and B where the input was convolved with the update as a kernel of its own."""
+    """Returns the gradients of x, A and B where the input was convolved with the update as a kernel of its own."""
     x, weight, A, B, kernel, options = state
     geometry = options.geometry
     kernel = _kernel(A, B, weight) * options.scale if kernel is None else kernel
@@ -166,7 +166,7 @@ _GRADIENTS: dict[Path, Callable[[Tensor, State, Sequence[bool]], Gradients]] = {
 def _through_products_of(
     x: Tensor, h: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
 ) -> Gradients:
-    """Gradients of x, where the kernel sees it, of A and of B; x is used up if something was dropped from it."""
+    """Returns the gradients of x, where the kernel sees it, A and B; x is used up if something was dropped from it."""
     geometry = options.geometry
     g = mix_channels(B.T, dy).mul_(options.scale)
     dB = channel_products(h, dy).mul_(options.scale).T

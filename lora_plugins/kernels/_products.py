@@ -115,7 +115,7 @@ def _accumulate(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
 def _through_gradient(
     rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
-    """Gradients of x, A and B from that of the effective weight."""
+    """Returns the gradients of x, A and B, from that of the effective weight."""
     dA = dB = None
     if needed[1] or needed[2]:
         dA, dB = factor_gradients(transposed_product(dy, rows), A, B, options.scale)
@@ -125,7 +125,7 @@ def _through_gradient(
 def _through_both(
     rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
-    """Gradient of x from the effective weight, those of A and B from small products."""
+    """Returns the gradient of x from the effective weight, and those of A and B from small products."""
     dx = dA = dB = None
     if needed[2]:
         dB = transposed_product(linear_2d(rows, (A * options.scale).to(rows.dtype)), dy).T
@@ -139,7 +139,7 @@ def _through_both(
 def _through_products(
     rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
 ) -> Gradients:
-    """Gradients of x, A and B where the small products were added to the output."""
+    """Returns the gradients of x, A and B where the small products were added to the output."""
     dx = matmul(dy, matrix()) if needed[0] else None
     if _is_split(rows, A):  # what rounding takes from a gradient, its own type takes as well
         A, B = A.to(rows.dtype), B.to(rows.dtype)

@@ -73,7 +73,7 @@ def _conv(
     groups: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and what is worth keeping if anything is to be kept."""
+    """Returns the output, and what is worth keeping if anything is to be kept."""
     geometry = _geometry(stride, padding, dilation, groups)
     with torch.no_grad():
         y, small = output(x, weight, bias, A, B, _options(x, weight, A, seed, scaling, dropout, geometry))
@@ -97,7 +97,7 @@ def _conv_gradients(
     groups: int,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, A and B, where they are needed."""
+    """Returns the gradients of x, A and B, where they are needed."""
     geometry = _geometry(stride, padding, dilation, groups)
     with torch.no_grad():
         options = _options(x, weight, A, seed, scaling, dropout, geometry)
@@ -111,7 +111,7 @@ def _conv_gradients(
 
 
 def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
-    """Of numbers as an operator takes them."""
+    """Returns the geometry of numbers as an operator takes them."""
     return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 

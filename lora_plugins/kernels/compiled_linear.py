@@ -72,7 +72,7 @@ def _linear_gradients(
     dropout: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, A and B, where they are needed."""
+    """Returns the gradients of x, A and B, where they are needed."""
     rows = as_rows(x, -1)
     options = _options(rows, weight, A, seed, scaling, dropout)
 

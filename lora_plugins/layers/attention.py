@@ -30,19 +30,19 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
     branch_takes_delta = True
 
     def slots(self, layer: nn.MultiheadAttention) -> Sequence[Slot]:
-        """One slot over the fused projection, or one for each separate projection."""
+        """Returns one slot over the fused projection, or one for each separate projection."""
         if layer._qkv_same_embed_dim:
             return (Slot("in_proj_weight"),)
         return tuple(self.parts(layer).values())
 
     def parts(self, layer: nn.MultiheadAttention) -> Mapping[str, Slot]:
-        """The thirds of the fused projection, or the separate projections."""
+        """Returns the thirds of the fused projection, or the separate projections."""
         if layer._qkv_same_embed_dim:
             return thirds("in_proj_weight", 3 * layer.embed_dim)
         return {part: Slot(tensor, part) for part, tensor in _SEPARATE.items()}
 
     def biases(self, layer: nn.MultiheadAttention) -> Sequence[str]:
-        """The bias of the three projections."""
+        """Returns the name of the bias of the three projections."""
         return ("in_proj_bias",)
 
     def inputs(
@@ -55,7 +55,7 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """The rows of what the slot projects; of all three for the fused projection, once where they are the same."""
+        """Returns the rows of what the slot projects: of all three for the fused one, once where they are the same."""
         given = {"q": query, "k": key, "v": value}
         seen = [given[slot.part]] if slot.part else list({id(x): x for x in given.values()}.values())
         return torch.cat([x.flatten(0, -2) for x in seen])
@@ -101,7 +101,7 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
         return _project(layer, output), weights
 
     def mixing_problem(self, layer: nn.MultiheadAttention) -> str:
-        """The batch has to come first, and one weight has to project all three."""
+        """Wants the batch to come first, and one weight to project all three."""
         if not layer.batch_first:
             return "with batch_first=False, the first dimension is no batch"
         return "" if layer._qkv_same_embed_dim else "query, key and value have a weight each"

@@ -40,7 +40,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
     branch_takes_rescaling = True
 
     def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
-        """The patches that the kernel is applied to, those of all groups together; x is `(n, channels, ...)`."""
+        """Returns the patches that the kernel is applied to, of all groups together; x is `(n, channels, ...)`."""
         dimensions = len(layer.kernel_size)
         x = x if x.dim() == dimensions + 2 else x[None]
         x = _padded(layer, x)
@@ -92,7 +92,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         return adapters.rescale(y, layer.bias, 1)
 
     def mixing_problem(self, layer: Conv) -> str:
-        """A convolution that somebody gave the layer takes one kernel for all rows."""
+        """Refuses a convolution that somebody gave the layer: it takes one kernel for all rows."""
         return "somebody replaced _conv_forward, which takes one kernel for all rows" if _is_replaced(layer) else ""
 
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -175,7 +175,7 @@ class TimmConv2dSamePlugin(_ConvPlugin):
     branch_types: ClassVar = ("timm.layers.conv2d_same.Conv2dSame",)
 
     def inputs(self, layer: Conv, slot: Slot, x: Tensor) -> Tensor:
-        """The patches that the kernel is applied to, in the padded `x`."""
+        """Returns the patches that the kernel is applied to, in the padded `x`."""
         return super().inputs(layer, slot, _padded_to_same(layer, x))
 
     def branch(self, layer: Conv, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class _ConvTransposePlugin(ColumnMajorPlugin[ConvTranspose]):
     dimensions: ClassVar[int]
 
     def inputs(self, layer: ConvTranspose, slot: Slot, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """The channels at each position, each of which is laid on the output as a kernel; x is `(n, channels, ...)`."""
+        """Returns the channels at each position, which are laid on the output as kernels; x is `(n, channels, ...)`."""
         x = x if x.dim() == self.dimensions + 2 else x[None]
         return x.movedim(1, -1).flatten(0, -2)
 

@@ -30,7 +30,7 @@ class DeformConv2dPlugin(RowMajorPlugin["DeformConv2d"]):
     def inputs(
         self, layer: "DeformConv2d", slot: Slot, x: Tensor, offset: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """The sampled patches that the kernel meets, those of all groups together; x is `(n, channels, ...)`."""
+        """Returns the sampled patches that the kernel meets, of all groups together; x is `(n, channels, ...)`."""
         shape = layer.weight.shape[1:]
         picks = torch.eye(shape.numel(), dtype=x.dtype, device=x.device).view(-1, *shape)
         patches = _convolved(layer, x, picks.repeat(layer.groups, 1, 1, 1), None, offset, mask)

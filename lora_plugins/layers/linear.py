@@ -90,7 +90,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
     function = F.linear
 
     def parts(self, layer: nn.Linear) -> Mapping[str, Slot]:
-        """Equal thirds of the output rows, the layout of timm's and torch's fused projections."""
+        """Returns equal thirds of the output rows, the layout of timm's and torch's fused projections."""
         weight = layer._parameters.get("weight")
         # A weight that was cut by hand, as that of a head for fewer classes, has other rows than the layer says; one
         # that is stored in fewer bytes has a shape of its own.
@@ -98,7 +98,7 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
         return thirds("weight", len(weight) if weight is not None and dense else layer.out_features)
 
     def inputs(self, layer: nn.Linear, slot: Slot, x: Tensor) -> Tensor:
-        """The rows of `x`, which is `(..., in)`."""
+        """Returns the rows of `x`, which is `(..., in)`."""
         return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
     def branch(self, layer: nn.Linear, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:
@@ -121,11 +121,11 @@ class TransformersConv1DPlugin(ColumnMajorPlugin[Any]):
     branch_takes_rescaling = True
 
     def parts(self, layer: Any) -> Mapping[str, Slot]:
-        """Equal thirds of the outputs, as attention layers split them."""
+        """Returns equal thirds of the outputs, as attention layers split them."""
         return thirds("weight", layer.nf)
 
     def inputs(self, layer: Any, slot: Slot, x: Tensor) -> Tensor:
-        """The rows of `x`, which is `(..., in)`."""
+        """Returns the rows of `x`, which is `(..., in)`."""
         return x.reshape(-1, x.shape[-1])
 
     def branch(self, layer: Any, base: Mapping[str, Tensor], terms: Sequence[Term], x: Tensor) -> Tensor:

@@ -67,11 +67,11 @@ class RecurrentPlugin(RowMajorPlugin[nn.RNNBase]):
     }
 
     def slots(self, layer: nn.RNNBase) -> Sequence[Slot]:
-        """One slot over each weight, named after its kind, layer and direction, such as `ih_l0_reverse`."""
+        """Returns one slot over each weight, named after its kind, layer and direction, such as `ih_l0_reverse`."""
         return _slots(layer._flat_weights_names)
 
     def biases(self, layer: nn.RNNBase) -> Sequence[str]:
-        """Two biases for each layer and direction, unless the layer has none."""
+        """Returns two biases for each layer and direction, unless the layer has none."""
         return _biases(layer._flat_weights_names)
 
 
@@ -82,9 +82,9 @@ class RecurrentCellPlugin(RowMajorPlugin[nn.RNNCellBase]):
     module_type = nn.RNNCellBase
 
     def slots(self, layer: nn.RNNCellBase) -> Sequence[Slot]:
-        """`ih` over the weight of the input and `hh` over that of the hidden state."""
+        """Returns `ih` over the weight of the input and `hh` over that of the hidden state."""
         return _slots(["weight_ih", "weight_hh"])
 
     def biases(self, layer: nn.RNNCellBase) -> Sequence[str]:
-        """`bias_ih` and `bias_hh`."""
+        """Returns `bias_ih` and `bias_hh`."""
         return ("bias_ih", "bias_hh")

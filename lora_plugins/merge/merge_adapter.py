@@ -173,7 +173,7 @@ def _check_adapters(
 
 
 def _weights_of(layers: Mapping[str, nn.Module], adapter: str) -> dict[str, set[str]]:
-    """The weights that an adapter updates, by layer name."""
+    """Returns the weights that an adapter updates, by layer name."""
     return {
         name: {slot.tensor for slot in own[adapter].slots}
         for name, layer in layers.items()

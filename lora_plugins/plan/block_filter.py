@@ -82,12 +82,12 @@ class BlockFilter:
 
 
 def _indices(name: str, containers: Iterable[str]) -> list[tuple[str, int]]:
-    """Those of the numbered blocks that `name` lies in that are in one of some containers."""
+    """Returns the numbered blocks around a layer, as `_numbered` does, of some containers only."""
     return [each for each in _numbered(name) if not set(path_ends(each[0])).isdisjoint(containers)]
 
 
 def _numbered(name: str) -> list[tuple[str, int]]:
-    """The numbered blocks that `name` lies in: the container's path, and the index in it."""
+    """Returns the numbered blocks around a layer: the path of the container, and the index in it."""
     parts = name.split(".")
     numbers = [at for at in range(1, len(parts)) if parts[at].isdecimal()]
     return [(".".join(parts[:at]), int(parts[at])) for at in numbers]

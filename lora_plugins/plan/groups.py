@@ -124,7 +124,7 @@ def _boxes(rows: Iterable[tuple[int, ...]]) -> Iterator[_Box]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as `0-3,5`."""
+    """Writes rising numbers as `0-3,5`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

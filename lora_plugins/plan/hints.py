@@ -67,7 +67,7 @@ def saved_hint(pattern: str, names: Sequence[str], layers: Sequence[str]) -> str
 
 
 def _every_layer(pattern: str, sites: Sequence[Site], names: Sequence[str]) -> str:
-    """The words for all layers: `all` in a list, and PEFT's `all-linear`."""
+    """Hints at the words for all layers: `all` in a list, and PEFT's `all-linear`."""
     if pattern == "all":
         return "Write target_modules='all', not in a list, for every layer that a plugin adapts."
     if pattern != "all-linear":
@@ -79,7 +79,7 @@ def _every_layer(pattern: str, sites: Sequence[Site], names: Sequence[str]) -> s
 
 
 def _other_form(pattern: str, patterns: Sequence[str] | str, names: Sequence[str]) -> str:
-    """A list where a string was meant, and the other way round."""
+    """Hints at a list where a string was given, and the other way round."""
     forms = _lists(pattern, names) if isinstance(patterns, str) else _expressions(pattern, patterns, names)
     return next(forms, "")
 
@@ -113,7 +113,7 @@ def _is_expression(entry: str, names: Sequence[str]) -> bool:
 
 
 def _attention(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Site], names: Sequence[str]) -> str:
-    """Query, key and value: layers of their own in some models, by several names, and one matrix in others."""
+    """Hints at query, key and value: layers of their own in some models, by several names, one matrix in others."""
     fused = [site for site in sites if site.parts and {site.class_name, _last(site.name)} & _FUSED_NAMES]
     ends = shortest_ends((site.name for site in fused), names)[:_MOST_TARGETS]
     asked = _parts([patterns] if isinstance(patterns, str) else patterns)

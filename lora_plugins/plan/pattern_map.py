@@ -74,5 +74,5 @@ class PatternMap(Generic[Value]):
 
 
 def _specificity(key: str) -> int:
-    """The number of path components of a literal key; 0 for a regular expression."""
+    """Returns the number of path components of a literal key; 0 for a regular expression."""
     return key.count(".") + 1 if is_literal(key) else 0

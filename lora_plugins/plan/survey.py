@@ -101,7 +101,7 @@ def _is_matrix(tensor: Tensor | None) -> bool:
 
 
 def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
-    """What a plugin says about a layer; on layers that are never targeted it may fail."""
+    """Returns what a plugin says about a layer; on layers that are never targeted it may fail."""
     module = entry.module
     if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
         return {}

@@ -41,7 +41,7 @@ class LeftOut:
 
 
 def saved_modules(config: LoraConfig, survey: Survey) -> set[str]:
-    """The modules and parameters of `modules_to_save`, under all their names."""
+    """Returns the modules and parameters of `modules_to_save`, under all their names."""
     names = [name for site in survey.sites for name in site.names if name]
     layers = [site.name for site in survey.sites if site.has_parameters and site.name]
     hint = partial(saved_hint, names=[*names, *survey.parameters], layers=layers)
@@ -51,7 +51,7 @@ def saved_modules(config: LoraConfig, survey: Survey) -> set[str]:
 
 
 def target_sites(config: LoraConfig, survey: Survey, registry: Registry, saved: set[str]) -> list[Site]:
-    """The layers to adapt, each served by a plugin.
+    """Returns the layers to adapt, each served by a plugin.
 
     Raises:
         TargetError: If a pattern matches nothing, or a layer that no plugin serves.
@@ -108,7 +108,7 @@ def _targeted(
 
 
 def _instead(pattern: str, matches: Sequence[str], free: Sequence[Site], handled: set[str]) -> str:
-    """What to do where a pattern matches modules, and none that a plugin adapts."""
+    """Says what to do where a pattern matches modules, and none that a plugin adapts."""
     known = _of_others(matches, free) or inner_hint(matches, handled)
     types = {_title(site): None for site in free if site.matrices and not site.scripted and {*matches} & {*site.names}}
     if known or not types:
@@ -118,13 +118,13 @@ def _instead(pattern: str, matches: Sequence[str], free: Sequence[Site], handled
 
 
 def _of_others(matches: Sequence[str], free: Sequence[Site]) -> str:
-    """What to do where matched modules are wrappers of another library, with its adapter below them."""
+    """Says what to do where matched modules are wrappers of another library, with its adapter below them."""
     adapters = [name for site in free if site.foreign_adapter for name in site.names]
     return _ADAPTED_BY_OTHERS if any(within(name, matches) for name in adapters) else ""
 
 
 def left_out(config: LoraConfig, survey: Survey, saved: set[str], failed: str = "") -> tuple[LeftOut, ...]:
-    """What "all" leaves out though it has weights of two dimensions or more; nothing if not all layers were asked for.
+    """Returns what "all" leaves out though it has weights of two dimensions or more; nothing for other targets.
 
     Args:
         config: The configuration.
@@ -146,7 +146,7 @@ def left_out(config: LoraConfig, survey: Survey, saved: set[str], failed: str = 
 
 
 def _title(site: Site) -> str:
-    """The name of a class; with its path where it is that of a class of torch, as `Linear` of torch_geometric is."""
+    """Returns the name of a class; with its path where a class of torch has it too, as `Linear` of torch_geometric."""
     of_others = hasattr(nn, site.class_name) and not site.class_path.startswith("torch.")
     return site.class_path if of_others else site.class_name
 

@@ -19,13 +19,13 @@ class Int8Storage(BlockwiseStorage):
     unit: ClassVar[float] = 127.0
 
     def packed(self, codes: Tensor) -> Tensor:
-        """The integers themselves."""
+        """Returns the integers themselves."""
         return (codes - 127).to(torch.int8)
 
     def unpacked(self, codes: Tensor) -> Tensor:
-        """The integers."""
+        """Returns the integers."""
         return codes.float()
 
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """Those at the positions."""
+        """Returns those at the positions."""
         return codes[positions].float()

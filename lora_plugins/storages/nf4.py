@@ -27,7 +27,7 @@ class NF4Storage(BlockwiseStorage):
     table: ClassVar[Tensor] = _LEVELS
 
     def packed(self, codes: Tensor) -> Tensor:
-        """Two codes a byte."""
+        """Puts two codes into a byte."""
         return (codes[::2] * 16 + codes[1::2]).to(torch.uint8)
 
     def unpacked(self, codes: Tensor) -> Tensor:

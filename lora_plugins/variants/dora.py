@@ -20,11 +20,11 @@ class DoraVariant(VariantPlugin):
     name = "dora"
 
     def shapes(self, rows: int, columns: int, r: int) -> Mapping[str, tuple[int, ...]]:
-        """One magnitude for each output."""
+        """Returns the shape of one magnitude for each output."""
         return {"magnitude": (rows,)}
 
     def first_values(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float) -> Mapping[str, Tensor]:
-        """The norms of the rows, so that the weight is what it was."""
+        """Returns the norms of the rows, so that the weight is what it was."""
         return {"magnitude": _norms(torch.addmm(weight, B, A, alpha=scaling))}
 
     def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
@@ -38,6 +38,6 @@ class DoraVariant(VariantPlugin):
 
 
 def _norms(matrix: Tensor) -> Tensor:
-    """Norms of the rows; a row of zeros has no direction and counts as one of norm 1."""
+    """Returns the norms of the rows; a row of zeros has no direction and counts as one of norm 1."""
     norms = torch.linalg.vector_norm(matrix, dim=1)
     return torch.where(norms > 0, norms, torch.ones_like(norms))

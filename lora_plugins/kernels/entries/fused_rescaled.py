@@ -230,7 +230,7 @@ def _matrix(direction: Tensor, factors: Tensor, weight: Tensor, options: Rescale
 def _update_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, matrix: Tensor, options: RescaledOptions, of_x: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of x and of what is added to the weight, without what makes up for dropped elements."""
+    """Returns the gradients of x and of what is added to W, without what makes up for dropped elements."""
     layer = _layer(options)
     dx = layer.of_input(dy, x, weight.to(x.dtype)) if of_x else None
     of_weight = []
@@ -245,7 +245,7 @@ def _update_gradients(
 def _weight_gradient(
     dy: Tensor, x: Tensor, weight: Tensor, G: Tensor, factors: Tensor, options: RescaledOptions
 ) -> Tensor:
-    """Gradient of W itself."""
+    """Returns the gradient of W itself."""
     if options.dropout is None:
         return (G * factors[:, None]).view(weight.shape).to(weight.dtype)
     _, plain = _layer(options).gradients(dy, x, weight.to(x.dtype), of_x=False)
