@@ -131,11 +131,10 @@ def _places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     places: dict[str, tuple[nn.Module, str]] = {}
     for entry in model_modules(model):
         module = entry.module
-        kept = [name for name, buffer in module._buffers.items() if buffer is not None]
-        kept = [name for name in kept if name not in module._non_persistent_buffers_set]
-        parameters = [name for name, parameter in module._parameters.items() if parameter is not None]
-        for alias in entry.names:
-            places.update({full_name(alias, name): (module, name) for name in (*parameters, *kept)})
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        unsaved = module._non_persistent_buffers_set
+        held = [key for key, tensor in tensors if tensor is not None and key not in unsaved]
+        places |= {full_name(alias, key): (module, key) for alias in entry.names for key in held}
     return places
 
 

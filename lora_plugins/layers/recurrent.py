@@ -20,10 +20,6 @@ def _slots(names: Sequence[str]) -> tuple[Slot, ...]:
     return tuple(Slot(name, name.removeprefix("weight_")) for name in names if name.startswith("weight_"))
 
 
-def _biases(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name.startswith("bias_"))
-
-
 def _tensors(layer: nn.RNNBase, read: Callable[[str], Tensor | None]) -> list[Tensor | None]:
     return [read(name) for name in layer._flat_weights_names]
 
@@ -72,7 +68,7 @@ class RecurrentPlugin(RowMajorPlugin[nn.RNNBase]):
 
     def biases(self, layer: nn.RNNBase) -> Sequence[str]:
         """Returns two biases for each layer and direction, unless the layer has none."""
-        return _biases(layer._flat_weights_names)
+        return tuple(name for name in layer._flat_weights_names if name.startswith("bias_"))
 
 
 class RecurrentCellPlugin(RowMajorPlugin[nn.RNNCellBase]):

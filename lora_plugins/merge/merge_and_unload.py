@@ -49,7 +49,7 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
     _check_computed(layers, adapters)
     if not dequantize:
         check_storing(layers, adapters, max_error)
-    for group in _sharing(layers):
+    for group in _groups(layers):
         merged = {place_of(delta.layer, delta.tensor): delta.effective() for delta in weight_deltas(group, adapters)}
         state.leaving = True
         for layer in group.values():
@@ -68,16 +68,14 @@ def _answer_with(layer: nn.Module, merged: Mapping[object, Tensor]) -> None:
     layer.__dict__[STATE] = replace(state, merged={**state.merged, **own}, active=(), branch=None)
 
 
-def _places(layer: nn.Module) -> set[object]:
-    return {place_of(layer, tensor) for tensor in layer_state(layer).weight_names}
-
-
-def _sharing(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
+def _groups(layers: Mapping[str, nn.Module]) -> list[dict[str, nn.Module]]:
     """Returns the layers that share weights with others, together, and then each of the others.
 
     The largest of them first: where the memory for one more is missing, nothing has changed yet.
     """
-    places = {name: _places(layer) for name, layer in layers.items()}
+    places = {
+        name: {place_of(layer, tensor) for tensor in layer_state(layer).weight_names} for name, layer in layers.items()
+    }
     uses = Counter(place for own in places.values() for place in own)
     shared = {name: layer for name, layer in layers.items() if any(uses[place] > 1 for place in places[name])}
     others = sorted((name for name in layers if name not in shared), key=lambda name: -_size(layers[name]))

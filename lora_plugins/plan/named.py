@@ -32,9 +32,7 @@ def named_plugins(
     """
     init = _init_of(config, registry)
     variant = None if config.variant == PLAIN else registry.get(VARIANTS, config.variant)
-    storage = None if restoring else storage_of(config, registry)
-    _check_init_options(config, init)
-    return init, variant, storage
+    return init, variant, None if restoring else storage_of(config, registry)
 
 
 def storage_of(config: LoraConfig, registry: Registry) -> Storage | None:
@@ -55,14 +53,10 @@ def _init_of(config: LoraConfig, registry: Registry) -> InitPlugin:
     check_known_options(f"init_options: {config.init!r}", config.init_options, init.options)
     with noted(f"check_options() of the init {init.name!r}"):
         init.check_options({**init.options, **config.init_options})
-    return init
-
-
-def _check_init_options(config: LoraConfig, init: InitPlugin) -> None:
-    """Refuses options of an init that the storage decides."""
-    decided = [key for key in init.storage_options if key in config.init_options] if config.quantize else []
-    if decided:
+    decided = [key for key in init.storage_options if key in config.init_options]
+    if decided and config.quantize:
         raise ConfigError(
             f"init_options: {listing(decided)} of {init.name!r} are those of quantize={config.quantize!r} here; say "
             "them in quantize_options."
         )
+    return init

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_plugins.testing.check import MismatchError, require_close
+from lora_plugins.testing.required import MismatchError, require_close
 
 
 @pytest.mark.parametrize(
