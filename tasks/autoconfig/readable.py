@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_plugins.tasks.errors import DataError, counted, listed
-from lora_plugins.tasks.files import read_errors, shown_size
+from lora_plugins.tasks.files import read_all, shown_size
 
 
 def unreadable(paths: Sequence[Path]) -> list[str]:
     """The images that cannot be read, each with the reason, as their headers tell."""
-    return [error for error in read_errors(paths, shown_size) if error]
+    return [str(found) for found in read_all(paths, shown_size) if isinstance(found, DataError)]
 
 
 def equal_sizes(pairs: Sequence[tuple[Path, Path]]) -> list[tuple[int, int]]:
@@ -18,13 +18,9 @@ def equal_sizes(pairs: Sequence[tuple[Path, Path]]) -> list[tuple[int, int]]:
     Raises:
         DataError: With all that cannot be read, and all masks that differ in size from their images.
     """
-    sizes: dict[tuple[Path, Path], tuple[int, int]] = {}
-
-    def read(pair: tuple[Path, Path]) -> None:
-        sizes[pair] = _equal_size(*pair)
-
-    check_no_problems([error for error in read_errors(pairs, read) if error])
-    return [sizes[pair] for pair in pairs]
+    found = [*read_all(pairs, _equal_size)]
+    check_no_problems([str(each) for each in found if isinstance(each, DataError)])
+    return [each for each in found if not isinstance(each, DataError)]
 
 
 def check_no_problems(problems: Sequence[str]) -> None:
@@ -33,7 +29,8 @@ def check_no_problems(problems: Sequence[str]) -> None:
         raise DataError(f"The data cannot be used ({counted(len(problems), 'problem')}):\n{listed(problems)}")
 
 
-def _equal_size(image: Path, mask: Path) -> tuple[int, int]:
+def _equal_size(pair: tuple[Path, Path]) -> tuple[int, int]:
+    image, mask = pair
     size, (width, height) = shown_size(image), shown_size(mask)
     if (width, height) != size:
         hint = ": if its EXIF turns the image upright, turn the mask as well" if (height, width) == size else ""

@@ -33,7 +33,7 @@ from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
 from lora_plugins.tasks.errors import DataError, counted, listed
-from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, read_errors
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, read_all
 
 ERROR, SKIP = "error", "skip"
 PROBLEM_POLICIES = (ERROR, SKIP)
@@ -217,18 +217,15 @@ class ImageDataModule(VisionDataModule):
     def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str], dict[int, _Seen]]:
         """What can be read, what is wrong with the rest, and what is remembered of each sample, by its `id`."""
         flat = [item for members in items.values() for item in members]
-        seen: dict[int, _Seen] = {}
+        found = [*followed(read_all(flat, self._looked_at), "Reading files", len(flat))]
+        wrong = [str(each) for each in found if isinstance(each, DataError)]
+        seen = {id(item): each for item, each in zip(flat, found, strict=True) if not isinstance(each, DataError)}
+        return {split: [i for i in members if id(i) in seen] for split, members in items.items()}, wrong, seen
 
-        def read(item: Item) -> None:
-            image, target = self.read(item)
-            labels = frozenset(np.unique(np.asarray(target)).tolist())
-            brightest = int(np.max(image.getextrema()))
-            seen[id(item)] = _Seen(labels - {self.ignore_index}, _digest(image), brightest)
-
-        errors = followed(read_errors(flat, read), "Reading files", len(flat))
-        wrong = {id(item): error for item, error in zip(flat, errors, strict=True) if error}
-        good = {split: [item for item in members if id(item) not in wrong] for split, members in items.items()}
-        return good, list(wrong.values()), seen
+    def _looked_at(self, item: Item) -> _Seen:
+        image, target = self.read(item)
+        labels = frozenset(np.unique(np.asarray(target)).tolist())
+        return _Seen(labels - {self.ignore_index}, _digest(image), int(np.max(image.getextrema())))
 
     def _check_classes(self, occurring: frozenset[int]) -> None:
         missing = [name for index, name in enumerate(self.class_names) if index not in occurring]

@@ -12,7 +12,7 @@ from lora_plugins.tasks.errors import DataError, counted, listed
 from lora_plugins.tasks.files import (
     image_files,
     left_out,
-    read_errors,
+    read_all,
     read_image,
     read_list,
     read_text,
@@ -96,13 +96,8 @@ def _caption(path: Path) -> str | DataError | None:
 
 def _checked(pairs: Sequence[tuple[Path, str | DataError | None]], where: str) -> list[Captioned]:
     """Reads every picture once, so that errors show before anything is trained."""
-    sizes: dict[Path, tuple[int, int]] = {}
-
-    def read(path: Path) -> None:
-        width, height = read_image(path).size
-        sizes[path] = height, width
-
-    problems = [error for error in read_errors([path for path, _ in pairs], read) if error is not None]
+    found = [*read_all([path for path, _ in pairs], lambda path: read_image(path).size)]
+    problems = [str(each) for each in found if isinstance(each, DataError)]
     for path, prompt in pairs:
         caption = path.with_suffix(CAPTION_SUFFIX)
         if isinstance(prompt, DataError):
@@ -113,4 +108,5 @@ def _checked(pairs: Sequence[tuple[Path, str | DataError | None]], where: str) -
             problems.append(f"The prompt of {path} is empty.")
     if problems:
         raise DataError(f"{counted(len(problems), 'problem')} with the pictures of {where}:\n{listed(problems)}")
-    return [Captioned(path, str(prompt).strip(), sizes[path]) for path, prompt in pairs]
+    sizes = [(each[1], each[0]) for each in found if not isinstance(each, DataError)]
+    return [Captioned(path, str(prompt).strip(), size) for (path, prompt), size in zip(pairs, sizes, strict=True)]

@@ -52,6 +52,7 @@ ROOM = 2
 """How many times longer than the sides of what it is resized to those of a decoded image are left: crops need it."""
 
 Source = TypeVar("Source")
+Found = TypeVar("Found")
 
 
 def check_folder(folder: Path) -> Path:
@@ -302,15 +303,14 @@ def _is_tiff(name: object) -> bool:
     return Path(str(name)).suffix.lower() in (".tif", ".tiff")
 
 
-def read_errors(sources: Sequence[Source], read: Callable[[Source], object]) -> Iterator[str | None]:
-    """Reads all sources, in several threads, and yields the error message of each; None if it can be read."""
+def read_all(sources: Sequence[Source], read: Callable[[Source], Found]) -> Iterator[Found | DataError]:
+    """Reads all sources, in several threads, and yields what `read` finds in each, or why it cannot be used."""
 
-    def error_of(source: Source) -> str | None:
+    def attempt(source: Source) -> Found | DataError:
         try:
-            read(source)
+            return read(source)
         except DataError as error:
-            return str(error)
-        return None
+            return error
 
     with ThreadPoolExecutor(READER_THREADS) as threads:
-        yield from threads.map(error_of, sources)
+        yield from threads.map(attempt, sources)

@@ -14,7 +14,6 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from lora_plugins.tasks.files import (
     image_files,
     left_out,
     named_by_text,
-    read_errors,
+    read_all,
     read_image,
     why_left_out,
 )
@@ -191,15 +190,15 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _readable(paths: Sequence[Path], on_problem: str, resized_to: Size | None = None) -> list[Path]:
-    reading = read_errors(paths, partial(read_image, resized_to=resized_to))
-    errors = [*followed(reading, "Reading files", len(paths))]
-    problems = [error for error in errors if error]
+    reading = read_all(paths, lambda path: read_image(path, resized_to).size)  # images would fill the memory
+    found = [*followed(reading, "Reading files", len(paths))]
+    problems = [str(each) for each in found if isinstance(each, DataError)]
     message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"
     if problems and (on_problem == ERROR or len(problems) == len(paths)):
         raise DataError(f"{message}\nWith --skip (on_problem='skip'), such images are left out.")
     if problems:
         rank_zero_warn(message)
-    return [path for path, error in zip(paths, errors, strict=True) if not error]
+    return [path for path, each in zip(paths, found, strict=True) if not isinstance(each, DataError)]
 
 
 def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips: bool) -> Path:
