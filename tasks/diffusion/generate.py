@@ -22,7 +22,7 @@ from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
 from lora_plugins.tasks.errors import WeightsError, counted, unknown
 from lora_plugins.tasks.files import as_png
-from lora_plugins.tasks.training import PROVENANCE_KEY
+from lora_plugins.tasks.training import PROVENANCE_KEY, task_of_checkpoint
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_folder
 
@@ -116,12 +116,13 @@ def _said(manifest: Path) -> str | None:
 def _from_checkpoint(path: str, dtype: str | None) -> Any:
     if not Path(path).is_file():
         raise WeightsError(f"There is no checkpoint {path}.")
-    said = read_checkpoint(Path(path)).get(PROVENANCE_KEY)
+    checkpoint = read_checkpoint(Path(path))
+    said = checkpoint.get(PROVENANCE_KEY)
     own = f"{TextToImageTask.__module__}.{TextToImageTask.__qualname__}"
     if not isinstance(said, dict) or said.get("class") != own:
         raise WeightsError(f"{path} is no checkpoint of a TextToImageTask.")
     changed: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    return TextToImageTask.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changed).pipe
+    return task_of_checkpoint(TextToImageTask, checkpoint, **changed).pipe
 
 
 def _base(pipe: Any) -> AbstractContextManager[Any]:

@@ -29,7 +29,7 @@ from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS, WEIGHTS_FILES
 from lora_plugins.tasks.models import AUTO, NONE
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
-from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask
+from lora_plugins.tasks.training import METADATA_KEY, PROVENANCE_KEY, Provenance, VisionTask, task_of_checkpoint
 
 _OF_ANY_TASK = frozenset({"class", "arguments"})
 """What files say of any task."""
@@ -77,9 +77,9 @@ def _load(path: Path, weights: str | Path | None) -> VisionTask:
     else:
         checkpoint = read_checkpoint(path)
         provenance = _checked(checkpoint.get(PROVENANCE_KEY), path)
-        cls, adapted = _task_class(provenance, path), KEY in checkpoint
+        adapted = KEY in checkpoint
         model = _arguments(provenance, weights)["model"] if adapted else _whole(provenance, NONE)
-        task = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True, model=model)
+        task = task_of_checkpoint(_task_class(provenance, path), checkpoint, model=model)
         if not adapted:  # an adapter that is trained on it has this base
             task.model_config = replace(task.model_config, weights=str(path))
             task.hparams["model"] = asdict(task.model_config)

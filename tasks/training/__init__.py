@@ -3,7 +3,7 @@
 From that provenance, `inference` loads a task again.
 """
 
-from lora_plugins.tasks.training.base_task import BaseTask
+from lora_plugins.tasks.training.base_task import BaseTask, task_of_checkpoint
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, SMP_LOSSES, Objective, balanced_weights
 from lora_plugins.tasks.training.modes import eval_mode
 from lora_plugins.tasks.training.optimization import (
@@ -36,5 +36,6 @@ __all__ = [
     "eval_mode",
     "is_of_sizes",
     "next_steps",
+    "task_of_checkpoint",
     "warmup_cosine",
 ]

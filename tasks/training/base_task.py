@@ -1,9 +1,10 @@
 """What all tasks have in common: how they are optimized, and that their files say which task they are of."""
 
+import inspect
 import json
 import math
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -14,6 +15,8 @@ from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.training.optimization import OptimizerCallable, SchedulerCallable
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY
+
+Task = TypeVar("Task", bound="BaseTask")
 
 
 class BaseTask(LoraCheckpointMixin):
@@ -63,3 +66,21 @@ class BaseTask(LoraCheckpointMixin):
     def _datamodule(self) -> Any:
         """The data module of the trainer, if there are both."""
         return None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+
+
+def task_of_checkpoint(cls: type[Task], checkpoint: dict[str, Any], **changed: Any) -> Task:
+    """Builds the task of a checkpoint that was read, as `load_from_checkpoint` does that of a file.
+
+    Args:
+        cls: Its class.
+        checkpoint: The checkpoint, with the provenance of the task.
+        **changed: Arguments in place of those that it says.
+    """
+    arguments = {**checkpoint[PROVENANCE_KEY]["arguments"], **changed}
+    taken = inspect.signature(cls.__init__).parameters.values()
+    if all(each.kind is not each.VAR_KEYWORD for each in taken):  # a class of a user's may set some of them itself
+        arguments = {each.name: arguments[each.name] for each in taken if each.name in arguments}
+    task = cls(**arguments)
+    task.on_load_checkpoint(checkpoint)
+    task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
+    return task

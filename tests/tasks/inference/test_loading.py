@@ -130,6 +130,21 @@ def test_a_whole_file_says_how_its_images_are_normalized(tmp_path):
     assert torch.equal(load_task(tmp_path / "it.ckpt")(images), task(images))
 
 
+class Small(ImageClassificationTask):
+    """Sets its model itself."""
+
+    def __init__(self, lr=0.5):
+        super().__init__(tiny_vit(), lr=lr)
+
+
+def test_a_checkpoint_of_a_class_that_sets_arguments_itself(tmp_path):
+    task = Small(lr=0.1).eval()
+    torch.save({"state_dict": task.state_dict(), "task": task.provenance()}, tmp_path / "it.ckpt")
+    again, images = load_task(tmp_path / "it.ckpt"), torch.rand(1, 3, 16, 16)
+    assert (type(again), again.lr) == (Small, 0.1)
+    assert torch.equal(again(images), task(images))
+
+
 def test_a_base_that_was_random(fitted, tmp_path):
     task, files = fitted["labels"]
     folder = tmp_path / "adapter"
