@@ -93,13 +93,17 @@ class AdapterTask:
 
     Args:
         path: The folder.
-        provenance: What its manifest says.
-        stored: What it says of the weights of its base that are stored in fewer bytes, by name.
+        manifest: Its manifest.
     """
 
     path: Path
-    provenance: Provenance
-    stored: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the manifest says of the task."""
+        provenance: Provenance = self.manifest[PROVENANCE_KEY]
+        return provenance
 
     @property
     def has_masks(self) -> bool:
@@ -133,7 +137,8 @@ def task_of_adapter(path: Path) -> AdapterTask:
     """
     check_model(path)
     manifest = _manifest(path / MANIFEST)
-    return AdapterTask(path, _checked(manifest.get(PROVENANCE_KEY), path), manifest.get("stored", {}))
+    _checked(manifest.get(PROVENANCE_KEY), path)
+    return AdapterTask(path, manifest)
 
 
 def merged_task(

@@ -12,7 +12,7 @@ from lora_plugins.files import MANIFEST, read
 from lora_plugins.plugins import PackedAdapter
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.inference import AdapterTask, task_of_adapter
-from lora_plugins.tasks.training import PROVENANCE_KEY, Provenance
+from lora_plugins.tasks.training import Provenance
 
 
 class ReplacedError(LoraError, RuntimeError):
@@ -28,15 +28,20 @@ class Described:
         version: Digest of its manifest, which has those of all else; another adapter of the same name has another one.
         base: Tells the bases apart, also by how they are stored: adapters with the same one share it. One whose init
             has changed the base shares it with nobody.
-        provenance: The task that it is of.
+        task: The task that it is of.
         has_masks: Whether that predicts masks, not labels.
     """
 
     name: str
     version: str
     base: str
-    provenance: Provenance = field(compare=False)
+    task: AdapterTask = field(compare=False)
     has_masks: bool = field(compare=False)
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the manifest says of the task."""
+        return self.task.provenance
 
 
 def describe_folder(path: Path) -> Described:
@@ -44,16 +49,13 @@ def describe_folder(path: Path) -> Described:
 
     Raises:
         WeightsError: If its manifest cannot be read or does not say which task it is of.
-        ReplacedError: If it is replaced meanwhile.
     """
-    source, manifest = task_of_adapter(path), _manifest(path)
-    if AdapterTask(path, manifest.get(PROVENANCE_KEY, {}), manifest.get("stored", {})) != source:
-        raise _replaced(path.name)
-    version, provenance = _version(manifest), source.provenance
+    task = task_of_adapter(path)
+    manifest, provenance, version = task.manifest, task.provenance, _version(task.manifest)
     own = version if manifest.get("changed") else None  # rebuilt from the base in its own type, bit for bit
     images = [provenance[key] for key in ("mean", "std", "bgr")]
-    base = [provenance["class"], _model(source), images, provenance.get("target"), source.stored, own]
-    return Described(path.name, version, json.dumps(base, sort_keys=True), provenance, source.has_masks)
+    base = [provenance["class"], _model(task), images, provenance.get("target"), manifest.get("stored", {}), own]
+    return Described(path.name, version, json.dumps(base, sort_keys=True), task, task.has_masks)
 
 
 def read_described(folder: Path, described: Described) -> PackedAdapter:
@@ -71,7 +73,7 @@ def read_described(folder: Path, described: Described) -> PackedAdapter:
     try:
         packed = read(path)
     except AdapterFileError:  # damaged, or put in place or taken away just now
-        if _version(_manifest(path)) != described.version:
+        if _present_version(path) != described.version:
             raise _replaced(described.name) from None
         packed = read(path)
     if _version(packed.manifest) != described.version:
@@ -79,24 +81,23 @@ def read_described(folder: Path, described: Described) -> PackedAdapter:
     return packed
 
 
-def _manifest(path: Path) -> Mapping[str, Any]:
-    """The manifest as it is now; empty where there is none."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, Mapping) else {}
-
-
-def _model(source: AdapterTask) -> Mapping[str, Any]:
-    arguments = source.provenance["arguments"]
+def _model(task: AdapterTask) -> Mapping[str, Any]:
+    arguments = task.provenance["arguments"]
     model = arguments.get("model") if isinstance(arguments, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(model.get("num_classes"), int):
         raise WeightsError(
-            f"{source.path} is of no task that can be served: its {MANIFEST} names no model with classes. "
+            f"{task.path} is of no task that can be served: its {MANIFEST} names no model with classes. "
             "Give the folder that a fit of a classifier or a segmenter has left."
         )
     return model
+
+
+def _present_version(path: Path) -> str | None:
+    """The version that is there now; None where there is none."""
+    try:
+        return _version(json.loads((path / MANIFEST).read_bytes()))
+    except (OSError, ValueError):
+        return None
 
 
 def _version(manifest: Mapping[str, Any]) -> str:

@@ -17,7 +17,6 @@ from lora_plugins.files import MANIFEST
 from lora_plugins.plugins import PackedAdapter
 from lora_plugins.tasks.command_lines import check_adapters
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.inference import AdapterTask
 from lora_plugins.tasks.serving.described import Described, describe_folder, read_described
 from lora_plugins.tasks.training import VisionTask
 
@@ -83,7 +82,6 @@ class Shelf:
         Raises:
             UnknownAdapterError: If there is none of that name, with near ones. A path is no name.
             WeightsError: If its manifest cannot be read or does not say which task it is of.
-            ReplacedError: If it is replaced all the time.
         """
         for pause in PAUSES:
             with suppress(LoraError):
@@ -156,7 +154,7 @@ class Shelf:
         """The base with the adapter, and its name there; a base that is already there is untouched by an error."""
         task, provenance = self._bases.get(described.base), described.provenance
         if task is None:
-            task = AdapterTask(self.folder / described.name, provenance, {}).build()
+            task = described.task.build()
         key = f"adapter{next(self._numbers)}"
         lora = LoraModel.load_packed(task.get_submodule(provenance.get("target") or ""), packed, key)
         try:
