@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 
 from lora_plugins.integrations.lightning.console.bar import Bar, is_terminal
 from lora_plugins.integrations.lightning.console.main_metric import as_text, shown_metrics
@@ -15,6 +16,14 @@ from lora_plugins.integrations.lightning.shims import callbacks_of, carried, car
 
 _WRITTEN = "written"
 """Under which a process that multiprocessing has started sends what its callbacks have written."""
+
+_STAGES: Mapping[RunningStage, tuple[str, str]] = {
+    RunningStage.SANITY_CHECKING: ("Before training", "num_sanity_val_batches"),
+    RunningStage.VALIDATING: ("Validating", "num_val_batches"),
+    RunningStage.TESTING: ("Testing", "num_test_batches"),
+    RunningStage.PREDICTING: ("Predicting", "num_predict_batches"),
+}
+"""By stage, what is shown, and the attribute of the trainer that says how many batches there are."""
 
 _UNLIMITED = -1
 """`max_epochs` and `max_steps` of a trainer without such a limit."""
@@ -80,36 +89,14 @@ class FitConsole(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Moves the bar, or says within a fit that it validates."""
-        if trainer.sanity_checking:
-            self._show("Before training", batch_idx + 1, _batches(trainer.num_sanity_val_batches))
-        elif trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._show_training(trainer, validating=True)
         else:
-            self._show("Validating", batch_idx + 1, _batches(trainer.num_val_batches))
+            assert trainer.state.stage is not None
+            text, batches = _STAGES[trainer.state.stage]
+            self._show(text, batch_idx + 1, _batches(getattr(trainer, batches)))
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Moves the bar."""
-        self._show("Testing", batch_idx + 1, _batches(trainer.num_test_batches))
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Moves the bar."""
-        self._show("Predicting", batch_idx + 1, _batches(trainer.num_predict_batches))
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the last metrics, and leaves the bar as a line."""
