@@ -1,7 +1,7 @@
 """Figures of a fit: predictions and the confusion matrix."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.segmentation import IGNORED, Pixels, class_colors, colorize, overlay
 from lora_plugins.tasks.training import VisionTask, eval_mode
 from lora_plugins.utils import replace_file
@@ -90,10 +91,14 @@ def masks_figure(task: VisionTask, images: Tensor, masks: Tensor, predicted: Ten
     return figure
 
 
-def examples_figure(task: VisionTask, images: Tensor, targets: Tensor, predicted: Tensor) -> Any:
-    """A figure of predicted labels or masks, as the targets are."""
-    draw = masks_figure if targets.ndim > 1 else labels_figure
-    return draw(task, images, targets.cpu(), predicted)  # a data set may hold them on a device
+def examples_figure(task: VisionTask, loader: DataLoader[Any], indices: Sequence[int]) -> Any:
+    """A figure of labels or masks predicted for samples of a loader; None if they have no targets."""
+    batch = samples_of(loader, indices)
+    if batch.targets is None:
+        return None
+    draw = masks_figure if batch.targets.ndim > 1 else labels_figure
+    predicted = _eval_logits(task, batch.images).argmax(1)
+    return draw(task, batch.images, batch.targets.cpu(), predicted)  # a data set may hold them on a device
 
 
 def confusion_figure(confusion: Tensor, names: Sequence[str]) -> Any:
@@ -177,8 +182,14 @@ def has_validated(trainer: Trainer, what: str) -> bool:
     return trainer.val_dataloaders is not None
 
 
-def evenly_spaced(total: int, count: int) -> list[int]:
-    """At most `count` evenly spaced indices below `total`."""
+def samples_of(loader: DataLoader[Any], indices: Sequence[int]) -> Batch:
+    """The samples of a loader at these places of its data set."""
+    return Batch.read(loader.collate_fn([loader.dataset[index] for index in indices]))
+
+
+def evenly_spaced(loader: DataLoader[Any], count: int) -> list[int]:
+    """At most `count` evenly spaced places in the data set of a loader."""
+    total = len(cast(Sized, loader.dataset))
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()]
 
 
@@ -188,7 +199,7 @@ def val_precision(task: VisionTask) -> AbstractContextManager[Any]:
 
 
 @torch.inference_mode()
-def eval_logits(task: VisionTask, images: Tensor) -> Tensor:
+def _eval_logits(task: VisionTask, images: Tensor) -> Tensor:
     """Logits of images in eval mode and the precision of the trainer; the mode of every module is restored."""
     with eval_mode(task), val_precision(task):
         logits: Tensor = task(images.to(task.device)).float().cpu()

@@ -13,10 +13,8 @@ from lora_plugins.field_checks import Check, check_count, check_fields
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.tasks.argument_checks import check_indices, check_png, instance_of
-from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.reporting.figures import (
-    eval_logits,
     evenly_spaced,
     examples_figure,
     first_val_loader,
@@ -57,13 +55,11 @@ def draw_predictions(
     """
     given = {"task": task, "loader": loader, "indices": indices, "path": path}
     check_fields(given, _CHECKS)
-    batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
-    if batch.targets is None:
+    figure = examples_figure(task, loader, indices)
+    if figure is None:
         raise DataError("A picture of predictions needs samples with masks.")
-    predicted = eval_logits(task, batch.images).argmax(1)
-    path = Path(path)
-    save_figure(examples_figure(task, batch.images, batch.targets, predicted), path)
-    return path
+    save_figure(figure, Path(path))
+    return Path(path)
 
 
 class PredictionPicture(Callback):
@@ -103,7 +99,6 @@ class PredictionPicture(Callback):
         if not has_places(loader):
             rank_zero_warn("There is no picture of predictions: samples of a stream cannot be read again.")
             return
-        indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
         with on_device_of(trainer, task):
-            path = draw_predictions(task, loader, indices, self.path)
+            path = draw_predictions(task, loader, evenly_spaced(loader, self.samples), self.path)
         tell_written(trainer, {"Picture of predictions": path})

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Example
 from lora_plugins.tasks.reporting.class_results import count_confusion, mean_iou
-from lora_plugins.tasks.reporting.figures import as_pixels, val_precision
+from lora_plugins.tasks.reporting.figures import as_pixels, samples_of, val_precision
 from lora_plugins.tasks.segmentation import IGNORED, Mask, class_colors, colorize, palette_image
 from lora_plugins.tasks.training import VisionTask, eval_mode
 
@@ -101,7 +101,7 @@ def choose(judged: Judged, samples: int) -> list[int]:
 
 def example(task: VisionTask, loader: DataLoader[Any], index: int, judged: Judged) -> Example:
     """A sample with what is predicted for it now, as pictures."""
-    batch = Batch.read(loader.collate_fn([loader.dataset[index]]))
+    batch = samples_of(loader, [index])
     targets, logits = _targets_and_logits(task, batch)
     pixels = Image.fromarray(as_pixels(batch.images[0]))
     pixels.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -9,10 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.lightning.shims import is_fast_dev_run
-from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.reporting.figures import (
     confusion_figure,
-    eval_logits,
     evenly_spaced,
     examples_figure,
     first_val_loader,
@@ -71,12 +69,9 @@ class TensorBoardImages(Callback):
 
     def _figures(self, trainer: Trainer, task: VisionTask) -> dict[str, Any]:
         loader, figures = first_val_loader(trainer), dict[str, Any]()
-        if has_places(loader):
-            indices = evenly_spaced(len(cast(Any, loader.dataset)), self.samples)
-            batch = Batch.read(loader.collate_fn([loader.dataset[i] for i in indices]))
-            if batch.targets is not None:
-                predicted = eval_logits(task, batch.images).argmax(1)
-                figures["val/examples"] = examples_figure(task, batch.images, batch.targets, predicted)
+        places = evenly_spaced(loader, self.samples) if has_places(loader) else []
+        if places and (examples := examples_figure(task, loader, places)) is not None:
+            figures["val/examples"] = examples
         if "val" in task.confusion:
             figures["val/confusion"] = confusion_figure(task.confusion["val"], task.class_labels)
         return figures
