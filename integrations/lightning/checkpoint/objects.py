@@ -4,8 +4,10 @@ Checkpoints are read without unpickling objects (`torch.load(weights_only=True)`
 among the hyperparameters has to be allowed by name. Harmless types of Python are allowed always.
 """
 
+import argparse
 import importlib
 import pathlib
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +28,8 @@ HARMLESS: tuple[Callable[..., Any] | tuple[Callable[..., Any], str], ...] = (
     frozenset,
     range,
     slice,
+    argparse.Namespace,
+    types.SimpleNamespace,
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     pathlib.PureWindowsPath,

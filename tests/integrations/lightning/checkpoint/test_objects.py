@@ -1,9 +1,11 @@
 """Hyperparameters that are objects, constructor arguments that a file lacks, and the line that loads it."""
 
+import argparse
 import contextlib
 import enum
 import functools
 import pathlib
+import types
 import zipfile
 from dataclasses import dataclass
 
@@ -66,6 +68,8 @@ HARMLESS = {
     "path": pathlib.Path("a/b"),
     "range": range(3),
     "frozenset": frozenset([1]),
+    "namespace": argparse.Namespace(a=1, b=[argparse.Namespace(c=pathlib.Path("a"))]),
+    "simple namespace": types.SimpleNamespace(a=1),
     "numbers of numpy": [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)],
     "attributes": AttributeDict(a=1, b=[AttributeDict(c=2), (3, AttributeDict(d=4))]),
 }
