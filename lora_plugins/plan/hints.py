@@ -1,7 +1,7 @@
 """What a pattern that matches no module may have meant, from the habits of other libraries and of shells."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from lora_plugins.errors import ConfigError, listing
 from lora_plugins.plan.patterns import ends_with, exact_expression, is_risky, matches, nearest, shortest_ends
@@ -21,6 +21,8 @@ _FUSED_NAMES = frozenset(
 )
 """What models call a layer that holds the three in one matrix, and the class of such a layer."""
 
+_NO_LAYER = "The model has no layer of a type that a plugin adapts."
+
 _MOST_TARGETS = 8
 """How many names a proposal holds at most, so that it can be typed."""
 
@@ -38,8 +40,13 @@ def target_hint(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Sit
         _every_layer(pattern, sites, names)
         or _other_form(pattern, patterns, names)
         or _attention(pattern, patterns, sites, names)
-        or nearest(pattern, names)
+        or nearest_layer(pattern, names)
     )
+
+
+def nearest_layer(pattern: str, names: Collection[str]) -> str:
+    """Offers the names of layers that could be adapted, or says that the model has none."""
+    return nearest(pattern, names) if names else _NO_LAYER
 
 
 def inner_hint(containers: Iterable[str], names: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from lora_plugins.errors import TargetError, listing, quoted
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.block_filter import BlockFilter
-from lora_plugins.plan.hints import inner_hint, saved_hint, target_hint
+from lora_plugins.plan.hints import inner_hint, nearest_layer, saved_hint, target_hint
 from lora_plugins.plan.sites import Site, Survey
 from lora_plugins.plugins import Registry
 from lora_plugins.utils import path_starts, within
@@ -112,7 +112,7 @@ def _instead(pattern: str, matches: Sequence[str], free: Sequence[Site], handled
     known = _of_others(matches, free) or inner_hint(matches, handled)
     types = {_title(site): None for site in free if site.matrices and not site.scripted and {*matches} & {*site.names}}
     if known or not types:
-        return known or patterns.nearest(pattern, handled)
+        return known or nearest_layer(pattern, handled)
     close = f"{patterns.nearest(pattern, handled)} " if handled else ""
     return f"{close}A plugin for {listing(types)} is a few lines, which `lora-plugins new-plugin` writes."
 
@@ -182,7 +182,7 @@ def _excluded(config: LoraConfig, sites: Sequence[Site], free: Sequence[Site]) -
             handled = {name for site in free if site.plugin for name in site.names}
             raise TargetError(
                 f"exclude_modules: {quoted(pattern)} matches {listing(matches)}, which is no layer and excludes none. "
-                f"{_all_below(config.exclude_modules, matches, handled) or patterns.nearest(pattern, handled)}"
+                f"{_all_below(config.exclude_modules, matches, handled) or nearest_layer(pattern, handled)}"
             )
         names |= {name for site in excluded for name in site.names}
     return names

@@ -107,6 +107,12 @@ def test_where_there_is_no_attention_the_layers_are_listed():
         )
 
 
+@pytest.mark.parametrize("targets", [["1"], ["query"]], ids=["of another type", "unknown"])
+def test_where_no_layer_could_be_adapted_that_is_said(targets):
+    with pytest.raises(TargetError, match=r" match.*\. The model has no layer of a type that a plugin adapts\.$"):
+        LoraModel.plan(nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), LoraConfig(target_modules=targets))
+
+
 @pytest.mark.parametrize("targets", [["attn"], "blocks", ["blocks.1"]], ids=str)
 def test_of_a_module_that_is_no_layer_the_layers_in_it_are_named(targets):
     with pytest.raises(
