@@ -261,15 +261,12 @@ class LoraCallback(Callback):
         if not self._run.adapts_in(stage):
             return
 
-        def adapt() -> None:
-            self._ensure_adapted(trainer, pl_module)
-
-        # Others read at setup which weights are stored, so of several callbacks this one adapts at once.
-        alone = not is_sharded(trainer) and len(lora_callbacks(trainer)) == 1
-        if needs_data(self.config) or (alone and stores_changed_base(self.config)):
+        if self._waits_for_checkpoint(trainer):
+            adapt = partial(self._adapt_in_order, trainer, pl_module)
             restored = partial(copy_into_averages, trainer, pl_module)
             self._run.strategy_shims = adapt_after_restoring(trainer, adapt, restored)
         else:
+            adapt = partial(self._ensure_adapted, trainer, pl_module)
             self._run.adapt_when_built(shims, pl_module, self.target, self.adapter_name, adapt)
         shims.after(
             "configure_optimizers",
@@ -532,6 +529,19 @@ class LoraCallback(Callback):
         freeze_again(module, self._run.frozen)
         complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
+
+    def _waits_for_checkpoint(self, trainer: Trainer) -> bool:
+        """Whether the adapter joins after a checkpoint: all do if one does, as each needs what those before it left."""
+        configs = [callback.config for callback in lora_callbacks(trainer)]
+        stores = not is_sharded(trainer) and any(map(stores_changed_base, configs))
+        return stores or any(map(needs_data, configs))
+
+    def _adapt_in_order(self, trainer: Trainer, module: LightningModule) -> None:
+        """Lets all callbacks adapt the module; the strategy calls that of the last one first."""
+        for callback in lora_callbacks(trainer):
+            if callback._run.strategy_shims is not None:
+                callback._run.strategy_shims.remove()
+            callback._ensure_adapted(trainer, module)
 
     def _ensure_adapted(self, trainer: Trainer, module: LightningModule) -> None:
         """Adapts the module if it is not adapted; called wherever its structure may have changed."""

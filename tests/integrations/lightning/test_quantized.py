@@ -31,11 +31,11 @@ NF4 = replace(CONFIG, quantize="nf4", quantize_options={"min_size": 0})
 STORED = {f"net.{i}.weight_stored.{name}" for i in (0, 3) for name in ("codes", "scale_codes", "scale_maxima")}
 
 
-def fitted(folder, config=NF4, module=None, precision="32-true", **options):
+def fitted(folder, config=NF4, module=None, precision="32-true", others=(), **options):
     module = module or Classifier(lr=0.3)
     saver = ModelCheckpoint(folder / "checkpoints", filename="last")
     callback = LoraCallback(config, **{"merge_on_fit_end": False, "print_plan": False, **options})
-    run = trainer(folder, [callback, saver], max_epochs=2, precision=precision)
+    run = trainer(folder, [callback, *others, saver], max_epochs=2, precision=precision)
     run.fit(module, loader(), loader())
     return run, module, saver.best_model_path
 
@@ -69,14 +69,17 @@ def test_another_base_is_refused(tmp_path):
         run.fit(Classifier(), loader(), ckpt_path=path)
 
 
-def test_a_resumed_run_with_another_seed_takes_the_stored_base_of_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("others", [[], [replace(CONFIG, r=3)]], ids=["alone", "beside another adapter"])
+def test_a_resumed_run_with_another_seed_takes_the_stored_base_of_the_checkpoint(tmp_path, others):
     """The pretrained weights are lost once others are stored, so that nothing may be stored ahead of the checkpoint."""
     config = replace(NF4, init="pissa", init_options={"niter": 2})
     torch.manual_seed(1)
-    _, module, path = fitted(tmp_path, config)
+    others = [LoraCallback(c, adapter_name="b", merge_on_fit_end=False, print_plan=False) for c in others]
+    _, module, path = fitted(tmp_path, config, others=others)
     resumed = Classifier(lr=0.3)
     torch.manual_seed(2)
-    run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False, print_plan=False)], max_epochs=2)
+    callback = LoraCallback(config, merge_on_fit_end=False, print_plan=False)
+    run = trainer(tmp_path, [callback, *copy.deepcopy(others)], max_epochs=2)
     run.fit(resumed, loader(), loader(), ckpt_path=path)
     assert not differing(values(resumed), values(module))
 
