@@ -107,8 +107,8 @@ def _add_to_group(
     if NAMES in groups[0]:
         groups[0][NAMES].extend(added)
     rank_zero_warn(
-        f"The optimizer was built before the adapters existed and would not train {listing(added, 3)}. They were "
-        f"added to its parameter group now. {_ADVICE}"
+        f"The optimizer has nothing of the adapters, as it was built before them or of other parameters, and would "
+        f"not train {listing(added, 3)}. They were added to its parameter group now. {_ADVICE}"
     )
     return {name: p for name, p in missing.items() if name not in added}
 
