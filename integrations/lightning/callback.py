@@ -408,7 +408,8 @@ class LoraCallback(Callback):
         written = [] if is_trial else group[: group.index(self) + 1]  # those behind write theirs later
         with explaining_merges([file for callback in written for file in callback.adapter_files]):
             files = {} if is_trial else self._results().write(trainer, pl_module, self._run.written)
-            lines = loading_lines(trainer, pl_module) if writes_files(trainer) else []
+            is_first = lora_callbacks(trainer)[0] is self  # later, networks that the line names are merged
+            lines = loading_lines(trainer, pl_module) if is_first and writes_files(trainer) else []
             if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
                 self._merge_adapters(trainer, pl_module)
                 for callback in group:

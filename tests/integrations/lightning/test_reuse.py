@@ -234,11 +234,12 @@ class TestTwoAdapters:
         assert values(module).keys() == values(Classifier()).keys()
         assert not differing(values(module), values(again))
 
-    def test_best_and_export_and_a_checkpoint_after_it(self, tmp_path):
+    def test_best_and_export_and_a_checkpoint_after_it(self, tmp_path, capsys):
         saver = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1)
         callbacks = self.callbacks(tmp_path, merge_source="best", export_to=str(tmp_path / "merged.safetensors"))
         run = trainer(tmp_path, [*callbacks, saver], max_epochs=2)
         run.fit(module := Classifier(lr=0.3), loader(), loader())
+        assert capsys.readouterr().out.count("module = load_from_checkpoint(") == 1
         exported = safetensors.torch.load_file(tmp_path / "merged.safetensors")
         assert not differing(values(module), exported)
         for path, logged in saver.best_k_models.items():
