@@ -36,7 +36,18 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
         base: The class of the untouched layer.
         weights: Attribute names of the weights that answer with their effective value.
     """
+    own = [name for name in _SAVING if getattr(base, name) is not getattr(nn.Module, name)]
+    return {
+        **{name: _on_the_base(name) for name in (*own, "_load_from_state_dict")},
+        **{name: _refused(name, weights) for name in RESETS if hasattr(base, name)},
+        "state_dict": _state_dict(base),
+        "register_parameter": _register_parameter(weights),
+        "register_buffer": _register_buffer(base),
+        "parametrizations": _parametrizations(weights),
+    }
 
+
+def _register_parameter(weights: tuple[str, ...]) -> Callable[..., None]:
     def register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
         replaced = layer._parameters.get(name)
         if name in weights and (any(map(is_distributed, (replaced, param))) or is_placed(within=4)):
@@ -48,11 +59,19 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
             _check_original(layer, weight, name, param)
         nn.Module.register_parameter(layer, name, param)
 
+    return register_parameter
+
+
+def _register_buffer(base: Any) -> Callable[..., None]:
     def register_buffer(layer: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         refuse_while_merged(layer, name, tensor)
         base.register_buffer(layer, name, tensor, persistent)
 
-    def parametrizations(layer: nn.Module) -> Any:
+    return register_buffer
+
+
+def _parametrizations(weights: tuple[str, ...]) -> property:
+    def get(layer: nn.Module) -> Any:
         # Both functions ask first, by is_parametrized(), whether there are some, and write before they do anything else
         # that can be noticed.
         asking = None if torch.compiler.is_compiling() else sys._getframe(1).f_back
@@ -61,16 +80,15 @@ def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
             raise StateError(_refusal(layer, listing(weights), f"changed by {call}(). Call it for"))
         return nn.Module.__getattr__(layer, "parametrizations")
 
+    return property(get)
+
+
+def _state_dict(base: Any) -> Callable[..., Any]:
     def state_dict(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         others = layer._state_dict_hooks or layer._state_dict_pre_hooks or base.state_dict is not nn.Module.state_dict
         return (_state_dict_on_the_base if others else base.state_dict)(layer, *args, **kwargs)
 
-    own = [name for name in _SAVING if getattr(base, name) is not getattr(nn.Module, name)]
-    made: dict[str, Any] = {name: _on_the_base(name) for name in (*own, "_load_from_state_dict")}
-    made |= {"register_parameter": register_parameter, "register_buffer": register_buffer}
-    made["parametrizations"] = property(parametrizations)
-    made["state_dict"] = state_dict
-    return made | {name: _refused(name, weights) for name in RESETS if hasattr(base, name)}
+    return state_dict
 
 
 def _on_the_base(method: str) -> Callable[..., Any]:
