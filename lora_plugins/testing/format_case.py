@@ -135,7 +135,7 @@ class FormatCase:
             return Block(width).double().eval()
 
     def trained(self, **fields: Any) -> LoraModel:
-        """An adapted model, its layers of different ranks and scalings, that computes something of its own."""
+        """Returns an adapted model, its layers of different ranks and scalings, that computes something of its own."""
         return self.adapted(self.model(), **{"target_modules": ["to_q", "to_out"], **self.patterns, **fields})
 
     def adapted(self, model: nn.Module, **fields: Any) -> LoraModel:

@@ -15,21 +15,19 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import AdapterFormat
-from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import (
+from lora_plugins.testing.check import Check, by_name, chosen, elsewhere, one_of, run
+from lora_plugins.testing.format_case import LAYERS, FormatCase
+from lora_plugins.testing.full_disk import no_file_beyond
+from lora_plugins.testing.no_pickle import no_unpickling
+from lora_plugins.testing.required import (
     TIGHT,
-    Check,
-    by_name,
-    chosen,
     random_states,
+    refuse,
     require,
     require_close,
     require_same_state,
     require_unmoved,
 )
-from lora_plugins.testing.format_case import LAYERS, FormatCase
-from lora_plugins.testing.full_disk import no_file_beyond
-from lora_plugins.testing.no_pickle import no_unpickling
 from lora_plugins.utils import own_randomness
 
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
@@ -191,7 +189,7 @@ def _refused(case: FormatCase, path: Path, model: nn.Module, why: str) -> None:
     except AdapterFileError:
         require_same_state(f"the model after {why} was refused", model.state_dict(), before)
         return
-    checks.refuse(f"{why} is loaded")
+    refuse(f"{why} is loaded")
 
 
 def _other_model(case: FormatCase) -> None:
@@ -362,6 +360,6 @@ def check_format_plugin(
             authors usually got wrong.
         ConfigError: If there is no check of a name, or the options are no mapping.
     """
-    case = FormatCase(plugin, checks.elsewhere(plugin), file_name, checks.one_of(options)).varied()
+    case = FormatCase(plugin, elsewhere(plugin), file_name, one_of(options)).varied()
     for check in chosen(FORMAT_CHECKS, only, skip):
-        checks.run(check, case, f"{type(plugin).__name__}")
+        run(check, case, type(plugin).__name__)

@@ -11,9 +11,10 @@ from torch import nn
 from lora_plugins.adapter import factor_dtype
 from lora_plugins.errors import LoraError
 from lora_plugins.model import LoraModel
-from lora_plugins.testing.check import Check, require, require_close, require_same_state
+from lora_plugins.testing.check import Check
 from lora_plugins.testing.init_case import InitCase, layer_weights, run
 from lora_plugins.testing.init_start import require_near_start
+from lora_plugins.testing.required import require, require_close, require_same_state
 from lora_plugins.utils import own_randomness
 
 

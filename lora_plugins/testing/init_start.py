@@ -14,9 +14,10 @@ from lora_plugins.errors import LoraError
 from lora_plugins.inplace import detached_weight
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import InitContext, SlotCalibration
-from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import (
-    Check,
+from lora_plugins.testing.check import Check
+from lora_plugins.testing.init_case import InitCase, Small, layer_weights, run
+from lora_plugins.testing.required import (
+    TIGHT,
     double_by_default,
     random_states,
     refuse,
@@ -25,7 +26,6 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
-from lora_plugins.testing.init_case import InitCase, Small, layer_weights, run
 
 _LIKE = 10
 """How many times farther off than the best of their rank factors may be: those that leave rounding alone, twice."""
@@ -58,9 +58,13 @@ def _device(case: InitCase) -> None:
     with torch.no_grad(), torch.device("meta"):
         for context in elsewhere:
             case.init.fill(context)
-    for one, other in zip(there, elsewhere, strict=True):
-        for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
-            require_close(f"{name} of {one.layer!r} with another default device", factor, expected, 0)
+    _require_same_factors(elsewhere, there, " with another default device")
+
+
+def _require_same_factors(got: Sequence[InitContext], expected: Sequence[InitContext], how: str) -> None:
+    for own, wanted in zip(got, expected, strict=True):
+        require_close(f"A of {own.layer!r}{how}", own.A, wanted.A, 0)
+        require_close(f"B of {own.layer!r}{how}", own.B, wanted.B, 0)
 
 
 def _trainable(case: InitCase) -> None:
@@ -119,7 +123,7 @@ def require_near_start(
     for name, weight in untouched.items():
         lost, left = (float(each.norm()) for each in _off(lora, name, weight, effective))
         require(
-            left <= lost * (1 + slack) + checks.TIGHT,
+            left <= lost * (1 + slack) + TIGHT,
             f"W + ΔW of {name!r} is off by {left:.3g}, and the changed base alone by {lost:.3g}",
         )
 
@@ -134,7 +138,7 @@ def _makes_up(lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mappi
         least = float(torch.linalg.svdvals(lost.flatten(1))[layer.r :].norm())
         many = 2 * layer.r > min(lost.flatten(1).shape)  # which could make up for most rounding, and need not
         require(
-            many or float(left.norm()) <= _LIKE * least + checks.TIGHT * max(1.0, float(lost.norm())),
+            many or float(left.norm()) <= _LIKE * least + TIGHT * max(1.0, float(lost.norm())),
             f"W + ΔW of {layer.name!r} is off by {float(left.norm()):.3g}, and could be by {least:.3g} with this rank",
         )
 
@@ -162,10 +166,7 @@ def _reproducible(case: InitCase) -> None:
     with double_by_default():
         case.adapt(third)
     require_same_state("the same model, started where float64 is the default,", third.state_dict(), first.state_dict())
-    there, back = _started(case, 0), _started(case, 0, backwards=True)
-    for one, other in zip(there, back, strict=True):
-        for name, factor, expected in (("A", other.A, one.A), ("B", other.B, one.B)):
-            require_close(f"{name} of {one.layer!r}, started after other layers,", factor, expected, 0)
+    _require_same_factors(_started(case, 0, backwards=True), _started(case, 0), ", started after other layers,")
 
 
 def _seed(case: InitCase) -> None:

@@ -5,8 +5,7 @@ from typing import Any
 
 from lora_plugins.errors import ConfigError, near
 from lora_plugins.plugins import InitPlugin
-from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import Check, by_name, chosen
+from lora_plugins.testing.check import Check, by_name, chosen, each_of, elsewhere, run
 from lora_plugins.testing.init_base import BASE_CHECKS
 from lora_plugins.testing.init_case import LAYERS, InitCase
 from lora_plugins.testing.init_start import START_CHECKS
@@ -52,8 +51,8 @@ def check_init_plugin(
         if name not in LAYERS:
             raise ConfigError(f"The kit has no layer {name!r}. {near(name, LAYERS)}")
     selected = chosen(INIT_CHECKS, only, skip)
-    for each in checks.each_of(options):
-        case = InitCase(init, checks.elsewhere(init), dict(each), r, started)
+    for each in each_of(options):
+        case = InitCase(init, elsewhere(init), dict(each), r, started)
         subject = f"{type(init).__name__}{f' with {dict(each)}' if each else ''}"
         for check in selected:
-            checks.run(check, case, subject)
+            run(check, case, subject)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lora_plugins.inplace import detached_weight
 from lora_plugins.plugins import LayerPlugin, Slot
-from lora_plugins.testing.check import Check, real_tensors_of, require, require_close
+from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import Holder, LayerCase, batched, call, is_values, mapped, runs
+from lora_plugins.testing.required import real_tensors_of, require, require_close, uneven_sum
 
 _OUTPUTS = 12
 """How many elements of the output are looked at."""
@@ -146,7 +147,7 @@ def _spread(output: Tensor) -> Iterator[Tensor]:
 def _is_linear_in(case: LayerCase, slot: Slot) -> bool:
     """Whether the output is a sum of something and something times the weight."""
     outputs = [
-        _flat(call(_scaled(case, slot.tensor, factor), case.arguments(case.model().layer))) for factor in (0, 1, 2)
+        _flat(call(_scaled(case, [slot.tensor], factor), case.arguments(case.model().layer))) for factor in (0, 1, 2)
     ]
     return torch.allclose(outputs[2] - outputs[1], outputs[1] - outputs[0])
 
@@ -160,10 +161,11 @@ def _meets_others(case: LayerCase, slot: Slot, biases: Collection[str]) -> bool:
     return first is not None and second is not None and not torch.allclose(first.to_dense(), second.to_dense())
 
 
-def _scaled(case: LayerCase, tensor: str, factor: float) -> Holder:
+def _scaled(case: LayerCase, weights: Collection[str], factor: float) -> Holder:
     model = case.model().eval()
     with torch.no_grad():
-        model.layer.get_parameter(tensor).mul_(factor)
+        for weight in weights:
+            model.layer.get_parameter(weight).mul_(factor)
     return model
 
 
@@ -216,13 +218,9 @@ def _is_a_factor(case: LayerCase, name: str, weights: set[str]) -> bool:
 
 
 def _gradient_of(case: LayerCase, name: str, seed: int, factor: float, weights: Collection[str] = ()) -> Tensor | None:
-    model = case.model().eval()
-    with torch.no_grad():
-        for weight in weights:
-            model.layer.get_parameter(weight).mul_(factor)
+    model = _scaled(case, weights, factor)
     output = _flat(call(model, case.arguments(model.layer, seed)))
-    loss = (output * torch.linspace(-1, 2, len(output), dtype=output.dtype, device=output.device)).sum()
-    (found,) = torch.autograd.grad(loss, [model.layer.get_parameter(name)], allow_unused=True)
+    (found,) = torch.autograd.grad(uneven_sum(output), [model.layer.get_parameter(name)], allow_unused=True)
     return found
 
 

@@ -11,16 +11,7 @@ from torch.nn.utils import prune
 from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import PLAIN
-from lora_plugins.testing.check import (
-    MODES,
-    Check,
-    copied,
-    random_states,
-    require,
-    require_all_close,
-    require_nothing_kept,
-    tensors_of,
-)
+from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import (
     VARIANT,
     Holder,
@@ -35,6 +26,15 @@ from lora_plugins.testing.layer_case import (
     runs,
 )
 from lora_plugins.testing.layer_dtypes import HALVES, NEAR, cancelling
+from lora_plugins.testing.required import (
+    MODES,
+    copied,
+    random_states,
+    require,
+    require_all_close,
+    require_nothing_kept,
+    tensors_of,
+)
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """What messages call it, and the arguments."""

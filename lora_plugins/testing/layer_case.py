@@ -12,8 +12,8 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import base_class_of, detached_weight, factors, layer_state, own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path, computes_as
-from lora_plugins.testing.check import CPU, TIGHT, require, require_all_close
 from lora_plugins.testing.registry_under_test import registry_with
+from lora_plugins.testing.required import CPU, TIGHT, require, require_all_close
 from lora_plugins.utils import own_randomness
 
 VARIANT = "dora"

@@ -11,16 +11,7 @@ from torch import Tensor
 from lora_plugins.errors import TargetError
 from lora_plugins.inplace import factors, layer_state, own_tensors_of
 from lora_plugins.plugins import PLAIN, Slot
-from lora_plugins.testing.check import (
-    Check,
-    random_states,
-    real_tensors_of,
-    refuse,
-    require,
-    require_all_close,
-    require_close,
-    require_unmoved,
-)
+from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import (
     VARIANT,
     Holder,
@@ -36,6 +27,16 @@ from lora_plugins.testing.layer_case import (
     require_lawful,
 )
 from lora_plugins.testing.layer_law import compare_gradients
+from lora_plugins.testing.required import (
+    random_states,
+    real_tensors_of,
+    refuse,
+    require,
+    require_all_close,
+    require_close,
+    require_unmoved,
+    uneven_sum,
+)
 from lora_plugins.utils import own_randomness
 
 _BARELY = 1e-9
@@ -182,7 +183,7 @@ def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: S
 def _drops_each(
     case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any], rest: _Mask, axes: Collection[int] | None
 ) -> bool:
-    """Requires it of all pairs of elements that the check can judge, and returns whether there was one.
+    """Requires it of all pairs of elements that can be judged, and returns whether there was one.
 
     Args:
         case: The layer.
@@ -204,26 +205,30 @@ def _drops_each(
             continue  # the branch's input is computed from this one, as between the two layers of a perceptron
         both = _only(inputs, at, (first, second), rest)
         one, other = (_update(case, model, _only(inputs, at, (each,), rest)) for each in (first, second))
-        untouched = _values(call(lawful(case, model, {}), both)).detach()
-        if not _add_up(_update(case, model, both), one, other):
-            continue  # the update is no sum over these two
-        told = True
-        seen = set()
-        outcomes = {kept: 2 * (kept[0] * one + kept[1] * other) for kept in product((0, 1), repeat=2)}
-        size = max(float(outcome.abs().max()) for outcome in outcomes.values())
-        for seed in range(64):  # all four outcomes are missing one with a probability of 4e-8
-            got = _values(call(model, both, seed)).detach() - untouched
-            fits = [kept for kept, outcome in outcomes.items() if float((got - outcome).abs().max()) <= _ALIKE * size]
-            require(
-                bool(fits),
-                "of an input of two elements, a draw gives an update that is neither of one nor of the other, of both, "
-                "or of none",
-            )
-            seen |= {*fits}
-            if len(seen) == len(outcomes):
-                break
-        require(len(seen) == len(outcomes), "two elements of the input are always dropped together, or never")
+        if _add_up(_update(case, model, both), one, other):  # else the update is no sum over these two
+            _drops_apart(case, model, both, one, other)
+            told = True
     return told
+
+
+def _drops_apart(case: LayerCase, model: Holder, both: Sequence[Any], one: Tensor, other: Tensor) -> None:
+    """Requires that draws for inputs of two elements give the update of either, of both, and of none, and no other."""
+    untouched = _values(call(lawful(case, model, {}), both)).detach()
+    outcomes = {kept: 2 * (kept[0] * one + kept[1] * other) for kept in product((0, 1), repeat=2)}
+    size = max(float(outcome.abs().max()) for outcome in outcomes.values())
+    seen: set[tuple[int, ...]] = set()
+    for seed in range(64):  # all four outcomes are missing one with a probability of 4e-8
+        got = _values(call(model, both, seed)).detach() - untouched
+        fits = [kept for kept, outcome in outcomes.items() if float((got - outcome).abs().max()) <= _ALIKE * size]
+        require(
+            bool(fits),
+            "of an input of two elements, a draw gives an update that is neither of one nor of the other, of both, or "
+            "of none",
+        )
+        seen |= {*fits}
+        if len(seen) == len(outcomes):
+            return
+    refuse("two elements of the input are always dropped together, or never")
 
 
 def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Sequence[Any]]) -> bool:
@@ -231,9 +236,8 @@ def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Seq
     reached = []
     for inputs in each:
         reference = lawful(case, model, {})
-        values = _values(call(reference, inputs))
-        weights = torch.linspace(-1, 2, len(values), device=values.device)
-        (gradient,) = torch.autograd.grad((values * weights).sum(), getattr(reference.layer, slot.tensor))
+        total = uneven_sum(_values(call(reference, inputs)))
+        (gradient,) = torch.autograd.grad(total, getattr(reference.layer, slot.tensor))
         reached.append(slot.cut(case.plugin.to_matrix(gradient.to_dense())) != 0)
     return all(entries.any() for entries in reached) and not (reached[0] & reached[1]).any()
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.inplace import factors, layer_state
-from lora_plugins.testing.check import Check, real_tensors_of, require
+from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, require_lawful, runs
+from lora_plugins.testing.required import real_tensors_of, require
 
 NEAR = 0.05
 """What an output in half precision may be off by, as a share of the largest value: a few times its rounding."""

@@ -12,16 +12,7 @@ from lora_plugins.errors import listing, near
 from lora_plugins.inplace import detached_weight, layer_state
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot, class_path
-from lora_plugins.testing.check import (
-    MODES,
-    TIGHT,
-    Check,
-    real_tensors_of,
-    require,
-    require_all_close,
-    require_close,
-    tensors_of,
-)
+from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
@@ -31,6 +22,16 @@ from lora_plugins.testing.layer_case import (
     lawful,
     named_leaves,
     updated,
+)
+from lora_plugins.testing.required import (
+    MODES,
+    TIGHT,
+    real_tensors_of,
+    require,
+    require_all_close,
+    require_close,
+    tensors_of,
+    uneven_sum,
 )
 
 _SETTINGS: tuple[dict[str, Any], ...] = ({}, {"use_rslora": True}, {"memory": "low"})
@@ -174,12 +175,7 @@ def _trained_beside(layer: nn.Module) -> dict[str, nn.Parameter]:
 def _gradients_of(module: nn.Module, inputs: Sequence[Any], leaves: Sequence[Tensor]) -> list[Tensor]:
     outputs = [tensor for tensor in real_tensors_of(call(module, inputs)) if tensor.requires_grad]
     require(bool(outputs), "the output needs no gradient")
-    loss = torch.stack(
-        [
-            (tensor * torch.linspace(-1, 2, tensor.numel(), device=tensor.device).view(tensor.shape)).sum()
-            for tensor in outputs
-        ]
-    )
+    loss = torch.stack([uneven_sum(tensor) for tensor in outputs])
     # The reference is the same tensors each time: its weights were computed once.
     found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, found, strict=True)]

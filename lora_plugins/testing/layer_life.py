@@ -14,16 +14,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot
-from lora_plugins.testing.check import (
-    CPU,
-    Check,
-    copied,
-    real_tensors_of,
-    require,
-    require_all_close,
-    require_same_state,
-    tensors_of,
-)
+from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
@@ -33,6 +24,15 @@ from lora_plugins.testing.layer_case import (
     require_lawful,
     runs,
     updated,
+)
+from lora_plugins.testing.required import (
+    CPU,
+    copied,
+    real_tensors_of,
+    require,
+    require_all_close,
+    require_same_state,
+    tensors_of,
 )
 
 

@@ -14,14 +14,12 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.devices import usable_device
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
-from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import (
+from lora_plugins.testing.check import Check, by_name, chosen, elsewhere, one_of, run
+from lora_plugins.testing.registry_under_test import registry_with
+from lora_plugins.testing.required import (
     CPU,
     MODES,
-    Check,
     Named,
-    by_name,
-    chosen,
     double_by_default,
     random_states,
     require,
@@ -29,7 +27,6 @@ from lora_plugins.testing.check import (
     require_same_state,
     require_unmoved,
 )
-from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.utils import own_randomness
 
 SHAPES = ((64, 96), (48, 48), (5, 3), (7, 5, 3, 3), (1, 1), (300,), (300, 301))
@@ -139,9 +136,9 @@ def _outliers(case: StorageCase) -> None:
 
 
 def _bits(case: StorageCase) -> None:
-    elsewhere = [case.elsewhere.store(weight, case.options) for weight in reversed([*case.weights()])]
+    others = [case.elsewhere.store(weight, case.options) for weight in reversed([*case.weights()])]
     threads = torch.get_num_threads()
-    for weight, other in zip(case.weights(), reversed(elsewhere), strict=True):
+    for weight, other in zip(case.weights(), reversed(others), strict=True):
         stored = case.store(weight)
         require_same_state("what is stored elsewhere, after other weights,", other, stored)
         try:
@@ -366,6 +363,6 @@ def check_storage_plugin(
             authors usually got wrong.
         ConfigError: If there is no check of a name, the options are no mapping, or torch cannot use the device here.
     """
-    case = StorageCase(plugin, checks.elsewhere(plugin), checks.one_of(options), usable_device(device))
+    case = StorageCase(plugin, elsewhere(plugin), one_of(options), usable_device(device))
     for check in chosen(STORAGE_CHECKS, only, skip):
-        checks.run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")
+        run(check, case, f"{type(plugin).__name__} with {dict(case.given)}")

@@ -12,8 +12,8 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import detached_weight, terms_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin, default_registry
-from lora_plugins.testing.check import CPU
 from lora_plugins.testing.registry_under_test import registry_with
+from lora_plugins.testing.required import CPU
 from lora_plugins.utils import own_randomness
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -67,7 +67,7 @@ class VariantCase:
         return LoraModel(model, config, registry=self.registry())
 
     def trained(self, dtype: torch.dtype = torch.float64, **fields: Any) -> LoraModel:
-        """An adapted model whose tensors are no longer what they were at the start."""
+        """Returns an adapted model whose tensors are no longer what they were at the start."""
         return move(self.adapt(self.model(dtype), init="none", **fields))
 
     def expected(self, lora: LoraModel) -> Tensor:

@@ -1,5 +1,7 @@
 """What the kit for variants checks of the law: shapes, values and gradients of `delta_weight`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,8 @@ from lora_plugins.adapter import adapter_parameters
 from lora_plugins.errors import near
 from lora_plugins.inplace import own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
-from lora_plugins.testing.check import MODES, Check, Named, require, require_close
+from lora_plugins.testing.check import Check
+from lora_plugins.testing.required import MODES, Named, require, require_close
 from lora_plugins.testing.variant_case import VariantCase, deltas, move
 
 _BELOW_FLOAT32 = 2.0**-30
@@ -54,10 +57,15 @@ def _shapes(case: VariantCase) -> None:
 
 
 def _identity(case: VariantCase) -> None:
-    model = case.model()
+    _starts_untouched(case, case.model(), "the output at the start")
+
+
+def _starts_untouched(case: VariantCase, model: nn.Module, what: str, **fields: Any) -> LoraModel:
+    """Requires that a model computes what it did once it is adapted."""
     before = case.run(model)
-    case.adapt(model)
-    require_close("the output at the start", case.run(model), before)
+    lora = case.adapt(model, **fields)
+    require_close(what, case.run(model), before)
+    return lora
 
 
 def _tensors(lora: LoraModel) -> list[tuple[str, nn.Parameter]]:
@@ -97,10 +105,7 @@ def _trainable(case: VariantCase) -> None:
 
 def _scaling(case: VariantCase) -> None:
     for alpha in (0.5, 64.0):
-        model = case.model()
-        before = case.run(model)
-        case.adapt(model, alpha=alpha)
-        require_close(f"the output at the start with alpha={alpha}", case.run(model), before)
+        _starts_untouched(case, case.model(), f"the output at the start with alpha={alpha}", alpha=alpha)
     one, other = (deltas(case.trained(alpha=alpha)) for alpha in (3.0, 6.0))
     for suffix, term in one.items():
         assert term.delta is not None
@@ -131,9 +136,7 @@ def _zeros(case: VariantCase) -> None:
     model = case.model()
     with torch.no_grad():
         model[0].weight[:2].zero_()  # type: ignore[index]
-    before = case.run(model)
-    lora = case.adapt(model)
-    require_close("the output at the start, where two rows of the weight are zero,", case.run(model), before)
+    lora = _starts_untouched(case, model, "the output at the start, where two rows of the weight are zero,")
     case.run(move(lora).model).sum().backward()  # type: ignore[no-untyped-call]
     for parameter in adapter_parameters(model[0], "default"):
         require(parameter.grad is not None, "a tensor gets no gradient")
@@ -144,9 +147,7 @@ def _zeros(case: VariantCase) -> None:
 def _ranks(case: VariantCase) -> None:
     for r in (1, 9):
         model = case.model()
-        before = case.run(model)
-        lora = case.adapt(model, r=r)
-        require_close(f"the output at the start with r={r}", case.run(model), before)
+        lora = _starts_untouched(case, model, f"the output at the start with r={r}", r=r)
         move(lora)
         output = case.run(model)
         require(bool(output.isfinite().all()), f"with r={r} the output is not finite")

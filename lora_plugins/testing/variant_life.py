@@ -10,10 +10,9 @@ import torch
 
 from lora_plugins.inplace import layer_state
 from lora_plugins.model import LoraModel
-from lora_plugins.testing.check import (
+from lora_plugins.testing.check import Check, elsewhere
+from lora_plugins.testing.required import (
     MODES,
-    Check,
-    elsewhere,
     random_states,
     require,
     require_close,

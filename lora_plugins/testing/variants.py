@@ -9,17 +9,16 @@ import torch
 from lora_plugins.devices import usable_device
 from lora_plugins.errors import ConfigError, PluginError
 from lora_plugins.plugins import VariantPlugin
-from lora_plugins.testing import check as checks
-from lora_plugins.testing.check import Check, by_name, chosen
+from lora_plugins.testing.check import Check, by_name, chosen, elsewhere, run
 from lora_plugins.testing.variant_case import LAYERS, VariantCase
 from lora_plugins.testing.variant_law import LAW_CHECKS, require_own_names
 from lora_plugins.testing.variant_life import LIFE_CHECKS
 
 
-def _telling_names(run: Callable[[VariantCase], None], case: VariantCase) -> None:
+def _telling_names(check: Callable[[VariantCase], None], case: VariantCase) -> None:
     """Runs a check; if it fails on an unknown name of the variant's own tensors, the message lists the known ones."""
     try:
-        run(case)
+        check(case)
     except (KeyError, PluginError):
         require_own_names(case)
         raise
@@ -57,11 +56,11 @@ def check_variant_plugin(
         >>> check_variant_plugin(DoraVariant())
     """
     selected, place = chosen(VARIANT_CHECKS, only, skip), usable_device(device)
-    cases = [VariantCase(variant, checks.elsewhere(variant), layer, place) for layer in LAYERS]
+    cases = [VariantCase(variant, elsewhere(variant), layer, place) for layer in LAYERS]
     refusals = [case.refusal() for case in cases]
     if None not in refusals:
         raise ConfigError(f"{type(variant).__name__} refuses all layers of the kit, as the first one: {refusals[0]}.")
     for case, refusal in zip(cases, refusals, strict=True):
         for check in selected if refusal is None else ():
             told = replace(check, run=partial(_telling_names, check.run))
-            checks.run(told, case, f"{type(variant).__name__} on {case.layer}")
+            run(told, case, f"{type(variant).__name__} on {case.layer}")

@@ -9,7 +9,7 @@ from torch import nn
 from lora_plugins import plugins as kinds
 from lora_plugins.plugins import default_registry
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS, check_init_plugin, check_layer_plugin
-from lora_plugins.testing.check import IMMORTAL
+from lora_plugins.testing.required import IMMORTAL
 from tests.core.libraries import Conv1D, Conv2dSame, DeformConv2d
 
 
