@@ -282,7 +282,7 @@ def choice_of(*choices: str) -> Check:
 
     def check_choice(name: str, value: Any) -> None:
         if value not in choices:
-            raise ConfigError(f"{name} is {shown(value)}. {near(shown(value), choices)}")
+            raise ConfigError(f"{name} is {shown(value)}. {near(str(value), choices)}")
 
     return check_choice
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
+from lora_plugins.field_checks import choice_of
 from lora_plugins.inplace import base_class_of
 
 COMPONENTS = (
@@ -142,8 +143,8 @@ def check_name(component: str | None) -> None:
     Raises:
         ConfigError: If there is no such part.
     """
-    if component is not None and component not in COMPONENTS:
-        raise ConfigError(f"format_options: component is {component!r}. {near(str(component), COMPONENTS)}")
+    if component is not None:
+        choice_of(*COMPONENTS)("format_options: component", component)
 
 
 def _children(model: nn.Module) -> set[str]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import ADAPTER_NAME
 from lora_plugins.config import rank_divisor
-from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.field_checks import choice_of
 from lora_plugins.files import PICKLED
 from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.peft_attention import as_applied, with_attention, with_transposed
@@ -33,6 +34,9 @@ from lora_plugins.writable import check_writable_folder
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+
+_TIMES: Mapping[str, int] = {"once": 1, "twice": 2}
+"""How often the update of an attention's output projection counts, by the words of the option."""
 
 
 class PeftFormat(PortableFormat):
@@ -179,11 +183,9 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
 
 def _times(config: PeftConfig, asked: str | None) -> int:
     """Returns how often the update of an attention's output projection counts."""
-    known = {"once": 1, "twice": 2}
     if asked is not None:
-        if asked not in known:
-            raise ConfigError(f"format_options: out_proj is {asked!r}. {near(str(asked), known)}")
-        return known[asked]
+        choice_of(*_TIMES)("format_options: out_proj", asked)
+        return _TIMES[asked]
     version = version_of(config.fields.get("peft_version") or "0")
     if version is not None and version <= Version(WRITTEN_FOR):
         return 2

@@ -8,7 +8,7 @@ from typing import Any
 from packaging.version import Version
 from torch import Tensor
 
-from lora_plugins.errors import AdapterFileError, ConfigError, near
+from lora_plugins.errors import AdapterFileError, ConfigError
 from lora_plugins.field_checks import (
     Check,
     check_alpha,
@@ -150,8 +150,8 @@ class PeftConfig:
     """
 
     def __init__(self, fields: Mapping[str, Any], patterns: str | None) -> None:
-        if patterns not in (None, "first", "longest"):
-            raise ConfigError(f"format_options: patterns is {patterns!r}. {near(str(patterns), ('first', 'longest'))}")
+        if patterns is not None:
+            choice_of("first", "longest")("format_options: patterns", patterns)
         if str(fields.get("peft_type")).upper() != "LORA":
             raise AdapterFileError(
                 f"The adapter is of PEFT's method {fields.get('peft_type')!r}; only 'LORA' can be read. Merge it in "

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora_plugins.errors import ConfigError, TargetError, near
-from lora_plugins.field_checks import check_factor
+from lora_plugins.errors import TargetError
+from lora_plugins.field_checks import check_factor, choice_of
 from lora_plugins.inits.factors import TakenOut, recipe_of
 from lora_plugins.inits.pissa import check_niter
 from lora_plugins.plugins import InitContext
@@ -55,11 +55,8 @@ class LoraGaInit(TakenOut):
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses unknown directions and scales, and a gamma that is not positive."""
         check_niter(self.name, options["niter"])
-        for key, known in (("direction", DIRECTIONS), ("scale", SCALES)):
-            if options[key] not in tuple(known):
-                raise ConfigError(
-                    f"init_options: {key} of lora_ga is {options[key]!r}. {near(str(options[key]), known)}"
-                )
+        choice_of(*DIRECTIONS)("init_options: direction of lora_ga", options["direction"])
+        choice_of(*SCALES)("init_options: scale of lora_ga", options["scale"])
         check_factor("init_options: stable_gamma of lora_ga", options["stable_gamma"])
 
     def fill(self, context: InitContext) -> Mapping[str, Tensor]:
