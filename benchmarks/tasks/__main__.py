@@ -1,4 +1,4 @@
-"""Makes the table of docs/tasks.md: `python -m benchmarks.tasks DATA [--out FILE]`.
+"""Makes the table of docs/real_pictures.md: `python -m benchmarks.tasks DATA [--out FILE]`.
 
 DATA is a folder with `cifar-mini` (`{train,val}/CLASS/*.jpg`) and `camvid-mini` (`{images,masks}/{train,val}/*`). One
 thread, three seeds. `--rates` tries a third and three times each rate instead, on the train split alone: one half is

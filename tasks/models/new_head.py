@@ -45,7 +45,7 @@ def _init_small(module: nn.Module, names: Sequence[str], classes: int) -> None:
     """Initializes new classifiers over pretrained features so that logits start near zero, at the loss of a guess.
 
     The initialization of some networks is made for training from scratch: that of timm's EfficientNet gives a loss of
-    16 on ten classes, and the fastest descent from there ruins the features. See docs/tasks.md, "On real pictures".
+    16 on ten classes, and the fastest descent from there ruins the features. See docs/real_pictures.md.
     """
     for layer in (layer for name in names for layer in module.get_submodule(name).modules()):
         if isinstance(layer, nn.Linear) and layer.out_features == classes:
