@@ -4,6 +4,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -286,22 +287,96 @@ class TestMasks:
         assert set(data.splits["train"][0]["target"].unique().tolist()) == {0, 1}
 
 
-def one_class(root):
-    write_image(root / "cat" / "0.jpg", noise())
-
-
-def no_masks(root):
-    write_image(root / "images" / "0.jpg", noise())
-    write_image(root / "labels" / "0.png", noise())
-
-
-def only_images(root):
-    write_image(root / "0.jpg", noise())
-
-
 def write_images(root, *names):
     for name in names:
         write_image(root / name, noise())
+
+
+TREES = {
+    "one class": (["cat/0.jpg"], "holds one class, 'cat', and there is nothing to tell apart"),
+    "only images": (["0.jpg"], "nothing says what is on them"),
+    "too few": (["a/0.jpg", "b/0.jpg"], "2 images of 2 classes are too few"),
+    "an empty class": (["a/0.jpg", "b/1.jpg", "nothing/"], "nothing holds no image"),
+    "other formats": (["a/0.jpg", "b/0.heic"], r"b holds no image \(.*\), but '0\.heic'"),
+    "a folder within a class": (
+        ["cat/2024/0.jpg", "dog/0.jpg"],
+        r"cat holds no image .*; .*cat/2024 does: move them up",
+    ),
+    "one folder too many": (
+        ["photos/a/0.jpg", "photos/b/0.jpg"],
+        "data holds one folder, 'photos', with folders in it. Train on .*data/photos",
+    ),
+    "one in a split too many": (
+        ["train/photos/a/0.jpg", "train/photos/b/0.jpg"],
+        "train holds one folder, 'photos', with folders in it. Move these up",
+    ),
+    "a class called train": (
+        ["car/0.jpg", "plane/0.jpg", "train/0.jpg"],
+        "train is taken for the train split.*another name",
+    ),
+    "val alone": (["val/a/0.jpg", "test/b/0.jpg"], "none called 'train'"),
+    "another name of val": (["train/a/0.jpg", "train/b/0.jpg", "valid/a/0.jpg"], "valid looks like the val split"),
+    "splits in other letters": (
+        ["Training/a/0.jpg", "Training/b/0.jpg", "Testing/a/0.jpg"],
+        "Testing looks like the test split. Call it .*test",
+    ),
+    "splits of other names": (
+        ["training_set/a/0.jpg", "training_set/b/0.jpg", "test_set/a/0.jpg", "test_set/b/0.jpg"],
+        "'test_set', 'training_set', with folders in them.* call them train, val and test",
+    ),
+    "a split without labels": (
+        ["train/a/0.jpg", "train/b/0.jpg", "test/0.jpg"],
+        r"test is taken for the test split.* move them out of .*data, and ask .*predict",
+    ),
+    "images beside a list": (["0.jpg", "labels.csv"], r"nothing says what is on them.*train on that: .*labels\.csv"),
+    "images of a split beside lists": (
+        ["train/0.jpg", "sample.csv", "train.csv"],
+        r"train on that: .*data/sample\.csv or .*data/train\.csv",
+    ),
+    "images and a list": (
+        ["images/0.jpg", "labels.csv"],
+        r"has no masks beside it.*train on that: .*labels\.csv",
+    ),
+    "classes within images": (["images/a/0.jpg", "images/b/0.jpg"], r"To classify, train on .*data/images\."),
+    "no masks": (["images/0.jpg", "labels/0.png"], r"has no masks beside it.*--masks .*labels"),
+    "boxes for masks": (["images/0.jpg", "labels/0.txt"], "labels holds no images: boxes and polygons"),
+    "boxes by split": (["images/train/0.jpg", "labels/train/0.txt"], "labels holds no images: boxes and polygons"),
+    "boxes within a split": (
+        ["train/images/0.jpg", "train/labels/"],
+        r"not like classes.*train/labels holds no images: boxes and polygons",
+    ),
+    "many folders of one set": (
+        ["JPEGImages/0.jpg", "SegmentationClass/0.png", "SegmentationObject/0.png", "ImageSets/"],
+        "holds 'ImageSets', 'JPEGImages', .* look like images with masks, not like classes",
+    ),
+    "masks alone": (
+        ["masks/0.png"],
+        r"data holds no images for the masks in .*masks\. They are expected in .*images\. If the",
+    ),
+    "images called otherwise": (
+        ["masks/0.png", "photos/0.jpg"],
+        r"expected in .*data/images\. Those in .*data/photos: call it so",
+    ),
+    "masks called otherwise": (
+        [f"images/{at}.jpg" for at in range(3)] + [f"masks/{at}_mask.png" for at in range(3)],
+        r"(?s)1 problem.*0.jpg needs 0.png, and there is 0_mask.png. Rename",
+    ),
+}
+"""Files by their names, of which a folder ends in a slash, and what is said of them."""
+
+
+@pytest.mark.parametrize(("names", "message"), TREES.values(), ids=TREES)
+def test_folders_that_cannot_be_trained_on(tmp_path, names, message):
+    for path in (tmp_path / "data" / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix in (".jpg", ".png"):
+            write_image(path, noise())
+        elif path.suffix:
+            path.write_text("image,label\n" if path.suffix == ".csv" else "0 0.5 0.5 0.1 0.1")
+        else:
+            path.mkdir()
+    with pytest.raises(DataError, match=message):
+        survey(tmp_path / "data", Flags())
 
 
 def unreadable(root):
@@ -310,49 +385,8 @@ def unreadable(root):
 
 
 def cut_off(root):
-    unreadable(root)
-    (root / "a" / "broken.jpg").rename(root / "a" / "broken.png")
+    write_images(root, "a/0.jpg", "b/1.jpg")
     (root / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x04IHDR\0\0\0\0abcd")
-
-
-def an_empty_class(root):
-    unreadable(root)
-    (root / "a" / "broken.jpg").unlink()
-    (root / "nothing").mkdir()
-
-
-def another_name_of_val(root):
-    write_images(root, "train/a/0.jpg", "train/b/0.jpg", "valid/a/0.jpg")
-
-
-def splits_in_other_letters(root):
-    write_images(root, "Training/a/0.jpg", "Training/b/0.jpg", "Testing/a/0.jpg")
-
-
-def one_folder_too_many(root):
-    write_images(root, "photos/a/0.jpg", "photos/b/0.jpg")
-
-
-def one_in_a_split_too_many(root):
-    write_images(root, "train/photos/a/0.jpg", "train/photos/b/0.jpg")
-
-
-def a_class_called_train(root):
-    write_images(root, "car/0.jpg", "plane/0.jpg", "train/0.jpg")
-
-
-def val_alone(root):
-    write_images(root, "val/a/0.jpg", "test/b/0.jpg")
-
-
-def too_few(root):
-    write_images(root, "a/0.jpg", "b/0.jpg")
-
-
-def boxes_for_masks(root):
-    write_image(root / "images" / "0.jpg", noise())
-    (root / "labels").mkdir()
-    (root / "labels" / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
 
 
 def two_of_one_name(root):
@@ -360,27 +394,9 @@ def two_of_one_name(root):
     write_image(root / "images" / "3.png", noise())
 
 
-def masks_called_otherwise(root):
-    for at in range(3):
-        write_image(root / "images" / f"{at}.jpg", noise())
-        write_image(root / "masks" / f"{at}_mask.png", noise())
-
-
 def without_partner(root):
     masked(root, [0, 1])
     (root / "masks" / "3.png").unlink()
-
-
-def one_value(root):
-    masked(root, [0])
-
-
-def jpeg_masks(root):
-    masked(root, [0, 1], suffix=".jpg")
-
-
-def gif_masks(root):
-    masked(root, [0, 1], suffix=".gif")
 
 
 def no_masks_but_a_note(root):
@@ -393,10 +409,6 @@ def no_masks_but_a_note(root):
 def a_photo_as_mask(root):
     masked(root, [0, 1])
     write_image(root / "masks" / "0.png", noise(40, 60))
-
-
-def smoothed(root):
-    masked(root, [0] * 20 + list(range(0, 100, 10)) + [255] * 30)
 
 
 def of_two_kinds(root):
@@ -423,107 +435,31 @@ def a_mask_on_its_side(root):
     write_image(root / "masks" / "3.png", np.zeros((60, 40), np.uint8))
 
 
-def a_folder_within_a_class(root):
-    write_images(root, "cat/2024/0.jpg", "dog/0.jpg")
-
-
-def images_and_a_list(root):
-    write_image(root / "images" / "0.jpg", noise())
-    (root / "labels.csv").write_text("image,label\n")
-
-
-def boxes_by_split(root):
-    write_images(root, "images/train/0.jpg")
-    (root / "labels" / "train").mkdir(parents=True)
-    (root / "labels" / "train" / "0.txt").write_text("0 0.5 0.5 0.1 0.1")
-
-
-def boxes_within_a_split(root):
-    write_images(root, "train/images/0.jpg")
-    (root / "train" / "labels").mkdir()
-
-
-def many_folders_of_one_set(root):
-    write_images(root, "JPEGImages/0.jpg", "SegmentationClass/0.png", "SegmentationObject/0.png")
-    (root / "ImageSets").mkdir()
-
-
-def classes_within_images(root):
-    write_images(root, "images/a/0.jpg", "images/b/0.jpg")
-
-
-def splits_of_other_names(root):
-    write_images(root, *(f"{split}/{name}/0.jpg" for split in ("training_set", "test_set") for name in "ab"))
-
-
-def a_split_without_labels(root):
-    write_images(root, "train/a/0.jpg", "train/b/0.jpg", "test/0.jpg")
-
-
-def masks_alone(root):
-    write_images(root, "masks/0.png")
-
-
-def images_called_otherwise(root):
-    write_images(root, "masks/0.png", "photos/0.jpg")
-
-
-def other_formats(root):
-    write_images(root, "a/0.jpg", "b/0.jpg")
-    (root / "b" / "0.jpg").rename(root / "b" / "0.heic")
-
-
-def images_beside_a_list(root):
-    write_images(root, "0.jpg")
-    (root / "labels.csv").write_text("image,label\n")
-
-
-def images_of_a_split_beside_lists(root):
-    write_images(root, "train/0.jpg")
-    for name in ("sample.csv", "train.csv"):
-        (root / name).write_text("image,label\n")
+SMOOTHED = [0] * 20 + list(range(0, 100, 10)) + [255] * 30
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: None, "There is no folder"),
-        (boxes_by_split, "labels holds no images: boxes and polygons"),
-        (boxes_within_a_split, r"not like classes.*train/labels holds no images: boxes and polygons"),
-        (many_folders_of_one_set, "holds 'ImageSets', 'JPEGImages', .* look like images with masks, not like classes"),
-        (classes_within_images, r"To classify, train on .*data/images\."),
-        (splits_of_other_names, "'test_set', 'training_set', with folders in them.* call them train, val and test"),
-        (a_split_without_labels, r"test is taken for the test split.* move them out of .*data, and ask .*predict"),
-        (masks_alone, r"data holds no images for the masks in .*masks\. They are expected in .*images\. If the"),
-        (images_called_otherwise, r"expected in .*data/images\. Those in .*data/photos: call it so"),
-        (other_formats, r"b holds no image \(.*\), but '0\.heic'"),
-        (images_beside_a_list, r"nothing says what is on them.*train on that: .*labels\.csv"),
-        (images_of_a_split_beside_lists, r"train on that: .*data/sample\.csv or .*data/train\.csv"),
-        (one_class, "holds one class, 'cat', and there is nothing to tell apart"),
-        (boxes_for_masks, "labels holds no images: boxes and polygons"),
-        (no_masks, r"has no masks beside it.*--masks .*labels"),
-        (only_images, "nothing says what is on them"),
+        pytest.param(lambda root: None, "There is no folder", id="nothing"),
         (unreadable, "(?s)1 problem.*broken.jpg cannot be read"),
         (cut_off, "(?s)1 problem.*broken.png cannot be read"),
-        (an_empty_class, "nothing holds no image"),
-        (a_folder_within_a_class, r"cat holds no image .*; .*cat/2024 does: move them up"),
-        (images_and_a_list, r"has no masks beside it.*train on that: .*labels\.csv"),
-        (another_name_of_val, "valid looks like the val split"),
-        (one_folder_too_many, "data holds one folder, 'photos', with folders in it. Train on .*data/photos"),
-        (one_in_a_split_too_many, "train holds one folder, 'photos', with folders in it. Move these up"),
-        (splits_in_other_letters, "Testing looks like the test split. Call it .*test"),
-        (a_class_called_train, "train is taken for the train split.*another name"),
-        (val_alone, "none called 'train'"),
-        (too_few, "2 images of 2 classes are too few"),
         (without_partner, "3.jpg has no mask"),
         (two_of_one_name, r"(?s)2 problems.*3\.jpg is one of several files of one name.*3\.png is one"),
-        (masks_called_otherwise, r"(?s)1 problem.*0.jpg needs 0.png, and there is 0_mask.png. Rename"),
-        (one_value, "All masks hold one value, 0, and"),
-        (jpeg_masks, "are no PNG files. Convert GIF, TIFF and BMP; JPEG has lost what a mask says"),
-        (gif_masks, "(?s)1 problem.*are no PNG files. Convert GIF"),
+        pytest.param(partial(masked, values=[0]), "All masks hold one value, 0, and", id="one_value"),
+        pytest.param(
+            partial(masked, values=[0, 1], suffix=".jpg"),
+            "are no PNG files. Convert GIF, TIFF and BMP; JPEG has lost what a mask says",
+            id="jpeg_masks",
+        ),
+        pytest.param(
+            partial(masked, values=[0, 1], suffix=".gif"),
+            "(?s)1 problem.*are no PNG files. Convert GIF",
+            id="gif_masks",
+        ),
         (no_masks_but_a_note, "(?s)5 problems.*0.jpg has no mask .*0.png"),
         (a_photo_as_mask, "more than 256 colors"),
-        (smoothed, "black and white with 9 grays between"),
+        pytest.param(partial(masked, values=SMOOTHED), "black and white with 9 grays between", id="smoothed"),
         (masks_of_another_size, r"(?s)1 problem.*3.png is 30x40, and its image is 60x40 \(width x height\)"),
         (a_mask_on_its_side, "is 40x60, and its image is 60x40 .*: if its EXIF turns the image upright, turn the mask"),
         (of_two_kinds, "Some masks are gray and others in color"),
