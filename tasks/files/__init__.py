@@ -3,28 +3,29 @@
 Data modules are in `data`; `autoconfig` looks at files through this room before anything heavy is imported.
 """
 
-from lora_plugins.tasks.files.image_io import (
+from lora_plugins.tasks.files.image_folders import (
     IMAGE_SUFFIXES,
     MASK_SUFFIXES,
     NO_IMAGE,
-    as_png,
-    as_rgb,
     check_folder,
-    decode_image,
-    decoding,
     image_files,
     images_below,
     is_hidden,
     left_out,
     named_by_text,
-    open_image,
     paired,
-    read_all,
-    read_image,
-    shown_size,
     subfolders,
     why_left_out,
     without_images,
+)
+from lora_plugins.tasks.files.image_io import (
+    as_png,
+    as_rgb,
+    decode_image,
+    open_image,
+    read_all,
+    read_image,
+    shown_size,
 )
 from lora_plugins.tasks.files.sample_lists import READERS, path_key, read_list, read_text, row_split
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out, leaves_one
@@ -42,7 +43,6 @@ __all__ = [
     "check_folder",
     "check_shares",
     "decode_image",
-    "decoding",
     "hold_out",
     "image_files",
     "images_below",
