@@ -1,14 +1,9 @@
 """The data module that all data modules over image files inherit from: find, check, split and transform images."""
 
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
@@ -30,6 +25,7 @@ from lora_plugins.field_checks import (
 from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.argument_checks import check_size
 from lora_plugins.tasks.data.samples import Item, LazySamples
+from lora_plugins.tasks.data.seen_samples import Seen, warn_of_darkness, warn_of_repeats
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
 from lora_plugins.tasks.errors import DataError, counted, listed
@@ -37,10 +33,6 @@ from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, r
 
 ERROR, SKIP = "error", "skip"
 PROBLEM_POLICIES = (ERROR, SKIP)
-STRIP = 64
-DARK = 64
-"""A value of 255 that some pixel of a set of images reaches; less is left of 14 bits in files of 16."""
-
 _CHECKS: Mapping[str, Check] = {
     "image_size": optional(check_size),
     "interpolation": optional(check_name),
@@ -52,21 +44,6 @@ _CHECKS: Mapping[str, Check] = {
     "on_problem": choice_of(*PROBLEM_POLICIES),
 }
 """What the arguments can be, by name; the others are checked by whoever takes them."""
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What is remembered of a sample that was read.
-
-    Attributes:
-        classes: Those that occur in it.
-        pixels: A digest of its image.
-        brightest: The largest value in its image, of 255.
-    """
-
-    classes: frozenset[int]
-    pixels: bytes
-    brightest: int
 
 
 class ImageDataModule(VisionDataModule):
@@ -154,7 +131,7 @@ class ImageDataModule(VisionDataModule):
             DataError: With a list of what cannot be used, or if nothing is left, or fewer than two classes to train on.
         """
         items, problems = self.find()
-        seen: dict[int, _Seen] = {}
+        seen: dict[int, Seen] = {}
         if self.check_files:
             items, unreadable, seen = self._readable(items)
             problems = [*problems, *unreadable]
@@ -164,9 +141,9 @@ class ImageDataModule(VisionDataModule):
         for split in (TRAIN, VAL):
             if not items.get(split):
                 raise DataError(f"There is nothing in the {split} split. {self._what_fills(split)}")
-        _warn_of_repeats(items, seen, self.class_names)
+        warn_of_repeats(items, seen, self.class_names)
         if seen:
-            _warn_of_darkness(max(each.brightest for each in seen.values()))
+            warn_of_darkness(seen.values())
             self._check_classes(frozenset().union(*(seen[id(item)].classes for item in items[TRAIN])))
         return {split: LazySamples(members, self.read, self._transform_of(split)) for split, members in items.items()}
 
@@ -214,7 +191,7 @@ class ImageDataModule(VisionDataModule):
         """An attribute of the module that is trained; None if there is no trainer, or the module does not have it."""
         return None if self.trainer is None else getattr(self.trainer.lightning_module, attribute, None)
 
-    def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str], dict[int, _Seen]]:
+    def _readable(self, items: dict[str, list[Item]]) -> tuple[dict[str, list[Item]], list[str], dict[int, Seen]]:
         """What can be read, what is wrong with the rest, and what is remembered of each sample, by its `id`."""
         flat = [item for members in items.values() for item in members]
         found = [*followed(read_all(flat, self._looked_at), "Reading files", len(flat))]
@@ -222,10 +199,9 @@ class ImageDataModule(VisionDataModule):
         seen = {id(item): each for item, each in zip(flat, found, strict=True) if not isinstance(each, DataError)}
         return {split: [i for i in members if id(i) in seen] for split, members in items.items()}, wrong, seen
 
-    def _looked_at(self, item: Item) -> _Seen:
+    def _looked_at(self, item: Item) -> Seen:
         image, target = self.read(item)
-        labels = frozenset(np.unique(np.asarray(target)).tolist())
-        return _Seen(labels - {self.ignore_index}, _digest(image), int(np.max(image.getextrema())))
+        return Seen.of(image, target, self.ignore_index)
 
     def _check_classes(self, occurring: frozenset[int]) -> None:
         missing = [name for index, name in enumerate(self.class_names) if index not in occurring]
@@ -252,45 +228,3 @@ class ImageDataModule(VisionDataModule):
                 "configuration: fit --config FILE --data.init_args.on_problem skip), such samples are left out."
             )
         rank_zero_warn(f"Samples are left out ({count}):\n{listed(problems)}")
-
-
-def _digest(image: Image.Image) -> bytes:
-    """A digest of size and pixels, by strips: the bytes of a large image at once take longer than to decode it."""
-    digest = sha256(f"{image.size}".encode())
-    for top in range(0, image.height, STRIP):
-        digest.update(image.crop((0, top, image.width, top + STRIP)).tobytes())
-    return digest.digest()
-
-
-def _warn_of_darkness(brightest: int) -> None:
-    """Warns of images that are all nearly black: of 16 bits, the upper 8 are taken, and cameras fill 10, 12 or 14."""
-    if brightest < DARK:
-        rank_zero_warn(
-            f"The brightest pixel of all images is {brightest} of 255: they are nearly black. If values of, say, 12 "
-            "bits are stored in 16, rescale them so that the largest one possible is white, here and in the images to "
-            "predict for."
-        )
-
-
-def _warn_of_repeats(items: Mapping[str, Sequence[Item]], seen: Mapping[int, _Seen], classes: Sequence[str]) -> None:
-    """Warns of images that are listed twice, or, where all were read, copied: into another split, or another class."""
-    splits: dict[Any, dict[str, str]] = defaultdict(dict)
-    labels: dict[Any, dict[int, str]] = defaultdict(dict)
-    for split, members in items.items():
-        for item in members:
-            place = str(item.image) if isinstance(item.image, Path) else item.name
-            picture = seen[id(item)].pixels if seen else item.image
-            splits[picture][split] = place
-            if isinstance(item.target, int) and 0 <= item.target < len(classes):  # others, such as -1, are no labels
-                labels[picture][item.target] = f"{place} ({classes[item.target]})"
-    repeated = [" = ".join(dict.fromkeys(of.values())) for of in splits.values() if TRAIN in of and len(of) > 1]
-    if repeated:
-        rank_zero_warn(
-            f"{len(repeated)} image{'s are' if len(repeated) > 1 else ' is'} in train and in another split, so that "
-            f"metrics are of what was trained on: {listing(repeated, 3)}."
-        )
-    if ambiguous := [" = ".join(of.values()) for of in labels.values() if len(of) > 1]:
-        rank_zero_warn(
-            f"{len(ambiguous)} image{'s have' if len(ambiguous) > 1 else ' has'} several labels, of which one at most "
-            f"is learned: {listing(ambiguous, 3)}. Leave each image under one label."
-        )
