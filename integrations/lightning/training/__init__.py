@@ -25,7 +25,7 @@ from lora_plugins.integrations.lightning.training.left_out import LeftOut
 from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
     complete_optimizers,
-    explain_computed_weight,
+    explain_groups,
     parameters_of,
 )
 from lora_plugins.integrations.lightning.training.random_state import random_numbers, set_random_numbers
@@ -44,7 +44,7 @@ __all__ = [
     "complete_optimizers",
     "copy_into_averages",
     "drop_averages",
-    "explain_computed_weight",
+    "explain_groups",
     "explain_merged_module",
     "freeze_again",
     "frozen_names",

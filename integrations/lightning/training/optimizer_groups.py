@@ -23,8 +23,19 @@ _ADVICE = (
     "[p for p in self.parameters() if p.requires_grad]."
 )
 
-_OF_A_COMPUTED_WEIGHT = "non-leaf Tensor"
-"""What optimizers of torch say of a tensor that is computed."""
+_NOTES = {
+    # What optimizers of torch say of a tensor that is computed.
+    "non-leaf Tensor": (
+        "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the adapter. "
+        "Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in full."
+    ),
+    # What code that comes from minGPT asserts.
+    "were not separated into either decay": (
+        "A configure_optimizers that sorts parameters by the class of their layer does not know A and B: let it put "
+        "names that contain 'lora_' into a group, in a subclass of the module if it is not yours."
+    ),
+}
+"""What may have caused an error of `configure_optimizers`, by words of it."""
 
 NAMES = "param_names"
 """The entry of a group that was made of `named_parameters()`: the names of its parameters, in their order."""
@@ -47,14 +58,11 @@ def parameters_of(optimizers: Iterable[Optimizable]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def explain_computed_weight(error: BaseException) -> None:
-    """Adds a note to an optimizer's error about a tensor that is computed, as the weight of an adapted layer is."""
-    if _OF_A_COMPUTED_WEIGHT in str(error):
-        error.add_note(
-            "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the "
-            "adapter. Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in "
-            "full."
-        )
+def explain_groups(error: BaseException) -> None:
+    """Adds to an error of `configure_optimizers` what adapters have to do with it."""
+    for words, note in _NOTES.items():
+        if words in str(error):
+            error.add_note(note)
 
 
 def complete_optimizers(module: nn.Module, configured: Any) -> None:

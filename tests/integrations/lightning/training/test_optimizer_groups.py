@@ -40,10 +40,26 @@ class NamesTensors(Classifier):
         return torch.optim.SGD([self.net[0].weight, self.net[0].bias], lr=0.1)
 
 
-def test_optimizer_over_the_weight_of_an_adapted_layer_is_explained(tmp_path):
-    with pytest.raises(ValueError, match="non-leaf") as caught:
-        fit(tmp_path, NamesTensors())
-    assert "parameters()" in caught.value.__notes__[0]
+class SortsNames(Classifier):
+    """As minGPT: by the ends of names, and none may be left over."""
+
+    def configure_optimizers(self):
+        left = [name for name, _ in self.named_parameters() if not name.endswith(("weight", "bias"))]
+        assert not left, f"parameters {left} were not separated into either decay/no_decay set!"
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "advice"),
+    [
+        pytest.param(NamesTensors, "non-leaf", "self.head.parameters()", id="weight of an adapted layer"),
+        pytest.param(SortsNames, "were not separated", "names that contain 'lora_'", id="names that are sorted"),
+    ],
+)
+def test_tensors_that_an_optimizer_cannot_have_are_explained(module, words, advice, tmp_path):
+    with pytest.raises((ValueError, AssertionError), match=words) as caught:
+        fit(tmp_path, module())
+    (note,) = caught.value.__notes__
+    assert advice in note
 
 
 def test_optimizer_over_all_parameters_leaves_the_frozen_ones(tmp_path):
