@@ -112,9 +112,11 @@ _IDLE = frozenset(
         "qalora_group_size",
         "ensure_weight_tying",
         "runtime_config",
+        "velora_config",
+        "monteclora_config",
     ]
 )
-"""The fields that say nothing of what a saved plain adapter computes."""
+"""The fields that say nothing of what a saved plain adapter computes, outside of training."""
 
 _REFUSED: Mapping[str, str] = {
     "lora_bias": "a bias of B has no place here",
@@ -122,6 +124,7 @@ _REFUSED: Mapping[str, str] = {
     "layer_replication": "replicated layers have no place here: replicate them in the model first",
     "use_qalora": "QALoRA is another method",
     "use_bdlora": "block-diagonal LoRA is another method",
+    "kasa_config": "KaSA is another method",
     "alora_invocation_tokens": "aLoRA acts on some tokens only",
     "arrow_config": "Arrow routes between adapters",
 }
@@ -206,6 +209,11 @@ class PeftConfig:
         r, full = len(A), min(len(B), A[0].numel())
         if r == full < said[0] and self.init in _CHANGED_INITS:
             return int(said[0])
+        if r not in said and self._is_parameter(name):
+            raise AdapterFileError(
+                f"target_parameters: {name!r} holds several matrices, each with an A and a B of its own, which have no "
+                "form here. Merge the adapter in PEFT, and use the merged model."
+            )
         if r not in said:
             raise AdapterFileError(
                 f"{name!r} has rank {r} in the tensors and {said[0]} in the config, by which its scaling is told. One "
@@ -251,6 +259,9 @@ class PeftConfig:
             if not path or name == path or name.endswith(f".{path}"):
                 return f"{name}.{own}"
         return None
+
+    def _is_parameter(self, name: str) -> bool:
+        return any(name == target or name.endswith(f".{target}") for target in self.fields.get("target_parameters", []))
 
     def is_target(self, name: str) -> bool:
         """Whether a module is one that the config targets, by PEFT's rules."""

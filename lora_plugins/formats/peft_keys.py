@@ -48,6 +48,9 @@ _REFUSED: Mapping[str, str] = {
 }
 """The endings of keys that have no place here."""
 
+_OF_TRAINING = (".lora_velora_embed", ".lora_monteclora_sampler.")
+"""What is in keys of tensors that nothing but training uses: of VeLoRA and MonteCLoRA."""
+
 
 @dataclass(frozen=True)
 class PeftTensors:
@@ -106,6 +109,8 @@ def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str
     reason = next((reason for ending, reason in _REFUSED.items() if key.endswith(ending)), None)
     if reason or not key.startswith(PREFIX):
         return f"{key!r}: {reason or f'it does not start with {PREFIX!r}, as what save_pretrained of PEFT writes'}"
+    if any(word in key for word in _OF_TRAINING):
+        return ""
     # torch.compile puts a component into names, which PEFT keeps, and then cannot find.
     name, wrappers = _unwrapped(plain_name(key.removeprefix(PREFIX)), modules)
     name = _NAMED.sub(r"\1", name)
@@ -113,6 +118,8 @@ def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str
     if ending is None:
         return _put(found.copies if _UNTRAINED in wrappers else found.values, name, tensor, key)
     layer = name.removesuffix(ending)
+    if WRAPPER in wrappers and f".{WRAPPER}.lora_" in key:
+        return f"{key!r}: two parameters of {layer!r} are adapted (target_parameters), and a layer has one A and B here"
     if WRAPPER in wrappers and layer.rpartition(".")[2] == "out_proj":
         found.in_attention.add(layer)
         found.layer_types[layer.removesuffix(".out_proj")] = "multihead_attention"

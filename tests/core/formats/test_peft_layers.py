@@ -295,3 +295,25 @@ class TestLayers:
         case = Case("", Square, {"target_parameters": ["mixer.weight"], "target_modules": []})
         with_peft(case).save_pretrained(tmp_path)
         refused(case, tmp_path, untouched, "'mixer.weight' is not the weight of a linear layer")
+
+    @pytest.mark.parametrize(
+        ("parameters", "match"),
+        [
+            pytest.param(["experts.up"], r"'experts\.up' holds several matrices", id="one"),
+            pytest.param(["experts.up", "experts.down"], "two parameters of 'experts' are adapted", id="two"),
+        ],
+    )
+    def test_matrices_of_experts_are_refused(self, parameters, match, tmp_path, untouched):
+        class Experts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = nn.Parameter(torch.randn(3, 6, 4)), nn.Parameter(torch.randn(3, 4, 6))
+
+        class Mixture(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.experts = Experts()
+
+        case = Case("", Mixture, {"target_parameters": parameters, "target_modules": []})
+        with_peft(case).save_pretrained(tmp_path)
+        refused(case, tmp_path, untouched, match)

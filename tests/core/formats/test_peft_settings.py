@@ -221,6 +221,13 @@ class TestStarts:
         LoraModel.load_adapter(model, tmp_path)
         assert difference(case, model, theirs) <= (1e-6 if init == "mica" else TOLERANCE)
 
+    @pytest.mark.parametrize("field", ["velora_config", "monteclora_config"])
+    def test_so_is_what_differs_in_training_alone(self, field, tmp_path):
+        theirs = with_peft(LINEAR, **{field: {}})
+        theirs.save_pretrained(tmp_path)
+        assert any(field.removesuffix("_config") in key for key in load_file(tmp_path / TENSORS))
+        read_exactly(LINEAR, tmp_path, theirs)
+
 
 class TestPatterns:
     """The first pattern that matches counts, and PEFT sorts them when it saves."""
@@ -433,7 +440,8 @@ class TestConfigs:
             pytest.param({"lora_bias": True}, "lora_bias(.|\n)*use the merged model", id="lora_bias"),
             pytest.param({"trainable_token_indices": [1]}, "trainable_token_indices", id="tokens"),
             pytest.param({"layer_replication": [[0, 2]]}, "layer_replication", id="replication"),
-            pytest.param({"kasa_config": {"a": 1}}, "kasa_config.*not known here", id="a field of a later version"),
+            pytest.param({"kasa_config": {"beta": 1e-4}}, "kasa_config.*another method", id="KaSA"),
+            pytest.param({"later_config": {"a": 1}}, "later_config.*not known here", id="a field of a later version"),
         ],
     )
     def test_a_field_without_a_meaning_here_is_refused(self, fields, match, tmp_path, untouched):
