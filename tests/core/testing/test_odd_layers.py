@@ -525,6 +525,39 @@ def test_what_goes_into_the_second_factor_is_checked():
         check_layer_plugin(FeedsBothTheSame(), Factored, lambda layer: torch.randn(7, 4))
 
 
+class Equalized(nn.Module):
+    """y = W (x / 2) + b / 100: weights and biases learn at rates of their own, as in StyleGAN."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        return F.linear(x, self.weight * 0.5, self.bias * 0.01)
+
+
+class EqualizedPlugin(RowMajorPlugin):
+    name = "equalized"
+    module_type = Equalized
+
+    def inputs(self, layer, slot, x):
+        return x * 0.5
+
+
+class ForgetsTheFactor(EqualizedPlugin):
+    def inputs(self, layer, slot, x):
+        return x
+
+
+def test_a_layer_that_scales_its_bias_apart_passes():
+    check_layer_plugin(EqualizedPlugin(), Equalized, lambda layer: torch.randn(7, 4))
+
+
+def test_a_factor_of_the_weight_is_one_of_its_inputs():
+    with pytest.raises(CheckError, match=r"an output has 0\.5 times a vector of inputs"):
+        check_layer_plugin(ForgetsTheFactor(), Equalized, lambda layer: torch.randn(7, 4), only=["inputs"])
+
+
 class RarelyPlugin(GluPlugin):
     """Has its branch replace the layer's own forward only where dropout acts."""
 
