@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import chdir
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -169,7 +170,7 @@ def _require_same_output(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _untouched(case: FormatCase) -> None:
-    with case.written() as (lora, path):
+    with case.written() as (lora, path), tempfile.TemporaryDirectory() as here, chdir(here):
         before = {key: value.clone() for key, value in lora.model.state_dict().items()}
         case.write(lora, path.parent / "again")
         require_same_state("the model after writing", lora.model.state_dict(), before)
@@ -180,6 +181,8 @@ def _untouched(case: FormatCase) -> None:
         require_unmoved(randomness)
         require_same_state("the model after loading and unloading", model.state_dict(), plain)
         require(not any(each.training for each in model.modules()), "a model in eval mode is loaded into training mode")
+        left = [each.name for each in Path(here).iterdir()]
+        require(not left, f"{left} was left in the working directory")
 
 
 def _refused(case: FormatCase, path: Path, model: nn.Module, why: str) -> None:
@@ -298,8 +301,9 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "untouched",
         _untouched,
         "writing leaves the model alone, and what is loaded can be unloaded, bit for bit; no random numbers are drawn, "
-        "and modules stay in their mode",
-        "tensors of the model are changed in place, where a copy is meant; or the model is run to find its layers.",
+        "modules stay in their mode, and nothing is left in the working directory",
+        "tensors of the model are changed in place, where a copy is meant; the model is run to find its layers; or "
+        "the name of a file has no folder.",
     ),
     Check(
         "other model",

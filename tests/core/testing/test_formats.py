@@ -344,6 +344,15 @@ class LeavesEvalMode(PeftFormat):
         return adapter
 
 
+class NotesWhatItRead(PeftFormat):
+    """Keeps a list of what it read, in whatever folder it is called from."""
+
+    def load(self, path, model, options):
+        with open("read.txt", "a") as file:
+            file.write(f"{path}\n")
+        return super().load(path, model, options)
+
+
 class DrawsNumbers(PeftFormat):
     def load(self, path, model, options):
         torch.rand(1)
@@ -410,7 +419,7 @@ VIOLATIONS = {
     "full disk": [WhateverLiesThere, AlphasLast],
     "whole": [LeavesOut, WritesFirst],
     "layers": [TurnsKernels, Squeezes, ByLastName, InSmallLetters],
-    "untouched": [InPlace, LeavesEvalMode, DrawsNumbers],
+    "untouched": [InPlace, LeavesEvalMode, NotesWhatItRead, DrawsNumbers],
     "other model": [Skips],
     "damaged": [PassesErrorsOn],
     "surplus": [WhateverLiesThere, InOneFile],
