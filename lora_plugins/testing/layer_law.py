@@ -246,6 +246,7 @@ LAW_CHECKS: tuple[Check[LayerCase], ...] = (
         "several",
         _several,
         "several active adapters add up, and a weighted combination is the sum of their weighted updates",
-        "branch uses terms[0], or its slot, or the first two, instead of looping over all terms.",
+        "branch uses terms[0], or its slot, or the first two, instead of looping over all terms; or slots() tests the "
+        "class by type(layer), which is another one once the layer is adapted.",
     ),
 )

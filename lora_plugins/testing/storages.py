@@ -275,7 +275,7 @@ _CHECKS: tuple[Check[StorageCase], ...] = (
         _dense,
         "restore gives float32 in the shape of the weight, off by less than half of its norm, of what is stored alone",
         "sizes that the blocks do not divide are cut or filled at the wrong end; values have no scale of their own, or "
-        "that of other rows; or the plugin object keeps something.",
+        "that of other rows; store writes into the weight; or the plugin object keeps something.",
     ),
     Check("zeros", _zeros, "zeros stay zeros", "a block is divided by its largest value, which is zero."),
     Check(

@@ -27,8 +27,9 @@ def require_own_names(case: VariantCase) -> None:
         require(
             name in shapes, f"first_values() gives {name!r}, and shapes() has none of that name. {near(name, shapes)}"
         )
-    for name in shapes:
-        own[name]
+    for name, shape in shapes.items():
+        found = tuple(own[name].shape)
+        require(found == tuple(shape), f"first_values() gives a {name!r} of {found}, and shapes() says {tuple(shape)}")
     case.variant.delta_weight(weight, A, B, 1.0, own)
 
 
@@ -210,7 +211,7 @@ LAW_CHECKS: tuple[Check[VariantCase], ...] = (
         _gradients,
         "A, B and the variant's own tensors get gradients, which are those of delta_weight",
         "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad(); or it does not "
-        "hold constant what row_factors holds constant.",
+        "hold constant what row_factors holds constant; or it gives something else in each call, by a count of them.",
     ),
     Check(
         "trainable",

@@ -309,6 +309,11 @@ class MissingFirstValue(DoraVariant):
         return {**super().shapes(rows, columns, r), "gate": (1,)}
 
 
+class MissizedFirstValue(DoraVariant):
+    def first_values(self, weight, A, B, scaling):
+        return {"magnitude": super().first_values(weight, A, B, scaling)["magnitude"][:-1]}
+
+
 class AsksForAnother(DoraVariant):
     def delta_weight(self, weight, A, B, scaling, own):
         return super().delta_weight(weight, A, B, scaling, own) * own["lora_magnitude"].mean()
@@ -323,10 +328,11 @@ class AsksForAnother(DoraVariant):
             r"gives 'lora_magnitude', and shapes\(\) has none of that name\. Did you mean 'magnitude'",
         ),
         (MissingFirstValue, r"first_values\(\) gives no 'gate'\. There is 'magnitude'"),
+        (MissizedFirstValue, r"first_values\(\) gives a 'magnitude' of \(2,\), and shapes\(\) says \(3,\)"),
         (AsksForAnother, r"first_values\(\) gives no 'lora_magnitude'\. Did you mean 'magnitude'"),
     ],
-    ids=["given", "missing", "asked for"],
+    ids=["given", "missing", "of another size", "asked for"],
 )
-def test_a_wrong_name_is_told_with_those_that_there_are(cls, said, name):
+def test_a_wrong_name_or_size_is_told_with_what_is_announced(cls, said, name):
     with pytest.raises(CheckError, match=said):
         check_variant_plugin(cls(), only=[name])
