@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
@@ -207,9 +208,13 @@ def _direction(weight: Tensor, A: Tensor, B: Tensor, options: RescaledOptions) -
 
 
 def _factors(direction: Tensor, own: Sequence[Tensor], options: RescaledOptions) -> tuple[list[Tensor], Tensor]:
-    """Returns the variant's own tensors as leaves, and what the rows are multiplied by, with its graph behind it."""
+    """Returns the variant's own tensors as leaves, and what the rows are multiplied by, with its graph behind it.
+
+    Hooks of saved tensors are kept from that graph, whose backward runs within another: checkpointing would compute
+    its whole part of the model again for each such backward.
+    """
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in own]
-    with torch.enable_grad():
+    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         return leaves, options.factors(direction, *leaves)
 
 

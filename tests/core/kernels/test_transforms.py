@@ -124,6 +124,16 @@ def test_gradient_checkpointing(name, reentrant, dropout):
     torch.testing.assert_close([p.grad for p in trained(model).values()], wanted, **TIGHT)
 
 
+@floating
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_gradient_checkpointing_computes_a_part_again_once(name, variant):
+    model, x = adapted(name, variant=variant)
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(name))
+    torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False).sum().backward()
+    assert len(calls) == 2
+
+
 @models
 def test_a_copy_trains_apart(name):
     model, x = adapted(name)
