@@ -107,12 +107,8 @@ class KohyaFormat(PortableFormat):
                 stacklevel=2,
             )
         layers = without_rslora(adapter)
-        tensors: dict[str, Tensor] = {}
-        for full, (part, name) in places.items():
-            layer, key = layers[full], prefix_of[part] + _known_name(part, name).replace(".", "_")
-            if f"{key}.alpha" in tensors:
-                raise AdapterFileError(f"{full!r} and another layer have one name in this format: {key!r}.")
-            tensors |= {f"{key}.{ending}": tensor for ending, tensor in _tensors_of(layer).items()}
+        names = {full: prefix_of[part] + _known_name(part, name) for full, (part, name) in places.items()}
+        tensors = _keys(layers, {full: name.replace(".", "_") for full, name in names.items()})
         said = {
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(commonest(layer.r for layer in layers.values())),
@@ -147,6 +143,20 @@ def _unknown_denoiser(parts: Collection[str], model: nn.Module | None) -> str | 
 def _known_name(part: str, name: str) -> str:
     """Returns the name by which other programs know a layer: transformers 5 has dropped `text_model` from CLIP's."""
     return f"text_model.{name}" if part.startswith("text_encoder") and name.startswith("encoder.layers.") else name
+
+
+def _keys(layers: Mapping[str, PortableLayer], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Returns the tensors of layers by their keys in a file.
+
+    Raises:
+        AdapterFileError: If two layers have one name in the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for full, key in names.items():
+        if f"{key}.alpha" in tensors:
+            raise AdapterFileError(f"{full!r} and another layer have one name in this format: {key!r}.")
+        tensors |= {f"{key}.{ending}": tensor for ending, tensor in _tensors_of(layers[full]).items()}
+    return tensors
 
 
 def _tensors_of(layer: PortableLayer) -> dict[str, Tensor]:
