@@ -15,7 +15,7 @@ from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing
-from lora_plugins.field_checks import finite
+from lora_plugins.field_checks import weighted
 from lora_plugins.inplace import detached_weight, factors, full_name, layer_state, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry, Slot
@@ -39,12 +39,10 @@ def combine(
     Returns:
         The adapter, and the largest relative error of a layer's update against the exact combination.
     """
-    if not adapters or len(adapters) != len(weights):
-        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
+    if not adapters:
+        raise ConfigError("There are no adapters to combine: name one or more.")
     check_options(combination_type, options)
-    weighted = [
-        (name, finite(f"The weight of {name!r}", weight)) for name, weight in zip(adapters, weights, strict=True)
-    ]
+    terms = weighted(adapters, weights)
     plans = [state.adapter(name).plan for name in adapters]
     for name, plan in zip(adapters, plans, strict=True):
         _check_source(name, plan)
@@ -55,13 +53,13 @@ def combine(
     for layer in layers.values():
         module = submodule(model, layer.name)
         for slot in layer.slots:
-            A, B, relative = combined_update(_updates(module, slot, weighted), combination_type, options, generator)
+            A, B, relative = combined_update(_updates(module, slot, terms), combination_type, options, generator)
             largest = A.abs().amax() * B.abs().amax() * len(A)  # of B @ A, which is not formed here
             _check_range(layer.name, factor_dtype(detached_weight(module, slot.tensor)), A, B, largest)
             results[layer.name, slot.suffix] = (A, B)
             error = max(error, relative)
     plan = make_plan(model, _config(model, plans, layers, results), registry)
-    return NewAdapter(plan, _padded(results, plan), _values(model, state, weighted)), error
+    return NewAdapter(plan, _padded(results, plan), _values(model, state, terms)), error
 
 
 def _check_source(name: str, plan: Plan) -> None:
@@ -107,10 +105,10 @@ def _layers_of(sources: Sequence[Plan]) -> dict[str, PlannedLayer]:
     return layers
 
 
-def _updates(module: nn.Module, slot: Slot, weighted: Sequence[tuple[str, float]]) -> list[Update]:
+def _updates(module: nn.Module, slot: Slot, terms: Sequence[tuple[str, float]]) -> list[Update]:
     """Returns the updates of a slot in float64, of those adapters that the layer has."""
     planned, updates = layer_state(module).adapters, []
-    for name, weight in weighted:
+    for name, weight in terms:
         if name in planned:
             A, B = (in_float64(factor.detach()) for factor in factors(module, name, slot))
             updates.append(Update(A, B * planned[name].scaling, weight))
@@ -169,14 +167,14 @@ def _padded(results: Mapping[tuple[str, str], tuple[Tensor, Tensor]], plan: Plan
     return content
 
 
-def _values(model: nn.Module, state: ModelState, weighted: Sequence[tuple[str, float]]) -> dict[str, Tensor]:
+def _values(model: nn.Module, state: ModelState, terms: Sequence[tuple[str, float]]) -> dict[str, Tensor]:
     """Combines what the adapters trained in place, as differences from the base."""
     values: dict[str, Tensor] = {}
     for name in state.values.base:
         device = own_tensor(model, name).device  # values that are not in place may still be where the model was
         owned = [
             (state.values.value(model, adapter, name).to(device), weight)
-            for adapter, weight in weighted
+            for adapter, weight in terms
             if name in state.values.of(adapter)
         ]
         if not owned:

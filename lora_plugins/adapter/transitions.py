@@ -25,7 +25,7 @@ from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing
-from lora_plugins.field_checks import finite
+from lora_plugins.field_checks import weighted
 from lora_plugins.inplace import (
     RESERVED,
     all_stored,
@@ -224,10 +224,7 @@ def _weights(state: ModelState, adapters: Sequence[str], weights: Sequence[float
     """Returns the weights that are not 1, by adapter."""
     if weights is None:
         return {}
-    if len(weights) != len(adapters):
-        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
-    numbers = {name: finite(f"The weight of {name!r}", weight) for name, weight in zip(adapters, weights, strict=True)}
-    given = {name: number for name, number in numbers.items() if number != 1}
+    given = {name: weight for name, weight in weighted(adapters, weights) if weight != 1}
     for name in given:
         if own := state.values.of(name):
             raise StateError(
