@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lora_plugins.adapter.group_offloading import check_no_copies, modules_on_disk
+from lora_plugins.adapter.group_offloading import BEFORE, check_no_copies, modules_on_disk
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.owned_tensors import IF_OFFLOADED
 from lora_plugins.adapter.state import adapted_layers
@@ -44,7 +44,7 @@ def check_here(model: nn.Module, call: str) -> None:
     elif on_disk := modules_on_disk(modules):
         raise StateError(
             f"{CALLS[call].doing} needs tensors with values, and group offloading of diffusers has those of "
-            f"{listing(on_disk, 3)} on the disk. Do it before enable_group_offload, or in a pipeline without."
+            f"{listing(on_disk, 3)} on the disk. {BEFORE}"
         )
 
 

@@ -11,6 +11,9 @@ from torch import nn
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import NamedModule
 
+BEFORE = "Do it before enable_group_offload, or in a pipeline without."
+"""What to do about a call that group offloading stands in the way of."""
+
 
 def modules_on_disk(modules: Sequence[NamedModule]) -> list[str]:
     """Returns the names of modules whose tensors are in files until their forward, and have no values in memory."""
@@ -32,7 +35,7 @@ def check_no_copies(modules: Sequence[NamedModule], doing: str) -> None:
     if copied:
         raise StateError(
             f"{doing} is not possible while group offloading of diffusers takes the tensors of {listing(copied, 3)} "
-            "from copies of its own in each forward. Do it before enable_group_offload, or in a pipeline without."
+            f"from copies of its own in each forward. {BEFORE}"
         )
 
 

@@ -56,9 +56,9 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_on
         name, source = next(iter(parted.items()))
         raise StateError(
             f"{listing(parted)} had the tensors of {source!r} when the adapter {adapter!r} was added, since they share "
-            "a weight, and has others now, as load_state_dict(assign=True), to_empty() and offloading by accelerate "
-            "give it; the adapter has no place for these. Load without assign=True, into a new model, or keep what "
-            "both have learned: merge_and_unload()."
+            "a weight, and others since, as load_state_dict(assign=True), to_empty() and offloading by accelerate give "
+            "them; the adapter has no place for these. Load without assign=True, into a new model, or keep what both "
+            "have learned: merge_and_unload()."
         )
 
 

@@ -19,6 +19,8 @@ from lora_plugins.utils import in_float64
 Step = Callable[[nn.Module, Any], Any]
 """What is done with one batch."""
 
+_INSTEAD = "Add it to exclude_modules, or choose another init."
+
 
 def input_moments(
     model: nn.Module, plan: Plan, batches: Iterable[Any], step: Step
@@ -71,8 +73,7 @@ class _Sums:
         if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != self.width:
             came = list(x.shape) if isinstance(x, Tensor) else shown(x)
             raise TargetError(
-                f"{self.layer.name!r}: its inputs came as {came}, where its weight needs (n, {self.width}). "
-                "Add it to exclude_modules, or choose another init."
+                f"{self.layer.name!r}: its inputs came as {came}, where its weight needs (n, {self.width}). {_INSTEAD}"
             )
         x = in_float64(x.detach())
         total, gram = x.sum(0), x.T @ x
@@ -88,14 +89,12 @@ class _Sums:
         except NotImplementedError as error:
             raise TargetError(
                 f"{self.layer.name!r}: the plugin {plugin.name!r} does not say what {self.slot.tensor!r} of "
-                f"this {base_class_of(module).__name__} is multiplied by. Add it to exclude_modules, or choose "
-                "another init."
+                f"this {base_class_of(module).__name__} is multiplied by. {_INSTEAD}"
             ) from error
         except TypeError as error:  # a subclass may be called with more than its base class
             raise TargetError(
                 f"{self.layer.name!r}: the plugin {plugin.name!r} does not understand what this "
-                f"{base_class_of(module).__name__} is called with: {sentence(error)} Add it to exclude_modules, or "
-                "choose another init."
+                f"{base_class_of(module).__name__} is called with: {sentence(error)} {_INSTEAD}"
             ) from error
 
     def reduced(self) -> tuple[Tensor, Tensor, Tensor]:
