@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
+from lora_plugins.tasks.autoconfig.mask_coding import MaskCoding
 from lora_plugins.tasks.autoconfig.model_choice import Choice
 from lora_plugins.tasks.autoconfig.recommended import RECIPES, Recipe
 from lora_plugins.tasks.errors import counted
@@ -17,13 +18,8 @@ TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticS
 STEPS = 4
 """Steps that an epoch has at least, where there are images for that."""
 
-ADAPTER, MERGED, REPORT, PICTURE, CONFIG = (
-    "adapter",
-    "merged.safetensors",
-    "report.html",
-    "predictions.png",
-    "train.yaml",
-)
+ADAPTER, MERGED = "adapter", "merged.safetensors"
+REPORT, PICTURE, CONFIG = "report.html", "predictions.png", "train.yaml"
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
     trainer, data, model = made["trainer"], made["data"]["init_args"], made["model"]["init_args"]
     size = data.get("image_size") or choice.size
     shown = ", ".join(found.classes[:6]) + (", ..." if len(found.classes) > 6 else "")
-    coding = "" if found.coding is None else f"; masks are {found.coding.kind}{_ignored(found)}"
+    coding = "" if found.coding is None else f"; masks are {found.coding.kind}{_ignored(found.coding)}"
     held = f" ({data['val_share']:g} of all)" if data.get("val_share") else ""
     none_of = f", none of them of {listing(found.unmeasured, 3)}" if found.unmeasured else ""
     images = f"images at {size[0]}x{size[1]}" if size else "images at the model's size"
@@ -112,14 +108,10 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
     where = f"{device_of(trainer['accelerator'])}, {trainer['precision']}"
     return [
         ("task", f"{found.task}: {found.found}", "--masks"),
-        (
-            "classes",
-            f"{len(found.classes)}: {shown}{coding}",
-            found.named_by,
-        ),
+        ("classes", f"{len(found.classes)}: {shown}{coding}", found.named_by),
         (
             "splits",
-            f"{counted(found.counts[TRAIN], 'image')} to train, {found.counts[VAL]} to validate on{held}{none_of}"
+            f"{counted(samples, 'image')} to train, {found.counts[VAL]} to validate on{held}{none_of}"
             f"{_left(found.left_out)}",
             "--val-share",
         ),
@@ -131,7 +123,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
         (
             "training",
             f"{counted(trainer['max_epochs'], 'epoch')} of {counted(steps, 'step')} of "
-            f"{counted(data['batch_size'], 'image')}, lr {model['lr']:g} {recipe.schedule}, {where}, "
+            f"{counted(batch, 'image')}, lr {model['lr']:g} {recipe.schedule}, {where}, "
             f"seed {made['seed_everything']}",
             "--epochs --batch-size --lr --device --seed",
         ),
@@ -143,10 +135,10 @@ def _left(paths: Sequence[Path]) -> str:
     return f"; {len(paths)} left out, such as {paths[0]}, which {why_left_out(paths[0])}" if paths else ""
 
 
-def _ignored(found: Survey) -> str:
-    if found.coding is None or found.coding.colors is not None:
+def _ignored(coding: MaskCoding) -> str:
+    if coding.colors is not None:
         return ""
-    return ", 0 is ignored" if found.coding.reduce_labels else f", {found.coding.ignore_index} is ignored"
+    return f", {0 if coding.reduce_labels else coding.ignore_index} is ignored"
 
 
 def _object(class_path: str, **arguments: Any) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     weights = checked_weights(given.weights)
     tried = folders(given.out, None if given.data is None else Path(hub_name(given.data) or given.data).resolve())
     with without_collections():  # most of its time is imports; nothing is made for data that cannot be used
-        found = None if given.data is None else survey(given.data, _flags(given))
+        flags = Flags(given.masks, given.classes, given.ignore_index, given.val_share)
+        found = None if given.data is None else survey(given.data, flags)
     if given.plan:
         text = _configuration(given, arguments, found, weights, next(tried))
         with tempfile.TemporaryDirectory() as folder:
@@ -62,10 +63,6 @@ def main(arguments: Sequence[str]) -> int:
     with held(tried) as out:
         _write(out / CONFIG, _configuration(given, arguments, found, weights, out))
         return _fit(out / CONFIG)
-
-
-def _flags(given: argparse.Namespace) -> Flags:
-    return Flags(given.masks, given.classes, given.ignore_index, given.val_share)
 
 
 def _configuration(
