@@ -136,7 +136,7 @@ def _sliding(task: SemanticSegmentationTask, image: Tensor, window: Size, overla
 def _of_windows(task: VisionTask, windows: Tensor, flips: bool) -> Tensor:
     try:
         return _probabilities(task, windows, flips)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except Exception as error:
         if not is_of_sizes(error):
             raise
         height, width = windows.shape[-2:]

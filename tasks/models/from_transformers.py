@@ -17,14 +17,7 @@ from lora_plugins.tasks.errors import unknown
 from lora_plugins.tasks.models.model_config import ModelConfig, building
 from lora_plugins.tasks.models.network import Network, children_except
 from lora_plugins.tasks.models.new_head import class_dependent_modules
-from lora_plugins.tasks.models.weights import (
-    NONE,
-    PRETRAINED,
-    Difference,
-    as_shape,
-    new_modules,
-    read_weights,
-)
+from lora_plugins.tasks.models.weights import NONE, PRETRAINED, Difference, new_modules, read_weights
 
 AUXILIARY_OPTION, AUXILIARY = "use_auxiliary_head", "auxiliary_head."
 PROCESSOR = "preprocessor_config.json"
@@ -129,7 +122,7 @@ def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple
     difference = Difference(
         missing=frozenset(info["missing_keys"]),
         unexpected=frozenset(key for key in info["unexpected_keys"] if not key.startswith(AUXILIARY)),
-        mismatched=tuple((key, as_shape(theirs), as_shape(ours)) for key, theirs, ours in info["mismatched_keys"]),
+        mismatched=tuple((key, tuple(theirs), tuple(ours)) for key, theirs, ours in info["mismatched_keys"]),
     )
     where = repr(config.name if config.weights == PRETRAINED else config.weights)
     heads, keys = _heads(module, config, auto), module.state_dict()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from lora_plugins.files import PICKLED
 from lora_plugins.tasks.errors import WeightsError, listed, unknown
@@ -189,8 +189,3 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} is no state dict: it holds other things than tensors by name.")
     return dict(state)
-
-
-def as_shape(shape: Size | Sequence[int]) -> tuple[int, ...]:
-    """A shape as a plain tuple."""
-    return tuple(int(n) for n in shape)

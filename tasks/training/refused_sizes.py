@@ -8,15 +8,14 @@ from torch import Tensor
 from lora_plugins import ConfigError, LoraError
 from lora_plugins.errors import sentence
 
-ERRORS = (AssertionError, ValueError, RuntimeError)
-"""What networks raise then."""
-
 _OF_SIZES = re.compile("height|width|shape|size", re.IGNORECASE)
 
 
 def is_of_sizes(error: Exception) -> bool:
-    """Whether an error is one of a network, and says something of sizes."""
-    return not isinstance(error, LoraError | torch.OutOfMemoryError) and bool(_OF_SIZES.search(str(error)))
+    """Whether an error is one that networks raise, and says something of sizes."""
+    is_of_network = isinstance(error, AssertionError | ValueError | RuntimeError)
+    is_known = isinstance(error, LoraError | torch.OutOfMemoryError)
+    return is_of_network and not is_known and bool(_OF_SIZES.search(str(error)))
 
 
 def refused_size(name: str, images: Tensor, error: Exception) -> ConfigError:

@@ -53,7 +53,7 @@ from lora_plugins.tasks.training.optimization import (
     check_scheduler,
 )
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, Provenance
-from lora_plugins.tasks.training.refused_sizes import ERRORS, is_of_sizes, refused_size
+from lora_plugins.tasks.training.refused_sizes import is_of_sizes, refused_size
 from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_base
 
 CONFUSION = "confusion"
@@ -364,7 +364,7 @@ class VisionTask(BaseTask):
         try:
             with self._first_images_checked():
                 return self.logits_for(images, targets)
-        except ERRORS as error:
+        except Exception as error:
             if not is_of_sizes(error):
                 raise
             raise refused_size(self.model_config.name, images, error) from error
