@@ -48,18 +48,11 @@ class Family:
         return tuple(self.text_layers)
 
 
-def _unet(projections: str) -> Mapping[str, str]:
-    return {
-        "attention": rf"unet\..*\.({projections})",
-        "feed_forward": r"unet\..*\.ff\.net\.(0\.proj|2)",
-        "convolutions": rf"unet\.(.*\.)?({_CONVOLUTIONS})",
-    }
-
-
-def _transformer(attention: str, feed_forward: str, **more: str) -> Mapping[str, str]:
-    return {"attention": attention, "feed_forward": feed_forward, **more}
-
-
+_UNET: Mapping[str, str] = {
+    "attention": rf"unet\..*\.({_PROJECTIONS})",
+    "feed_forward": r"unet\..*\.ff\.net\.(0\.proj|2)",
+    "convolutions": rf"unet\.(.*\.)?({_CONVOLUTIONS})",
+}
 _WHOLE_CLIP = rf"text_encoder\..*\.({_CLIP})"
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -70,7 +63,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("StableDiffusionPipeline",),
                 "unet",
                 "UNet2DConditionModel",
-                _unet(_PROJECTIONS),
+                _UNET,
                 {"text_encoder": _WHOLE_CLIP},
             ),
             Family(
@@ -78,7 +71,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("StableDiffusionXLPipeline",),
                 "unet",
                 "UNet2DConditionModel",
-                _unet(_PROJECTIONS),
+                _UNET,
                 {  # of the first encoder, the last block but one is what is used
                     "text_encoder": rf"text_encoder\..*layers\.(?!{{last}}\.)\d+\..*({_CLIP})",
                     "text_encoder_2": rf"text_encoder_2\..*\.({_CLIP})",
@@ -90,12 +83,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "transformer",
                 "SD3Transformer2DModel",
                 # `add_q_proj` of the last block has no use.
-                _transformer(
-                    rf"transformer\..*\.attn2?\.({_JOINT})|transformer\.transformer_blocks\.(?!{{last}}\.)\d+\.attn\."
-                    "add_q_proj",
-                    r"transformer\..*\.ff\.net\.(0\.proj|2)",
-                    convolutions=r"transformer\.pos_embed\.proj",
-                ),
+                {
+                    "attention": rf"transformer\..*\.attn2?\.({_JOINT})|transformer\.transformer_blocks\."
+                    r"(?!{last}\.)\d+\.attn\.add_q_proj",
+                    "feed_forward": r"transformer\..*\.ff\.net\.(0\.proj|2)",
+                    "convolutions": r"transformer\.pos_embed\.proj",
+                },
                 {
                     "text_encoder": _WHOLE_CLIP,
                     "text_encoder_2": rf"text_encoder_2\..*\.({_CLIP})",
@@ -106,10 +99,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("FluxPipeline",),
                 "transformer",
                 "FluxTransformer2DModel",
-                _transformer(
-                    rf"transformer\..*\.attn\.({_JOINT}|add_q_proj)",
-                    r"transformer\..*\.(ff\.net\.(0\.proj|2)|proj_mlp)",
-                ),
+                {
+                    "attention": rf"transformer\..*\.attn\.({_JOINT}|add_q_proj)",
+                    "feed_forward": r"transformer\..*\.(ff\.net\.(0\.proj|2)|proj_mlp)",
+                },
                 {"text_encoder": _WHOLE_CLIP},
             ),
             Family(
@@ -117,11 +110,11 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
                 "transformer",
                 "PixArtTransformer2DModel",
-                _transformer(
-                    rf"transformer\..*\.attn[12]\.({_PROJECTIONS})",
-                    r"transformer\..*\.ff\.net\.(0\.proj|2)",
-                    convolutions=r"transformer\.pos_embed\.proj",
-                ),
+                {
+                    "attention": rf"transformer\..*\.attn[12]\.({_PROJECTIONS})",
+                    "feed_forward": r"transformer\..*\.ff\.net\.(0\.proj|2)",
+                    "convolutions": r"transformer\.pos_embed\.proj",
+                },
                 {"text_encoder": rf"text_encoder\..*\.{_T5}"},
             ),
         )
