@@ -73,6 +73,23 @@ def same(first, second):
     return differing(*flat)
 
 
+def fit_straight(folder, module, *data, config=CONFIG, **options):
+    """Fits without a break, and leaves a file of each epoch, and that of the end."""
+    torch.manual_seed(5)
+    straight = run(folder, config, 4, ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1), **options)
+    straight.fit(module, *data)
+    straight.save_checkpoint(folder / "straight.ckpt")
+
+
+def differing_if_resumed(folder, module, *data, config=CONFIG, file="epoch=1.ckpt", **options):
+    """What differs from the straight run if another one goes on from a file."""
+    torch.manual_seed(99)  # what the resumed process happens to draw does not matter
+    resumed = run(folder, config, 4, **options)
+    resumed.fit(module, *data, ckpt_path=folder / file)
+    resumed.save_checkpoint(folder / "resumed.ckpt")
+    return same(folder / "straight.ckpt", folder / "resumed.ckpt")
+
+
 @pytest.mark.filterwarnings("ignore:.*trainable tensors did not move")  # small steps in bfloat16
 @pytest.mark.parametrize(("config", "options"), CASES.values(), ids=CASES.keys())
 def test_resumed_run_is_the_straight_run(config, options, tmp_path):
@@ -84,11 +101,8 @@ def test_resumed_run_is_the_straight_run(config, options, tmp_path):
     torch.manual_seed(5)
     saver = ModelCheckpoint(tmp_path, filename="half")
     run(tmp_path, config, 2, saver, **options).fit(Classifier(dropout=0.2), loader(shuffle=True))
-    torch.manual_seed(99)  # what the resumed process happens to draw does not matter
-    resumed = run(tmp_path, config, 4, first=False, **options)
-    resumed.fit(Classifier(dropout=0.2), loader(shuffle=True), ckpt_path=tmp_path / "half.ckpt")
-    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
-    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+    again = Classifier(dropout=0.2), loader(shuffle=True)
+    assert not differing_if_resumed(tmp_path, *again, config=config, file="half.ckpt", first=False, **options)
 
 
 RARE_VALIDATION = {
@@ -100,16 +114,9 @@ RARE_VALIDATION = {
 @pytest.mark.parametrize("options", RARE_VALIDATION.values(), ids=RARE_VALIDATION)
 def test_resume_from_a_file_of_a_validation_that_not_each_epoch_has(options, tmp_path):
     """Lightning runs the rest of the epoch of the file first, which is empty, and then draws batches once more."""
-    torch.manual_seed(5)
-    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    straight = run(tmp_path, CONFIG, 4, saver, **options)
-    straight.fit(Classifier(dropout=0.2), loader(shuffle=True), loader())
-    straight.save_checkpoint(tmp_path / "straight.ckpt")
-    torch.manual_seed(99)
-    resumed = run(tmp_path, CONFIG, 4, **options)
-    resumed.fit(Classifier(dropout=0.2), loader(shuffle=True), loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
-    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
-    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+    fit_straight(tmp_path, Classifier(dropout=0.2), loader(shuffle=True), loader(), **options)
+    again = Classifier(dropout=0.2), loader(shuffle=True), loader()
+    assert not differing_if_resumed(tmp_path, *again, **options)
 
 
 class CountsSteps(Classifier):
@@ -123,16 +130,8 @@ class CountsSteps(Classifier):
 
 @pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
 def test_resume_where_the_optimizer_asks_for_the_number_of_steps(tmp_path, first):
-    torch.manual_seed(5)
-    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    straight = run(tmp_path, CONFIG, 4, saver)
-    straight.fit(CountsSteps(dropout=0.2), loader(shuffle=True))
-    straight.save_checkpoint(tmp_path / "straight.ckpt")
-    torch.manual_seed(99)
-    resumed = run(tmp_path, CONFIG, 4, first=first)
-    resumed.fit(CountsSteps(dropout=0.2), loader(shuffle=True), ckpt_path=tmp_path / "epoch=1.ckpt")
-    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
-    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+    fit_straight(tmp_path, CountsSteps(dropout=0.2), loader(shuffle=True))
+    assert not differing_if_resumed(tmp_path, CountsSteps(dropout=0.2), loader(shuffle=True), first=first)
 
 
 class DrawsNoise(Classifier):
@@ -151,15 +150,8 @@ class CountsStepsAndDraws(CountsSteps, DrawsNoise):
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
 @pytest.mark.parametrize("cls", [DrawsNoise, CountsStepsAndDraws])
 def test_resume_where_a_hook_of_the_start_draws(tmp_path, cls, hook, first):
-    torch.manual_seed(5)
-    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    straight = run(tmp_path, CONFIG, 4, saver)
-    straight.fit(cls(hook), loader(shuffle=True))
-    straight.save_checkpoint(tmp_path / "straight.ckpt")
-    resumed = run(tmp_path, CONFIG, 4, first=first)
-    resumed.fit(cls(hook), loader(shuffle=True), ckpt_path=tmp_path / "epoch=1.ckpt")
-    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
-    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+    fit_straight(tmp_path, cls(hook), loader(shuffle=True))
+    assert not differing_if_resumed(tmp_path, cls(hook), loader(shuffle=True), first=first)
 
 
 class Averages(Classifier):
@@ -380,16 +372,9 @@ def further_type(tmp_path, monkeypatch):
 
 def test_resume_where_a_plugin_for_a_further_layer_type_has_come_since(tmp_path, further_type):
     config = LoraConfig(r=2, target_modules="all")
-    torch.manual_seed(5)
-    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-    straight = run(tmp_path, config, 4, saver)
-    straight.fit(WithPairs(dropout=0.2), loader(shuffle=True))
-    straight.save_checkpoint(tmp_path / "straight.ckpt")
+    fit_straight(tmp_path, WithPairs(dropout=0.2), loader(shuffle=True), config=config)
     further_type()
-    resumed = run(tmp_path, config, 4)
-    resumed.fit(WithPairs(dropout=0.2), loader(shuffle=True), ckpt_path=tmp_path / "epoch=1.ckpt")
-    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
-    assert not same(tmp_path / "straight.ckpt", tmp_path / "resumed.ckpt")
+    assert not differing_if_resumed(tmp_path, WithPairs(dropout=0.2), loader(shuffle=True), config=config)
     anew = WithPairs()
     run(tmp_path, config, 1).fit(anew, loader())
     assert "net.5" in {layer.name for layer in LoraModel(anew).plans["default"].layers}

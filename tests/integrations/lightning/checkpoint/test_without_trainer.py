@@ -103,21 +103,12 @@ class TestOneLiner:
         assert type(loaded) is Other
         assert not differing(values(loaded), values(module))
 
-    def test_mixin_makes_lightnings_own_method_do_it(self, tmp_path):
+    @pytest.mark.parametrize("callbacks", [[callback], []], ids=["adapted", "plain"])
+    def test_mixin_makes_lightnings_own_method_do_it(self, tmp_path, callbacks):
         class Ours(LoraCheckpointMixin, Classifier):
             pass
 
-        run = trainer(tmp_path, [callback()])
-        module = Ours()
-        run.fit(module, loader())
-        run.save_checkpoint(tmp_path / "it.ckpt")
-        assert not differing(values(Ours.load_from_checkpoint(tmp_path / "it.ckpt")), values(module))
-
-    def test_mixin_loads_plain_files_as_ever(self, tmp_path):
-        class Ours(LoraCheckpointMixin, Classifier):
-            pass
-
-        run = trainer(tmp_path, [])
+        run = trainer(tmp_path, [make() for make in callbacks])
         module = Ours()
         run.fit(module, loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
