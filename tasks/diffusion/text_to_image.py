@@ -29,13 +29,7 @@ from lora_plugins.tasks.diffusion.memory import Memory, Tensors
 from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.pictures_module import PictureBatch, PicturesDataModule
-from lora_plugins.tasks.training import (
-    BaseTask,
-    OptimizerCallable,
-    SchedulerCallable,
-    check_optimizer,
-    check_scheduler,
-)
+from lora_plugins.tasks.training import BaseTask, OptimizerCallable, SchedulerCallable
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -54,10 +48,6 @@ _CHECKS: Mapping[str, Check] = {
     "prior_weight": number_from(0),
     "cache": check_flag,
     "gradient_checkpointing": check_flag,
-    "lr": number_from(0),
-    "weight_decay": number_from(0),
-    "lr_scheduler": optional(check_scheduler),
-    "ema": number_from(0, below=1),
     "dtype": choice_of(*DTYPES),
     "revision": optional(check_name),
 }
@@ -134,12 +124,11 @@ class TextToImageTask(BaseTask):
             "dtype": dtype,
             "revision": revision,
         }
-        check_fields({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
-        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay, default=(LR, WEIGHT_DECAY))
+        check_fields(given, _CHECKS)
+        self._set_optimization(optimizer, lr, weight_decay, lr_scheduler, ema, default=(LR, WEIGHT_DECAY))
         self.save_hyperparameters({**given, "layers": list(layers)})
-        self.model, self.train_text_encoder, self.ema = model, train_text_encoder, ema
+        self.model, self.train_text_encoder = model, train_text_encoder
         self.offset_noise, self.prior_weight, self.cache = offset_noise, prior_weight, cache
-        self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
         self.pipe = load_pipeline(pipeline_source(model), DTYPES[dtype], revision=revision)
         self.family = family_of(self.pipe)
         self.conditioning = CONDITIONING[self.family.name]

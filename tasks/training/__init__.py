@@ -6,13 +6,7 @@ From that provenance, `inference` loads a task again.
 from lora_plugins.tasks.training.base_task import BaseTask, task_of_checkpoint
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, SMP_LOSSES, Objective, balanced_weights
 from lora_plugins.tasks.training.modes import eval_mode
-from lora_plugins.tasks.training.optimization import (
-    OptimizerCallable,
-    SchedulerCallable,
-    check_optimizer,
-    check_scheduler,
-    warmup_cosine,
-)
+from lora_plugins.tasks.training.optimization import OptimizerCallable, SchedulerCallable, warmup_cosine
 from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance
 from lora_plugins.tasks.training.refused_sizes import is_of_sizes
 from lora_plugins.tasks.training.vision_task import CONFUSION, VisionTask
@@ -31,8 +25,6 @@ __all__ = [
     "SchedulerCallable",
     "VisionTask",
     "balanced_weights",
-    "check_optimizer",
-    "check_scheduler",
     "eval_mode",
     "is_of_sizes",
     "next_steps",

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,9 +13,25 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 
 from lora_plugins import ConfigError
+from lora_plugins.field_checks import Check, check_fields, number_from, optional
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
-from lora_plugins.tasks.training.optimization import OptimizerCallable, SchedulerCallable
+from lora_plugins.tasks.training.optimization import (
+    LR,
+    WEIGHT_DECAY,
+    OptimizerCallable,
+    SchedulerCallable,
+    check_optimizer,
+    check_scheduler,
+)
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY
+
+_CHECKS: Mapping[str, Check] = {
+    "lr": number_from(0),
+    "weight_decay": number_from(0),
+    "lr_scheduler": optional(check_scheduler),
+    "ema": number_from(0, below=1),
+}
+"""What the arguments about optimization can be, by name; `optimizer` is checked with them."""
 
 Task = TypeVar("Task", bound="BaseTask")
 
@@ -27,6 +44,21 @@ class BaseTask(LoraCheckpointMixin):
     weight_decay: float
     lr_scheduler: SchedulerCallable | None
     ema: float
+
+    def _set_optimization(
+        self,
+        optimizer: OptimizerCallable | None,
+        lr: float,
+        weight_decay: float,
+        lr_scheduler: SchedulerCallable | None,
+        ema: float,
+        default: tuple[float, float] = (LR, WEIGHT_DECAY),
+    ) -> None:
+        """Checks and sets how the task is optimized; `default` is what its default optimizer has by itself."""
+        check_fields({"lr": lr, "weight_decay": weight_decay, "lr_scheduler": lr_scheduler, "ema": ema}, _CHECKS)
+        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay, default=default)
+        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.lr_scheduler, self.ema = lr_scheduler, ema
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average, if there is one."""

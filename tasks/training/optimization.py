@@ -108,9 +108,7 @@ def _kinds(annotation: object) -> set[str]:
     return {each.strip() for each in re.split(r"[|,]", inner)}
 
 
-def check_optimizer(
-    optimizer: object, *, lr: float, weight_decay: float, default: tuple[float, float] = (LR, WEIGHT_DECAY)
-) -> None:
+def check_optimizer(optimizer: object, *, lr: float, weight_decay: float, default: tuple[float, float]) -> None:
     """Checks the argument `optimizer` of a task, whose default optimizer has `default` as rate and decay.
 
     Raises:

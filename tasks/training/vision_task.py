@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lora_plugins import ConfigError
-from lora_plugins.field_checks import (
-    Check,
-    check_fields,
-    check_flag,
-    check_names,
-    check_whole,
-    number_from,
-    optional,
-)
+from lora_plugins.field_checks import Check, check_fields, check_flag, check_names, check_whole, optional
 from lora_plugins.tasks.argument_checks import check_ignored
 from lora_plugins.tasks.data import BALANCED, Batch, VisionDataModule, check_targets
 from lora_plugins.tasks.files import TRAIN
@@ -44,14 +36,7 @@ from lora_plugins.tasks.training.losses import (
     check_class_weights,
     given_weights,
 )
-from lora_plugins.tasks.training.optimization import (
-    LR,
-    WEIGHT_DECAY,
-    OptimizerCallable,
-    SchedulerCallable,
-    check_optimizer,
-    check_scheduler,
-)
+from lora_plugins.tasks.training.optimization import LR, WEIGHT_DECAY, OptimizerCallable, SchedulerCallable
 from lora_plugins.tasks.training.provenance import PROVENANCE_KEY, Provenance
 from lora_plugins.tasks.training.refused_sizes import is_of_sizes, refused_size
 from lora_plugins.tasks.training.what_follows import next_commands, note_on_the_base
@@ -60,10 +45,6 @@ CONFUSION = "confusion"
 
 _CHECKS: Mapping[str, Check] = {
     "class_weights": optional(check_class_weights),
-    "lr": number_from(0),
-    "weight_decay": number_from(0),
-    "lr_scheduler": optional(check_scheduler),
-    "ema": number_from(0, below=1),
     "gradient_checkpointing": check_flag,
     "ignore_index": check_whole,
     "class_names": optional(check_names),
@@ -150,17 +131,16 @@ class VisionTask(BaseTask):
             "ignore_index": ignore_index,
             "class_names": class_names,
         }
-        check_fields({**given, "lr_scheduler": lr_scheduler}, _CHECKS)
-        check_optimizer(optimizer, lr=lr, weight_decay=weight_decay)
+        check_fields(given, _CHECKS)
+        self._set_optimization(optimizer, lr, weight_decay, lr_scheduler, ema)
         # A checkpoint holds arguments as plain types, so that it loads with weights_only=True.
         model = read_model_config(model)
         names = None if class_names is None else list(class_names)
         self.save_hyperparameters({"model": asdict(model), **given, "class_names": names})
         if names is not None:
             check_class_names(names, model.num_classes)
-        self.model_config, self.class_names, self.ignore_index, self.ema = model, names, ignore_index, ema
+        self.model_config, self.class_names, self.ignore_index = model, names, ignore_index
         check_ignored(ignore_index, self.class_labels)
-        self.optimizer, self.lr, self.weight_decay, self.lr_scheduler = optimizer, lr, weight_decay, lr_scheduler
         self.objective = Objective(loss, self.losses, ignore_index=ignore_index, label_smoothing=label_smoothing)
         self._set_class_weights(class_weights)
         self._build_network(model)
