@@ -73,13 +73,11 @@ class DiffusersFormat(PortableFormat):
         }
         if model is None:
             return _adapter(layers, {part: part for part in parts}, configs)
-        denoiser = denoiser_of(model)
-        _name_denoiser(denoiser, layers, configs)
+        _name_denoiser(denoiser_of(model), layers, configs)
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
-            named = by_own_names(layers[part], within) if part == denoiser else layers[part]
-            layers[part] = in_model(within, named, configs.get(part))
+            layers[part] = in_model(within, by_own_names(layers[part], within), configs.get(part))
         return _adapter(layers, paths, configs)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:

@@ -35,8 +35,9 @@ _ENCODERS: Mapping[str, str] = {
     "lora_te.": "text_encoder.",
     "lora_te1.": "text_encoder.",
     "lora_te2.": "text_encoder_2.",
+    "text_embedding_projection.": "connectors.",
 }
-"""How keys of ComfyUI and of ai-toolkit name the text encoders."""
+"""How keys of ComfyUI, of ai-toolkit and of LTX 2 name text encoders and what is behind them."""
 
 _FLAT = ("lora_", "lycoris_")
 """What such keys do not start with: those are names without dots, of another format."""

@@ -236,6 +236,12 @@ _LTX_2: Table = {
     ),
 }
 
+_LTX_2_CONNECTORS: Table = {
+    "aggregate_embed": ("text_proj_in",),
+    "audio_aggregate_embed": ("audio_text_proj_in",),
+    "video_aggregate_embed": ("video_text_proj_in",),
+}
+
 _COSMOS: Table = {
     **_layers_in(
         {
@@ -306,6 +312,7 @@ TRANSFORMERS: Mapping[str, Table] = {
     "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
     "Ideogram4Transformer2DModel": _IDEOGRAM_4,
     "Krea2Transformer2DModel": _KREA_2,
+    "LTX2TextConnectors": _LTX_2_CONNECTORS,
     "LTX2VideoTransformer3DModel": _LTX_2,
     "LTXVideoTransformer3DModel": _LTX,
     "Lumina2Transformer2DModel": _LUMINA_2,

@@ -192,6 +192,28 @@ def test_every_layer_has_its_rows_of_what_the_converter_of_adapters_takes(build,
         assert torch.equal(layer.B, converted[f"transformer.{name}.lora_B.weight"]), name
 
 
+@pytest.mark.parametrize(
+    "names", [["aggregate_embed"], ["audio_aggregate_embed", "video_aggregate_embed"]], ids=["one", "two"]
+)
+def test_projections_of_ltx_2_are_those_of_its_connectors(names, tmp_path):
+    """Which are a part of their own in diffusers, and stand beside the denoiser for its authors."""
+    loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
+    ltx_2 = pytest.importorskip("diffusers.pipelines.ltx2")
+    with torch.device("meta"):
+        connectors = ltx_2.LTX2TextConnectors(per_modality_projections=len(names) > 1)
+        transformer = pytest.importorskip("diffusers").LTX2VideoTransformer3DModel(num_layers=1)
+    keys = ["diffusion_model.patchify_proj", *(f"text_embedding_projection.{name}" for name in names)]
+    file = {f"{key}.{factor}.weight": torch.randn(2, 2) for key in keys for factor in ("lora_A", "lora_B")}
+    path = tmp_path / "adapter.safetensors"
+    save_file(file, path)
+    converted = loaders.LTX2LoraLoaderMixin.lora_state_dict(str(path))
+    parts = nn.ModuleDict({"transformer": transformer, "connectors": connectors})
+    found = DiffusersFormat().load(path, parts, DiffusersFormat.options).layers
+    assert {f"{name}.lora_{factor}.weight" for name in found for factor in "AB"} == converted.keys()
+    for name, layer in found.items():
+        assert torch.equal(layer.B, converted[f"{name}.lora_B.weight"])
+
+
 def tiny_flux():
     diffusers = pytest.importorskip("diffusers")
     return diffusers.FluxTransformer2DModel(
