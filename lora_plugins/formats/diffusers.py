@@ -153,16 +153,21 @@ def _name_denoiser(denoiser: str, layers: dict[str, dict[str, PortableLayer]], c
     """Puts the layers of a part without a name, or with an original one, under the name of the denoiser.
 
     Raises:
-        AdapterFileError: If the file has layers by the name of the denoiser as well.
+        AdapterFileError: If the file has layers by another name of the denoiser as well.
     """
     for part in (ORIGINAL, ALONE):
         if part not in layers:
             continue
-        if denoiser in layers:
-            words = f"as {part!r}" if part else f"with no part of a pipeline in front ({min(layers[part])!r})"
+        if denoiser in layers and part == ALONE:
             raise AdapterFileError(
-                f"The adapter has layers of the denoiser {words} and as {denoiser!r}, and it cannot be told which of "
-                "them are meant. Take one of the two out of the file."
+                "The adapter has layers of the denoiser, and others with no known part of a pipeline in front "
+                f"({listing(sorted(layers[part]), 3)}): it cannot be told of what these are. Take them out of the file "
+                "to load the rest."
+            )
+        if denoiser in layers:
+            raise AdapterFileError(
+                f"The adapter has layers of the denoiser as {part!r} and as {denoiser!r}, and it cannot be told which "
+                "of them are meant. Take one of the two out of the file."
             )
         layers[denoiser] = layers.pop(part)
         if part in configs:

@@ -366,7 +366,7 @@ class TestRefused:
             "vae.conv_in.alpha": torch.tensor(1.0),
         }
         save_file({**load_file(tmp_path / FILE), **other}, tmp_path / FILE)
-        match = r"with no part of a pipeline in front \('vae\.conv_in'\) and as 'unet'"
+        match = r"of the denoiser, and others with no known part .*\('vae\.conv_in'\).*Take them out"
         refused(UNET, tmp_path, untouched, match)
 
     def test_half_a_layer(self, tmp_path, untouched):
