@@ -114,4 +114,5 @@ def _variant_reason(site: Site, variant: VariantPlugin) -> str:
     if plugin is None or not plugin.rows_are_outputs:
         return f"the variant {variant.name!r} needs a row of the weight's matrix for each output; exclude the layer"
     with noted(f"refusal() of the variant {variant.name!r}, for {site.name!r}"):
-        return variant.refusal(plugin) or ""
+        reason = variant.refusal(plugin)
+    return f"the variant {variant.name!r} refuses {plugin.name!r}: {reason}" if reason else ""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.measure import kept_bytes
 from lora_plugins import LoraConfig, LoraModel, PluginError, StateError, TargetError, VariantPlugin
+from lora_plugins.variants.dora import DoraVariant
 from tests.core.libraries import Conv1D
 from tests.core.registries import registry_of
 
@@ -200,6 +201,19 @@ def test_beside_a_plain_adapter():
 def test_a_layer_whose_matrix_has_other_rows_than_outputs_is_refused():
     with pytest.raises(TargetError, match="'0': the variant 'dora' needs a row of the weight's matrix for each"):
         LoraModel(nn.Sequential(nn.ConvTranspose2d(4, 4, 2)), LoraConfig(variant="dora"))
+
+
+class LinearAlone(DoraVariant):
+    name = "linear_alone"
+
+    def refusal(self, plugin):
+        return None if plugin.name == "linear" else "other layers have no gate"
+
+
+def test_a_layer_that_a_variant_refuses_is_named_with_both():
+    model, config = nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 4)), LoraConfig(variant="linear_alone")
+    with pytest.raises(TargetError, match="'1': the variant 'linear_alone' refuses 'embedding': other layers have no"):
+        LoraModel(model, config, registry=registry_of(LinearAlone()))
 
 
 def test_it_cannot_be_combined():
