@@ -411,6 +411,8 @@ class TestNewCallbackOnMergedWeights:
         assert not differing(values(load_from_checkpoint(Classifier, path)), values(module))
         with pytest.raises(AdapterFileError, match=r"another base: 'net\.0\.weight'.*2 of 2.*pretrained weights first"):
             load_from_checkpoint(Classifier, path, base_seed=1)
+        with pytest.raises(AdapterFileError, match=r"Classifier has no 'net\.0\.weight' of shape \[16, 4\]"):
+            load_from_checkpoint(Classifier, path, width=8)
         before = values(other := Classifier(base_seed=1))
         with pytest.raises(AdapterFileError, match="another base"):
             trainer(tmp_path, [LoraCallback(CONFIG)]).test(other, loader(), ckpt_path=path)

@@ -101,6 +101,12 @@ def test_a_test_asks_the_checkpoint_and_not_the_callback_what_is_adapted(fields,
     assert found == expected
 
 
+class WithoutBias(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net[3].bias = None
+
+
 class TestRefused:
     """Each bad file stops before training, says what to do, and leaves the trainer usable."""
 
@@ -187,8 +193,25 @@ class TestRefused:
         assert now.keys() == parameters.keys()
         assert all(now[name] is parameter for name, parameter in parameters.items())
 
-    def test_other_model(self, tmp_path):
-        self.refused(tmp_path, by_trainer(tmp_path), "another model", Classifier(width=8))
+    @pytest.mark.parametrize(
+        ("build", "fields", "message"),
+        [
+            (lambda: Classifier(width=8), {}, r"another model: 'lora/net\.0/lora_B' is \[16, 2\] in .* \[8, 2\]"),
+            (
+                WithoutBias,
+                {"target_modules": ["net.0"], "modules_to_save": ["net.3"]},
+                r"another model: 'value/net\.3\.bias' are only in one of them",
+            ),
+            (WithoutBias, {"target_modules": ["net.0"]}, r"another base: WithoutBias has no 'net\.3\.bias'"),
+        ],
+        ids=["width", "head", "frozen layer"],
+    )
+    def test_other_model(self, build, fields, message, tmp_path):
+        config = replace(CONFIG, **fields)
+        run = trainer(tmp_path, [callback(config=config)])
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        self.refused(tmp_path, tmp_path / "it.ckpt", message, build(), config=config)
 
     def test_other_version_of_a_plugin(self, tmp_path):
         path = by_trainer(tmp_path)
