@@ -167,7 +167,7 @@ def first_loader(loaders: Any) -> DataLoader[Any]:
 
 def has_places(loader: DataLoader[Any]) -> bool:
     """Whether samples of a loader can be read again by their place; those of a stream cannot."""
-    return not isinstance(loader.dataset, IterableDataset)
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
 def has_validated(trainer: Trainer, what: str) -> bool:
@@ -177,9 +177,10 @@ def has_validated(trainer: Trainer, what: str) -> bool:
         trainer: The trainer.
         what: What is left out then.
     """
-    if trainer.val_dataloaders is None:
+    validated = any(trainer.num_val_batches)
+    if not validated:
         rank_zero_warn(f"There is no {what}: this fit validated nothing. It was over already, or has no val batches.")
-    return trainer.val_dataloaders is not None
+    return validated
 
 
 def samples_of(loader: DataLoader[Any], indices: Sequence[int]) -> Batch:

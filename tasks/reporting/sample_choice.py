@@ -145,7 +145,9 @@ def _losses(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
 
 
 def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of the same samples, in the order of the data set and all in this process's share."""
+    """A loader of the same samples, in the order of the data set and all in this process's share, if it has one."""
+    if not isinstance(loader, DataLoader):  # any iterable over batches will do for a Trainer
+        return loader
     return DataLoader(
         loader.dataset,
         batch_size=loader.batch_size or 1,

@@ -324,6 +324,30 @@ class Stripes(IterableDataset):
             yield torch.rand(3, 32, 32), torch.full((32, 32), i % 3)
 
 
+class Batches:
+    """Batches that come from no DataLoader."""
+
+    def __iter__(self):
+        for _ in range(2):
+            yield torch.rand(3, 3, 16, 16), torch.arange(3)
+
+
+def test_of_batches_without_a_data_set_there_are_numbers_and_no_samples(trainer, tmp_path):
+    path = tmp_path / "r.html"
+    fit = trainer(callbacks=[HtmlReport(str(path)), TensorBoardImages()], logger=TensorBoardLogger(tmp_path))
+    fit.fit(ImageClassificationTask(tiny_vit()), Batches(), Batches())
+    assert sum(map(sum, read_run(path).confusion)) == 6
+    assert "Examples from the val split" not in path.read_text()
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")  # Lightning notices that there is nothing, too
+@pytest.mark.parametrize("val", [[], DataLoader([])], ids=["no loader", "no sample"])
+def test_of_no_val_data_there_is_no_report(trainer, tmp_path, val):
+    fit = trainer(callbacks=[HtmlReport(str(tmp_path / "r.html"))])
+    with pytest.warns(UserWarning, match="There is no report: this fit validated nothing"):
+        fit.fit(ImageClassificationTask(tiny_vit()), Batches(), val)
+
+
 def test_of_a_stream_there_are_numbers_and_no_samples(trainer, tmp_path):
     path = tmp_path / "r.html"
     callbacks = [HtmlReport(str(path)), PredictionPicture(str(tmp_path / "r.png")), TensorBoardImages()]
