@@ -127,7 +127,7 @@ def building(config: ModelConfig) -> Iterator[None]:
         yield
     except (OSError, LoraError):  # some of which are a ValueError too
         raise
-    except (TypeError, ValueError, AssertionError, AttributeError, LookupError, ArithmeticError, ImportError) as error:
+    except Exception as error:
         given = f" with the options {config.options}" if config.options else ""
         said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) or not str(error) else str(error)
         raise ConfigError(f"{config.source}'s {config.name} cannot be built{given}: {said}") from error

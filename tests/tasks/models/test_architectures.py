@@ -108,8 +108,16 @@ def test_the_pictures_side_of_clip(tmp_path):
         ("timm", "test_vit", {"num_heads": 3}),
         ("timm", "test_vit", {"patch_size": 0}),
         ("timm", "test_vit", {"act_layer": "foo"}),
+        ("timm", "test_vit", {"embed_dim": -64}),
     ],
-    ids=["transformers", "smp", "timm, which asserts", "timm, which divides by zero", "timm, without such a layer"],
+    ids=[
+        "transformers",
+        "smp",
+        "timm, which asserts",
+        "timm, which divides by zero",
+        "timm, without such a layer",
+        "timm, with an error of torch",
+    ],
 )
 def test_what_a_library_refuses_is_said_with_the_options(source, name, options):
     task = ImageClassificationTask if source == "timm" else SemanticSegmentationTask
