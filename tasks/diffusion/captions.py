@@ -23,6 +23,9 @@ CAPTION_SUFFIX = ".txt"
 IMAGE, PROMPT = "image", "prompt"
 """The columns of a list."""
 
+OF_CAMERAS = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"})
+"""Endings of raw photos, most of which `mimetypes` does not know."""
+
 
 @dataclass(frozen=True)
 class Captioned:
@@ -83,7 +86,7 @@ def captioned_list(path: Path, root: Path) -> list[Captioned]:
 
 def _is_picture(path: Path) -> bool:
     kind, _ = mimetypes.guess_type(path.name, strict=False)
-    return kind is not None and kind.startswith("image/")
+    return path.suffix.lower() in OF_CAMERAS or (kind is not None and kind.startswith("image/"))
 
 
 def _caption(path: Path) -> str | DataError | None:

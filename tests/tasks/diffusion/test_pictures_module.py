@@ -153,10 +153,11 @@ def test_pictures_one_folder_deeper_are_named(picture_folder):
 
 def test_pictures_that_are_left_out_are_named(picture_folder):
     folder = picture_folder((8, 8))
-    for name in ("0.txt", "1.heic", "1.txt", "metadata.jsonl", "0.npz", "README.md", "Thumbs.db", "desktop.ini"):
+    others = ("0.txt", "1.txt", "metadata.jsonl", "0.npz", "README.md", "Thumbs.db", "desktop.ini")
+    for name in ("1.heic", "2.CR3", *others):
         (folder / name).write_text("a dog")
     with pytest.warns(
-        UserWarning, match=r"has pictures in formats that are not read, .* left out: '1\.heic'\. Convert them"
+        UserWarning, match=r"has pictures in formats that are not read, .* left out: '1\.heic', '2\.CR3'\. Convert them"
     ):
         PicturesDataModule(str(folder)).setup("fit")
 
