@@ -198,7 +198,7 @@ class VisionTask(BaseTask):
             ConfigError: If they are whole numbers, or have another number of channels than the network takes.
         """
         if not images.is_floating_point():
-            raise ConfigError(f"Images are {images.dtype}, and a task takes fractions from 0 to 1: images / 255.")
+            raise ConfigError(f"Images are {images.dtype}; a task takes fractions from 0 to 1: images / 255 of 8 bits.")
         own, given = len(self.mean), images.shape[1]
         if own not in (1, given):
             raise ConfigError(
