@@ -27,12 +27,13 @@ def described(path: Path, format_name: str, summary: AdapterSummary) -> str:
     layers = [("layer", "r", "alpha", "elements")]
     layers += [(each.name, str(each.r), f"{each.alpha:g}", f"{each.elements:,}") for each in summary.layers]
     values = [("trained in full", "elements"), *((name, f"{size:,}") for name, size in summary.values.items())]
-    total = sum(each.elements for each in summary.layers)
+    count, total = len(summary.layers), sum(each.elements for each in summary.layers)
+    layer_count = f"{count} layer{'' if count == 1 else 's'}"
     parts = [
         "\n".join(f"{key}: {value}" for key, value in details.items()),
         table(layers),
         *([table(values)] if summary.values else []),
-        f"{len(summary.layers)} layers, {total:,} elements; {sum(summary.values.values()):,} trained in full",
+        f"{layer_count}, {total:,} elements; {sum(summary.values.values()):,} trained in full",
     ]
     return "\n\n".join(parts)
 

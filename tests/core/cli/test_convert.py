@@ -172,7 +172,7 @@ class TestInspect:
         assert main(["inspect", str(path)]) == 0
         out = capsys.readouterr().out
         assert f"format: {name}" in out
-        assert "1 layers, 20 elements; 0 trained in full" in out
+        assert "1 layer, 20 elements; 0 trained in full" in out
 
     def test_a_stored_base_is_told(self, tmp_path, capsys):
         config = LoraConfig(r=2, target_modules=["q", "out"], quantize="int8", quantize_options={"min_size": 0})
