@@ -96,6 +96,7 @@ from lora_plugins.integrations.lightning.training import (
     drop_averages,
     freeze_again,
     frozen_names,
+    hidden_factors,
     needs_data,
     random_numbers,
     start_averages_from,
@@ -272,6 +273,7 @@ class LoraCallback(Callback):
             "configure_optimizers",
             lambda configured: self._complete_optimizers(pl_module, configured),
             lambda: self._before_optimizers(trainer, pl_module),
+            again=partial(hidden_factors, pl_module),
         )
         # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
         shims.after("on_fit_start", lambda _: self._run.restore_before_data(trainer))

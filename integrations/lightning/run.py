@@ -28,7 +28,7 @@ from lora_plugins.integrations.lightning.training import (
     LateChanges,
     LeftOut,
     LostWrites,
-    explain_groups,
+    explain_computed_weight,
     explain_merged_module,
     keep_base_of_averages,
     parameters_of,
@@ -215,7 +215,7 @@ class Run:
             error: The error.
             merged: Whether the adapter is merged when fit ends.
         """
-        explain_groups(error)
+        explain_computed_weight(error)
         if self.late_changes is not None:  # fit has ended
             if merged:
                 explain_merged_module(error)

@@ -6,7 +6,8 @@ checked against Lightning 2.6.6:
 - `module.setup`, `module.configure_model`: layers may be built there, after `Callback.setup`, and optimizers are made
   before the next callback hook. The adapters have to be attached in between.
 - `module.on_load_checkpoint`: the module may build layers there as well, and what it loads of the base is put back.
-- `module.configure_optimizers`: the one moment when an optimizer that was built too early can still be completed.
+- `module.configure_optimizers`: the one moment when an optimizer that was built too early can still be completed, or
+  one be built by code that fails on A and B.
 - `module.on_fit_start`, `module.on_train_start`: the last hooks before batches are drawn. Those of a module or of a
   callback may draw random numbers, and those of a checkpoint are set again after them.
 - `module.on_train_batch_start`: the last hook ahead of a batch; what hooks thawed of the base is frozen again after it.
@@ -16,10 +17,14 @@ checked against Lightning 2.6.6:
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
+
+from lora_plugins import LoraError
 
 
 class _Shim:
@@ -52,8 +57,14 @@ class MethodShims:
         self._owner = owner
         self._shims: list[tuple[str, Any]] = []
 
-    def after(self, name: str, then: Callable[[Any], None], before: Callable[[], None] | None = None) -> None:
-        """Calls `then` with what the method returned, and `before` ahead of it."""
+    def after(
+        self,
+        name: str,
+        then: Callable[[Any], None],
+        before: Callable[[], None] | None = None,
+        again: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """Calls `then` with what the method returned, `before` ahead of it, and the method `again` where it fails."""
         original = getattr(self._owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +72,8 @@ class MethodShims:
                 return original(*args, **kwargs)
             if before is not None:
                 before()
-            result = original(*args, **kwargs)
+            method = partial(original, *args, **kwargs)
+            result = method() if again is None else _tried_twice(method, again)
             then(result)
             return result
 
@@ -81,3 +93,15 @@ class MethodShims:
                 self._owner.__dict__.pop(name, None)
             else:
                 self._owner.__dict__[name] = top
+
+
+def _tried_twice(method: Callable[[], Any], again: Callable[[], AbstractContextManager[None]]) -> Any:
+    """Returns what a method returns; if it raises an error, what it returns within `again`, or that error."""
+    try:
+        return method()
+    except LoraError:
+        raise
+    except Exception:
+        with suppress(Exception), again():
+            return method()
+        raise

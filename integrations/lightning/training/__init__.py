@@ -25,7 +25,8 @@ from lora_plugins.integrations.lightning.training.left_out import LeftOut
 from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
     complete_optimizers,
-    explain_groups,
+    explain_computed_weight,
+    hidden_factors,
     parameters_of,
 )
 from lora_plugins.integrations.lightning.training.random_state import random_numbers, set_random_numbers
@@ -44,10 +45,11 @@ __all__ = [
     "complete_optimizers",
     "copy_into_averages",
     "drop_averages",
-    "explain_groups",
+    "explain_computed_weight",
     "explain_merged_module",
     "freeze_again",
     "frozen_names",
+    "hidden_factors",
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",

@@ -1,6 +1,7 @@
 """Completes optimizers that were built before the adapters existed, and leaves all others alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.types import Optimizable
@@ -9,6 +10,7 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
+from lora_plugins.inplace import AdapterTensors
 from lora_plugins.integrations.lightning.module import (
     find_copies,
     frozen_by_author,
@@ -23,19 +25,8 @@ _ADVICE = (
     "[p for p in self.parameters() if p.requires_grad]."
 )
 
-_NOTES = {
-    # What optimizers of torch say of a tensor that is computed.
-    "non-leaf Tensor": (
-        "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the adapter. "
-        "Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in full."
-    ),
-    # What code that comes from minGPT asserts.
-    "were not separated into either decay": (
-        "A configure_optimizers that sorts parameters by the class of their layer does not know A and B: let it put "
-        "names that contain 'lora_' into a group, in a subclass of the module if it is not yours."
-    ),
-}
-"""What may have caused an error of `configure_optimizers`, by words of it."""
+_OF_A_COMPUTED_WEIGHT = "non-leaf Tensor"
+"""What optimizers of torch say of a tensor that is computed."""
 
 NAMES = "param_names"
 """The entry of a group that was made of `named_parameters()`: the names of its parameters, in their order."""
@@ -58,19 +49,23 @@ def parameters_of(optimizers: Iterable[Optimizable]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def explain_groups(error: BaseException) -> None:
-    """Adds to an error of `configure_optimizers` what adapters have to do with it."""
-    for words, note in _NOTES.items():
-        if words in str(error):
-            error.add_note(note)
+def explain_computed_weight(error: BaseException) -> None:
+    """Adds a note to an optimizer's error about a tensor that is computed, as the weight of an adapted layer is."""
+    if _OF_A_COMPUTED_WEIGHT in str(error):
+        error.add_note(
+            "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the "
+            "adapter. Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in "
+            "full."
+        )
 
 
 def complete_optimizers(module: nn.Module, configured: Any) -> None:
     """Adds adapters to an optimizer that was built before they existed, in place, and warns.
 
     Such an optimizer, as the one that the stock LightningCLI makes of a YAML file, has no A and B at all. It gets those
-    of the layers whose own tensors it has, or, if it has none of them, all. Adding to its group keeps schedulers and
-    their state valid. An optimizer with some adapters was built by somebody who chose them, so nothing is added.
+    of the layers whose own tensors it has, in the group of the weight, or, if it has none of them and one group, all.
+    Adding to a group keeps schedulers and their state valid. An optimizer with some adapters was built by somebody who
+    chose them, so nothing is added.
 
     Args:
         module: The adapted module.
@@ -86,7 +81,7 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     missing = {name: p for name, p in trained.items() if id(p) not in held}
     factors = trained.keys() & layers_of_factors(module).keys()
     if missing and factors and factors <= missing.keys():
-        missing = _add_to_group(missing, module, groups)
+        missing = _add_to_groups(missing, module, groups)
     if missing:
         teachers = [copy.name for copy in find_copies(module, held) if copy.frozen]  # which the module moves by hand
         missing = {name: p for name, p in missing.items() if not within(name, teachers)}
@@ -99,26 +94,56 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     _warn_of_idle(module, optimizers)
 
 
-def _add_to_group(
+def _add_to_groups(
     missing: Mapping[str, nn.Parameter], module: nn.Module, groups: list[dict[str, Any]]
 ) -> dict[str, nn.Parameter]:
-    """Adds what belongs to the only parameter group, and returns what does not."""
-    if len(groups) != 1:
+    """Adds what belongs to the groups, A and B to that of the weight of their layer, and returns what does not."""
+    homes = _homes(missing, module, groups)
+    if not homes and len(groups) == 1:
+        homes = dict.fromkeys(missing, groups)
+    if not homes or any(len(found) > 1 for found in homes.values()):
         raise StateError(
             f"{len(missing)} trainable tensors are in no optimizer and would never move: {listing(missing)}. There are "
             f"{len(groups)} parameter groups, so it is not clear where they belong. {_ADVICE}"
         )
-    held, layers = {id(p) for p in groups[0]["params"]}, layers_of_factors(module)
-    chosen = {name for name in missing if name in layers and held & {id(p) for p in layers[name].parameters()}}
-    added = {name: p for name, p in missing.items() if name in chosen or not chosen}
-    groups[0]["params"].extend(added.values())
-    if NAMES in groups[0]:
-        groups[0][NAMES].extend(added)
+    for name, (group,) in homes.items():
+        group["params"].append(missing[name])
+        if NAMES in group:
+            group[NAMES].append(name)
     rank_zero_warn(
         f"The optimizer has nothing of the adapters, as it was built before them or of other parameters, and would "
-        f"not train {listing(added, 3)}. They were added to its parameter group now. {_ADVICE}"
+        f"not train {listing(homes, 3)}. They were added to the group of the weight that they update, or to the only "
+        f"one. {_ADVICE}"
     )
-    return {name: p for name, p in missing.items() if name not in added}
+    return {name: p for name, p in missing.items() if name not in homes}
+
+
+def _homes(missing: Iterable[str], module: nn.Module, groups: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the groups that A and B belong to, by name: those of the largest tensor of their layer, the weight."""
+    holders: dict[int, list[dict[str, Any]]] = {}
+    for group in groups:
+        for p in group["params"]:
+            holders.setdefault(id(p), []).append(group)
+    homes, layers = {}, layers_of_factors(module)
+    for name in missing:
+        held = [p for p in layers[name].parameters() if id(p) in holders] if name in layers else []
+        if held:
+            homes[name] = holders[id(max(held, key=nn.Parameter.numel))]
+    return homes
+
+
+@contextmanager
+def hidden_factors(module: nn.Module) -> Iterator[None]:
+    """Hides A and B from whoever lists the parameters of a module, and lets adapted layers give their own weights."""
+    containers = [each for each in module.modules() if isinstance(each, AdapterTensors)]
+    hidden = [(container, name, container[name]) for container in containers for name in container]
+    for container, name, _ in hidden:
+        del container[name]
+    try:
+        yield
+    finally:
+        for container, name, factor in hidden:
+            container[name] = factor
 
 
 def _warn_of_idle(module: nn.Module, optimizers: Iterable[Optimizable]) -> None:

@@ -1,5 +1,6 @@
 """Every trainable tensor sits in a parameter group, or the run stops before the first batch."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -35,31 +36,17 @@ class AllParameters(Classifier):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class NamesTensors(Classifier):
-    def configure_optimizers(self):
-        return torch.optim.SGD([self.net[0].weight, self.net[0].bias], lr=0.1)
+class OwnOptimizer(AllParameters):
+    """Makes an optimizer of its own when fit starts."""
+
+    def on_fit_start(self):
+        self.own = torch.optim.SGD([self.net[0].weight, self.net[0].bias], lr=0.1)
 
 
-class SortsNames(Classifier):
-    """As minGPT: by the ends of names, and none may be left over."""
-
-    def configure_optimizers(self):
-        left = [name for name, _ in self.named_parameters() if not name.endswith(("weight", "bias"))]
-        assert not left, f"parameters {left} were not separated into either decay/no_decay set!"
-
-
-@pytest.mark.parametrize(
-    ("module", "words", "advice"),
-    [
-        pytest.param(NamesTensors, "non-leaf", "self.head.parameters()", id="weight of an adapted layer"),
-        pytest.param(SortsNames, "were not separated", "names that contain 'lora_'", id="names that are sorted"),
-    ],
-)
-def test_tensors_that_an_optimizer_cannot_have_are_explained(module, words, advice, tmp_path):
-    with pytest.raises((ValueError, AssertionError), match=words) as caught:
-        fit(tmp_path, module())
-    (note,) = caught.value.__notes__
-    assert advice in note
+def test_optimizer_over_the_weight_of_an_adapted_layer_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="non-leaf") as caught:
+        fit(tmp_path, OwnOptimizer())
+    assert "parameters()" in caught.value.__notes__[0]
 
 
 def test_optimizer_over_all_parameters_leaves_the_frozen_ones(tmp_path):
@@ -173,11 +160,100 @@ def test_names_stay_with_their_parameters(tmp_path, early, ratio):
     assert [group["param_names"] for group in groups] == [[names[id(p)] for p in group["params"]] for group in groups]
 
 
-def test_where_missing_tensors_belong_is_not_guessed(tmp_path):
-    module = Early(groups=2)
+class EarlyTwice(Early):
+    """Two optimizers of all parameters, made before there are adapters."""
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.early[0], lr=rate) for rate in (0.1, 0.01)]
+
+
+class EarlyElsewhere(Early):
+    """Two groups of the tensors of layers that are not adapted."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([{"params": [p]} for p in self.net[1].parameters()], lr=0.1)
+
+
+@pytest.mark.parametrize("module", [EarlyTwice, EarlyElsewhere])
+def test_where_missing_tensors_belong_is_not_guessed(module, tmp_path):
+    made = module()
     with pytest.raises(StateError, match=r"in no optimizer.*net\.0\.lora_A"):
-        fit(tmp_path, module)
-    assert not any(p.grad is not None for p in module.parameters())
+        fit(tmp_path, made)
+    assert not any(p.grad is not None for p in made.parameters())
+
+
+class Grouped(Classifier):
+    """Weights decay, biases do not, and the last layer has a rate of its own; A and B are with the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = dict(self.named_parameters())
+
+    def groups(self, named):
+        def of(layer, *, decays):
+            return [p for name, p in named if name.startswith(layer) and (not name.endswith("bias")) is decays]
+
+        return [
+            {"params": of("net.0", decays=True), "weight_decay": 0.3},
+            {"params": of("net.3", decays=True), "weight_decay": 0.3, "lr": 0.05},
+            {"params": [p for name, p in named if name.endswith("bias")], "weight_decay": 0.0},
+        ]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.groups([(n, p) for n, p in self.named_parameters() if p.requires_grad]), lr=0.1)
+
+
+class GroupedEarly(Grouped):
+    """Takes its parameters when it is made."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.groups(self.early.items()), lr=0.1)
+
+
+class GroupedByClass(Grouped):
+    """As minGPT: sorts by the class of the layer and the end of the name, and asserts that none is left."""
+
+    def configure_optimizers(self):
+        named = dict(self.named_parameters())
+        known = {
+            f"{path}.{name}"
+            for path, layer in self.named_modules()
+            for name, _ in layer.named_parameters(recurse=False)
+            if isinstance(layer, nn.Linear | nn.BatchNorm1d)
+        }
+        assert known == named.keys(), f"parameters {named.keys() - known} were not separated"
+        return torch.optim.AdamW(self.groups(named.items()), lr=0.1)
+
+
+class GroupedByLayer(Grouped):
+    """Names the weights of its layers."""
+
+    def configure_optimizers(self):
+        named = {name: getattr(self.get_submodule(name[:5]), name[6:]) for name in self.early}
+        return torch.optim.AdamW(self.groups(named.items()), lr=0.1)
+
+
+class GroupedByTable(Grouped):
+    """Looks each name up in a table that was made with the network."""
+
+    def configure_optimizers(self):
+        named = {name: self.early[name] for name, _ in self.named_parameters()}
+        return torch.optim.AdamW(self.groups(named.items()), lr=0.1)
+
+
+@pytest.mark.parametrize("module", [GroupedEarly, GroupedByClass, GroupedByLayer, GroupedByTable])
+@pytest.mark.parametrize("options", [{}, {"loraplus_lr_ratio": 4.0}], ids=["plain", "loraplus"])
+def test_factors_join_the_group_of_their_weight(module, options, tmp_path):
+    config = replace(CONFIG, bias="lora_only", variant="dora")
+    trained = []
+    for cls in (Grouped, module):
+        seed_everything(0)
+        made = cls()
+        run = trainer(tmp_path, [lora(config, **options)])
+        with pytest.warns(UserWarning, match="to the group of the weight") if cls is module else nullcontext():
+            run.fit(made, loader())
+        trained.append(values(made))
+    assert differing(*trained) == set()
 
 
 class Subset(Classifier):
