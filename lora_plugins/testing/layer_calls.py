@@ -168,25 +168,28 @@ def _mixed(case: LayerCase) -> None:
         lora.add_adapter("second", config_like(lora, r=2, alpha=1.0))
         lora.add_adapter("third", config_like(lora, r=1, alpha=2.0, variant=PLAIN))
         moved(model)
-        references = _references(case, model, ("default", "second", "third"))
-        for what, inputs, named in [
-            ("of rows", case.arguments(model.layer), {}),
-            *_ways(model.layer, case.arguments(model.layer)),
-        ]:
-            if not _goes_by_rows(case.model().eval(), inputs, named):
-                continue
-            count = len((*inputs, *named.values())[0])
-            rows = [("third", None, "second", "default")[at % 4] for at in range(count)]
-            for mode, context in MODES.items():
-                with context(), lora.mixed_batch(rows):
-                    got = _call_mixed(model, inputs, named)
-                if got is not None:
-                    expected = _chosen(references, rows, inputs, named)
-                    require_all_close(f"the output of a mixed batch {what}{mode}", got, expected)
+        _mixed_rows(case, model, lora)
     for dtype in HALVES:
         for rounded in "AB":
             _mixed_in_half(case, cancelling(case, dtype, rounded), dtype)
     _mixed_under_autocast(case)
+
+
+def _mixed_rows(case: LayerCase, model: Holder, lora: LoraModel) -> None:
+    """Requires of every way to call a layer that each row of a batch gets the update of its own adapter."""
+    references = _references(case, model, ("default", "second", "third"))
+    arguments = case.arguments(model.layer)
+    for what, inputs, named in [("of rows", arguments, {}), *_ways(model.layer, arguments)]:
+        if not _goes_by_rows(case.model().eval(), inputs, named):
+            continue
+        count = len((*inputs, *named.values())[0])
+        rows = [("third", None, "second", "default")[at % 4] for at in range(count)]
+        for mode, context in MODES.items():
+            with context(), lora.mixed_batch(rows):
+                got = _call_mixed(model, inputs, named)
+            if got is not None:
+                expected = _chosen(references, rows, inputs, named)
+                require_all_close(f"the output of a mixed batch {what}{mode}", got, expected)
 
 
 def _goes_by_rows(module: nn.Module, inputs: Sequence[Any], named: dict[str, Any]) -> bool:
@@ -221,10 +224,10 @@ def _chosen(
 ) -> list[Tensor]:
     """Returns the outputs of a batch, each row from the model of its adapter."""
     outputs = {name: tensors_of(call(model, inputs, **named)) for name, model in references.items()}
-    found = []
-    for at, base in enumerate(outputs[None]):
-        found.append(torch.stack([outputs[row][at][i] for i, row in enumerate(rows)]) if rows else base)
-    return found
+    return [
+        torch.stack([outputs[row][at][i] for i, row in enumerate(rows)]) if rows else base
+        for at, base in enumerate(outputs[None])
+    ]
 
 
 def _mixed_in_half(case: LayerCase, model: Holder, dtype: torch.dtype) -> None:
