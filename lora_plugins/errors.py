@@ -74,7 +74,7 @@ def near(name: str, candidates: Iterable[str]) -> str:
         name: What was asked for and does not exist.
         candidates: What exists.
     """
-    known = sorted(set(candidates))
+    known = sorted({*candidates} - {""})  # a model itself has no name
     if matches := near_matches(name, known):
         return f"Did you mean {listing(matches[:MOST])}?"
     return f"There is {listing(known, 12)}." if known else "There are none."

@@ -23,8 +23,9 @@ def test_what_is_near(name, said):
     assert near(name, [*MODELS, "fit", "fit_all"]).startswith(said)
 
 
-def test_nothing_there():
-    assert near("a", []) == "There are none."
+@pytest.mark.parametrize("names", [[], [""]], ids=["nothing", "a model without children"])
+def test_nothing_there(names):
+    assert near("a", names) == "There are none."
 
 
 @pytest.mark.parametrize("said", ["It failed", "It failed.\n", "Did it fail?", "It failed!"])
