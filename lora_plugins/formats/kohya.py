@@ -51,8 +51,19 @@ _FACTORS: Mapping[str, str] = {
     "lora_mid.weight": "mid",
     "alpha": "alpha",
     "dora_scale": "scale",
+    "lora_magnitude_vector": "magnitude",
 }
 """What follows the name of a layer, and which tensor of it that is."""
+
+_UNCONVERTED: Mapping[str, str] = {
+    "_lora.down.weight": "lora_down.weight",
+    "_lora.up.weight": "lora_up.weight",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+}
+"""How keys end that scripts of diffusers (`--output_kohya_format`) convert by half, with dots in names, and what it is.
+
+These are the denoiser's where a text encoder was trained as well, and the norms of DoRA.
+"""
 
 
 class KohyaFormat(PortableFormat):
@@ -176,8 +187,13 @@ def _number(value: float) -> Tensor:
 
 def _split(key: str) -> tuple[str, str] | None:
     """Returns the name of a layer, its prefix included, and what follows; None without a usual prefix."""
+    if not key.startswith(tuple(PREFIXES)):
+        return None
+    end = next((end for end in _UNCONVERTED if key.endswith(end)), None)
+    if end is not None:
+        return key.removesuffix(end).replace(".", "_"), _UNCONVERTED[end]
     name, _, rest = key.partition(".")
-    return (name, rest) if any(name.startswith(prefix) for prefix in PREFIXES) else None
+    return name, rest
 
 
 def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -205,7 +221,8 @@ def _layer(name: str, factors: Mapping[str, Tensor]) -> PortableLayer:
     if "mid" in factors:
         wide = single_at_least(common_type(A.dtype, factors["mid"].dtype))  # a product in half precision is rounded
         A = torch.einsum("ba...,ai->bi...", factors["mid"].to(wide), A.flatten(1).to(wide))
-    return PortableLayer(A, B, alpha, magnitude_of(name, factors["scale"], len(B)) if "scale" in factors else None)
+    magnitude = magnitude_of(name, factors["scale"], len(B)) if "scale" in factors else factors.get("magnitude")
+    return PortableLayer(A, B, alpha, magnitude)
 
 
 def _names_of_parts(keys: Iterable[str], model: nn.Module, asked: str | None) -> dict[str, dict[str, str]]:

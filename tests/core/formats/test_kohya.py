@@ -10,7 +10,7 @@ from lora_plugins.formats import convert
 from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
 from tests.core.formats.peft_cases import moved, refused
-from tests.core.formats.pipeline_cases import DIT, TEXT, TOLERANCE, UNET, parts
+from tests.core.formats.pipeline_cases import DIT, TEXT, TOLERANCE, UNET, parts, with_peft
 
 PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te_", "transformer": "lora_transformer_"}
 
@@ -45,6 +45,28 @@ def test_what_we_write_is_read_by_diffusers(tmp_path):
     state_dict, alphas = mixin.lora_state_dict(str(path), unet_config=model.config)
     mixin.load_lora_into_unet(state_dict, alphas, unet=model)
     assert UNET.difference(model, lora.model) <= TOLERANCE
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["plain", "dora"])
+@pytest.mark.parametrize("trained", [[UNET], [UNET, TEXT]], ids=["unet", "unet and text encoder"])
+def test_what_scripts_of_diffusers_convert_is_read(trained, use_dora, tmp_path):
+    """Half of the keys of most such files keep names that no program knows, diffusers included (0.42.1)."""
+    utils = pytest.importorskip("diffusers.utils")
+    get_peft_model_state_dict = pytest.importorskip("peft.utils").get_peft_model_state_dict
+    fields = {"lora_alpha": 2, "target_modules": ["to_q", "to_out.0", "q_proj", "out_proj"], "use_dora": use_dora}
+    theirs = {part.name: with_peft(part, **fields) for part in trained}
+    saved = {
+        f"{name}.{key}": tensor.clone()
+        for name, model in theirs.items()
+        for key, tensor in utils.convert_state_dict_to_diffusers(get_peft_model_state_dict(model)).items()
+    }
+    converted = utils.convert_state_dict_to_kohya(utils.convert_all_state_dict_to_peft(saved))
+    save_file(converted, tmp_path / "adapter.safetensors")
+    read = nn.ModuleDict({part.name: part.build() for part in trained})
+    LoraModel.load_adapter(read, tmp_path / "adapter.safetensors")
+    for part in trained:
+        assert part.difference(part.build(), theirs[part.name]) > 1e-3
+        assert part.difference(read[part.name], theirs[part.name]) <= TOLERANCE
 
 
 def with_lycoris(part, **options):
