@@ -230,12 +230,21 @@ class TestRefused:
         torch.save(checkpoint, path)
         self.refused(tmp_path, path, "damaged")
 
-    def test_newer_format(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("format", 99, "format 99.*upgrade"),
+            ("format", None, "damaged: it has no format version"),
+            ("left_out", None, "damaged. Copy the file again"),
+        ],
+        ids=["newer", "no version", "no list"],
+    )
+    def test_entry_of_another_format(self, key, value, message, tmp_path):
         path = by_trainer(tmp_path)
         checkpoint = load(path)
-        checkpoint[KEY]["format"] = 99
+        checkpoint[KEY][key] = value
         torch.save(checkpoint, path)
-        self.refused(tmp_path, path, "format 99.*upgrade")
+        self.refused(tmp_path, path, message)
 
     @pytest.mark.parametrize("size", [0, 100, -100], ids=["empty", "head_only", "tail_missing"])
     def test_truncated(self, tmp_path, size):
@@ -257,6 +266,17 @@ class TestRefused:
         with pytest.raises(AdapterFileError, match="another base"):
             run.test(module, loader(), ckpt_path=path)
         assert type(module.net[0]) is nn.Linear
+
+    def test_test_without_the_target(self, tmp_path):
+        options = {"config": replace(CONFIG, target_modules=["0", "3"]), "target": "net"}
+        run = trainer(tmp_path, [callback(**options)])
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        module = Classifier()
+        module.body = module.net
+        del module.net
+        with pytest.raises(AdapterFileError, match="has an adapter for 'net', which Classifier does not have"):
+            run.test(module, loader(), ckpt_path=tmp_path / "it.ckpt")
 
 
 def test_plain_file_in_test_takes_the_adapter_off(tmp_path):
