@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_plugins import LoraConfig, LoraModel
+from lora_plugins import LoraConfig, LoraModel, Plan
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.fits.draw import Fit
 from tests.fits.module import TOWERS, FitModule
@@ -25,21 +25,25 @@ class Starts(Callback):
 
     def __init__(self, fit: Fit) -> None:
         self.fit = fit
-        self.taken: dict[str, Start] = {}
+        self.taken: dict[str, list[Start]] = {}
 
     def on_fit_start(self, trainer: Trainer, module: FitModule) -> None:
         if not self.taken:
             self.taken = dict(self.of(module))
 
-    def of(self, module: FitModule) -> Iterator[tuple[str, Start]]:
+    def of(self, module: FitModule) -> Iterator[tuple[str, list[Start]]]:
         """The starts of all layers of the towers, by full name."""
         whole = self.fit.target == "module"
         for prefix, target in {"": module}.items() if whole else module.towers.items():
-            for plan in LoraModel(target).plans["default"].layers:
+            plans = LoraModel(target).plans
+            for plan in plans["default"].layers:
                 name = f"{prefix}.{plan.name}".removeprefix(".")
-                layer = module.get_submodule(name)
-                factors = (getattr(layer, key)["default"].detach().clone() for key in ("lora_A", "lora_B"))
-                yield name, Start(self.base(target, layer), *factors, plan.settings.scaling)
+                yield name, [self.start(target, module.get_submodule(name), plans[key], key) for key in plans]
+
+    def start(self, target: nn.Module, layer: nn.Module, plan: Plan, adapter: str) -> Start:
+        """The start of one adapter of a layer."""
+        factors = (getattr(layer, key)[adapter].detach().clone() for key in ("lora_A", "lora_B"))
+        return Start(self.base(target, layer), *factors, plan.layers[0].settings.scaling)
 
     def base(self, target: nn.Module, layer: nn.Module) -> Tensor:
         """The weight that the update is added to: without the part that some inits take away."""
@@ -64,17 +68,30 @@ class Adapted:
         return FitModule(asdict(self.fit))
 
     def callbacks(self, folder: Path) -> list[Callback]:
-        """What a trainer gets: a callback for the module, or one for each tower."""
+        """What a trainer gets: one callback or two for the module, or for each tower."""
         self.folder, towers = folder, TOWERS[: self.fit.towers]
         if self.fit.target == "tower":
-            return [*(self.lora(folder / name, name, ("",)) for name in towers), self.starts]
+            return [*(each for name in towers for each in self.loras(folder / name, name, ("",))), self.starts]
         copies = ("average.",) if self.fit.copies == "average" else ()
-        return [self.lora(folder / "module", None, tuple(f"{name}." for name in towers), copies), self.starts]
+        return [*self.loras(folder / "module", None, tuple(f"{name}." for name in towers), copies), self.starts]
+
+    def loras(
+        self, folder: Path, target: str | None, towers: tuple[str, ...], copies: tuple[str, ...] = ()
+    ) -> list[Callback]:
+        """Makes the callbacks of a target."""
+        first = self.lora(folder, target, towers, copies)
+        if self.fit.second == "none":
+            return [first]
+        config = LoraConfig(r=4, alpha=3, init=self.fit.second, target_modules=first.config.target_modules)
+        options = {key: getattr(first, key) for key in ("target", "merge_on_fit_end", "dequantize", "merge_source")}
+        rates = {"loraplus_lr_ratio": self.fit.b_ratio, "heads_lr_ratio": self.fit.head_ratio}
+        files = {"adapter_name": "second", "save_adapter_to": folder / "second", "print_plan": False}
+        return [first, LoraCallback(config, **options, **rates, **files)]
 
     def lora(
         self, folder: Path, target: str | None, towers: tuple[str, ...], copies: tuple[str, ...] = ()
     ) -> LoraCallback:
-        """Makes a callback; the names of its layers begin as said."""
+        """Makes the first callback of a target; the names of its layers begin as said."""
         network, which = self.fit.network, self.fit.heads
         config = LoraConfig(
             r=2,
@@ -123,7 +140,11 @@ class Adapted:
         module.make()
         for target in self.targets():
             adapted = getattr(module, target) if target else module
-            LoraModel.load_adapter(adapted, self.folder / (target or "module") / "adapter")
+            folder = self.folder / (target or "module")
+            lora = LoraModel.load_adapter(adapted, folder / "adapter")
+            if self.fit.second != "none":
+                LoraModel.load_adapter(adapted, folder / "second")
+                lora.set_adapter(["default", "second"])
         return module
 
     def targets(self) -> tuple[str | None, ...]:

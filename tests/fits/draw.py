@@ -16,14 +16,19 @@ class Fit:
         network: Its class, of `networks.py`.
         towers: How many of them the module has; their outputs are added up.
         target: Whether each tower is a callback's `target`, or the module is adapted as a whole, by one callback.
+        calls: How towers are called: plainly, so that the backward computes what is inside of them again, by
+            `functional_call`, or for each half of a batch.
         build: Where the module makes its towers: in the constructor, in `setup` or in `configure_model`.
+        penalty: What the loss punishes beside: large `weights` of adapted layers, or large `gradients` of the input.
+        toggles: Whether the module freezes all of itself for validation, and thaws all of it behind that.
         loop: Who steps: Lightning, Lightning with a warm-up in `optimizer_step`, or the module, with one or two
-            optimizers.
+            optimizers, or twice a batch (`sam`).
         optimizer: Of `optimizers.py`.
         scheduler: Likewise.
         groups: How many groups of parameters the optimizer has.
         init: How A and B start.
         variant: How they change the weight.
+        second: The init of a second adapter of the same layers, if there is one, with a callback of its own.
         storage: In how many bits the weights of adapted layers are stored.
         heads: What is trained in full: `none`, the `head`, or `two`, the last of the layers as well.
         bias: Which biases are trained.
@@ -73,6 +78,9 @@ class Fit:
     network: str = "Mlp"
     towers: int = 1
     target: str = "tower"
+    calls: str = "plain"
+    penalty: str = "none"
+    toggles: bool = False
     build: str = "init"
     loop: str = "automatic"
     optimizer: str = "AdamW"
@@ -80,6 +88,7 @@ class Fit:
     groups: int = 1
     init: str = "kaiming"
     variant: str = "lora"
+    second: str = "none"
     storage: str = "none"
     heads: str = "head"
     bias: str = "none"
@@ -132,20 +141,37 @@ class Fit:
     @property
     def steps_itself(self) -> bool:
         """Whether the module, not Lightning, calls the optimizer."""
-        return self.loop in ("manual", "two optimizers")
+        return self.loop in ("manual", "two optimizers", "sam")
 
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "network": tuple(NETWORKS),
     "towers": (1, 1, 1, 2),
     "target": ("tower", "tower", "module"),
+    "calls": ("plain", "plain", "plain", "checkpointed", "functional", "halves"),
+    "penalty": ("none", "none", "none", "weights", "gradients"),
+    "toggles": (False, False, False, True),
     "build": ("init", "init", "setup", "configure_model"),
-    "loop": ("automatic",) * 4 + ("warmup", "manual", "two optimizers"),
-    "optimizer": ("AdamW", "AdamW", "SGD", "AMSGrad", "RMSprop", "Adagrad", "NAdam", "LBFGS"),
+    "loop": ("automatic",) * 4 + ("warmup", "manual", "two optimizers", "sam"),
+    "optimizer": (
+        "AdamW",
+        "AdamW",
+        "SGD",
+        "AMSGrad",
+        "RMSprop",
+        "Adagrad",
+        "NAdam",
+        "LBFGS",
+        "Adamax",
+        "RAdam",
+        "Adafactor",
+        "fused",
+    ),
     "scheduler": ("none", "step", "cosine", "exponential", "lambda", "plateau", "one cycle", "sequence", "restarts"),
     "groups": (1, 1, 2),
     "init": ("kaiming", "gaussian", "pissa", "olora"),
     "variant": ("lora", "lora", "dora"),
+    "second": ("none",) * 4 + ("kaiming", "orthogonal"),
     "storage": ("none", "none", "none", "nf4", "int8"),
     "heads": ("head", "head", "none", "two"),
     "bias": ("none", "none", "all"),
@@ -191,10 +217,14 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
         "on_train_batch_end",
         "on_validation_end",
         "on_train_epoch_end",
+        "on_before_backward",
+        "on_before_zero_grad",
+        "on_train_epoch_start",
+        "on_validation_start",
     ),
     "stop_at": (1, 2, 3, 5),
     "goes_on": ("resume", "again"),
-    "after": ("nothing", "fit", "new trainer", "test", "validate", "resume"),
+    "after": ("nothing", "fit", "new trainer", "test", "test best", "copy", "validate", "resume"),
 }
 """What is drawn, a value as often as it stands here."""
 
@@ -241,6 +271,8 @@ LIMITS = (
     Limit(lambda fit: fit.after == "resume", {"merge": False}),
     # Beside the best weights Lightning would save the last average, which the callback replaces by them.
     Limit(lambda fit: fit.best and fit.averaging != "none" and fit.after == "resume", {"after": "nothing"}),
+    # Lightning gives a module that is tested after a fit the weights before averaging; the callback, the averaged ones.
+    Limit(lambda fit: fit.averaging in ("ema", "weights") and fit.after == "test best", {"after": "test"}),
     # A checkpoint from before the first move is refused by a module that has moved since, and says so.
     Limit(lambda fit: fit.goes_on == "again", {"moved_in": "on_train_batch_end"}),
     # Nor does the best checkpoint put back what has moved since, where it is from before that, and a warning says so.
@@ -255,6 +287,10 @@ LIMITS = (
     Limit(lambda fit: fit.precision == "32-true", {"optimizer": "SGD", "finder": False}),
     # A bias in front of a norm that subtracts means has a gradient of nothing but rounding, and a warning says so.
     Limit(lambda fit: fit.precision == "32-true" and fit.norm == "track", {"bias": "none"}),
+    Limit(lambda fit: fit.optimizer == "Adafactor" and fit.norm == "track", {"bias": "none"}),  # which scales it up
+    # What a variant makes of two updates is that of their sum, and an average has one adapter.
+    Limit(lambda fit: fit.variant != "lora", {"second": "none"}),
+    Limit(lambda fit: fit.copies == "average", {"second": "none"}),
     # An optimizer needs parameters.
     Limit(lambda fit: fit.loop == "two optimizers" and fit.heads == "none", {"heads": "head"}),
     Limit(lambda fit: fit.groups == 2 and fit.heads == "none" and fit.variant == "lora", {"groups": 1}),
@@ -265,10 +301,19 @@ LIMITS = (
     Limit(lambda fit: fit.checkpoints == "none" and fit.goes_on == "resume", {"goes_on": "none"}),
     # Lightning resumes from no file that lacks the state of optimizers.
     Limit(lambda fit: fit.weights_only and fit.stop not in ("none", "save"), {"weights_only": False}),
+    # Tokens have no gradient, memory="low" has no second one, and nothing else is to be thawed than what is trained.
+    Limit(lambda fit: bool(NETWORKS[fit.network].columns) and fit.penalty == "gradients", {"penalty": "none"}),
+    Limit(lambda fit: fit.penalty == "gradients", {"memory": "normal"}),
+    Limit(lambda fit: fit.toggles, {"copies": "none"}),
+    # torch gives whole numbers no gradient, and says so.
+    Limit(lambda fit: fit.storage != "none", {"toggles": False}),
     # What does not stop does not go on, and nothing is trained where the first batch is not reached.
     Limit(lambda fit: fit.stop in ("none", "save"), {"goes_on": "none"}),
     Limit(lambda fit: fit.stop == "none", {"stop_in": "on_train_batch_end", "stop_at": 1}),
-    Limit(lambda fit: fit.stop == "stop" and fit.stop_in == "on_train_start", {"stop_in": "on_train_batch_end"}),
+    Limit(
+        lambda fit: fit.stop == "stop" and fit.stop_in in ("on_train_start", "on_train_epoch_start"),
+        {"stop_in": "on_train_batch_end"},
+    ),
     # EarlyStopping asks for a validation in every epoch.
     Limit(lambda fit: fit.early, {"check_every": 1}),
     # Lightning says that it does not shuffle what is overfitted.

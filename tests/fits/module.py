@@ -1,22 +1,33 @@
 """The LightningModule that is fitted, written without any thought of LoRA."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from tests.fits.draw import Fit
-from tests.fits.networks import CLASSES, build
+from tests.fits.networks import CLASSES, NETWORKS, build
 from tests.fits.optimizers import OPTIMIZERS, SCHEDULERS, Group
 
 RATE = 0.01
 TOWERS = ("net", "side")
 DTYPES = {"64-true": torch.float64, "32-true": torch.float32}
+
+
+CALLS: Mapping[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "plain": lambda tower, x: tower(x),
+    "checkpointed": lambda tower, x: checkpoint(tower, x, use_reentrant=False),
+    "functional": lambda tower, x: functional_call(tower, dict(tower.named_parameters()), (x,)),
+    "halves": lambda tower, x: torch.cat([tower(half) for half in x.chunk(2)]),
+}
+"""How a tower is called."""
 
 
 class Rules:
@@ -28,6 +39,10 @@ class Rules:
     def split(self, module: "FitModule", group: Group) -> list[Group]:
         """Gives parameters of one group rates of their own."""
         return [group]
+
+    def thaw(self, module: "FitModule") -> None:
+        """Makes all of a module trainable again."""
+        module.requires_grad_(True)
 
 
 class FitModule(LightningModule):
@@ -79,7 +94,7 @@ class FitModule(LightningModule):
             self.make()
 
     def forward(self, x: Tensor) -> Tensor:
-        return sum(tower(x) for tower in self.towers.values())
+        return sum(CALLS[self.setting.calls](tower, x) for tower in self.towers.values())
 
     @property
     def mean(self) -> Tensor:
@@ -89,8 +104,13 @@ class FitModule(LightningModule):
     def loss(self, batch: list[Tensor]) -> Tensor:
         """The loss that is trained on."""
         x, y = batch
-        outputs = self(x)
+        punished = self.setting.penalty == "gradients" and torch.is_grad_enabled()
+        outputs = self(x.requires_grad_() if punished else x)
         loss = cross_entropy(outputs, y)
+        if punished:
+            loss = loss + torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+        if self.setting.penalty == "weights":
+            loss = loss + 0.01 * sum(layer.weight.square().sum() for layer in self.layers())
         if "center" in self.setting.copies:
             loss = loss + 0.3 * (outputs.mean(0) - self.mean).square().sum()
             self.latest = outputs.detach().mean(0)
@@ -100,6 +120,11 @@ class FitModule(LightningModule):
             loss = loss + 0.3 * mse_loss(self(x), wanted)
         return loss
 
+    def layers(self) -> list[nn.Module]:
+        """The layers that can be adapted."""
+        names = NETWORKS[self.setting.network].layers
+        return [tower.get_submodule(name) for tower in self.towers.values() for name in names]
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
         loss = self.loss(batch)
         self.losses.append(loss.item())
@@ -108,6 +133,8 @@ class FitModule(LightningModule):
             return loss
         if self.setting.loop == "manual":
             self.step_every_second(loss, batch_idx)
+        elif self.setting.loop == "sam":
+            self.step_twice(batch, loss)
         else:
             self.step_in_turn(batch)
         for scheduler in as_list(self.lr_schedulers()):
@@ -123,6 +150,23 @@ class FitModule(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val=0.7, gradient_clip_algorithm="norm")
             optimizer.step()
             optimizer.zero_grad()
+
+    def step_twice(self, batch: list[Tensor], loss: Tensor) -> None:
+        """Steps by the gradients at weights that were moved along those of the loss, as SAM does."""
+        optimizer = self.optimizers()
+        self.manual_backward(loss)
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in held]
+        with torch.no_grad():
+            for parameter in held:
+                parameter.add_(parameter.grad, alpha=0.1)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        with torch.no_grad():
+            for parameter, value in zip(held, before, strict=True):
+                parameter.copy_(value)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def step_in_turn(self, batch: list[Tensor]) -> None:
         """Steps each optimizer on a loss of its own, as GANs do."""
@@ -145,6 +189,15 @@ class FitModule(LightningModule):
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self(batch[0])
+
+    def on_validation_start(self) -> None:
+        if self.setting.toggles:
+            self.trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            self.requires_grad_(False)
+
+    def on_validation_end(self) -> None:
+        if self.setting.toggles:
+            self.rules.thaw(self)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.move("on_train_batch_end")

@@ -17,6 +17,10 @@ OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {
     "RMSprop": optim.RMSprop,
     "Adagrad": optim.Adagrad,
     "NAdam": optim.NAdam,
+    "Adamax": optim.Adamax,
+    "RAdam": optim.RAdam,
+    "Adafactor": optim.Adafactor,
+    "fused": partial(optim.AdamW, fused=True),
     "LBFGS": lambda groups, lr: optim.LBFGS(groups, lr=3 * lr, max_iter=3),
 }
 

@@ -85,7 +85,7 @@ class PlainRules(Rules):
         starts: Of the layers, by their full name.
     """
 
-    def __init__(self, fit: Fit, starts: Mapping[str, Start]) -> None:
+    def __init__(self, fit: Fit, starts: Mapping[str, list[Start]]) -> None:
         self.fit, self.starts = fit, starts
 
     def adapt(self, module: FitModule) -> None:
@@ -94,18 +94,23 @@ class PlainRules(Rules):
             for key, parameter in tower.named_parameters():
                 biases = self.fit.bias == "all" and key.endswith("bias")
                 parameter.requires_grad_(key.startswith(trained) or biases)
-            for layer, start in self.starts.items():
+            for layer, starts in self.starts.items():
                 if layer.startswith(f"{name}."):
-                    self.update(tower, layer.removeprefix(f"{name}."), start)
+                    self.update(tower, layer.removeprefix(f"{name}."), starts)
 
-    def update(self, tower: nn.Module, name: str, start: Start) -> None:
-        """Gives one layer its update."""
+    def update(self, tower: nn.Module, name: str, starts: list[Start]) -> None:
+        """Gives one layer its updates."""
         layer = tower.get_submodule(name)
         with torch.no_grad():
-            layer.weight.copy_(start.weight)
+            layer.weight.copy_(starts[0].weight)
         columns = name in NETWORKS[self.fit.network].columns
-        update = Update(start, getattr(layer, "groups", 1), columns, self.fit.variant == "dora")
-        register_parametrization(layer, "weight", update)
+        for start in starts:
+            update = Update(start, getattr(layer, "groups", 1), columns, self.fit.variant == "dora")
+            register_parametrization(layer, "weight", update)
+
+    def thaw(self, module: FitModule) -> None:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in module.trained)
 
     def split(self, module: FitModule, group: Group) -> list[Group]:
         if self.fit.b_ratio == 1 and self.fit.head_ratio == 1:
@@ -151,7 +156,7 @@ class Plain:
         starts: Of the layers, as the other side has had them.
     """
 
-    def __init__(self, fit: Fit, starts: Mapping[str, Start]) -> None:
+    def __init__(self, fit: Fit, starts: Mapping[str, list[Start]]) -> None:
         self.fit, self.rules = fit, PlainRules(fit, starts)
 
     def module(self) -> FitModule:

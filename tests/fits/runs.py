@@ -1,5 +1,6 @@
 """Carries out a run, and takes down all that has to be the same on both sides."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.fits.draw import Fit
 from tests.fits.module import DTYPES, FitModule
 from tests.fits.networks import FEATURES
-from tests.fits.trainers import Stop, StoppedError, make_trainer
+from tests.fits.trainers import Stop, StoppedError, best_file, make_trainer
 from tests.fits.weights import effective
 
 Record = dict[str, str | list[float] | Mapping[str, Tensor]]
@@ -141,6 +142,20 @@ class Run:
         self.record["test"] = list(self.module.validations)
         self.record["predictions"] = {"": torch.cat(self.trainer.predict(self.module, loader(self.fit, 2, 16, 8)))}
 
+    def test_best(self) -> None:
+        """Tests with the best checkpoint, if there is one."""
+        path = best_file(self.trainer)
+        if path:
+            self.module.validations.clear()
+            self.trainer.test(self.module, loader(self.fit, 2, 16, 8), ckpt_path=path, verbose=False)
+            self.record["test of the best"] = list(self.module.validations)
+
+    def fit_a_copy(self) -> None:
+        """Fits a copy of the module, with another trainer."""
+        self.module.trainer = None
+        self.module = copy.deepcopy(self.module)
+        self.fit_anew()
+
     def resume(self) -> None:
         """Saves the fitted module, and lets a new one go on from there."""
         path = self.folder / "fitted.ckpt"
@@ -177,6 +192,8 @@ AFTER = {
     "fit": Run.fit_further,
     "new trainer": Run.fit_anew,
     "test": Run.test,
+    "test best": Run.test_best,
+    "copy": Run.fit_a_copy,
     "validate": Run.validate,
     "resume": Run.resume,
 }

@@ -23,6 +23,8 @@ WARNINGS = [
     "ignore:When using `Trainer\\(accumulate_grad_batches != 1\\)` and overriding:UserWarning",  # the warm-up
     "ignore:.`?.?fit\\(ckpt_path=:UserWarning",  # OnExceptionCheckpoint, and a module that is tested again
     "ignore:'.*center' have changed since the adapter was added:UserWarning",  # ours: it moves by hand
+    "ignore:\\d+ tensors of the frozen base were made trainable:UserWarning",  # ours: it thaws all of itself
+    "ignore:\\d+ of \\d+ trainable tensors did not move:UserWarning",  # ours: LBFGS has no way down any more
     "ignore:merge_source='best', and no checkpoint was written:UserWarning",  # ours: it trained too few batches
 ]
 """What is said of settings that a user would choose otherwise."""
@@ -42,6 +44,7 @@ FOUND = {
     "average moved by hand beside an averaging callback": Fit(
         target="module", copies="average", averaging="ema", loop="manual"
     ),
+    "statistics of a part that is computed again": Fit(calls="checkpointed", variant="dora", norm="track"),
 }
 """What random fits found."""
 
