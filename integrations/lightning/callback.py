@@ -304,7 +304,8 @@ class LoraCallback(Callback):
         left_out = self._run.left_out(pl_module, self.target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", left_out.layers)
-        left_out.tell(type(pl_module).__name__)
+        left_out.tell_layers(pl_module)
+        self._run.after_fit_start(lambda: left_out.tell_copies(pl_module))
         if lora_callbacks(trainer)[0] is self:
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         self._run.restore_before_data(trainer)

@@ -123,6 +123,11 @@ class Run:
         """Returns what the fit leaves out."""
         return LeftOut.of(module, target, plan)
 
+    def after_fit_start(self, then: Callable[[], None]) -> None:
+        """Calls a function after the module's own `on_fit_start`."""
+        assert self.module_shims is not None  # since the setup of the callback
+        self.module_shims.after("on_fit_start", lambda _: then())
+
     def keep_base(self, trainer: Trainer, module: LightningModule) -> None:
         """Removes rounding errors from what callbacks have averaged, before they exchange it with the module."""
         if trainer.state.fn == "fit":

@@ -20,8 +20,8 @@ _OF_LIGHTNING = frozenset({*vars(LightningModule()), "_hparams", "_hparams_initi
 _LIBRARIES = ("torch", "lightning", "lora_plugins", "torchmetrics", "builtins")
 
 
-def kept_copies(module: nn.Module) -> list[str]:
-    """Returns the names of collections in which a module keeps copies of weights that are adapted.
+def kept_copies(module: nn.Module) -> dict[str, list[Tensor]]:
+    """Returns the copies of adapted weights that a module keeps, by the name of the collection that has them.
 
     A collection counts if it has the values of two adapted weights, or of all that there are.
     """
@@ -29,12 +29,12 @@ def kept_copies(module: nn.Module) -> list[str]:
     weights = {id(owned[name]): owned[name] for name in adapted if name in owned and owned[name].dim() > 1}
     sums = {(tensor.shape, tensor.dtype, checksum(tensor)) for tensor in weights.values()}
     shapes = {(shape, dtype) for shape, dtype, _ in sums}
-    found = []
+    found = {}
     for name, tensors in _collections(module):
         alike = [t for t in tensors if (t.shape, t.dtype) in shapes and id(t) not in weights]
         equal = {(t.shape, t.dtype, checksum(t)) for t in alike} & sums
         if equal and len(equal) >= min(2, len(sums)):
-            found.append(name)
+            found[name] = alike
     return found
 
 

@@ -1,10 +1,11 @@
 """Warns before a fit of what it leaves out: new layers that nothing trains, and copies that no average reaches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lora_plugins import Plan
 from lora_plugins.errors import listing
@@ -20,11 +21,11 @@ class LeftOut:
 
     Args:
         layers: Names, below the target, of layers that look new and that nothing trains or moves.
-        copies: Names of collections of copies of weights, without A and B.
+        copies: Copies of weights, without A and B, by the names of the collections that have them.
     """
 
     layers: Sequence[str] = ()
-    copies: Sequence[str] = ()
+    copies: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: LightningModule, target: str | None, plan: Plan) -> "LeftOut":
@@ -42,26 +43,32 @@ class LeftOut:
         new = [name for name in forgotten if not _follows(module, full_name(plain_name(target or ""), name), copies)]
         return cls(new, kept_copies(module))
 
-    def tell(self, name: str) -> None:
-        """Warns of it.
-
-        Args:
-            name: What messages call the module.
-        """
+    def tell_layers(self, module: LightningModule) -> None:
+        """Warns of the layers."""
         if self.layers:
             rank_zero_warn(
-                f"{listing(self.layers, 3)} of {name} look newly initialized, and nothing trains them. A new head "
-                "belongs in modules_to_save, or in an attribute head_modules of the module; one that is to stay "
-                "as it is can be left so."
+                f"{listing(self.layers, 3)} of {type(module).__name__} look newly initialized, and nothing trains "
+                "them. A new head belongs in modules_to_save, or in an attribute head_modules of the module; one that "
+                "is to stay as it is can be left so."
             )
-        if self.copies:
+
+    def tell_copies(self, module: LightningModule) -> None:
+        """Warns of the copies that are still there, where `on_fit_start` has made no others in their place."""
+        now = kept_copies(module) if self.copies else {}
+        still = [name for name, tensors in self.copies.items() if _share(tensors, now.get(name, []))]
+        if still:
             rank_zero_warn(
-                f"{listing(self.copies, 3)} of {name} has copies of weights, made before there were adapters: what "
-                "averages them, or measures the distance to them, does not see A and B, and pairs of parameters and "
-                "copies may not belong together. After a merge they are still the pretrained weights: a module that "
-                "puts them in place of its own, to validate say, is the pretrained one then. Make the copies in "
-                "on_fit_start, and those in buffers in on_load_checkpoint too, or let EMAWeightAveraging average."
+                f"{listing(still, 3)} of {type(module).__name__} has copies of weights, made before there were "
+                "adapters: what averages them, or measures the distance to them, does not see A and B, and pairs of "
+                "parameters and copies may not belong together. After a merge they are still the pretrained weights: "
+                "a module that puts them in place of its own, to validate say, is the pretrained one then. Make the "
+                "copies in on_fit_start, and those in buffers in on_load_checkpoint too, or let EMAWeightAveraging "
+                "average."
             )
+
+
+def _share(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return not {id(tensor) for tensor in some}.isdisjoint(id(tensor) for tensor in others)
 
 
 def _follows(module: LightningModule, name: str, copies: Sequence[NetworkCopy]) -> bool:

@@ -87,7 +87,13 @@ class InFitStart(Classifier):
 
 @pytest.mark.parametrize(
     ("cls", "keep"),
-    [(Classifier, others), (Classifier, themselves), (Classifier, a_module_of_its_own), (InFitStart, lambda _: None)],
+    [
+        (Classifier, others),
+        (Classifier, themselves),
+        (Classifier, a_module_of_its_own),
+        (InFitStart, lambda _: None),
+        (InFitStart, as_dict),  # which on_fit_start replaces, as in a subclass of a module that makes it before
+    ],
 )
 def test_what_is_no_such_copy_says_nothing(tmp_path, cls, keep):
     module = cls()
