@@ -90,6 +90,7 @@ from lora_plugins.integrations.lightning.training import (
     adapt_after_restoring,
     calibrate_on_train_batches,
     check_averages,
+    check_backbone,
     check_trained,
     complete_optimizers,
     copy_into_averages,
@@ -295,6 +296,7 @@ class LoraCallback(Callback):
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
         freeze_new_norms(target)  # those that Trainer(sync_batchnorm=True) has made
+        check_backbone(trainer, pl_module)
         self._check_mergeable(trainer, target)
         if self.export_to is not None:
             check_only_tensors(target)

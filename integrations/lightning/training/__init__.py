@@ -18,7 +18,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     needs_data,
     stores_changed_base,
 )
-from lora_plugins.integrations.lightning.training.frozen_base import freeze_again, frozen_names
+from lora_plugins.integrations.lightning.training.frozen_base import check_backbone, freeze_again, frozen_names
 from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import LeftOut
@@ -41,6 +41,7 @@ __all__ = [
     "adapt_after_restoring",
     "calibrate_on_train_batches",
     "check_averages",
+    "check_backbone",
     "check_trained",
     "complete_optimizers",
     "copy_into_averages",

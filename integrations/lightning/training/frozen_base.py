@@ -2,12 +2,16 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
+from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.module import checksum, frozen_tensors
+from lora_plugins.integrations.lightning.shims import callbacks_of
 
 
 def frozen_names(module: nn.Module) -> set[str]:
@@ -34,6 +38,26 @@ def freeze_again(module: nn.Module, frozen: Collection[str]) -> None:
         )
 
 
+def check_backbone(trainer: Trainer, module: LightningModule) -> None:
+    """Checks before training that no BackboneFinetuning is going to train tensors of the base.
+
+    Raises:
+        StateError: If one is, naming them.
+    """
+    for callback in callbacks_of(trainer):
+        if not isinstance(callback, BackboneFinetuning):
+            continue
+        epoch, backbone = callback.unfreeze_backbone_at_epoch, submodule(module, "backbone")
+        meant = {id(each) for each in callback.filter_params(backbone, callback.train_bn, requires_grad=False)}
+        thawed = [name for name, tensor in frozen_tensors(module).items() if id(tensor) in meant]
+        if thawed and epoch < (trainer.max_epochs or 0):
+            raise StateError(
+                f"{type(callback).__name__} would make {len(thawed)} tensors of the frozen base trainable in epoch "
+                f"{epoch}: {listing(thawed)}. An adapter's checkpoint does not hold them. To train them from the "
+                "first epoch on, list their modules in modules_to_save; to train adapters only, remove the callback."
+            )
+
+
 def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[int]) -> None:
     """Checks that nobody trains tensors of the base.
 
@@ -47,7 +71,7 @@ def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[i
     trained = [name for name, parameter in thawed.items() if id(parameter) in held]
     if trained:
         raise StateError(
-            f"{len(trained)} tensors of the frozen base were made trainable, by another callback (BackboneFinetuning "
+            f"{len(trained)} tensors of the frozen base were made trainable, by another callback (BaseFinetuning "
             f"does that) or by the module: {listing(trained)}. An adapter's checkpoint does not hold them. To train "
             "them, list their modules in modules_to_save; to keep them frozen, remove the callback, or give the "
             "optimizer only what requires a gradient, where a module switches gradients of its parts, as GANs do."

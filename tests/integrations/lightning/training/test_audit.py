@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BaseFinetuning,
     ModelCheckpoint,
 )
 from lightning.pytorch.plugins import MixedPrecision
@@ -242,11 +243,35 @@ class WithBackbone(Classifier):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
+class ThawsLater(BaseFinetuning):
+    """Thaws the backbone in the second epoch, as BackboneFinetuning does, which says ahead that it will."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("finetuning", "said", "steps"),
+    [
+        (BackboneFinetuning(1, verbose=False), "BackboneFinetuning would make 2 tensors .* in epoch 1: ", 0),
+        (ThawsLater(), "were made trainable", 4),
+    ],
+    ids=["announced", "in_a_hook"],
+)
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning")
-def test_base_unfrozen_by_another_callback_is_refused_by_name(tmp_path):
-    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
-    with pytest.raises(StateError, match=r"made trainable.*(backbone|net\.0)\.weight"):
-        trainer(tmp_path, [lora(), finetuning], max_epochs=3).fit(WithBackbone(), loader())
+def test_base_unfrozen_by_another_callback_is_refused_by_name(tmp_path, finetuning, said, steps):
+    fitting = trainer(tmp_path, [lora(), finetuning], max_epochs=3)
+    with pytest.raises(StateError, match=rf"{said}.*(backbone|net\.0)\.weight"):
+        fitting.fit(WithBackbone(), loader())
+    assert fitting.global_step == steps
+
+
+def test_backbone_that_would_be_unfrozen_after_the_end_stays_frozen(tmp_path):
+    trainer(tmp_path, [lora(), BackboneFinetuning(2, verbose=False)], max_epochs=2).fit(WithBackbone(), loader())
 
 
 class Switches(WithBackbone):
