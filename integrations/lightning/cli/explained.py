@@ -14,7 +14,9 @@ from lora_plugins import ConfigError
 from lora_plugins.errors import near
 from lora_plugins.integrations.lightning.cli.preflight import LISTED
 
-_KEY = re.compile(r'(?:Parser key|Key) "([^"]+)"')
+_KEY = re.compile(r'(?<!- )(?:Parser key|Key) "([^"]+)"')
+"""Of a section; after a dash, the same one comes again."""
+
 _CLASS = re.compile(r"given class_path '([^']+)'")
 _TYPES: Mapping[str, str] = {
     "int": "a whole number",
@@ -30,6 +32,9 @@ _TYPES: Mapping[str, str] = {
 
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """The keys of a table that names a class."""
+
+_BASES = frozenset({"Callback", "LightningDataModule", "LightningModule", "Logger", "Optimizer"})
+"""What jsonargparse gives options to where a table names no class."""
 
 _OF_THE_CPU = "DefaultCPUAllocator: "
 """Begins what torch says where the memory of a CPU is too small, in an error of no class of its own."""
@@ -78,7 +83,10 @@ def explained_run() -> Iterator[None]:
 
 
 def _option(found: re.Match[str], cls: str, flags: list[str]) -> str:
-    return f"{cls.rpartition('.')[2] or 'it'} has no {found[1]!r}. {near(found[1], _parameters(cls))}"
+    name = cls.rpartition(".")[2]
+    if name in _BASES:
+        return f"{name} has no {found[1]!r}. Name the class that has it: class_path: package.module.Class."
+    return f"{name or 'it'} has no {found[1]!r}. {near(found[1], _parameters(cls))}"
 
 
 def _option_of_callable(found: re.Match[str], cls: str, flags: list[str]) -> str:
@@ -120,6 +128,10 @@ def _wrong_type(found: re.Match[str], cls: str, flags: list[str]) -> str:
     value, types = nested[2] if nested else found[2], {*re.findall(r"Expected a <class '([\w.]+)'>", found.string)}
     first = "float" if {"int", "float"} <= types else found[1]
     return f"it is {_TYPES.get(first, first)}, and {value!r} was given."
+
+
+def _table(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"it is {_TYPES['dict']}, and {found[1]!r} was given."
 
 
 def _choice(found: re.Match[str], cls: str, flags: list[str]) -> str:
@@ -165,6 +177,8 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
         lambda found, *_: f"it is a list of {found[1]}, and {found[2]} was given.",
     ),
     (r"File does not exist: '([^']+)'", lambda found, *_: f"there is no file {found[1]}."),
+    (r"Unable to load config '([^']*)'", _table),
+    (r"(?s)Not a valid subclass of (\w+).*?(?:Got|Given) value: ([^\n]+)", _no_class),
     (r'(?:Key|Option) "([^"]+)" is required', lambda found, *_: f"{found[1]!r} is missing, and has no default."),
 )
 """What jsonargparse says, in the order in which it is looked for, and what says it better."""
