@@ -293,7 +293,8 @@ def choice_of(*choices: str) -> Check:
 
     def check_choice(name: str, value: Any) -> None:
         if value not in choices:
-            raise ConfigError(f"{name} is {shown(value)}. {near(str(value), choices)}")
+            given = value if isinstance(value, str) else shown(value)
+            raise ConfigError(f"{name} is {shown(value)}. {near(given, choices)}")
 
     return check_choice
 
