@@ -23,6 +23,7 @@ from lora_plugins.field_checks import (
     check_plugins,
     check_registry,
     check_share,
+    finite,
     shown,
 )
 from lora_plugins.words import ARGUMENTS, FIELDS
@@ -151,6 +152,17 @@ def chosen_names(adapter_names: str | Sequence[Name], ordered: str = "") -> tupl
     if ordered:
         check_ordered(ordered, adapter_names)
     return tuple(adapter_names)
+
+
+def weighted(adapters: Sequence[str], weights: Sequence[float]) -> list[tuple[str, float]]:
+    """Returns adapters, each with the weight that a caller gave for it.
+
+    Raises:
+        ConfigError: If there is not one weight for each, or one is no finite number.
+    """
+    if len(adapters) != len(weights):
+        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
+    return [(name, finite(f"The weight of {name!r}", weight)) for name, weight in zip(adapters, weights, strict=True)]
 
 
 def _checked(function: Callable[..., Any], call: str, skip: int) -> Callable[..., Any]:

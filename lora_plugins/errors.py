@@ -67,6 +67,11 @@ SHORTEST_BEGINNING = 4
 """Letters of a name that can be the beginning of another one."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things, such as `1 image` or `2 images`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def near(name: str, candidates: Iterable[str]) -> str:
     """Returns the sentence that offers near matches, or lists what there is.
 

@@ -7,7 +7,7 @@ import math
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from lora_plugins.errors import ConfigError, near
@@ -57,17 +57,6 @@ def finite(what: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ConfigError(f"{what} is {shown(value)}. It has to be a finite number.")
     return number
-
-
-def weighted(adapters: Sequence[str], weights: Sequence[float]) -> list[tuple[str, float]]:
-    """Returns adapters, each with the weight that a caller gave for it.
-
-    Raises:
-        ConfigError: If there is not one weight for each, or one is no finite number.
-    """
-    if len(adapters) != len(weights):
-        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
-    return [(name, finite(f"The weight of {name!r}", weight)) for name, weight in zip(adapters, weights, strict=True)]
 
 
 def check_rank(name: str, value: Any) -> None:

@@ -30,11 +30,6 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"Unknown {kind} {name!r}. {near(name if isinstance(name, str) else repr(name), known)}")
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things, such as `1 image` or `2 images`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def listed(problems: Sequence[str]) -> str:
     """An indented list of problems, one per line: the first twenty, and the number of the others."""
     rest = len(problems) - MAX_LISTED

@@ -13,9 +13,9 @@ from lora_plugins.adapter.content import SlotTensors, factor_dtype
 from lora_plugins.adapter.integrity import check_in_place
 from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.state import ModelState
+from lora_plugins.arguments import weighted
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, listing
-from lora_plugins.field_checks import weighted
 from lora_plugins.inplace import detached_weight, factors, full_name, layer_state, own_tensor, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
 from lora_plugins.plugins import PLAIN, PlannedLayer, Registry, Slot

@@ -75,7 +75,11 @@ def new_stored_weights(
 
 
 def _stored(storage: Storage, name: str, value: Tensor, dtype: torch.dtype, parameter: Tensor) -> StoredWeight:
-    """Returns a value as a storage has it, in place of a parameter, whose own value had that type before."""
+    """Stores the value that replaces a parameter; `dtype` is the type that its weight had before it was ever stored.
+
+    Raises:
+        StateError: If some of the values are not finite.
+    """
     if not bool(value.isfinite().all()):
         raise StateError(f"{name!r} has values that are not finite, which cannot be stored as {storage}.")
     with noted(f"the storage {storage.plugin.name!r}, for {name!r}"):

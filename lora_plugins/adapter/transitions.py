@@ -23,9 +23,9 @@ from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.same_start import check_rounded
 from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
+from lora_plugins.arguments import weighted
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, StateError, TargetError, listing
-from lora_plugins.field_checks import weighted
 from lora_plugins.inplace import (
     RESERVED,
     all_stored,

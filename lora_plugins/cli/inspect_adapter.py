@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from lora_plugins.cli.text import table
+from lora_plugins.errors import counted
 from lora_plugins.files import format_of
 from lora_plugins.hub import located
 from lora_plugins.plugins import AdapterSummary
@@ -28,12 +29,11 @@ def described(path: Path, format_name: str, summary: AdapterSummary) -> str:
     layers += [(each.name, str(each.r), f"{each.alpha:g}", f"{each.elements:,}") for each in summary.layers]
     values = [("trained in full", "elements"), *((name, f"{size:,}") for name, size in summary.values.items())]
     count, total = len(summary.layers), sum(each.elements for each in summary.layers)
-    layer_count = f"{count} layer{'' if count == 1 else 's'}"
     parts = [
         "\n".join(f"{key}: {value}" for key, value in details.items()),
         table(layers),
         *([table(values)] if summary.values else []),
-        f"{layer_count}, {total:,} elements; {sum(summary.values.values()):,} trained in full",
+        f"{counted(count, 'layer')}, {total:,} elements; {sum(summary.values.values()):,} trained in full",
     ]
     return "\n\n".join(parts)
 

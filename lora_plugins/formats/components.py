@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from lora_plugins.errors import AdapterFileError, ConfigError, listing, near
-from lora_plugins.field_checks import choice_of
+from lora_plugins.field_checks import choice_of, optional
 from lora_plugins.inplace import base_class_of
 
 COMPONENTS = (
@@ -143,8 +143,7 @@ def check_name(component: str | None) -> None:
     Raises:
         ConfigError: If there is no such part.
     """
-    if component is not None:
-        choice_of(*COMPONENTS)("format_options: component", component)
+    optional(choice_of(*COMPONENTS))("format_options: component", component)
 
 
 def _children(model: nn.Module) -> set[str]:

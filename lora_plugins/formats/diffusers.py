@@ -45,7 +45,7 @@ class DiffusersFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"component": None, "patterns": None}
 
     def recognizes(self, path: Path) -> bool:
-        """Knows a file by keys of diffusers, with a part of a pipeline in front or without, or its folder."""
+        """Whether a file, or that of a folder, has keys of diffusers, with a part of a pipeline in front or without."""
         file = _file(path)
         keys = [*read_shapes(file)] if file.is_file() else []
         if file.name == TENSORS_OF_PEFT:  # whose alphas are beside it
@@ -81,7 +81,7 @@ class DiffusersFormat(PortableFormat):
         return _adapter(layers, paths, configs)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
-        """Files of diffusers have linear layers and convolutions only."""
+        """Returns what is neither a linear layer nor a convolution."""
         return refusals_of_pipelines(adapter)
 
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:

@@ -58,9 +58,9 @@ _FACTORS: Mapping[str, str] = {
 _UNCONVERTED: Mapping[str, str] = {
     "_lora.down.weight": "lora_down.weight",
     "_lora.up.weight": "lora_up.weight",
-    ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_magnitude_vector": "lora_magnitude_vector",  # for the dots in front of it
 }
-"""How keys end that scripts of diffusers (`--output_kohya_format`) convert by half, with dots in names, and what it is.
+"""Endings that scripts of diffusers (`--output_kohya_format`) leave as they are, behind a name with dots, and ours.
 
 These are the denoiser's where a text encoder was trained as well, and the norms of DoRA.
 """
@@ -77,7 +77,7 @@ class KohyaFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"component": None}
 
     def recognizes(self, path: Path) -> bool:
-        """Knows a file by a key behind one of the usual prefixes."""
+        """Whether a file has a key behind one of the usual prefixes."""
         return path.is_file() and any(_split(key) is not None for key in read_shapes(path))
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
@@ -97,7 +97,7 @@ class KohyaFormat(PortableFormat):
         return PortableAdapter(placed, details=details)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
-        """Refuses all but linear layers and convolutions."""
+        """Returns what is neither a linear layer nor a convolution."""
         return refusals_of_pipelines(adapter)
 
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:

@@ -18,7 +18,7 @@ class OwnFormat(AdapterFormat):
     file_names = (MANIFEST, TENSOR_FILES)
 
     def recognizes(self, path: Path) -> bool:
-        """Knows a folder by our manifest, or by our tensors where that is missing."""
+        """Whether a folder has our manifest, or our tensors where that is missing."""
         return (path / MANIFEST).is_file() or any(TENSOR_FILE.fullmatch(each.name) for each in path.glob("adapter-*"))
 
     def read(

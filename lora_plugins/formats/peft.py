@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter import ADAPTER_NAME
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.field_checks import choice_of
+from lora_plugins.field_checks import choice_of, optional
 from lora_plugins.files import PICKLED
 from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.peft_attention import as_applied, with_attention, with_transposed
@@ -52,7 +52,7 @@ class PeftFormat(PortableFormat):
     options: ClassVar[Mapping[str, Any]] = {"out_proj": None, "patterns": None}
 
     def recognizes(self, path: Path) -> bool:
-        """Knows a folder by PEFT's config, or by folders with one for named adapters; or a file of tensors in one."""
+        """Whether a folder has PEFT's config or folders with one for named adapters, or a file is in such a folder."""
         return bool(_folders(path))
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
@@ -183,8 +183,8 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
 
 def _times(config: PeftConfig, asked: str | None) -> int:
     """Returns how often the update of an attention's output projection counts."""
+    optional(choice_of(*_TIMES))("format_options: out_proj", asked)
     if asked is not None:
-        choice_of(*_TIMES)("format_options: out_proj", asked)
         return _TIMES[asked]
     version = version_of(config.fields.get("peft_version") or "0")
     if version is not None and version <= Version(WRITTEN_FOR):

@@ -21,6 +21,7 @@ from lora_plugins.field_checks import (
     choice_of,
     is_whole,
     map_of,
+    optional,
     shown,
 )
 from lora_plugins.files import check_expressions
@@ -153,8 +154,7 @@ class PeftConfig:
     """
 
     def __init__(self, fields: Mapping[str, Any], patterns: str | None) -> None:
-        if patterns is not None:
-            choice_of("first", "longest")("format_options: patterns", patterns)
+        optional(choice_of("first", "longest"))("format_options: patterns", patterns)
         if str(fields.get("peft_type")).upper() != "LORA":
             raise AdapterFileError(
                 f"The adapter is of PEFT's method {fields.get('peft_type')!r}; only 'LORA' can be read. Merge it in "
@@ -209,7 +209,7 @@ class PeftConfig:
         r, full = len(A), min(len(B), A[0].numel())
         if r == full < said[0] and self.init in _CHANGED_INITS:
             return int(said[0])
-        if r not in said and self._is_parameter(name):
+        if r > said[0] and r % said[0] == 0 and self.parameter_of(name.rpartition(".")[0]) == name:
             raise AdapterFileError(
                 f"target_parameters: {name!r} holds several matrices, each with an A and a B of its own, which have no "
                 "form here. Merge the adapter in PEFT, and use the merged model."
@@ -259,9 +259,6 @@ class PeftConfig:
             if not path or name == path or name.endswith(f".{path}"):
                 return f"{name}.{own}"
         return None
-
-    def _is_parameter(self, name: str) -> bool:
-        return any(name == target or name.endswith(f".{target}") for target in self.fields.get("target_parameters", []))
 
     def is_target(self, name: str) -> bool:
         """Whether a module is one that the config targets, by PEFT's rules."""

@@ -119,7 +119,10 @@ def _place(found: PeftTensors, key: str, tensor: Tensor, modules: Collection[str
         return _put(found.copies if _UNTRAINED in wrappers else found.values, name, tensor, key)
     layer = name.removesuffix(ending)
     if WRAPPER in wrappers and f".{WRAPPER}.lora_" in key:
-        return f"{key!r}: two parameters of {layer!r} are adapted (target_parameters), and a layer has one A and B here"
+        return (
+            f"{key!r}: two parameters of {layer!r} are adapted (target_parameters), and a layer has one A and B here. "
+            "Merge the adapter in PEFT, and use the merged model"
+        )
     if WRAPPER in wrappers and layer.rpartition(".")[2] == "out_proj":
         found.in_attention.add(layer)
         found.layer_types[layer.removesuffix(".out_proj")] = "multihead_attention"

@@ -38,36 +38,36 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         base: The class of the untouched layer.
         weights: Attribute names of the weights that answer with their effective value.
     """
-    computes = () if base.train is nn.Module.train else ("train",)  # as a kernel, for all forwards of eval mode
-    made = {name: _holding(base, name) for name in ("forward", *computes)}
-    return {**made, "__setattr__": _set_attribute(base, weights)}
 
-
-def _holding(base: type[nn.Module], name: str) -> Callable[..., Any]:
-    """Returns the `forward` or the `train` of a class, inside each call of which a weight is one tensor."""
-
-    @functools.wraps(getattr(base, name))  # others ask for its signature
-    def call(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(base.train)
+    def train(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         state, thread = state_of(layer), _thread()
-        if state is None or thread in state.held:  # a hook of others has kept this method, or it calls itself
-            return getattr(base, name)(layer, *args, **kwargs)
+        if state is None or thread in state.held:
+            return base.train(layer, *args, **kwargs)
         given: dict[str, Tensor | None] = {}
-        state.held[thread] = given, torch.is_grad_enabled(), name == "forward"
+        state.held[thread] = given, torch.is_grad_enabled(), False
         try:
-            output = getattr(base, name)(layer, *args, **kwargs)
+            return base.train(layer, *args, **kwargs)
         finally:
             del state.held[thread]
-        if name == "train":
             has_read = given.keys() >= set(state.weight_names)
             state.is_kept = not layer.training and (has_read or state.is_kept)
-        elif not (state.is_read or state.is_kept or torch.compiler.is_compiling()):
+
+    @functools.wraps(base.forward)  # others ask for its signature
+    def forward(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        state, thread = state_of(layer), _thread()
+        if state is None or thread in state.held:  # a hook of others has kept this method, or it calls itself
+            return base.forward(layer, *args, **kwargs)
+        given: dict[str, Tensor | None] = {}
+        state.held[thread] = given, torch.is_grad_enabled(), True
+        try:
+            output = base.forward(layer, *args, **kwargs)
+        finally:
+            del state.held[thread]
+        if not (state.is_read or state.is_kept or torch.compiler.is_compiling()):
             check_reads(layer, given, (*args, *kwargs.values()), output)
         return output
 
-    return call
-
-
-def _set_attribute(base: type[nn.Module], weights: tuple[str, ...]) -> Callable[..., None]:
     def set_attribute(layer: nn.Module, name: str, value: Any) -> None:
         if name not in weights:
             base.__setattr__(layer, name, value)
@@ -82,7 +82,8 @@ def _set_attribute(base: type[nn.Module], weights: tuple[str, ...]) -> Callable[
         else:
             given.pop(name, None)  # torch itself reads a buffer when one is assigned
 
-    return set_attribute
+    computes = {} if base.train is nn.Module.train else {"train": train}  # as a kernel, for all forwards of eval mode
+    return {"forward": forward, "__setattr__": set_attribute, **computes}
 
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:

@@ -101,7 +101,7 @@ class MultiheadAttentionPlugin(RowMajorPlugin[nn.MultiheadAttention]):
         return _project(layer, output), weights
 
     def mixing_problem(self, layer: nn.MultiheadAttention) -> str:
-        """Wants the batch to come first, and one weight to project all three."""
+        """Returns why rows cannot be mixed: the batch does not come first, or each of three weights projects."""
         if not layer.batch_first:
             return "with batch_first=False, the first dimension is no batch"
         return "" if layer._qkv_same_embed_dim else "query, key and value have a weight each"

@@ -92,7 +92,7 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         return adapters.rescale(y, layer.bias, 1)
 
     def mixing_problem(self, layer: Conv) -> str:
-        """Refuses a convolution that somebody gave the layer: it takes one kernel for all rows."""
+        """Returns why rows cannot be mixed: somebody gave the layer a convolution, which takes one kernel for all."""
         return "somebody replaced _conv_forward, which takes one kernel for all rows" if _is_replaced(layer) else ""
 
     def _updated(self, weight: Tensor, terms: Sequence[Term]) -> Tensor:

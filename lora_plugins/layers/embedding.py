@@ -56,7 +56,7 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
         return adapters.rescale(y, None, -1)
 
     def mixing_problem(self, layer: nn.Embedding) -> str:
-        """Refuses `max_norm`, which is of whole rows of one table."""
+        """Returns why rows cannot be mixed: `max_norm`, which is of whole rows of one table."""
         return "" if layer.max_norm is None else "max_norm holds for the rows of one updated table"
 
     def _look_up_rows(self, layer: nn.Embedding, weight: Tensor, terms: Sequence[Term], input: Tensor) -> Tensor:

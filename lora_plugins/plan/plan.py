@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_plugins.config import LoraConfig, rank_divisor
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.plan.groups import LayerGroup, group_layers, group_tensors, layer_label
 from lora_plugins.plan.targets import LeftOut
 from lora_plugins.plugins import InitPlugin, PlannedLayer, Slot, Storage
@@ -100,7 +100,7 @@ class Plan:
     @property
     def extent(self) -> str:
         """How many layers are adapted, such as `2 layers`."""
-        return f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
+        return counted(len(self.layers), "layer")
 
     def summary(self) -> str:
         """Returns one line with the counts."""

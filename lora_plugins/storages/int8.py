@@ -23,9 +23,9 @@ class Int8Storage(BlockwiseStorage):
         return (codes - 127).to(torch.int8)
 
     def unpacked(self, codes: Tensor) -> Tensor:
-        """Returns the integers."""
+        """Returns the integers of codes as numbers."""
         return codes.float()
 
     def levels_at(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """Returns those at the positions."""
+        """Returns the integers of some of the codes as numbers."""
         return codes[positions].float()

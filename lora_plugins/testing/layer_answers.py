@@ -115,9 +115,8 @@ def _of_each_row(case: LayerCase, model: Holder, slot: Slot, vectors: Tensor) ->
 def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: Tensor) -> None:
     """Requires that the vectors have the right size, which the bias tells: it is multiplied by 1 where W is by x.
 
-    Vectors that are the gradient itself are right in any case: a layer may scale its bias apart. All that holds where
-    the output is a sum of products with W. Where it is not, or there is no bias to compare with, or the weight meets a
-    sum of several vectors or another parameter, nothing is required.
+    That holds where the output is a sum of products with W. Where it is not, or there is no bias to compare with, or
+    the weight meets a sum of several vectors or another parameter, nothing is required.
     """
     biases = {name: model.layer._parameters.get(name) for name in case.plugin.biases(model.layer)}
     given = [bias for name, bias in biases.items() if bias is not None and _is_added(case, name, {slot.tensor})]
@@ -133,8 +132,9 @@ def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: T
             factors = products[along & (lengths > 0)] / lengths[along & (lengths > 0)]
             if one and bool(row.any()) and len(factors):
                 factor = float(factors[(factors - one).abs().argmin()])
+                is_gradient = bool(((factors - 1).abs() <= 1e-6).any())  # right, as a layer may scale its bias apart
                 require(
-                    any(bool(((factors - size).abs() <= 1e-6 * abs(size)).any()) for size in (one, 1)),
+                    is_gradient or abs(factor - one) <= 1e-6 * abs(one),
                     f"an output has {factor:.4g} times a vector of inputs() as the gradient of the weight, and "
                     f"{one:.4g} as that of the bias",
                 )

@@ -1,4 +1,4 @@
-"""What checks require: of tensors, state dicts, random numbers and memory."""
+"""What checks share: what they require of tensors, state dicts, random numbers and memory, and how they run a layer."""
 
 import gc
 import random

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.mask_coding import MaskCoding
 from lora_plugins.tasks.autoconfig.model_choice import Choice
 from lora_plugins.tasks.autoconfig.recommended import RECIPES, Recipe
-from lora_plugins.tasks.errors import counted
 from lora_plugins.tasks.files import TRAIN, VAL, leaves_one, why_left_out
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}

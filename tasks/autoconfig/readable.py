@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_plugins.tasks.errors import DataError, counted, listed
+from lora_plugins.errors import counted
+from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import read_all, shown_size
 
 

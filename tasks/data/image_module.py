@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_plugins import ConfigError
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.field_checks import (
     Check,
     check_fields,
@@ -28,7 +28,7 @@ from lora_plugins.tasks.data.samples import Item, LazySamples
 from lora_plugins.tasks.data.seen_samples import Seen, warn_of_darkness, warn_of_repeats
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
-from lora_plugins.tasks.errors import DataError, counted, listed
+from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, read_all
 
 ERROR, SKIP = "error", "skip"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lora_plugins.errors import listing
-from lora_plugins.tasks.errors import DataError, counted, listed
+from lora_plugins.errors import counted, listing
+from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import (
     image_files,
     left_out,
@@ -23,8 +23,8 @@ CAPTION_SUFFIX = ".txt"
 IMAGE, PROMPT = "image", "prompt"
 """The columns of a list."""
 
-OF_CAMERAS = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"})
-"""Endings of raw photos, most of which `mimetypes` does not know."""
+RAW_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"})
+"""Those of photos as cameras store them, most of which `mimetypes` does not know."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def captioned_list(path: Path, root: Path) -> list[Captioned]:
 
 def _is_picture(path: Path) -> bool:
     kind, _ = mimetypes.guess_type(path.name, strict=False)
-    return path.suffix.lower() in OF_CAMERAS or (kind is not None and kind.startswith("image/"))
+    return path.suffix.lower() in RAW_SUFFIXES or (kind is not None and kind.startswith("image/"))
 
 
 def _caption(path: Path) -> str | DataError | None:

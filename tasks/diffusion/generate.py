@@ -12,7 +12,7 @@ from PIL.Image import Image
 from lora_plugins import ConfigError, LoraModel
 from lora_plugins.adapter import model_state
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import AdapterFileError
+from lora_plugins.errors import AdapterFileError, counted
 from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of
@@ -20,7 +20,7 @@ from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
-from lora_plugins.tasks.errors import WeightsError, counted, unknown
+from lora_plugins.tasks.errors import WeightsError, unknown
 from lora_plugins.tasks.files import as_png
 from lora_plugins.tasks.training import PROVENANCE_KEY, task_of_checkpoint
 from lora_plugins.utils import replace_file

@@ -23,12 +23,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import ConfigError, nothing_there
+from lora_plugins.errors import ConfigError, counted, nothing_there
 from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of, number_from, optional
 from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
 from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size
-from lora_plugins.tasks.errors import DataError, counted, listed
+from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import (
     IMAGE_SUFFIXES,
     NO_IMAGE,

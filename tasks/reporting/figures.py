@@ -165,8 +165,8 @@ def first_loader(loaders: Any) -> DataLoader[Any]:
     return cast("DataLoader[Any]", CombinedLoader(loaders).flattened[0])
 
 
-def has_places(loader: DataLoader[Any]) -> bool:
-    """Whether samples of a loader can be read again by their place; those of a stream cannot."""
+def has_places(loader: object) -> bool:
+    """Whether samples can be read again by their place: those of a stream, or of mere batches, cannot."""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 

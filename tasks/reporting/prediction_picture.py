@@ -97,7 +97,10 @@ class PredictionPicture(Callback):
             return
         task, loader = cast(SemanticSegmentationTask, pl_module), first_val_loader(trainer)
         if not has_places(loader):
-            rank_zero_warn("There is no picture of predictions: samples of a stream cannot be read again.")
+            rank_zero_warn(
+                "There is no picture of predictions: samples of a stream, or of batches without a data set, cannot be "
+                "read again."
+            )
             return
         with on_device_of(trainer, task):
             path = draw_predictions(task, loader, evenly_spaced(loader, self.samples), self.path)

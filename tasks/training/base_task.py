@@ -110,7 +110,7 @@ def task_of_checkpoint(cls: type[Task], checkpoint: dict[str, Any], **changed: A
     """
     arguments = {**checkpoint[PROVENANCE_KEY]["arguments"], **changed}
     taken = inspect.signature(cls.__init__).parameters.values()
-    if all(each.kind is not each.VAR_KEYWORD for each in taken):  # a class of a user's may set some of them itself
+    if all(each.kind is not each.VAR_KEYWORD for each in taken):  # as Lightning: it is given only what it names
         arguments = {each.name: arguments[each.name] for each in taken if each.name in arguments}
     task = cls(**arguments)
     task.on_load_checkpoint(checkpoint)

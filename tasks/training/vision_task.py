@@ -198,7 +198,10 @@ class VisionTask(BaseTask):
             ConfigError: If they are whole numbers, or have another number of channels than the network takes.
         """
         if not images.is_floating_point():
-            raise ConfigError(f"Images are {images.dtype}; a task takes fractions from 0 to 1: images / 255 of 8 bits.")
+            raise ConfigError(
+                f"Images are {images.dtype}; a task takes fractions from 0 to 1. Divide those of 8 bits by 255, and "
+                "those of 16 bits by 65535."
+            )
         own, given = len(self.mean), images.shape[1]
         if own not in (1, given):
             raise ConfigError(

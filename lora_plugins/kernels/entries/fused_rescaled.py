@@ -211,10 +211,11 @@ def _factors(direction: Tensor, own: Sequence[Tensor], options: RescaledOptions)
     """Returns the variant's own tensors as leaves, and what the rows are multiplied by, with its graph behind it.
 
     Hooks of saved tensors are kept from that graph, whose backward runs within another: checkpointing would compute
-    its whole part of the model again for each such backward.
+    its whole part of the model again for each such backward. Tensors are saved detached, as one that holds its own node
+    would never be freed.
     """
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in own]
-    with torch.enable_grad(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
         return leaves, options.factors(direction, *leaves)
 
 

@@ -288,6 +288,23 @@ def test_a_variant_may_use_directions_alone():
     check_variant_plugin(OfUnitRows(), only=["ranks", "dtype", "trainable", "gradients"])
 
 
+class OfExponents(DoraVariant):
+    """Its magnitudes are exponents, so that the graph of row_factors keeps an output of its own."""
+
+    def first_values(self, weight, A, B, scaling):
+        return {name: tensor.log() for name, tensor in super().first_values(weight, A, B, scaling).items()}
+
+    def delta_weight(self, weight, A, B, scaling, own):
+        return super().delta_weight(weight, A, B, scaling, own)
+
+    def row_factors(self, direction, own):
+        return super().row_factors(direction, {"magnitude": own["magnitude"].exp()})
+
+
+def test_a_variant_may_save_what_its_factors_are_made_of():
+    check_variant_plugin(OfExponents(), only=["pure", "gradients"])
+
+
 def test_what_an_earlier_check_leaves_in_the_plugin_object_is_not_there_elsewhere():
     with pytest.raises(CheckError, match="KeepsItsFirstA on linear fails the check 'files'"):
         check_variant_plugin(KeepsItsFirstA())

@@ -25,7 +25,7 @@ def test_another_number_of_channels_is_told_as_that(trainer):
 def test_images_of_8_bits_are_refused(trainer):
     """They would be normalized as if white were 1, and train without an error."""
     loader = DataLoader(TensorDataset(torch.ones(2, 3, 16, 16, dtype=torch.uint8), torch.tensor([0, 1])))
-    with pytest.raises(ConfigError, match=r"^Images are torch.uint8; .* from 0 to 1: images / 255 of 8 bits"):
+    with pytest.raises(ConfigError, match=r"^Images are torch.uint8; .* from 0 to 1. Divide those of 8 bits by 255"):
         trainer().validate(ImageClassificationTask(tiny_vit()), loader)
 
 
