@@ -175,7 +175,7 @@ def read_all(sources: Sequence[Source], read: Callable[[Source], Found]) -> Iter
         try:
             return read(source)
         except DataError as error:
-            return error
+            return DataError(str(error))  # its own traceback would keep the images of its frames in memory
 
     with ThreadPoolExecutor(READER_THREADS) as threads:
         yield from threads.map(attempt, sources)

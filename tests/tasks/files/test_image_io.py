@@ -1,7 +1,9 @@
 """Images of every kind are read alike, or refused by name; they are rotated as their EXIF orientation says."""
 
+import gc
 import os
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from lora_plugins.tasks import (
     HubImageDataModule,
     MaskFolderDataModule,
 )
-from lora_plugins.tasks.files import read_image, shown_size
+from lora_plugins.tasks.files import read_all, read_image, shown_size
 
 from ..conftest import loaded, noise, write_image
 
@@ -170,3 +172,19 @@ def test_what_to_do_with_bands_that_are_no_picture_is_said(tmp_path):
         DataError, match=r"scene\.tif cannot be read: .* more than four bands, write three as a picture"
     ):
         shown_size(tmp_path / "scene.tif")
+
+
+def test_what_cannot_be_used_leaves_no_image_in_memory(tmp_path):
+    """Of a folder of photos that are called masks, they would fill it."""
+    write_image(tmp_path / "0.png", noise())
+    images = []
+
+    def read(path):
+        image = read_image(path)
+        images.append(weakref.ref(image))
+        raise DataError("is no mask")
+
+    found = [*read_all([tmp_path / "0.png"], read)]
+    gc.collect()
+    assert [str(each) for each in found] == ["is no mask"]
+    assert images[0]() is None
