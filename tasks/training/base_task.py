@@ -108,11 +108,13 @@ def task_of_checkpoint(cls: type[Task], checkpoint: dict[str, Any], **changed: A
         checkpoint: The checkpoint, with the provenance of the task.
         **changed: Arguments in place of those that it says.
     """
-    arguments = {**checkpoint[PROVENANCE_KEY]["arguments"], **changed}
+    said, hyperparameters = checkpoint[PROVENANCE_KEY]["arguments"], checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    arguments = {**said, **hyperparameters, **changed}  # what is said is plain JSON, without tuples
     taken = inspect.signature(cls.__init__).parameters.values()
     if all(each.kind is not each.VAR_KEYWORD for each in taken):  # as Lightning: it is given only what it names
         arguments = {each.name: arguments[each.name] for each in taken if each.name in arguments}
     task = cls(**arguments)
+    task.configure_model()
     task.on_load_checkpoint(checkpoint)
     task.load_state_dict(checkpoint["state_dict"], strict=task.strict_loading)
     return task

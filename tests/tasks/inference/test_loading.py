@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lora_plugins import LoraError
@@ -131,17 +132,28 @@ def test_a_whole_file_says_how_its_images_are_normalized(tmp_path):
 
 
 class Small(ImageClassificationTask):
-    """Sets its model itself."""
+    """Sets its model itself, has an argument of its own, and a part that is built late."""
 
-    def __init__(self, lr=0.5):
+    def __init__(self, lr=0.5, sides=(1, 1)):
         super().__init__(tiny_vit(), lr=lr)
+        self.save_hyperparameters("sides")
+
+    def configure_model(self):
+        self.late = nn.Linear(*self.hparams.sides)
 
 
-def test_a_checkpoint_of_a_class_that_sets_arguments_itself(tmp_path):
-    task = Small(lr=0.1).eval()
-    torch.save({"state_dict": task.state_dict(), "task": task.provenance()}, tmp_path / "it.ckpt")
+@pytest.mark.parametrize("has_hyperparameters", [True, False])
+def test_a_checkpoint_of_a_class_of_a_user(tmp_path, has_hyperparameters):
+    task = Small(lr=0.1, sides=(2, 3)).eval()
+    task.configure_model()
+    checkpoint = {"state_dict": task.state_dict(), "task": task.provenance()}
+    if has_hyperparameters:
+        checkpoint["hyper_parameters"] = dict(task.hparams)
+    torch.save(checkpoint, tmp_path / "it.ckpt")
     again, images = load_task(tmp_path / "it.ckpt"), torch.rand(1, 3, 16, 16)
     assert (type(again), again.lr) == (Small, 0.1)
+    assert torch.equal(again.late.weight, task.late.weight)
+    assert again.hparams.sides == ((2, 3) if has_hyperparameters else [2, 3])
     assert torch.equal(again(images), task(images))
 
 
