@@ -56,7 +56,9 @@ def captioned_folder(folder: Path, prompt: str | None) -> list[Captioned]:
     paths = image_files(folder)
     if not paths:
         raise DataError(f"{without_images(folder.absolute())}.")
-    others = [each.name for each in left_out([folder]) if each.is_file() and _is_picture(each)]
+    stems = {path.stem for path in paths}  # cameras write a raw photo beside the JPEG of it
+    pictures = [each for each in left_out([folder]) if each.is_file() and _is_picture(each)]
+    others = [each.name for each in pictures if each.stem not in stems]
     if others:
         rank_zero_warn(
             f"{folder.absolute()} has pictures in formats that are not read, and they are left out: "

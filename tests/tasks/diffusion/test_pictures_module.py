@@ -154,7 +154,7 @@ def test_pictures_one_folder_deeper_are_named(picture_folder):
 def test_pictures_that_are_left_out_are_named(picture_folder):
     folder = picture_folder((8, 8))
     others = ("0.txt", "1.txt", "metadata.jsonl", "0.npz", "README.md", "Thumbs.db", "desktop.ini")
-    for name in ("1.heic", "2.CR3", *others):
+    for name in ("0.NEF", "1.heic", "2.CR3", *others):  # the first one beside its 0.png
         (folder / name).write_text("a dog")
     with pytest.warns(
         UserWarning, match=r"has pictures in formats that are not read, .* left out: '1\.heic', '2\.CR3'\. Convert them"
