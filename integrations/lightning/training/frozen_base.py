@@ -45,12 +45,13 @@ def check_backbone(trainer: Trainer, module: LightningModule) -> None:
         StateError: If one is, naming them.
     """
     for callback in callbacks_of(trainer):
-        if not isinstance(callback, BackboneFinetuning):
-            continue
+        own = getattr(type(callback), "finetune_function", None) is not BackboneFinetuning.finetune_function
+        if own or not isinstance(callback, BackboneFinetuning):
+            continue  # what a subclass thaws by code of its own, if anything, is not known
         epoch, backbone = callback.unfreeze_backbone_at_epoch, submodule(module, "backbone")
         meant = {id(each) for each in callback.filter_params(backbone, callback.train_bn, requires_grad=False)}
         thawed = [name for name, tensor in frozen_tensors(module).items() if id(tensor) in meant]
-        if thawed and epoch < (trainer.max_epochs or 0):
+        if thawed and epoch < (trainer.max_epochs or 0) and trainer.max_steps == -1:  # with it, fit may end before
             raise StateError(
                 f"{type(callback).__name__} would make {len(thawed)} tensors of the frozen base trainable in epoch "
                 f"{epoch}: {listing(thawed)}. An adapter's checkpoint does not hold them. To train them from the "

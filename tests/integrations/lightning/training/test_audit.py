@@ -270,8 +270,31 @@ def test_base_unfrozen_by_another_callback_is_refused_by_name(tmp_path, finetuni
     assert fitting.global_step == steps
 
 
-def test_backbone_that_would_be_unfrozen_after_the_end_stays_frozen(tmp_path):
-    trainer(tmp_path, [lora(), BackboneFinetuning(2, verbose=False)], max_epochs=2).fit(WithBackbone(), loader())
+class ThawsNothing(BackboneFinetuning):
+    """Overrides what it thaws."""
+
+    def on_fit_start(self, trainer, pl_module):
+        assert self.unfreeze_backbone_at_epoch == 1
+
+    def freeze_before_training(self, pl_module):
+        assert not self.verbose
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        assert epoch < 2
+
+
+@pytest.mark.parametrize(
+    ("module", "finetuning", "options"),
+    [
+        (WithBackbone, BackboneFinetuning(2, verbose=False), {}),
+        (WithBackbone, BackboneFinetuning(1, verbose=False), {"max_steps": 3}),
+        (WithBackbone, ThawsNothing(1), {}),
+        (Classifier, ThawsNothing(1), {}),
+    ],
+    ids=["after the end", "after the last step", "by a method of its own", "without a backbone"],
+)
+def test_backbone_that_is_not_unfrozen_is_trained_with(tmp_path, module, finetuning, options):
+    trainer(tmp_path, [lora(), finetuning], max_epochs=2, **options).fit(module(), loader())
 
 
 class Switches(WithBackbone):
