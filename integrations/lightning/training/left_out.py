@@ -1,7 +1,8 @@
 """Warns before a fit of what it leaves out: new layers that nothing trains, and copies that no average reaches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import ref
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -25,7 +26,7 @@ class LeftOut:
     """
 
     layers: Sequence[str] = ()
-    copies: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    copies: Mapping[str, Sequence[ref[Tensor]]] = field(default_factory=dict)  # weak: those replaced leave memory
 
     @classmethod
     def of(cls, module: LightningModule, target: str | None, plan: Plan) -> "LeftOut":
@@ -41,7 +42,7 @@ class LeftOut:
         forgotten = forgotten_layers(find_target(module, target), plan)
         copies = find_copies(module) if forgotten else []
         new = [name for name in forgotten if not _follows(module, full_name(plain_name(target or ""), name), copies)]
-        return cls(new, kept_copies(module))
+        return cls(new, {name: [*map(ref, tensors)] for name, tensors in kept_copies(module).items()})
 
     def tell_layers(self, module: LightningModule) -> None:
         """Warns of the layers."""
@@ -67,8 +68,8 @@ class LeftOut:
             )
 
 
-def _share(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return not {id(tensor) for tensor in some}.isdisjoint(id(tensor) for tensor in others)
+def _share(some: Iterable[ref[Tensor]], others: Iterable[Tensor]) -> bool:
+    return not {id(each()) for each in some}.isdisjoint(id(tensor) for tensor in others)
 
 
 def _follows(module: LightningModule, name: str, copies: Sequence[NetworkCopy]) -> bool:

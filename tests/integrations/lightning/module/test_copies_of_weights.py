@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from weakref import ref
 
 import pytest
 import torch
@@ -82,7 +83,11 @@ def themselves(module):
 
 class InFitStart(Classifier):
     def on_fit_start(self):
+        self.replaced = [ref(tensor) for tensor in getattr(self, "shadow", {}).values()]
         as_dict(self)
+
+    def on_train_start(self):
+        assert not any(tensor() is not None for tensor in self.replaced), "nobody keeps what was replaced in memory"
 
 
 @pytest.mark.parametrize(
