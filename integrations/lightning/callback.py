@@ -274,7 +274,8 @@ class LoraCallback(Callback):
             "configure_optimizers",
             lambda configured: self._complete_optimizers(pl_module, configured),
             lambda: self._before_optimizers(trainer, pl_module),
-            again=partial(hidden_factors, pl_module),
+            # Of several callbacks, the innermost one: they would multiply the attempts.
+            again=partial(hidden_factors, pl_module) if lora_callbacks(trainer)[0] is self else None,
         )
         # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
         shims.after("on_fit_start", lambda _: self._run.restore_before_data(trainer))

@@ -10,8 +10,9 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import AdapterTensors
+from lora_plugins.inplace import AdapterTensors, named_parameters
 from lora_plugins.integrations.lightning.module import (
+    adapted_weights,
     find_copies,
     frozen_by_author,
     frozen_tensors,
@@ -120,30 +121,40 @@ def _add_to_groups(
 
 def _homes(missing: Iterable[str], module: nn.Module, groups: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Returns the groups that A and B belong to, by name: those of the largest tensor of their layer, the weight."""
-    holders: dict[int, list[dict[str, Any]]] = {}
+    holders: dict[int, dict[int, dict[str, Any]]] = {}  # by identity: a group may have a tied parameter twice
     for group in groups:
         for p in group["params"]:
-            holders.setdefault(id(p), []).append(group)
+            holders.setdefault(id(p), {})[id(group)] = group
     homes, layers = {}, layers_of_factors(module)
     for name in missing:
         held = [p for p in layers[name].parameters() if id(p) in holders] if name in layers else []
         if held:
-            homes[name] = holders[id(max(held, key=nn.Parameter.numel))]
+            homes[name] = [*holders[id(max(held, key=nn.Parameter.numel))].values()]
     return homes
 
 
 @contextmanager
 def hidden_factors(module: nn.Module) -> Iterator[None]:
-    """Hides A and B from whoever lists the parameters of a module, and lets adapted layers give their own weights."""
+    """Hides A and B from whoever lists the parameters of a module, and lets adapted layers give their own weights.
+
+    They require a gradient meanwhile, as they did before they were adapted: they tell where A and B belong.
+    """
     containers = [each for each in module.modules() if isinstance(each, AdapterTensors)]
     hidden = [(container, name, container[name]) for container in containers for name in container]
+    owned = named_parameters(module, aliases=True)
+    weights = [owned[name] for name in adapted_weights(module) if name in owned]
+    thawed = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
     for container, name, _ in hidden:
         del container[name]
+    for weight in thawed:
+        weight.requires_grad_()
     try:
         yield
     finally:
         for container, name, factor in hidden:
             container[name] = factor
+        for weight in thawed:
+            weight.requires_grad_(False)
 
 
 def _warn_of_idle(module: nn.Module, optimizers: Iterable[Optimizable]) -> None:

@@ -225,6 +225,22 @@ class GroupedByClass(Grouped):
         return torch.optim.AdamW(self.groups(named.items()), lr=0.1)
 
 
+class GroupedByClassIfTrained(GroupedByClass):
+    """As it, and takes what requires a gradient only."""
+
+    def groups(self, named):
+        return super().groups([(name, p) for name, p in named if p.requires_grad])
+
+
+class GroupedEarlyTwice(GroupedEarly):
+    """Has a weight twice in its group, as all parameters of two networks that share one."""
+
+    def groups(self, named):
+        groups = super().groups(named)
+        groups[0]["params"] *= 2
+        return groups
+
+
 class GroupedByLayer(Grouped):
     """Names the weights of its layers."""
 
@@ -241,7 +257,11 @@ class GroupedByTable(Grouped):
         return torch.optim.AdamW(self.groups(named.items()), lr=0.1)
 
 
-@pytest.mark.parametrize("module", [GroupedEarly, GroupedByClass, GroupedByLayer, GroupedByTable])
+@pytest.mark.parametrize(
+    "module",
+    [GroupedEarly, GroupedEarlyTwice, GroupedByClass, GroupedByClassIfTrained, GroupedByLayer, GroupedByTable],
+)
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"loraplus_lr_ratio": 4.0}], ids=["plain", "loraplus"])
 def test_factors_join_the_group_of_their_weight(module, options, tmp_path):
     config = replace(CONFIG, bias="lora_only", variant="dora")
@@ -254,6 +274,28 @@ def test_factors_join_the_group_of_their_weight(module, options, tmp_path):
             run.fit(made, loader())
         trained.append(values(made))
     assert differing(*trained) == set()
+
+
+class Fails(Classifier):
+    """Fails for a reason of its own."""
+
+    calls = 0
+
+    def configure_optimizers(self):
+        self.calls += 1
+        raise KeyError("its own")
+
+
+def test_what_fails_without_factors_too_is_tried_twice_whatever_the_number_of_callbacks(tmp_path):
+    module = Fails()
+    before = dict(module.named_parameters()).keys()
+    callbacks = [lora(replace(CONFIG, r=r), adapter_name=f"r{r}") for r in (1, 2, 3)]
+    with pytest.raises(KeyError, match="its own"):
+        trainer(tmp_path, callbacks).fit(module, loader())
+    assert module.calls == 2
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert len(trained) == 12, "both factors of both layers of each adapter are there again, and the base is frozen"
+    assert not trained & before
 
 
 class Subset(Classifier):
