@@ -129,7 +129,9 @@ def _homes(missing: Iterable[str], module: nn.Module, groups: list[dict[str, Any
     for name in missing:
         held = [p for p in layers[name].parameters() if id(p) in holders] if name in layers else []
         if held:
-            homes[name] = [*holders[id(max(held, key=nn.Parameter.numel))].values()]
+            weight = max(held, key=nn.Parameter.numel)
+            # The bias of a weight that is stored, and so no parameter any more, does not tell.
+            homes[name] = [*holders[id(weight)].values()] if weight.dim() > 1 else groups
     return homes
 
 
