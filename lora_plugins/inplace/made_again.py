@@ -19,30 +19,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.compiler import is_compiling
 
-from lora_plugins.utils import transforms_are_active
+from lora_plugins.utils import KeptTensor, saved_tensors_take_hooks, transforms_are_active
 
 _top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_enabled: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: False)
 
 Make = Callable[[], Tensor]
 """Makes a dense value."""
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A tensor that is kept as it is."""
-
-    tensor: Tensor
-    version: int
-
-    def again(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{self.tensor.type()} {list(self.tensor.shape)} is at version {self.tensor._version}; expected "
-                f"version {self.version} instead."
-            )
-        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -83,13 +65,13 @@ class _Pack:
         if around:
             self.__module__ = around[0].__module__  # by which `kernels.entries.recompute` tells whose hooks act
 
-    def __call__(self, tensor: Tensor) -> _Kept | _Made | _Passed:
+    def __call__(self, tensor: Tensor) -> KeptTensor | _Made | _Passed:
         has_place = tensor.layout is torch.strided  # a sparse tensor has none, and is no dense value
         found = self.made.get(tensor.untyped_storage().data_ptr()) if self.made and has_place else None
         if found is None or found[1].dtype != tensor.dtype:
             if self._around:
                 return _Passed(self._around[0](tensor), self._around[1])
-            return _Kept(tensor, tensor._version)
+            return KeptTensor(tensor)
         return _Made(found[0], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
@@ -105,7 +87,7 @@ class _MadeAgain(saved_tensors_hooks):
 
 def made_again() -> AbstractContextManager[object]:
     """Recomputes dense values that are made inside the block in the backward, instead of keeping them."""
-    if _top is None or not _takes_hooks() or not torch.is_grad_enabled() or not _enabled():
+    if _top is None or not _takes_hooks() or not torch.is_grad_enabled() or not saved_tensors_take_hooks():
         return nullcontext()
     around = _top(True)
     return nullcontext() if around and isinstance(around[0], _Pack) else _MadeAgain(around)

@@ -17,6 +17,7 @@ from lora_plugins.utils.precision import common_type, in_float64, single_at_leas
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, random_module, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
+from lora_plugins.utils.saved_tensors import KeptTensor, saved_tensors_take_hooks, without_hooks_of_others
 from lora_plugins.utils.shapes import is_dense, shape_or_value
 from lora_plugins.utils.transforms import transforms_are_active
 from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, version
@@ -25,6 +26,7 @@ __all__ = [
     "BITS",
     "COMPILED",
     "INSERTED",
+    "KeptTensor",
     "Versions",
     "autocast_dtype",
     "blocks_of",
@@ -55,6 +57,7 @@ __all__ = [
     "replace_file",
     "replace_files",
     "run_seed",
+    "saved_tensors_take_hooks",
     "seeded",
     "shape_or_value",
     "single_at_least",
@@ -63,4 +66,5 @@ __all__ = [
     "version",
     "within",
     "without_collection",
+    "without_hooks_of_others",
 ]

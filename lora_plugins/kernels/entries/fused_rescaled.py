@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
@@ -24,7 +23,7 @@ from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout, add_dropped, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
 from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
-from lora_plugins.utils import common_type, laid_out_like
+from lora_plugins.utils import common_type, laid_out_like, without_hooks_of_others
 
 _WHOLE = Path(effective_weight_first=True, small_products=False)
 """Under autocast, weight and factors keep their types: what they make of each other is rounded, once."""
@@ -211,11 +210,10 @@ def _factors(direction: Tensor, own: Sequence[Tensor], options: RescaledOptions)
     """Returns the variant's own tensors as leaves, and what the rows are multiplied by, with its graph behind it.
 
     Hooks of saved tensors are kept from that graph, whose backward runs within another: checkpointing would compute
-    its whole part of the model again for each such backward. Tensors are saved detached, as one that holds its own node
-    would never be freed.
+    its whole part of the model again for each such backward.
     """
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in own]
-    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+    with torch.enable_grad(), without_hooks_of_others():
         return leaves, options.factors(direction, *leaves)
 
 

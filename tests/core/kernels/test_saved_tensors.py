@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.testing.required import require_nothing_kept
 
 LAST = torch.channels_last
 INPUTS = {
@@ -46,3 +47,18 @@ def test_gradients_are_the_same_in_another_layout(make, variant, dropout, order)
 
     found = gradients(lambda tensor: tensor.contiguous())
     torch.testing.assert_close(found, gradients(lambda tensor: tensor), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("fields", [{}, {"quantize": "nf4", "quantize_options": {"min_size": 0}}], ids=["plain", "nf4"])
+def test_hooks_may_be_forbidden(variant, fields):
+    model = nn.Sequential(nn.Linear(8, 6))
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"], variant=variant, **fields))
+    with torch.autograd.graph.disable_saved_tensors_hooks("forbidden"):
+        model(torch.randn(4, 8)).sum().backward()
+
+
+def test_a_layer_that_saves_its_output_leaves_nothing_in_memory_without_a_backward():
+    layer = nn.LSTM(8, 8)
+    LoraModel(nn.ModuleList([layer]), LoraConfig(r=2, quantize="nf4", quantize_options={"min_size": 0}))
+    require_nothing_kept(lambda _: layer(torch.randn(4, 8, requires_grad=True)))
