@@ -209,7 +209,7 @@ class PeftConfig:
         r, full = len(A), min(len(B), A[0].numel())
         if r == full < said[0] and self.init in _CHANGED_INITS:
             return int(said[0])
-        if r > said[0] and r % said[0] == 0 and self.parameter_of(name.rpartition(".")[0]) == name:
+        if r not in said and r % said[0] == 0 and self.parameter_of(name.rpartition(".")[0]) == name:
             raise AdapterFileError(
                 f"target_parameters: {name!r} holds several matrices, each with an A and a B of its own, which have no "
                 "form here. Merge the adapter in PEFT, and use the merged model."

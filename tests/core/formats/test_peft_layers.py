@@ -16,6 +16,7 @@ from tests.core.formats.peft_cases import (
     Listed,
     Twice,
     difference,
+    edit_config,
     edit_tensors,
     read_by_peft,
     refused,
@@ -317,3 +318,9 @@ class TestLayers:
         case = Case("", Mixture, {"target_parameters": parameters, "target_modules": []})
         with_peft(case).save_pretrained(tmp_path)
         refused(case, tmp_path, untouched, match)
+
+    def test_a_parameter_of_another_rank_is_none_of_experts(self, tmp_path, untouched):
+        case = Case("", lambda: Single(nn.Linear(4, 8)), {"target_parameters": ["layer.weight"], "target_modules": []})
+        with_peft(case).save_pretrained(tmp_path)
+        edit_config(tmp_path, r=5)
+        refused(case, tmp_path, untouched, "'layer.weight' has rank 2 in the tensors and 5 in the config")
