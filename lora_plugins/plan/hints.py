@@ -21,7 +21,7 @@ _FUSED_NAMES = frozenset(
 )
 """What models call a layer that holds the three in one matrix, and the class of such a layer."""
 
-_NO_LAYER = "The model has no layer of a type that a plugin adapts."
+_NO_LAYER = "The model has no layer of a type that a plugin adapts, outside of modules_to_save."
 
 _MOST_TARGETS = 8
 """How many names a proposal holds at most, so that it can be typed."""
@@ -40,12 +40,12 @@ def target_hint(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Sit
         _every_layer(pattern, sites, names)
         or _other_form(pattern, patterns, names)
         or _attention(pattern, patterns, sites, names)
-        or nearest_layer(pattern, names)
+        or nearest_layer(pattern, [name for site in sites for name in site.names])
     )
 
 
 def nearest_layer(pattern: str, names: Collection[str]) -> str:
-    """Offers the names of layers that could be adapted, or says that the model has none."""
+    """Offers the names of layers that could be adapted, or says that there is none, not even the model itself."""
     return nearest(pattern, names) if names else _NO_LAYER
 
 

@@ -107,10 +107,17 @@ def test_where_there_is_no_attention_the_layers_are_listed():
         )
 
 
-@pytest.mark.parametrize("targets", [["1"], ["query"]], ids=["of another type", "unknown"])
-def test_where_no_layer_could_be_adapted_that_is_said(targets):
-    with pytest.raises(TargetError, match=r" match.*\. The model has no layer of a type that a plugin adapts\.$"):
-        LoraModel.plan(nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), LoraConfig(target_modules=targets))
+@pytest.mark.parametrize("last", [nn.LayerNorm(4), nn.Linear(4, 4)], ids=["none", "one that is trained in full"])
+@pytest.mark.parametrize("targets", [["0"], ["query"]], ids=["of another type", "unknown"])
+def test_where_no_layer_could_be_adapted_that_is_said(targets, last):
+    said = r" match.*\. The model has no layer of a type that a plugin adapts, outside of modules_to_save\.$"
+    with pytest.raises(TargetError, match=said):
+        LoraModel.plan(nn.Sequential(nn.ReLU(), last), LoraConfig(target_modules=targets, modules_to_save=["1"]))
+
+
+def test_a_model_that_is_a_layer_is_not_said_to_have_none():
+    with pytest.raises(TargetError, match=r"'query' matches no module of the model\. There are none\."):
+        LoraModel.plan(nn.Linear(4, 4), LoraConfig(target_modules=["query"]))
 
 
 @pytest.mark.parametrize("targets", [["attn"], "blocks", ["blocks.1"]], ids=str)
