@@ -274,8 +274,8 @@ class LoraCallback(Callback):
             "configure_optimizers",
             lambda configured: self._complete_optimizers(pl_module, configured),
             lambda: self._before_optimizers(trainer, pl_module),
-            # Of several callbacks, the innermost one: they would multiply the attempts.
-            again=partial(hidden_factors, pl_module) if lora_callbacks(trainer)[0] is self else None,
+            # The innermost shim is that of the first one; several would multiply the attempts.
+            again=partial(hidden_factors, pl_module) if self._is_first(trainer) else None,
         )
         # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
         shims.after("on_fit_start", lambda _: self._run.restore_before_data(trainer))
@@ -309,7 +309,7 @@ class LoraCallback(Callback):
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", left_out.layers)
         left_out.tell_layers(pl_module)
         self._run.after_fit_start(lambda: left_out.tell_copies(pl_module))
-        if lora_callbacks(trainer)[0] is self:
+        if self._is_first(trainer):
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         self._run.restore_before_data(trainer)
 
@@ -401,7 +401,7 @@ class LoraCallback(Callback):
         """
         check_trained(trainer)
         set_modes_of_frozen_norms(pl_module, self._modes)
-        if self.merge_source == "best" and lora_callbacks(trainer)[0] is self:  # later, it would undo merges
+        if self.merge_source == "best" and self._is_first(trainer):  # later, it would undo merges
             load_best(trainer, pl_module)
         if self.merge_on_fit_end:
             drop_averages(trainer, pl_module)
@@ -414,7 +414,7 @@ class LoraCallback(Callback):
         written = [] if is_trial else group[: group.index(self) + 1]  # those behind write theirs later
         with explaining_merges([file for callback in written for file in callback.adapter_files]):
             files = {} if is_trial else self._results().write(trainer, pl_module, self._run.written)
-            is_first = lora_callbacks(trainer)[0] is self  # later, networks that the line names are merged
+            is_first = self._is_first(trainer)  # later, networks that the line names are merged
             lines = loading_lines(trainer, pl_module) if is_first and writes_files(trainer) else []
             if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
                 self._merge_adapters(trainer, pl_module)
@@ -536,6 +536,10 @@ class LoraCallback(Callback):
         freeze_again(module, self._run.frozen)
         complete_optimizers(module, configured)
         self.rates.split_groups(module, configured)
+
+    def _is_first(self, trainer: Trainer) -> bool:
+        """Whether what several LoraCallbacks do together is for this one to do."""
+        return lora_callbacks(trainer)[0] is self
 
     def _waits_for_checkpoint(self, trainer: Trainer) -> bool:
         """Whether the adapter joins after a checkpoint: all do if one does, as each needs what those before it left."""

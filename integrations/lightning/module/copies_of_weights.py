@@ -32,9 +32,10 @@ def kept_copies(module: nn.Module) -> dict[str, list[Tensor]]:
     found = {}
     for name, tensors in _collections(module):
         alike = [t for t in tensors if (t.shape, t.dtype) in shapes and id(t) not in weights]
-        equal = {(t.shape, t.dtype, checksum(t)) for t in alike} & sums
+        keys = [(t.shape, t.dtype, checksum(t)) for t in alike]
+        equal = {*keys} & sums
         if equal and len(equal) >= min(2, len(sums)):
-            found[name] = alike
+            found[name] = [tensor for key, tensor in zip(keys, alike, strict=True) if key in equal]
     return found
 
 

@@ -23,8 +23,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lora_plugins import LoraError
+
+_LONGEST = 300
+"""Characters of an error that a warning cites; some list all parameters."""
 
 
 class _Shim:
@@ -73,7 +77,7 @@ class MethodShims:
             if before is not None:
                 before()
             method = partial(original, *args, **kwargs)
-            result = method() if again is None else _tried_twice(method, again)
+            result = method() if again is None else _tried_twice(name, method, again)
             then(result)
             return result
 
@@ -95,13 +99,18 @@ class MethodShims:
                 self._owner.__dict__[name] = top
 
 
-def _tried_twice(method: Callable[[], Any], again: Callable[[], AbstractContextManager[None]]) -> Any:
-    """Returns what a method returns; if it raises an error, what it returns within `again`, or that error."""
+def _tried_twice(name: str, method: Callable[[], Any], again: Callable[[], AbstractContextManager[None]]) -> Any:
+    """Returns what a method returns; if it raises an error, what it returns within `again`, with a warning."""
     try:
         return method()
     except LoraError:
         raise
-    except Exception:
+    except Exception as error:
+        results = []
         with suppress(Exception), again():
-            return method()
-        raise
+            results.append(method())
+        if not results:
+            raise
+        said = f"{type(error).__name__}: {error}"[:_LONGEST]
+        rank_zero_warn(f"{name} failed, and was called once more as if there were no A and B. The error was: {said}")
+        return results[0]

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import AdapterTensors, named_parameters
+from lora_plugins.inplace import AdapterTensors, layer_state, named_parameters
 from lora_plugins.integrations.lightning.module import (
     adapted_weights,
     find_copies,
@@ -120,18 +120,19 @@ def _add_to_groups(
 
 
 def _homes(missing: Iterable[str], module: nn.Module, groups: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the groups that A and B belong to, by name: those of the largest tensor of their layer, the weight."""
-    holders: dict[int, dict[int, dict[str, Any]]] = {}  # by identity: a group may have a tied parameter twice
-    for group in groups:
-        for p in group["params"]:
-            holders.setdefault(id(p), {})[id(group)] = group
+    """Returns the groups that A and B may belong to, by name: those that have a weight that A and B update.
+
+    Where they have other tensors of the layer alone, as the bias beside a weight that is stored, all may be meant.
+    """
+    contents = [{id(p) for p in group["params"]} for group in groups]
     homes, layers = {}, layers_of_factors(module)
     for name in missing:
-        held = [p for p in layers[name].parameters() if id(p) in holders] if name in layers else []
-        if held:
-            weight = max(held, key=nn.Parameter.numel)
-            # The bias of a weight that is stored, and so no parameter any more, does not tell.
-            homes[name] = [*holders[id(weight)].values()] if weight.dim() > 1 else groups
+        if (layer := layers.get(name)) is None:
+            continue
+        weights = {id(p) for key, p in layer.named_parameters() if key in layer_state(layer).weight_names}
+        found = [group for group, held in zip(groups, contents, strict=True) if held & weights]
+        if found or any(held & {id(p) for p in layer.parameters()} for held in contents):
+            homes[name] = found or groups
     return homes
 
 
@@ -139,7 +140,8 @@ def _homes(missing: Iterable[str], module: nn.Module, groups: list[dict[str, Any
 def hidden_factors(module: nn.Module) -> Iterator[None]:
     """Hides A and B from whoever lists the parameters of a module, and lets adapted layers give their own weights.
 
-    They require a gradient meanwhile, as they did before they were adapted: they tell where A and B belong.
+    Those require a gradient meanwhile, as they did before they were adapted: they tell where A and B belong. An adapted
+    layer without its A and B answers with its parameter, by `nn.Module.__getattr__`.
     """
     containers = [each for each in module.modules() if isinstance(each, AdapterTensors)]
     hidden = [(container, name, container[name]) for container in containers for name in container]

@@ -262,22 +262,50 @@ class GroupedByTable(Grouped):
 
 
 @pytest.mark.parametrize(
-    "module",
-    [GroupedEarly, GroupedEarlyTwice, GroupedByClass, GroupedByClassIfTrained, GroupedByLayer, GroupedByTable],
+    ("module", "failed"),
+    [
+        (GroupedEarly, ""),
+        (GroupedEarlyTwice, ""),
+        (GroupedByClass, "AssertionError: parameters .* were not separated"),
+        (GroupedByClassIfTrained, "AssertionError"),
+        (GroupedByLayer, "ValueError: can't optimize a non-leaf Tensor"),
+        (GroupedByTable, "KeyError: 'net.0.lora_A.default'"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"loraplus_lr_ratio": 4.0}], ids=["plain", "loraplus"])
-def test_factors_join_the_group_of_their_weight(module, options, tmp_path):
-    config = replace(CONFIG, bias="lora_only", variant="dora")
-    trained = []
-    for cls in (Grouped, module):
-        seed_everything(0)
-        made = cls()
-        run = trainer(tmp_path, [lora(config, **options)])
-        with pytest.warns(UserWarning, match="to the group of the weight") if cls is module else nullcontext():
-            run.fit(made, loader())
-        trained.append(values(made))
-    assert differing(*trained) == set()
+def test_factors_join_the_group_of_their_weight(module, failed, options, tmp_path):
+    callback = lora(replace(CONFIG, bias="lora_only", variant="dora"), **options)
+    by_hand, made = Grouped(), module()
+    seed_everything(0)
+    trainer(tmp_path, [callback]).fit(by_hand, loader())
+    seed_everything(0)
+    fails = pytest.warns(UserWarning, match=f"configure_optimizers failed.*{failed}") if failed else nullcontext()
+    with pytest.warns(UserWarning, match="to the group of the weight"), fails:
+        trainer(tmp_path, [callback]).fit(made, loader())
+    assert differing(values(by_hand), values(made)) == set()
+
+
+class OfAttention(Classifier):
+    """Attention ahead of the network, with the output projection and the biases in groups of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+        weights = [self.attention.out_proj.weight, *(p for p in self.net.parameters() if p.dim() > 1)]
+        self.early = [weights, [p for p in self.parameters() if p.dim() == 1]]
+
+    def forward(self, x):
+        return self.net(self.attention(x[:, None], x[:, None], x[:, None])[0][:, 0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([{"params": group} for group in self.early], lr=0.1)
+
+
+def test_a_weight_beside_the_adapted_one_does_not_tell_the_group(tmp_path):
+    config = LoraConfig(r=2, target_modules=["attention", "net.0", "net.3"])
+    with pytest.raises(StateError, match=r"in no optimizer.*it is not clear where"):
+        fit(tmp_path, OfAttention(), config)
 
 
 class Fails(Classifier):
