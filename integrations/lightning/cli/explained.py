@@ -11,11 +11,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lora_plugins import ConfigError
-from lora_plugins.errors import near
+from lora_plugins.errors import near, near_matches
 from lora_plugins.integrations.lightning.cli.preflight import LISTED
 
 _KEY = re.compile(r'(?<!- )(?:Parser key|Key) "([^"]+)"')
-"""Of a section; after a dash, the same one comes again."""
+"""Where something is wrong; in a list of attempts (`- Parser key "model": ...`), the same key comes again."""
 
 _CLASS = re.compile(r"given class_path '([^']+)'")
 _TYPES: Mapping[str, str] = {
@@ -32,9 +32,6 @@ _TYPES: Mapping[str, str] = {
 
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """The keys of a table that names a class."""
-
-_BASES = frozenset({"Callback", "LightningDataModule", "LightningModule", "Logger", "Optimizer"})
-"""What jsonargparse gives options to where a table names no class."""
 
 _OF_THE_CPU = "DefaultCPUAllocator: "
 """Begins what torch says where the memory of a CPU is too small, in an error of no class of its own."""
@@ -83,10 +80,20 @@ def explained_run() -> Iterator[None]:
 
 
 def _option(found: re.Match[str], cls: str, flags: list[str]) -> str:
-    name = cls.rpartition(".")[2]
-    if name in _BASES:
-        return f"{name} has no {found[1]!r}. Name the class that has it: class_path: package.module.Class."
-    return f"{name or 'it'} has no {found[1]!r}. {near(found[1], _parameters(cls))}"
+    if found[1] == "class_path":
+        return "beside class_path there is init_args alone: the options of the class belong in it."
+    name, known = cls.rpartition(".")[2], _parameters(cls)
+    if name in _expected(found.string):  # where a table names no class, jsonargparse gives its options to this one
+        hint = f"{near(found[1], known)} Else name" if near_matches(found[1], known) else "Name"
+        return f"{name} has no {found[1]!r}. {hint} the class that has it: class_path: package.module.Class."
+    return f"{name or 'it'} has no {found[1]!r}. {near(found[1], known)}"
+
+
+def _expected(message: str) -> set[str]:
+    """Returns the names of the classes that jsonargparse would take."""
+    return {
+        name for line in re.findall(r"Subtypes: \[(.*)\]", message) for name in re.findall(r"\.(\w+)\b(?!\.)", line)
+    }
 
 
 def _option_of_callable(found: re.Match[str], cls: str, flags: list[str]) -> str:

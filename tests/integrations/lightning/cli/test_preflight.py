@@ -267,6 +267,14 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
         ("trainer: cpu", "trainer: it is a table, such as {a: 1}, and 'cpu' was given"),
         ("trainer: {callbacks: [7]}", "trainer.callbacks: '7' is no class of a Callback. Write its path"),
         ("optimizer: {lr: 0.1}", "optimizer: Optimizer has no 'lr'. Name the class that has it: class_path"),
+        (
+            "trainer: {plugins: [{a: 1}]}",
+            "trainer.plugins: Precision has no 'a'. Name the class that has it: class_path",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, monitor: loss}]}",
+            "trainer.callbacks: beside class_path there is init_args alone: the options of the class belong in it",
+        ),
         ("trainer: {callbacks: [{monitor: x}]}", "trainer.callbacks: Callback has no 'monitor'. Name the class"),
         (
             "optimizer: {class_path: torch.optim.AdamW, init_args: {lr: -1}}",
@@ -293,6 +301,8 @@ def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
         "name for a section",
         "number for a callback",
         "optimizer without a class",
+        "plugin without a class",
+        "options beside a class",
         "callback without a class",
         "value of an optimizer",
         "too few numbers of an optimizer",
