@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import submodule
 from lora_plugins.integrations.lightning.module import checksum, frozen_tensors
 from lora_plugins.integrations.lightning.shims import callbacks_of
 
@@ -44,11 +43,15 @@ def check_backbone(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         StateError: If one is, naming them.
     """
+    backbone = getattr(module, "backbone", None)
+    if backbone is None:  # where one is required, Lightning says so
+        return
     for callback in callbacks_of(trainer):
-        own = getattr(type(callback), "finetune_function", None) is not BackboneFinetuning.finetune_function
-        if own or not isinstance(callback, BackboneFinetuning):
+        if not isinstance(callback, BackboneFinetuning):
+            continue
+        if type(callback).finetune_function is not BackboneFinetuning.finetune_function:
             continue  # what a subclass thaws by code of its own, if anything, is not known
-        epoch, backbone = callback.unfreeze_backbone_at_epoch, submodule(module, "backbone")
+        epoch = callback.unfreeze_backbone_at_epoch
         meant = {id(each) for each in callback.filter_params(backbone, callback.train_bn, requires_grad=False)}
         thawed = [name for name, tensor in frozen_tensors(module).items() if id(tensor) in meant]
         if thawed and epoch < (trainer.max_epochs or 0) and trainer.max_steps == -1:  # with it, fit may end before

@@ -243,6 +243,14 @@ class WithBackbone(Classifier):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
+class BackboneAsProperty(Classifier):
+    configure_optimizers = WithBackbone.configure_optimizers
+
+    @property
+    def backbone(self):
+        return self.net[0]
+
+
 class ThawsLater(BaseFinetuning):
     """Thaws the backbone in the second epoch, as BackboneFinetuning does, which says ahead that it will."""
 
@@ -287,14 +295,24 @@ class ThawsNothing(BackboneFinetuning):
     ("module", "finetuning", "options"),
     [
         (WithBackbone, BackboneFinetuning(2, verbose=False), {}),
+        (BackboneAsProperty, BackboneFinetuning(2, verbose=False), {}),
         (WithBackbone, BackboneFinetuning(1, verbose=False), {"max_steps": 3}),
         (WithBackbone, ThawsNothing(1), {}),
         (Classifier, ThawsNothing(1), {}),
     ],
-    ids=["after the end", "after the last step", "by a method of its own", "without a backbone"],
+    ids=[
+        "after the end",
+        "after the end, as a property",
+        "after the last step",
+        "by a method of its own",
+        "without a backbone",
+    ],
 )
 def test_backbone_that_is_not_unfrozen_is_trained_with(tmp_path, module, finetuning, options):
-    trainer(tmp_path, [lora(), finetuning], max_epochs=2, **options).fit(module(), loader())
+    made = module()
+    before = values(made)
+    trainer(tmp_path, [lora(), finetuning], max_epochs=2, **options).fit(made, loader())
+    assert not {key for key in differing(before, values(made)) if key in before}
 
 
 class Switches(WithBackbone):
