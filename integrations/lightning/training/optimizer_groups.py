@@ -80,9 +80,10 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     trained, held = trained_parameters(module), parameters_of(optimizers)
     missing = {name: p for name, p in trained.items() if id(p) not in held}
-    factors = trained.keys() & layers_of_factors(module).keys()
+    layers = layers_of_factors(module)
+    factors = trained.keys() & layers.keys()
     if missing and factors and factors <= missing.keys():
-        missing = _add_to_groups(missing, module, groups)
+        missing = _add_to_groups(missing, layers, groups)
     if missing:
         teachers = [copy.name for copy in find_copies(module, held) if copy.frozen]  # which the module moves by hand
         missing = {name: p for name, p in missing.items() if not within(name, teachers)}
@@ -96,10 +97,10 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
 
 
 def _add_to_groups(
-    missing: Mapping[str, nn.Parameter], module: nn.Module, groups: list[dict[str, Any]]
+    missing: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module], groups: list[dict[str, Any]]
 ) -> dict[str, nn.Parameter]:
     """Adds what belongs to the groups, A and B to that of the weight of their layer, and returns what does not."""
-    homes = _homes(missing, module, groups)
+    homes = _homes({name: layers[name] for name in missing if name in layers}, groups)
     if not homes and len(groups) == 1:
         homes = dict.fromkeys(missing, groups)
     if not homes or any(len(found) > 1 for found in homes.values()):
@@ -119,16 +120,14 @@ def _add_to_groups(
     return {name: p for name, p in missing.items() if name not in homes}
 
 
-def _homes(missing: Iterable[str], module: nn.Module, groups: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the groups that A and B may belong to, by name: those that have a weight that A and B update.
+def _homes(layers: Mapping[str, nn.Module], groups: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the groups that A and B may belong to, by name: those that have an adapted weight of the layer.
 
     Where they have other tensors of the layer alone, as the bias beside a weight that is stored, all may be meant.
     """
     contents = [{id(p) for p in group["params"]} for group in groups]
-    homes, layers = {}, layers_of_factors(module)
-    for name in missing:
-        if (layer := layers.get(name)) is None:
-            continue
+    homes = {}
+    for name, layer in layers.items():
         weights = {id(p) for key, p in layer.named_parameters() if key in layer_state(layer).weight_names}
         found = [group for group, held in zip(groups, contents, strict=True) if held & weights]
         if found or any(held & {id(p) for p in layer.parameters()} for held in contents):
