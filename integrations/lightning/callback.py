@@ -263,11 +263,11 @@ class LoraCallback(Callback):
         if not self._run.adapts_in(stage):
             return
 
-        if self._waits_for_checkpoint(trainer):
+        self._run.waits = self._waits_for_checkpoint(trainer)
+        if self._run.waits and self._is_first(trainer):
             adapt = partial(self._adapt_in_order, trainer, pl_module)
-            restored = partial(copy_into_averages, trainer, pl_module)
-            self._run.strategy_shims = adapt_after_restoring(trainer, adapt, restored)
-        else:
+            self._run.strategy_shims = adapt_after_restoring(trainer, adapt)
+        elif not self._run.waits:
             adapt = partial(self._ensure_adapted, trainer, pl_module)
             self._run.adapt_when_built(shims, pl_module, self.target, self.adapter_name, adapt)
         shims.after(
@@ -479,7 +479,7 @@ class LoraCallback(Callback):
 
     def awaited(self, module: LightningModule) -> dict[tuple[str, str], LoraConfig]:
         """Returns the adapter that waits for a checkpoint, by target and name; empty if there is none."""
-        if self._run.strategy_shims is None:
+        if not self._run.waits:
             return {}
         target = self._target(module)
         if (state := model_state(target)) is not None and self.adapter_name in state.adapters:
@@ -548,10 +548,7 @@ class LoraCallback(Callback):
         return stores or any(map(needs_data, configs))
 
     def _adapt_in_order(self, trainer: Trainer, module: LightningModule) -> None:
-        """Lets all callbacks adapt the module; the strategy calls that of the last one first."""
         for callback in lora_callbacks(trainer):
-            if callback._run.strategy_shims is not None:
-                callback._run.strategy_shims.remove()
             callback._ensure_adapted(trainer, module)
 
     def _ensure_adapted(self, trainer: Trainer, module: LightningModule) -> None:

@@ -48,6 +48,7 @@ class Run:
     Attributes:
         module_shims: What stands in for methods of the module.
         strategy_shims: What stands in for methods of the strategy.
+        waits: Whether the adapter joins the module after a checkpoint.
         expected_warnings: Holds back warnings about modules in eval mode.
         restored: The callback's state in a checkpoint, until the first batch.
         after_data: The random numbers that iterators over the data have left, in a run that goes on.
@@ -62,6 +63,7 @@ class Run:
 
     module_shims: MethodShims | None = None
     strategy_shims: MethodShims | None = None
+    waits: bool = False
     expected_warnings: ExitStack = field(default_factory=ExitStack)
     restored: dict[str, Any] | None = None
     after_data: dict[str, Any] | None = None

@@ -12,8 +12,8 @@ checked against Lightning 2.6.6:
   callback may draw random numbers, and those of a checkpoint are set again after them.
 - `module.on_train_batch_start`: the last hook ahead of a batch; what hooks thawed of the base is frozen again after it.
 - `module.on_before_optimizer_step`: the last hook ahead of a step, where learning rates follow those of their groups.
-- `strategy.setup`, `strategy.load_checkpoint`: when the first one begins, a checkpoint has been restored and there is
-  no optimizer yet, so adapters whose init learns from data are attached there.
+- `strategy.setup`: when it begins, a checkpoint has been restored and there is no optimizer yet, so adapters whose init
+  learns from data are attached there.
 """
 
 from collections.abc import Callable

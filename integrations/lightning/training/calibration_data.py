@@ -48,8 +48,8 @@ def stores_changed_base(config: LoraConfig) -> bool:
     return config.quantize is not None and registry_of(config).get(INITS, config.init).changes_base
 
 
-def adapt_after_restoring(trainer: Trainer, adapt: Callable[[], None], restored: Callable[[], None]) -> MethodShims:
-    """Calls `adapt` when Lightning has restored a checkpoint or has none, and `restored` after it has read one.
+def adapt_after_restoring(trainer: Trainer, adapt: Callable[[], None]) -> MethodShims:
+    """Calls `adapt` when Lightning has restored a checkpoint or has none.
 
     Returns:
         The shims that do it; they remove themselves when `adapt` is called.
@@ -69,7 +69,6 @@ def adapt_after_restoring(trainer: Trainer, adapt: Callable[[], None], restored:
         shims.remove()  # what loads a checkpoint later, such as a tuner, finds the module adapted
         adapt()
 
-    shims.after("load_checkpoint", lambda _: restored())
     shims.after("setup", lambda _: None, before=once)
     return shims
 
