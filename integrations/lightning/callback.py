@@ -87,6 +87,7 @@ from lora_plugins.integrations.lightning.strategies import (
 from lora_plugins.integrations.lightning.training import (
     LateChanges,
     LearningRates,
+    ResumedState,
     adapt_after_restoring,
     calibrate_on_train_batches,
     check_averages,
@@ -230,7 +231,7 @@ class LoraCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stores the state until training starts."""
-        self._run.restored = state_dict
+        self._run.resumed = ResumedState(state_dict)
 
     def plan(self, module: LightningModule) -> Plan:
         """Returns what would be adapted, and changes nothing.
@@ -278,8 +279,8 @@ class LoraCallback(Callback):
             again=partial(hidden_factors, pl_module) if self._is_first(trainer) else None,
         )
         # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
-        shims.after("on_fit_start", lambda _: self._run.restore_before_data(trainer))
-        shims.after("on_train_start", lambda _: self._run.restore_after_data())
+        shims.after("on_fit_start", lambda _: self._run.resumed.set_before_data(trainer))
+        shims.after("on_train_start", lambda _: self._run.resumed.set_after_data())
         # After all hooks in which gradients are switched: the module's own comes after those of the callbacks.
         shims.after("on_train_batch_start", lambda _: self._run.freeze_base())
         # The last hook before a step: after those of all callbacks, any of which may set rates.
@@ -291,8 +292,7 @@ class LoraCallback(Callback):
         Raises:
             StateError: If something replaced adapted layers after they were adapted, or they cannot be merged later.
         """
-        if self._run.restored is not None:
-            self.rates.check_restored(self._run.restored.get("rates", {}))
+        self.rates.check_restored(self._run.resumed.rates)
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
@@ -311,7 +311,7 @@ class LoraCallback(Callback):
         self._run.after_fit_start(lambda: left_out.tell_copies(pl_module))
         if self._is_first(trainer):
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
-        self._run.restore_before_data(trainer)
+        self._run.resumed.set_before_data(trainer)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks averages before validation, in which callbacks exchange them with the module.
@@ -328,7 +328,7 @@ class LoraCallback(Callback):
             StateError: If another callback made its average before there were adapters.
         """
         check_averages(trainer, pl_module)
-        self._run.note_random_numbers(trainer)
+        self._run.resumed.note_after_data(trainer)
         self._run.expected_warnings.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -338,8 +338,8 @@ class LoraCallback(Callback):
         """
         loop = trainer.fit_loop
         if not (loop.epoch_loop.restarting or loop.is_resuming):
-            self._run.restore_random_numbers(trainer)
-        self._run.restored = None
+            self._run.resumed.set(trainer)
+        self._run.resumed.forget()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the audit, after all hooks of the module in which it may load a teacher."""
@@ -526,7 +526,7 @@ class LoraCallback(Callback):
         check_shared(vars(self.rates), every, "of one trainer share its optimizers")
 
     def _before_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
-        self._run.restore_random_numbers(trainer)
+        self._run.resumed.set(trainer)
         self._run.frozen = frozen_names(module)
         if self._run.audit is None:  # else they are made anew in training, whose first steps nobody watches again
             self._run.lost_writes.start(module)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -28,13 +27,12 @@ from lora_plugins.integrations.lightning.training import (
     LateChanges,
     LeftOut,
     LostWrites,
+    ResumedState,
     explain_computed_weight,
     explain_merged_module,
     keep_base_of_averages,
     parameters_of,
     put_back_statistics,
-    random_numbers,
-    set_random_numbers,
 )
 from lora_plugins.utils import within
 
@@ -50,8 +48,7 @@ class Run:
         strategy_shims: What stands in for methods of the strategy.
         waits: Whether the adapter joins the module after a checkpoint.
         expected_warnings: Holds back warnings about modules in eval mode.
-        restored: The callback's state in a checkpoint, until the first batch.
-        after_data: The random numbers that iterators over the data have left, in a run that goes on.
+        resumed: The callback's state in a checkpoint, until the first batch.
         known_bases: What adapters knew of the base before the rest of that checkpoint was loaded.
         frozen: The names of what was frozen of the base when its optimizers were to be made.
         teachers: The names of the tensors of adapters that were frozen when the module was adapted.
@@ -65,8 +62,7 @@ class Run:
     strategy_shims: MethodShims | None = None
     waits: bool = False
     expected_warnings: ExitStack = field(default_factory=ExitStack)
-    restored: dict[str, Any] | None = None
-    after_data: dict[str, Any] | None = None
+    resumed: ResumedState = field(default_factory=ResumedState)
     known_bases: KnownBases = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     teachers: set[str] = field(default_factory=set)
@@ -152,7 +148,7 @@ class Run:
         Raises:
             StateError: If layers that were built since have to be adapted, or adapters are merged.
         """
-        self.restored = None
+        self.resumed.forget()
         first = number == 0 or self.audit is None
         if first:
             put_back_known_bases(module, self.known_bases)
@@ -192,28 +188,6 @@ class Run:
         """
         tensors = tensors_beside_merges(module) if leaves_files else trained_parameters(module)
         return {name: tensor for name, tensor in tensors.items() if within(name, [target])}
-
-    def restore_random_numbers(self, trainer: Trainer) -> None:
-        """Sets those of the checkpoint, also ahead of `estimated_stepping_batches`, which sets up the data."""
-        if self.restored is not None and trainer.world_size == 1:  # the file has those of the first process only
-            set_random_numbers(self.restored)
-
-    def restore_before_data(self, trainer: Trainer) -> None:
-        """As `restore_random_numbers`, unless there are iterators, which have drawn from the restored ones."""
-        if trainer.train_dataloader is None:
-            self.restore_random_numbers(trainer)
-        else:
-            self.note_random_numbers(trainer)
-
-    def note_random_numbers(self, trainer: Trainer) -> None:
-        """Notes those that the iterators of a run that goes on have left."""
-        if self.restored is not None and self.after_data is None and trainer.world_size == 1:
-            self.after_data = random_numbers()
-
-    def restore_after_data(self) -> None:
-        """Sets the noted ones again, whatever hooks have drawn since: a run without a break does not call them here."""
-        if self.after_data is not None:
-            set_random_numbers(self.after_data)
 
     def explain(self, error: BaseException, *, merged: bool) -> None:
         """Adds to an error what may have caused it.

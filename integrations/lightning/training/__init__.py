@@ -29,7 +29,7 @@ from lora_plugins.integrations.lightning.training.optimizer_groups import (
     hidden_factors,
     parameters_of,
 )
-from lora_plugins.integrations.lightning.training.random_state import random_numbers, set_random_numbers
+from lora_plugins.integrations.lightning.training.random_state import ResumedState, random_numbers
 from lora_plugins.integrations.lightning.training.trained_batches import check_trained
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "LearningRates",
     "LeftOut",
     "LostWrites",
+    "ResumedState",
     "adapt_after_restoring",
     "calibrate_on_train_batches",
     "check_averages",
@@ -57,7 +58,6 @@ __all__ = [
     "parameters_of",
     "put_back_statistics",
     "random_numbers",
-    "set_random_numbers",
     "start_averages_from",
     "stores_changed_base",
 ]

@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_plugins.integrations.lightning.training import random_numbers, set_random_numbers
+from lora_plugins.integrations.lightning.training.random_state import random_numbers, set_random_numbers
 
 
 def test_what_is_drawn_on_a_device_goes_on(device):
