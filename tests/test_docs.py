@@ -107,7 +107,7 @@ def test_links_lead_somewhere(page: Path):
 
 def test_recipes_have_a_row():
     rows = re.findall(
-        r"`tasks/(\w+)\.yaml`", (DOCS / "tasks.md").read_text().partition("| recipe |")[2].partition("\n\n")[0]
+        r"`recipe:(\w+)`", (DOCS / "tasks.md").read_text().partition("| recipe |")[2].partition("\n\n")[0]
     )
     assert sorted(rows) == sorted(recipes())
 
