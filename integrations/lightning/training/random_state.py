@@ -47,7 +47,8 @@ class ResumedState:
     @property
     def rates(self) -> Mapping[str, float]:
         """The ratios of learning rates, by name."""
-        return self._state.get("rates", {})
+        found: Mapping[str, float] = self._state.get("rates", {})
+        return found
 
     def set(self, trainer: Trainer) -> None:
         """Sets the random numbers, also ahead of `estimated_stepping_batches`, which sets up the data."""
