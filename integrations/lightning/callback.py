@@ -98,9 +98,9 @@ from lora_plugins.integrations.lightning.training import (
     drop_averages,
     freeze_again,
     frozen_names,
-    hidden_factors,
     needs_data,
     random_numbers,
+    retry_without_factors,
     start_averages_from,
     stores_changed_base,
 )
@@ -271,12 +271,12 @@ class LoraCallback(Callback):
         elif not self._run.waits:
             adapt = partial(self._ensure_adapted, trainer, pl_module)
             self._run.adapt_when_built(shims, pl_module, self.target, self.adapter_name, adapt)
+        if self._is_first(trainer):  # below the shims of the others, each of which would multiply the attempts
+            shims.around("configure_optimizers", partial(retry_without_factors, pl_module))
         shims.after(
             "configure_optimizers",
             lambda configured: self._complete_optimizers(pl_module, configured),
             lambda: self._before_optimizers(trainer, pl_module),
-            # The innermost shim is that of the first one; several would multiply the attempts.
-            again=partial(hidden_factors, pl_module) if self._is_first(trainer) else None,
         )
         # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
         shims.after("on_fit_start", lambda _: self._run.resumed.set_before_data(trainer))

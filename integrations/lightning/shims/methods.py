@@ -17,18 +17,11 @@ checked against Lightning 2.6.6:
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
-from lightning_utilities.core.rank_zero import rank_zero_warn
-
-from lora_plugins import LoraError
-
-_LONGEST = 300
-"""Characters of an error that a warning cites; some list all parameters."""
 
 
 class _Shim:
@@ -61,29 +54,30 @@ class MethodShims:
         self._owner = owner
         self._shims: list[tuple[str, Any]] = []
 
-    def after(
-        self,
-        name: str,
-        then: Callable[[Any], None],
-        before: Callable[[], None] | None = None,
-        again: Callable[[], AbstractContextManager[None]] | None = None,
-    ) -> None:
-        """Calls `then` with what the method returned, `before` ahead of it, and the method `again` where it fails."""
+    def around(self, name: str, call: Callable[[Callable[[], Any]], Any]) -> None:
+        """Calls a function with the method, which has its arguments, and returns what that does."""
         original = getattr(self._owner, name)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
             if (name, shim) not in self._shims:  # removed, while another one still calls it
                 return original(*args, **kwargs)
+            return call(partial(original, *args, **kwargs))
+
+        shim = _Shim(self._owner, name, stand_in)
+        self._shims.append((name, shim))
+        self._owner.__dict__[name] = shim
+
+    def after(self, name: str, then: Callable[[Any], None], before: Callable[[], None] | None = None) -> None:
+        """Calls `then` with what the method returned, and `before` ahead of it."""
+
+        def call(method: Callable[[], Any]) -> Any:
             if before is not None:
                 before()
-            method = partial(original, *args, **kwargs)
-            result = method() if again is None else _tried_twice(name, method, again)
+            result = method()
             then(result)
             return result
 
-        shim = _Shim(self._owner, name, call)
-        self._shims.append((name, shim))
-        self._owner.__dict__[name] = shim
+        self.around(name, call)
 
     def remove(self) -> None:
         """Restores the object's own methods, once no other shim is above these."""
@@ -97,20 +91,3 @@ class MethodShims:
                 self._owner.__dict__.pop(name, None)
             else:
                 self._owner.__dict__[name] = top
-
-
-def _tried_twice(name: str, method: Callable[[], Any], again: Callable[[], AbstractContextManager[None]]) -> Any:
-    """Returns what a method returns; if it raises an error, what it returns within `again`, with a warning."""
-    try:
-        return method()
-    except LoraError:
-        raise
-    except Exception as error:
-        results = []
-        with suppress(Exception), again():
-            results.append(method())
-        if not results:
-            raise
-        said = f"{type(error).__name__}: {error}"[:_LONGEST]
-        rank_zero_warn(f"{name} failed, and was called once more as if there were no A and B. The error was: {said}")
-        return results[0]

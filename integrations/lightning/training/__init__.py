@@ -19,6 +19,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     stores_changed_base,
 )
 from lora_plugins.integrations.lightning.training.frozen_base import check_backbone, freeze_again, frozen_names
+from lora_plugins.integrations.lightning.training.hidden_factors import retry_without_factors
 from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import LeftOut
@@ -26,7 +27,6 @@ from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
     complete_optimizers,
     explain_computed_weight,
-    hidden_factors,
     parameters_of,
 )
 from lora_plugins.integrations.lightning.training.random_state import ResumedState, random_numbers
@@ -51,13 +51,13 @@ __all__ = [
     "explain_merged_module",
     "freeze_again",
     "frozen_names",
-    "hidden_factors",
     "keep_base_of_averages",
     "needs_data",
     "parameter_groups",
     "parameters_of",
     "put_back_statistics",
     "random_numbers",
+    "retry_without_factors",
     "start_averages_from",
     "stores_changed_base",
 ]

@@ -1,7 +1,6 @@
 """Completes optimizers that were built before the adapters existed, and leaves all others alone."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.types import Optimizable
@@ -10,9 +9,8 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
-from lora_plugins.inplace import AdapterTensors, layer_state, named_parameters
+from lora_plugins.inplace import layer_state
 from lora_plugins.integrations.lightning.module import (
-    adapted_weights,
     find_copies,
     frozen_by_author,
     frozen_tensors,
@@ -133,31 +131,6 @@ def _homes(layers: Mapping[str, nn.Module], groups: list[dict[str, Any]]) -> dic
         if found or any(held & {id(p) for p in layer.parameters()} for held in contents):
             homes[name] = found or groups
     return homes
-
-
-@contextmanager
-def hidden_factors(module: nn.Module) -> Iterator[None]:
-    """Hides A and B from whoever lists the parameters of a module, and lets adapted layers give their own weights.
-
-    Those require a gradient meanwhile, as they did before they were adapted: they tell where A and B belong. An adapted
-    layer without its A and B answers with its parameter, by `nn.Module.__getattr__`.
-    """
-    containers = [each for each in module.modules() if isinstance(each, AdapterTensors)]
-    hidden = [(container, name, container[name]) for container in containers for name in container]
-    owned = named_parameters(module, aliases=True)
-    weights = [owned[name] for name in adapted_weights(module) if name in owned]
-    thawed = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
-    for container, name, _ in hidden:
-        del container[name]
-    for weight in thawed:
-        weight.requires_grad_()
-    try:
-        yield
-    finally:
-        for container, name, factor in hidden:
-            container[name] = factor
-        for weight in thawed:
-            weight.requires_grad_(False)
 
 
 def _warn_of_idle(module: nn.Module, optimizers: Iterable[Optimizable]) -> None:
