@@ -103,20 +103,12 @@ def test_the_pictures_side_of_clip(tmp_path):
 @pytest.mark.parametrize(
     ("source", "name", "options"),
     [
-        ("transformers", "beit", {"out_indices": [1]}),
-        ("smp", "UnetPlusPlus", {"encoder_name": "mit_b0"}),
-        ("timm", "test_vit", {"num_heads": 3}),
-        ("timm", "test_vit", {"patch_size": 0}),
-        ("timm", "test_vit", {"act_layer": "foo"}),
-        ("timm", "test_vit", {"embed_dim": -64}),
-    ],
-    ids=[
-        "transformers",
-        "smp",
-        "timm, which asserts",
-        "timm, which divides by zero",
-        "timm, without such a layer",
-        "timm, with an error of torch",
+        pytest.param("transformers", "beit", {"out_indices": [1]}, id="transformers"),
+        pytest.param("smp", "UnetPlusPlus", {"encoder_name": "mit_b0"}, id="smp"),
+        pytest.param("timm", "test_vit", {"num_heads": 3}, id="timm, which asserts"),
+        pytest.param("timm", "test_vit", {"patch_size": 0}, id="timm, which divides by zero"),
+        pytest.param("timm", "test_vit", {"act_layer": "foo"}, id="timm, without such a layer"),
+        pytest.param("timm", "test_vit", {"embed_dim": -64}, id="timm, with an error of torch"),
     ],
 )
 def test_what_a_library_refuses_is_said_with_the_options(source, name, options):

@@ -58,27 +58,18 @@ class TestMaskDecoder:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((None, 255), "Name the `classes`"),
-            ((["a"], 255, COLORS), "no color for the classes a"),
-            ((["a", "b"], 1), "is the class 'b'"),
-            (
+            pytest.param((None, 255), "Name the `classes`", id="nothing"),
+            pytest.param((["a"], 255, COLORS), "no color for the classes a", id="no color"),
+            pytest.param((["a", "b"], 1), "is the class 'b'", id="ignored class"),
+            pytest.param(
                 (["a", "b"], 2, None, True),
                 "ignore_index is 2, which is how masks with reduce_labels write the class 'b'",
+                id="ignored class before it is reduced",
             ),
-            ((None, 255, {"a": [1, 2]}), "three whole numbers"),
-            ((None, 255, {"a": [0.1, 0.5, 0.9]}), "three whole numbers"),
-            ((None, 255, {"a": "red"}), "'red'; it takes three whole numbers"),
-            ((None, 255, {"a": [1, 2, 3], "b": [1, 2, 3]}), "another name"),
-        ],
-        ids=[
-            "nothing",
-            "no color",
-            "ignored class",
-            "ignored class before it is reduced",
-            "short",
-            "shares",
-            "a word",
-            "twice",
+            pytest.param((None, 255, {"a": [1, 2]}), "three whole numbers", id="short"),
+            pytest.param((None, 255, {"a": [0.1, 0.5, 0.9]}), "three whole numbers", id="shares"),
+            pytest.param((None, 255, {"a": "red"}), "'red'; it takes three whole numbers", id="a word"),
+            pytest.param((None, 255, {"a": [1, 2, 3], "b": [1, 2, 3]}), "another name", id="twice"),
         ],
     )
     def test_wrong_tables(self, arguments, message):

@@ -240,24 +240,18 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"lora": {"rank": 2}}, "LoraConfig has no field 'rank'"),
-            ({"lora": {"r": 0}}, "error: r is a rank, a whole number from 1 to 65536, not 0."),
-            ({"lora": {"bias": "some"}}, "bias is 'some'"),
-            ({"lora_callback": {"adaptername": "x"}}, "adaptername"),
-            ({"lora": {"dequantize": True}}, "lora_callback has: lora_callback.dequantize."),
-            ({"lora_callback": {"r": 2}}, "lora_callback has no field 'r'; lora has: lora.r."),
-            ({"lora_callback": {"export_to": "x.bin"}}, "error: export_to is 'x.bin'"),
-            ({"loraa": {"r": 2}}, "has the key 'loraa'. Did you mean 'lora'"),
-        ],
-        ids=[
-            "unknown_field",
-            "rank_0",
-            "choice",
-            "callback_option",
-            "of_the_callback",
-            "of_the_config",
-            "export_name",
-            "section",
+            pytest.param({"lora": {"rank": 2}}, "LoraConfig has no field 'rank'", id="unknown_field"),
+            pytest.param({"lora": {"r": 0}}, "error: r is a rank, a whole number from 1 to 65536, not 0.", id="rank_0"),
+            pytest.param({"lora": {"bias": "some"}}, "bias is 'some'", id="choice"),
+            pytest.param({"lora_callback": {"adaptername": "x"}}, "adaptername", id="callback_option"),
+            pytest.param(
+                {"lora": {"dequantize": True}}, "lora_callback has: lora_callback.dequantize.", id="of_the_callback"
+            ),
+            pytest.param(
+                {"lora_callback": {"r": 2}}, "lora_callback has no field 'r'; lora has: lora.r.", id="of_the_config"
+            ),
+            pytest.param({"lora_callback": {"export_to": "x.bin"}}, "error: export_to is 'x.bin'", id="export_name"),
+            pytest.param({"loraa": {"r": 2}}, "has the key 'loraa'. Did you mean 'lora'", id="section"),
         ],
     )
     def test_wrong_value_is_one_message_with_its_name(self, config, capsys, changes, message):
