@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lora_plugins.tasks.autoconfig.folders import beside, has_folders, splits_in
-from lora_plugins.tasks.autoconfig.found import Flags, Survey, labels_survey
+from lora_plugins.tasks.autoconfig.found import Flags, Source, Survey, labels_survey
 from lora_plugins.tasks.autoconfig.lookalikes import (
     IMAGES_FOLDER,
     MASKS_FOLDER,
@@ -42,19 +42,14 @@ def class_survey(data: Path, flags: Flags) -> Survey:
             f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
             f"images for each class, at least two.{list_in(data)}"
         )
-    return labels_survey(
-        "ImageFolderDataModule",
-        {"root": str(data.absolute())},
-        {split: {name: len(paths) for name, paths in members.items()} for split, members in images.items()},
-        classes,
-        "a folder for each class",
-        flags,
-        left_out=[
-            *(beside(data, splits) if splits else ()),
-            *(path for folder in folders.values() for path in image_files(folder)),
-            *left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
-        ],
-    )
+    unread = [
+        *(beside(data, splits) if splits else ()),
+        *(path for folder in folders.values() for path in image_files(folder)),
+        *left_out(folder / name for folder in folders.values() for name in subfolders(folder)),
+    ]
+    source = Source("ImageFolderDataModule", {"root": str(data.absolute())}, "a folder for each class", unread)
+    labels = {split: {name: len(paths) for name, paths in members.items()} for split, members in images.items()}
+    return labels_survey(source, labels, classes, flags)
 
 
 def _split_folders(data: Path) -> tuple[list[str], dict[str, Path]]:

@@ -27,6 +27,23 @@ class Flags:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where images were found.
+
+    Attributes:
+        module: The class of the data module, in `lora_plugins.tasks`.
+        arguments: Its arguments, but for how masks are read and the share to validate on.
+        found: In words, what the task was told from.
+        left_out: What lies among the images, or beside their folders, and is not read.
+    """
+
+    module: str
+    arguments: Mapping[str, Any]
+    found: str
+    left_out: Sequence[Path] = ()
+
+
+@dataclass(frozen=True)
 class Survey:
     """What was found.
 
@@ -60,7 +77,65 @@ class Survey:
         return "--classes --ignore-index" if self.coding is not None else "the names of the folders, or the labels"
 
 
-def shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tuple[dict[str, float], dict[str, int]]:
+def labels_survey(
+    source: Source, labels: Mapping[str, Mapping[str, int]], classes: Sequence[str], flags: Flags
+) -> Survey:
+    """Returns what was found of images with labels.
+
+    Args:
+        source: Where they are.
+        labels: Images by split and class.
+        classes: Names of the classes.
+        flags: What flags say about the data.
+
+    Raises:
+        DataError: If there are too few to validate on some.
+    """
+    train = {name: labels[TRAIN].get(name, 0) for name in classes}
+    totals = {split: sum(members.values()) for split, members in labels.items()}
+    share, counts = _shared(totals, [*train.values()], flags)
+    return Survey(
+        LABELS,
+        source.module,
+        {**source.arguments, **share},
+        tuple(classes),
+        counts,
+        source.found,
+        left_out=source.left_out,
+        unmeasured=_unmeasured(train, labels.get(VAL), share.get("val_share", 0.0)),
+    )
+
+
+def masks_survey(
+    source: Source, counts: Mapping[str, int], sizes: Sequence[tuple[int, int]], coding: MaskCoding, flags: Flags
+) -> Survey:
+    """Returns what was found of images with masks.
+
+    Args:
+        source: Where they are.
+        counts: Images by split.
+        sizes: Widths and heights of the images.
+        coding: How the masks are read.
+        flags: What flags say about the data.
+
+    Raises:
+        DataError: If there are too few to validate on some.
+    """
+    share, counts = _shared(counts, [counts[TRAIN]], flags)
+    return Survey(
+        MASKS,
+        source.module,
+        {**source.arguments, **coding.arguments(), **share},
+        coding.classes,
+        counts,
+        source.found,
+        _common_size(sizes),
+        coding,
+        source.left_out,
+    )
+
+
+def _shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tuple[dict[str, float], dict[str, int]]:
     """The argument `val_share`, if there is no val split, and the images by split."""
     if VAL in counts:
         if flags.val_share is not None:
@@ -77,44 +152,6 @@ def shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> tu
     return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
 
 
-def labels_survey(
-    module: str,
-    arguments: Mapping[str, Any],
-    labels: Mapping[str, Mapping[str, int]],
-    classes: Sequence[str],
-    found: str,
-    flags: Flags,
-    left_out: Sequence[Path] = (),
-) -> Survey:
-    """Returns what was found of images with labels.
-
-    Args:
-        module: The class of the data module.
-        arguments: Its arguments, but for the share to validate on.
-        labels: Images by split and class.
-        classes: Names of the classes.
-        found: In words, what the task was told from.
-        flags: What flags say about the data.
-        left_out: What is not read.
-
-    Raises:
-        DataError: If there are too few to validate on some.
-    """
-    train = {name: labels[TRAIN].get(name, 0) for name in classes}
-    totals = {split: sum(members.values()) for split, members in labels.items()}
-    share, counts = shared(totals, [*train.values()], flags)
-    return Survey(
-        LABELS,
-        module,
-        {**arguments, **share},
-        tuple(classes),
-        counts,
-        found,
-        left_out=left_out,
-        unmeasured=_unmeasured(train, labels.get(VAL), share.get("val_share", 0.0)),
-    )
-
-
 def _unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, share: float) -> tuple[str, ...]:
     """The classes of which no image is validated on.
 
@@ -127,7 +164,7 @@ def _unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, share: 
     return tuple(name for name in train if not held.get(name))
 
 
-def common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def _common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Height and width that fit most images of these widths and heights."""
     width, height = (median(size[side] for size in sizes) for side in (0, 1))
     scale = min(1.0, MAX_SIDE / max(width, height))

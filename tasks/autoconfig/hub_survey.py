@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lora_plugins.errors import listing
-from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, labels_survey, shared
+from lora_plugins.tasks.autoconfig.found import Flags, Source, Survey, labels_survey, masks_survey
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.errors import DataError, listed
 from lora_plugins.tasks.files import TRAIN
@@ -78,14 +78,10 @@ def _of_labels(found: "HubDataset", image: str, flags: Flags) -> Survey:
     told = getattr(found.features[column], "names", None)
     every = sorted({*itertools.chain(*labels.values())})
     classes = dict(enumerate(told)) if told else {value: str(value) for value in every}
-    return labels_survey(
-        "HubImageDataModule",
-        {"name": found.name, "image_column": image, "label_column": column, "check_files": True},
-        {split: Counter(classes.get(value, "") for value in values) for split, values in labels.items()},
-        [*classes.values()],
-        f"a data set with labels in {column!r}",
-        flags,
-    )
+    arguments = {"name": found.name, "image_column": image, "label_column": column, "check_files": True}
+    source = Source("HubImageDataModule", arguments, f"a data set with labels in {column!r}")
+    counts = {split: Counter(classes.get(value, "") for value in values) for split, values in labels.items()}
+    return labels_survey(source, counts, [*classes.values()], flags)
 
 
 def _known_labels(found: "HubDataset", column: str) -> Mapping[str, Sequence[Any]]:
@@ -126,18 +122,9 @@ def _of_masks(found: "HubDataset", image: str, column: str, flags: Flags) -> Sur
     cells = [_Cell(data, split, row, column) for split, count in counts.items() for row in range(count)]
     coding = mask_coding(cells, flags.classes, flags.ignore_index, _Cell.read)
     sizes = [_Cell(data, TRAIN, row, image).read().size for row in range(min(MEASURED, counts[TRAIN]))]
-    share, counts = shared(counts, [counts[TRAIN]], flags)
     arguments = {"name": found.name, "image_column": image, "mask_column": column, "check_files": True}
-    return Survey(
-        MASKS,
-        "HubMaskDataModule",
-        {**arguments, **coding.arguments(), **share},
-        coding.classes,
-        counts,
-        f"a data set with masks in {column!r}",
-        common_size(sizes),
-        coding,
-    )
+    source = Source("HubMaskDataModule", arguments, f"a data set with masks in {column!r}")
+    return masks_survey(source, counts, sizes, coding, flags)
 
 
 def _counts(found: "HubDataset") -> Mapping[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.folders import class_names
-from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, labels_survey, shared
+from lora_plugins.tasks.autoconfig.found import Flags, Source, Survey, labels_survey, masks_survey
 from lora_plugins.tasks.autoconfig.lookalikes import images_of_list_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.autoconfig.readable import check_no_problems, equal_sizes, unreadable
@@ -58,11 +58,10 @@ def _splits(data: Path, rows: Rows) -> dict[str, Rows]:
 
 
 def _of_masks(data: Path, pairs: Pairs, splits: Mapping[str, Rows], found: str, flags: Flags) -> Survey:
-    size = common_size(equal_sizes(pairs))
+    sizes = equal_sizes(pairs)
     coding = mask_coding([mask for _, mask in pairs], flags.classes or class_names(data.parent), flags.ignore_index)
-    share, counts = shared({split: len(members) for split, members in splits.items()}, [len(splits[TRAIN])], flags)
-    arguments = {"file": str(data.absolute()), **coding.arguments(), **share}
-    return Survey(MASKS, "MaskListDataModule", arguments, coding.classes, counts, found, size, coding)
+    source = Source("MaskListDataModule", {"file": str(data.absolute())}, found)
+    return masks_survey(source, {split: len(members) for split, members in splits.items()}, sizes, coding, flags)
 
 
 def _of_labels(data: Path, splits: Mapping[str, Rows], found: str, flags: Flags) -> Survey:
@@ -78,5 +77,5 @@ def _of_labels(data: Path, splits: Mapping[str, Rows], found: str, flags: Flags)
     if len(classes) < 2:
         raise DataError(f"All rows of {data} have the label {classes[0]!r}, and there is nothing to tell apart.")
     chosen = {} if flags.classes is None else {"classes": [*classes]}
-    arguments = {"file": str(data.absolute()), **chosen}
-    return labels_survey("ImageListDataModule", arguments, labels, classes, found, flags)
+    source = Source("ImageListDataModule", {"file": str(data.absolute()), **chosen}, found)
+    return labels_survey(source, labels, classes, flags)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lora_plugins.tasks.autoconfig.folders import beside, class_names, splits_in
-from lora_plugins.tasks.autoconfig.found import MASKS, Flags, Survey, common_size, shared
+from lora_plugins.tasks.autoconfig.found import Flags, Source, Survey, masks_survey
 from lora_plugins.tasks.autoconfig.lookalikes import IMAGES_FOLDER, MASKS_FOLDER, images_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.autoconfig.readable import check_no_problems, equal_sizes
@@ -27,25 +27,15 @@ def mask_survey(data: Path, flags: Flags) -> Survey:
     flat = [pair for members in pairs.values() for pair in members]
     sizes = equal_sizes(flat)
     coding = mask_coding([mask for _, mask in flat], flags.classes or class_names(data), flags.ignore_index)
-    share, counts = shared({split: len(members) for split, members in pairs.items()}, [len(pairs[TRAIN])], flags)
     unread = left_out(images_folder / folder for folder in inside.values()) if nested else []
     folders = {"images": IMAGES_FOLDER if nested else ".", "masks": str(masks_folder.absolute())}
-    return Survey(
-        MASKS,
+    source = Source(
         "MaskFolderDataModule",
-        {
-            "root": str(data.absolute()),
-            **({} if nested and flags.masks is None else folders),
-            **coding.arguments(),
-            **share,
-        },
-        coding.classes,
-        counts,
+        {"root": str(data.absolute()), **({} if nested and flags.masks is None else folders)},
         f"images with masks in {masks_folder}",
-        common_size(sizes),
-        coding,
         [*(beside(images_folder, splits) if nested and splits else ()), *unread],
     )
+    return masks_survey(source, {split: len(members) for split, members in pairs.items()}, sizes, coding, flags)
 
 
 def _pairs(images: Path, masks: Path, inside: dict[str, str]) -> dict[str, list[tuple[Path, Path]]]:
