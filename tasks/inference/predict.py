@@ -13,7 +13,8 @@ import os
 import re
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -110,8 +111,8 @@ def predict_folder(
     named = [images] if isinstance(images, str | Path) else images
     found = dict.fromkeys(path for each in named for path in _found(str(each)))
     if isinstance(task, SemanticSegmentationTask):
-        paths = _named(_readable([*found], on_problem))
-        return _write_masks(task, paths, out, window, overlap, flips)
+        predict = partial(mask_labels, task, window=window, overlap=overlap, flips=flips)
+        return _write_masks(task, _named(_readable([*found], on_problem)), out, predict)
     paths = _named(_readable([*found], on_problem, task.image_size))
     return [_write_labels(task, paths, out / LABELS, flips)]
 
@@ -218,12 +219,7 @@ def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips
 
 
 def _write_masks(
-    task: SemanticSegmentationTask,
-    paths: Mapping[str, Path],
-    out: Path,
-    window: Size | None,
-    overlap: float,
-    flips: bool,
+    task: SemanticSegmentationTask, paths: Mapping[str, Path], out: Path, predict: Callable[[Tensor], Tensor]
 ) -> list[Path]:
     classes = task.model_config.num_classes
     if classes > MAX_CLASSES:
@@ -235,7 +231,7 @@ def _write_masks(
             raise _of_another(out / MASKS / name)
     for given, path in paths.items():
         name, image = names[given], _tensor(path)
-        mask = mask_labels(task, image, window=window, overlap=overlap, flips=flips).numpy()
+        mask = predict(image).numpy()
         pixels = image.permute(1, 2, 0).numpy()
         outputs = {  # the mask last: where it is and nothing over the image, another program wrote it
             OVERLAYS: Image.fromarray(overlay(pixels, mask, colors, task.ignore_index)),
