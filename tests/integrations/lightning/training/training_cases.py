@@ -14,6 +14,12 @@ def lora_b(module, adapter=""):
     return {name: p for name, p in module.named_parameters() if f".lora_B.{adapter}" in name}
 
 
+def learned(module, adapter=""):
+    """Whether there are adapters, each of which has moved from where it started."""
+    found = lora_b(module, adapter).values()
+    return bool(found) and all(b.any() for b in found)
+
+
 def cli(cls, tmp_path, extra=()):
     arguments = {
         "seed_everything": 1,
