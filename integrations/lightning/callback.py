@@ -261,30 +261,8 @@ class LoraCallback(Callback):
         self._run.follow_building(shims, pl_module)
         if not self._merge.is_kept and (data := carried(trainer, self.state_key)) is not None:
             self._merge.keep(merge_from_bytes(data, self._target(pl_module)))
-        if not self._run.adapts_in(stage):
-            return
-
-        self._run.waits = self._waits_for_checkpoint(trainer)
-        if self._run.waits and self._is_first(trainer):
-            adapt = partial(self._adapt_in_order, trainer, pl_module)
-            self._run.strategy_shims = adapt_after_restoring(trainer, adapt)
-        elif not self._run.waits:
-            adapt = partial(self._ensure_adapted, trainer, pl_module)
-            self._run.adapt_when_built(shims, pl_module, self.target, self.adapter_name, adapt)
-        if self._is_first(trainer):  # below the shims of the others, each of which would multiply the attempts
-            shims.around("configure_optimizers", partial(retry_without_factors, pl_module))
-        shims.after(
-            "configure_optimizers",
-            lambda configured: self._complete_optimizers(pl_module, configured),
-            lambda: self._before_optimizers(trainer, pl_module),
-        )
-        # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
-        shims.after("on_fit_start", lambda _: self._run.resumed.set_before_data(trainer))
-        shims.after("on_train_start", lambda _: self._run.resumed.set_after_data())
-        # After all hooks in which gradients are switched: the module's own comes after those of the callbacks.
-        shims.after("on_train_batch_start", lambda _: self._run.freeze_base())
-        # The last hook before a step: after those of all callbacks, any of which may set rates.
-        shims.after("on_before_optimizer_step", lambda _: self.rates.follow_all(trainer.optimizers))
+        if self._run.adapts_in(stage):
+            self._install_shims(shims, trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what is adapted.
@@ -524,6 +502,30 @@ class LoraCallback(Callback):
         check_shared(["merge_on_fit_end"], self._group(trainer), "with one target are merged together")
         check_shared(["merge_source"], every, "of one trainer leave one module with the weights of one moment")
         check_shared(vars(self.rates), every, "of one trainer share its optimizers")
+
+    def _install_shims(self, shims: MethodShims, trainer: Trainer, module: LightningModule) -> None:
+        """Lets the module be adapted once it is built, and the run act where no hook of a callback is the last one."""
+        self._run.waits = self._waits_for_checkpoint(trainer)
+        if self._run.waits and self._is_first(trainer):
+            adapt = partial(self._adapt_in_order, trainer, module)
+            self._run.strategy_shims = adapt_after_restoring(trainer, adapt)
+        elif not self._run.waits:
+            adapt = partial(self._ensure_adapted, trainer, module)
+            self._run.adapt_when_built(shims, module, self.target, self.adapter_name, adapt)
+        if self._is_first(trainer):  # below the shims of the others, each of which would multiply the attempts
+            shims.around("configure_optimizers", partial(retry_without_factors, module))
+        shims.after(
+            "configure_optimizers",
+            lambda configured: self._complete_optimizers(module, configured),
+            lambda: self._before_optimizers(trainer, module),
+        )
+        # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
+        shims.after("on_fit_start", lambda _: self._run.resumed.set_before_data(trainer))
+        shims.after("on_train_start", lambda _: self._run.resumed.set_after_data())
+        # After all hooks in which gradients are switched: the module's own comes after those of the callbacks.
+        shims.after("on_train_batch_start", lambda _: self._run.freeze_base())
+        # The last hook before a step: after those of all callbacks, any of which may set rates.
+        shims.after("on_before_optimizer_step", lambda _: self.rates.follow_all(trainer.optimizers))
 
     def _before_optimizers(self, trainer: Trainer, module: LightningModule) -> None:
         self._run.resumed.set(trainer)
