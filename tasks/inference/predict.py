@@ -6,10 +6,8 @@ palette, and `OUT/overlays/NAME.png`. NAME is the path below the folder that all
 """
 
 import csv
-import glob
 import io
 import math
-import os
 import re
 from argparse import Namespace
 from collections import Counter
@@ -18,38 +16,21 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from lora_plugins.devices import usable_device
-from lora_plugins.errors import ConfigError, counted, nothing_there
+from lora_plugins.errors import ConfigError, counted
 from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of, number_from, optional
-from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
 from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size
-from lora_plugins.tasks.errors import DataError, listed
-from lora_plugins.tasks.files import (
-    IMAGE_SUFFIXES,
-    NO_IMAGE,
-    as_png,
-    image_files,
-    left_out,
-    named_by_text,
-    read_all,
-    read_image,
-    why_left_out,
-)
+from lora_plugins.tasks.errors import DataError
+from lora_plugins.tasks.files import as_png, left_out, read_image, why_left_out
+from lora_plugins.tasks.inference.given_images import given_images
 from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_labels
-from lora_plugins.tasks.segmentation import (
-    MAX_CLASSES,
-    SemanticSegmentationTask,
-    class_colors,
-    overlay,
-    palette_image,
-)
+from lora_plugins.tasks.segmentation import MAX_CLASSES, SemanticSegmentationTask, class_colors, overlay, palette_image
 from lora_plugins.tasks.training import VisionTask
 from lora_plugins.utils import put_files, remove_leftovers, replace_file
 from lora_plugins.writable import check_writable_folder
@@ -108,13 +89,10 @@ def predict_folder(
     check_writable_folder(out, "The folder of results")
     if window is not None and not isinstance(task, SemanticSegmentationTask):
         raise ConfigError(f"A window is for masks; {type(task).__name__} predicts labels.")
-    named = [images] if isinstance(images, str | Path) else images
-    found = dict.fromkeys(path for each in named for path in _found(str(each)))
     if isinstance(task, SemanticSegmentationTask):
         predict = partial(mask_labels, task, window=window, overlap=overlap, flips=flips)
-        return _write_masks(task, _named(_readable([*found], on_problem)), out, predict)
-    paths = _named(_readable([*found], on_problem, task.image_size))
-    return [_write_labels(task, paths, out / LABELS, flips)]
+        return _write_masks(task, given_images(images, on_problem), out, predict)
+    return [_write_labels(task, given_images(images, on_problem, task.image_size), out / LABELS, flips)]
 
 
 def main(given: Namespace) -> int:
@@ -150,56 +128,6 @@ def _told(files: Sequence[Path], out: Path) -> str:
         return f"Labels of {counted(labels.total(), 'image')} with probabilities: {files[0]} ({counts}{more})"
     masks = [file for file in files if file.is_relative_to(out / MASKS)]
     return f"Masks of {counted(len(masks), 'image')}: {out / MASKS}, and over the images: {out / OVERLAYS}"
-
-
-def _found(images: str) -> list[Path]:
-    """The images that an argument names."""
-    if not images:  # which a path takes for the current folder
-        raise DataError("A name of images is empty, perhaps from a shell variable that is not set.")
-    path = Path(images)
-    is_pattern = glob.has_magic(images) and not path.exists()  # the name of a folder may have brackets
-    if not is_pattern and not path.exists():
-        raise DataError(f"There is no file or folder {path}: {nothing_there(path)}")
-    paths = _matching(images) if is_pattern else [path] if path.is_file() else image_files(path)
-    if not paths:
-        raise DataError(f"{path.absolute()} {'matches' if is_pattern else 'holds'} {NO_IMAGE}.{_below(path)}")
-    return named_by_text(paths)
-
-
-def _below(folder: Path) -> str:
-    """Suggests a pattern for the images in the subfolders of a folder."""
-    pattern = str(Path(glob.escape(str(folder))) / "**" / "*")
-    count = len(_matching(pattern)) if folder.is_dir() else 0
-    return f" In the folders below there {'is' if count == 1 else 'are'} {count}: {pattern!r}." if count else ""
-
-
-def _named(paths: Sequence[Path]) -> dict[str, Path]:
-    """The images by their paths below the folder that all of them are in."""
-    places = {_absolute(path): path for path in paths}
-    common = os.path.commonpath([place.parent for place in places])
-    return {place.relative_to(common).as_posix(): path for place, path in places.items()}
-
-
-def _absolute(path: Path) -> Path:
-    """The path without `..`, which would lead out of the folder of results; which folder that is, links say."""
-    return path.parent.resolve() / path.name if ".." in path.parts else path.absolute()
-
-
-def _matching(pattern: str) -> list[Path]:
-    found = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
-    return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def _readable(paths: Sequence[Path], on_problem: str, resized_to: Size | None = None) -> list[Path]:
-    reading = read_all(paths, lambda path: read_image(path, resized_to).size)  # images would fill the memory
-    found = [*followed(reading, "Reading files", len(paths))]
-    problems = [str(each) for each in found if isinstance(each, DataError)]
-    message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"
-    if problems and (on_problem == ERROR or len(problems) == len(paths)):
-        raise DataError(f"{message}\nWith --skip (on_problem='skip'), such images are left out.")
-    if problems:
-        rank_zero_warn(message)
-    return [path for path, each in zip(paths, found, strict=True) if not isinstance(each, DataError)]
 
 
 def _write_labels(task: VisionTask, paths: Mapping[str, Path], file: Path, flips: bool) -> Path:
