@@ -1,21 +1,17 @@
 """Figures of a fit: predictions and the confusion matrix."""
 
 import math
-from collections.abc import Sequence, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from lora_plugins.tasks.data import Batch
+from lora_plugins.tasks.reporting.val_loaders import samples_of, val_precision
 from lora_plugins.tasks.segmentation import IGNORED, Pixels, class_colors, colorize, overlay
 from lora_plugins.tasks.training import VisionTask, eval_mode
 from lora_plugins.utils import replace_file
@@ -153,50 +149,6 @@ def _mask_keys(task: VisionTask, masks: Tensor, predicted: Tensor) -> list[Any]:
     if bool((masks == task.ignore_index).any()):
         keys.append(Patch(facecolor=cast(Any, np.array(IGNORED) / 255), label=VOID))
     return keys
-
-
-def first_val_loader(trainer: Trainer) -> DataLoader[Any]:
-    """The first loader of the val split, of a trainer that validates."""
-    return first_loader(trainer.val_dataloaders)
-
-
-def first_loader(loaders: Any) -> DataLoader[Any]:
-    """The first of a split's loaders, which are held in a list or a dict, or are one alone."""
-    return cast("DataLoader[Any]", CombinedLoader(loaders).flattened[0])
-
-
-def has_places(loader: object) -> bool:
-    """Whether samples can be read again by their place: those of a stream, or of mere batches, cannot."""
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-
-
-def has_validated(trainer: Trainer, what: str) -> bool:
-    """Whether a fit has validated; warns if it has not, as when it was over already.
-
-    Args:
-        trainer: The trainer.
-        what: What is left out then.
-    """
-    validated = any(trainer.num_val_batches)
-    if not validated:
-        rank_zero_warn(f"There is no {what}: this fit validated nothing. It was over already, or has no val batches.")
-    return validated
-
-
-def samples_of(loader: DataLoader[Any], indices: Sequence[int]) -> Batch:
-    """The samples of a loader at these places of its data set."""
-    return Batch.read(loader.collate_fn([loader.dataset[index] for index in indices]))
-
-
-def evenly_spaced(loader: DataLoader[Any], count: int) -> list[int]:
-    """At most `count` evenly spaced places in the data set of a loader."""
-    total = len(cast(Sized, loader.dataset))
-    return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()]
-
-
-def val_precision(task: VisionTask) -> AbstractContextManager[Any]:
-    """The precision that the trainer of a task validates in, for forwards alone: it changes how data would be made."""
-    return nullcontext() if task._trainer is None else task.trainer.precision_plugin.val_step_context()
 
 
 @torch.inference_mode()

@@ -25,7 +25,6 @@ from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Costs, Metric, PlanRow, RunRecord, as_stored, render_report, run_as_json
 from lora_plugins.tasks.reporting.class_results import class_results, most_confused
-from lora_plugins.tasks.reporting.figures import first_val_loader, has_places, has_validated
 from lora_plugins.tasks.reporting.run_facts import (
     Facts,
     data_facts,
@@ -37,6 +36,7 @@ from lora_plugins.tasks.reporting.run_facts import (
     training_facts,
 )
 from lora_plugins.tasks.reporting.sample_choice import Judged, choose, example, judge, on_device_of
+from lora_plugins.tasks.reporting.val_loaders import first_val_loader, has_places, has_validated
 from lora_plugins.tasks.segmentation import IGNORED
 from lora_plugins.tasks.training import VisionTask, next_steps
 from lora_plugins.utils import replace_files

@@ -14,15 +14,9 @@ from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.tasks.argument_checks import check_indices, check_png, instance_of
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.reporting.figures import (
-    evenly_spaced,
-    examples_figure,
-    first_val_loader,
-    has_places,
-    has_validated,
-    save_figure,
-)
+from lora_plugins.tasks.reporting.figures import examples_figure, save_figure
 from lora_plugins.tasks.reporting.sample_choice import on_device_of
+from lora_plugins.tasks.reporting.val_loaders import evenly_spaced, first_val_loader, has_places, has_validated
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
 from lora_plugins.writable import check_writable_file
 

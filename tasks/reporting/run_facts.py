@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lora_plugins import Plan
-from lora_plugins.tasks.reporting.figures import first_loader
+from lora_plugins.tasks.reporting.val_loaders import first_loader
 from lora_plugins.tasks.training import VisionTask
 
 LIBRARIES: Mapping[str, str] = {

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Example
 from lora_plugins.tasks.reporting.class_results import count_confusion, mean_iou
-from lora_plugins.tasks.reporting.figures import as_pixels, samples_of, val_precision
+from lora_plugins.tasks.reporting.figures import as_pixels
+from lora_plugins.tasks.reporting.val_loaders import samples_of, val_precision
 from lora_plugins.tasks.segmentation import IGNORED, Mask, class_colors, colorize, palette_image
 from lora_plugins.tasks.training import VisionTask, eval_mode
 

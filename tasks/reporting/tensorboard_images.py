@@ -9,13 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lora_plugins import ConfigError
 from lora_plugins.field_checks import check_count
 from lora_plugins.integrations.lightning.shims import is_fast_dev_run
-from lora_plugins.tasks.reporting.figures import (
-    confusion_figure,
-    evenly_spaced,
-    examples_figure,
-    first_val_loader,
-    has_places,
-)
+from lora_plugins.tasks.reporting.figures import confusion_figure, examples_figure
+from lora_plugins.tasks.reporting.val_loaders import evenly_spaced, first_val_loader, has_places
 from lora_plugins.tasks.training import VisionTask
 
 
