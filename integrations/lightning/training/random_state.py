@@ -41,7 +41,7 @@ class ResumedState:
     """
 
     def __init__(self, state: Mapping[str, Any] = MappingProxyType({})) -> None:
-        self._state = state
+        self._state: Mapping[str, Any] = dict(state)  # a proxy cannot be pickled, as a callback is
         self._after_data: Mapping[str, Any] = {}
 
     @property
