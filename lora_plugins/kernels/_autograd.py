@@ -11,6 +11,7 @@ from lora_plugins.errors import StateError
 from lora_plugins.kernels._operation import operation
 from lora_plugins.kernels._path import Path
 from lora_plugins.kernels.dropout import Dropout, without_gaps
+from lora_plugins.kernels.update import Update
 from lora_plugins.utils import autocast_dtype, in_full
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -84,31 +85,24 @@ def call_under_autocast(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
+    update: Update,
     options: Options,
 ) -> Tensor:
     """Computes the output; under autocast in its type, except that an update is added to a wide weight in full."""
     x = x if options.dropout is None else without_gaps(x)
     dtype = autocast_dtype(x)
     if dtype is None:
-        return compute(x, weight, bias, A, B, options)
-    given = rounded(dtype, x, weight, bias, A, B, in_full_weight=options.path.effective_weight_first)
+        return compute(x, weight, bias, update.A, update.B, options)
+    given = rounded(dtype, x, weight, bias, update, in_full_weight=options.path.effective_weight_first)
     with in_full(x):
         return compute(*given, options)
 
 
 def rounded(
-    dtype: torch.dtype,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    *,
-    in_full_weight: bool,
+    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, *, in_full_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
     """Returns the tensors of a call as autocast rounds them, except a weight to which its update is added in full."""
+    A, B = update.A, update.B
     if not in_full_weight:
         weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
     return x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B

@@ -15,12 +15,13 @@ from lora_plugins.kernels._eager import types_agree
 from lora_plugins.kernels._path import may_form_effective_weight
 from lora_plugins.kernels._switches import active_kernels
 from lora_plugins.kernels.dropout import SEEDS
+from lora_plugins.kernels.update import Update
 from lora_plugins.utils import autocast_dtype, transforms_are_active
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def takes_operator(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor) -> bool:
+def takes_operator(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, update: Update) -> bool:
     """Whether a compiler is at work, and takes the operator of an operation.
 
     Not on a GPU, where it was not measured; not where a program is exported, to run without this package.
@@ -30,28 +31,30 @@ def takes_operator(operation: str, x: Tensor, weight: Tensor, bias: Tensor | Non
         x: The input.
         weight: Of the layer.
         bias: Of the layer.
-        *factors: A and B.
+        update: Of the weight.
     """
+    tensors = (x, weight, bias, update.A, update.B)
     return (
         is_dynamo_compiling()
         and _may_take(operation)
-        and all(each is None or (type(each) in _PLAIN and each.is_cpu) for each in (x, weight, bias, *factors))
+        and all(each is None or (type(each) in _PLAIN and each.is_cpu) for each in tensors)
         and types_agree(x, weight, bias)
         and not transforms_are_active()
     )
 
 
 def operands(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dropout: float
+    x: Tensor, weight: Tensor, bias: Tensor | None, update: Update
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
     """Returns what an operator takes: the tensors as autocast rounds them, and the seed of its dropout masks.
 
     Autocast leaves a wide weight and its update alone, which are added in full where there is no dropout.
     """
-    seed, dtype = torch.randint(SEEDS, (), device="cpu") if dropout else None, autocast_dtype(x)
+    seed, dtype = torch.randint(SEEDS, (), device="cpu") if update.dropout else None, autocast_dtype(x)
     if dtype is None:
-        return x, weight, bias, A, B, seed
-    return *rounded(dtype, x, weight, bias, A, B, in_full_weight=may_form_effective_weight(weight, dropout)), seed
+        return x, weight, bias, update.A, update.B, seed
+    in_full_weight = may_form_effective_weight(weight, update.dropout)
+    return *rounded(dtype, x, weight, bias, update, in_full_weight=in_full_weight), seed
 
 
 def _may_take(operation: str) -> bool:

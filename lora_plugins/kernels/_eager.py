@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.kernels._kernel import missing_from_torch
+from lora_plugins.kernels.update import Update
 from lora_plugins.utils import autocast_dtype, transforms_are_active
 
 
@@ -58,22 +59,14 @@ def types_agree(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def applies_in_eager_mode(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    *_: object,
-    **__: object,
+    x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, *_: object, **__: object
 ) -> bool:
     """Whether a kernel for plain eager mode computes a call, which torch's own layer has to be able to compute.
 
     What it leaves to torch are layers without inputs or outputs, inputs without dimensions or with empty rows, and
     dropout that is recorded in a CUDA graph: masks come from a seed of the host, which every replay would share.
     """
-    recorded = dropout and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    recorded = update.dropout and x.is_cuda and torch.cuda.is_current_stream_capturing()
     return (
         is_eager(x)
         and types_agree(x, weight, bias)

@@ -12,21 +12,11 @@ from lora_plugins.kernels._conv_products import ConvOptions, State, choose_path,
 from lora_plugins.kernels._path import may_form_effective_weight
 from lora_plugins.kernels.conv_geometry import Geometry, pointwise
 from lora_plugins.kernels.dropout import Dropout
+from lora_plugins.kernels.update import Update
 from lora_plugins.utils import autocast_dtype, in_full
 
 
-def compiled_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    geometry: Geometry,
-    *,
-    low_memory: bool = False,
-) -> Tensor | None:
+def compiled_conv(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, geometry: Geometry) -> Tensor | None:
     """Computes `lora_conv`; None where something other than `torch.compile` is at work, or weights are summed.
 
     In training without dropout it uses ordinary small products, whose additions compilers fuse: a step of ResNet-50
@@ -34,27 +24,27 @@ def compiled_conv(
     Zen 5).
     In inference the sum of kernel and update is cheapest: 1.14, with the operator 1.59.
     """
-    if not takes_operator("lora_conv", x, weight, bias, A, B):
+    if not takes_operator("lora_conv", x, weight, bias, update):
         return None
-    if not torch.is_grad_enabled() and may_form_effective_weight(weight, dropout):
+    if not torch.is_grad_enabled() and may_form_effective_weight(weight, update.dropout):
         return None
-    if not dropout and geometry.groups == 1:
-        return geometry.convolve(x, weight, bias) + _update(x, A, B, scaling, weight, geometry)
-    given = operands(x, weight, bias, A, B, dropout)
+    if not update.dropout and geometry.groups == 1:
+        return geometry.convolve(x, weight, bias) + _convolved(x, update, weight, geometry)
+    given = operands(x, weight, bias, update)
     move = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     with in_full(x):
-        y: Tensor = _conv(*given, scaling, dropout, *move, torch.is_grad_enabled())[0]
+        y: Tensor = _conv(*given, update.scaling, update.dropout, *move, torch.is_grad_enabled())[0]
     return y
 
 
-def _update(x: Tensor, A: Tensor, B: Tensor, scaling: float, weight: Tensor, geometry: Geometry) -> Tensor:
+def _convolved(x: Tensor, update: Update, weight: Tensor, geometry: Geometry) -> Tensor:
     """Convolves with A and mixes its channels by B, in the type of the layer's own output."""
-    dtype = autocast_dtype(x) or x.dtype
+    A, B, dtype = update.A, update.B, autocast_dtype(x) or x.dtype
     if autocast_dtype(x) is None:  # autocast would choose the type itself
         x = x.to(A.dtype)
     h = geometry.convolve(x, A.view(len(A), *weight.shape[1:]))
     dimensions = len(geometry.stride)
-    return pointwise(dimensions).convolve(h, (B * scaling).view(*B.shape, *[1] * dimensions)).to(dtype)
+    return pointwise(dimensions).convolve(h, (B * update.scaling).view(*B.shape, *[1] * dimensions)).to(dtype)
 
 
 @torch.library.custom_op("lora_plugins::conv", mutates_args=())

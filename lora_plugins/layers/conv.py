@@ -56,20 +56,13 @@ class _ConvPlugin(RowMajorPlugin[Conv]):
         """Convolves `x` with the updated kernel, or with the untouched one and the dropped `x` with each update."""
         weight = base["weight"]
         geometry = _geometry(layer) if x.ndim == weight.ndim else None
-        if (rescaled := terms[0].rescaling) is not None and geometry is not None:
-            term = terms[0]
-            return lora_rescaled(
-                x, weight, layer.bias, term.A, term.B, term.scaling, term.dropout, rescaled.own, rescaled.factors,
-                geometry, low_memory=term.low_memory,
-            )  # fmt: skip
+        if (rescaling := terms[0].rescaling) is not None and geometry is not None:
+            return lora_rescaled(x, weight, layer.bias, terms[0], rescaling, geometry)
         with in_full(weight):
             terms = [_with_delta(term, self.to_matrix(weight)) for term in terms]
         joint = joined(terms) if geometry is not None else None
         if joint is not None and geometry is not None:
-            return lora_conv(
-                x, weight, layer.bias, joint.A, joint.B, joint.scaling, joint.dropout, geometry,
-                low_memory=joint.low_memory,
-            )  # fmt: skip
+            return lora_conv(x, weight, layer.bias, joint, geometry)
         if not any(term.dropout for term in terms):
             y: Tensor = layer._conv_forward(x, self._updated(weight, terms), layer.bias)
             return y
@@ -120,9 +113,7 @@ def _with_delta(term: Term, weight: Tensor) -> Term:
     """Returns an update with its `delta`, if a rescaling stands in its place."""
     if term.rescaling is None:
         return term
-    own, factors = term.rescaling.own, term.rescaling.factors
-    whole = rescaled_weight(weight, term.A, term.B, own, factors, term.scaling)
-    return replace(term, rescaling=None, delta=whole - weight)
+    return replace(term, rescaling=None, delta=rescaled_weight(weight, term, term.rescaling) - weight)
 
 
 def _padded(layer: Conv, x: Tensor) -> Tensor:

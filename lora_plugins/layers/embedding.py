@@ -62,8 +62,7 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
     def _look_up_rows(self, layer: nn.Embedding, weight: Tensor, terms: Sequence[Term], input: Tensor) -> Tensor:
         for term in terms:
             if (rescaling := term.rescaling) is not None:
-                matrix = self.to_matrix(weight)
-                whole = rescaled_weight(matrix, term.A, term.B, rescaling.own, rescaling.factors, term.scaling)
+                whole = rescaled_weight(self.to_matrix(weight), term, rescaling)
                 weight = self.from_matrix(whole, weight.shape).to(weight.dtype)
             else:
                 weight = add_delta(weight, self.from_matrix(term.delta_weight(), weight.shape))
@@ -88,6 +87,5 @@ def _update_rows(term: Term, input: Tensor) -> Tensor:
 def _rescaled_rows(weight: Tensor, term: Term, rescaling: Rescaling, rows: Tensor, input: Tensor) -> Tensor:
     """Adds an update to rows that were looked up, and rescales their sum by factors of the whole updated weight."""
     with in_full(rows):
-        own, scaling = rescaling.own, term.scaling
-        direction, factors = direction_and_factors(weight, term.A, term.B, own, rescaling.factors, scaling)
+        direction, factors = direction_and_factors(weight, term, rescaling)
         return (factors * (rows.to(direction.dtype) + _update_rows(term, input))).to(rows.dtype)

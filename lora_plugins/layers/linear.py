@@ -44,15 +44,11 @@ def _update(x: Tensor, term: Term) -> Tensor:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """Computes `x Wᵀ + b` and adds the terms; x is `(..., in)`, W is `(out, in)`."""
-    if (rescaled := terms[0].rescaling) is not None:
-        term = terms[0]
-        return lora_rescaled(
-            x, weight, bias, term.A, term.B, term.scaling, term.dropout, rescaled.own, rescaled.factors, None,
-            low_memory=term.low_memory,
-        )  # fmt: skip
+    if (rescaling := terms[0].rescaling) is not None:
+        return lora_rescaled(x, weight, bias, terms[0], rescaling, None)
     joint = joined(terms)
     if joint is not None:
-        return lora_linear(x, weight, bias, joint.A, joint.B, joint.scaling, joint.dropout, low_memory=joint.low_memory)
+        return lora_linear(x, weight, bias, joint)
     rows = x.flatten(0, -2) if x.dim() > 2 and not x.is_nested else x  # whose gradients are no views
     updates = [_update(rows, term) for term in terms]
     y = add_updates(F.linear(rows, weight, bias), updates)

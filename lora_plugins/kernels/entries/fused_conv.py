@@ -25,35 +25,24 @@ from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.linear import lora_linear
+from lora_plugins.kernels.update import Update
 
 
-def fused_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    geometry: Geometry,
-    *,
-    low_memory: bool = False,
-) -> Tensor:
+def fused_conv(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, geometry: Geometry) -> Tensor:
     """Convolves `x` with `W` and the dropped `x` with `scaling · B A`."""
-    path = choose_path(x, weight, A, dropout, geometry)
+    path = choose_path(x, weight, update.A, update.dropout, geometry)
     # With few channels, the gradient of the kernel is faster as that of a convolution.
     if path.small_products and is_linear(x, weight, geometry):
-        matrix = weight.flatten(1)
-        return lora_linear(x, matrix, bias, A, B, scaling, dropout, axis=1, low_memory=low_memory)
+        return lora_linear(x, weight.flatten(1), bias, update, axis=1)
     options = ConvOptions(
-        scaling=scaling,
-        dropout=Dropout.draw(dropout) if dropout else None,
+        scaling=update.scaling,
+        dropout=Dropout.draw(update.dropout) if update.dropout else None,
         path=path,
-        recompute_input=recomputation(x) if low_memory else None,
+        recompute_input=recomputation(x) if update.low_memory else None,
         geometry=geometry,
     )
     compute = _plain if _is_plain(x, weight, options) else _lora_conv
-    return call_under_autocast(compute, x, weight, bias, A, B, options)
+    return call_under_autocast(compute, x, weight, bias, update, options)
 
 
 def _is_plain(x: Tensor, weight: Tensor, options: ConvOptions) -> bool:

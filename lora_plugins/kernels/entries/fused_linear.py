@@ -19,6 +19,7 @@ from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
 from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.matmul import transposed_product
+from lora_plugins.kernels.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,28 +35,17 @@ class LinearOptions(Options):
     low_memory: bool
 
 
-def fused_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    *,
-    axis: int = -1,
-    low_memory: bool = False,
-) -> Tensor:
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, *, axis: int = -1) -> Tensor:
     """Computes `x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`."""
     options = LinearOptions(
-        scaling=scaling,
-        dropout=Dropout.draw(dropout) if dropout else None,
-        path=choose_path(x.numel() // x.shape[axis], weight, A, dropout),
-        recompute_input=recomputation(x) if low_memory else None,
+        scaling=update.scaling,
+        dropout=Dropout.draw(update.dropout) if update.dropout else None,
+        path=choose_path(x.numel() // x.shape[axis], weight, update.A, update.dropout),
+        recompute_input=recomputation(x) if update.low_memory else None,
         axis=axis,
-        low_memory=low_memory,
+        low_memory=update.low_memory,
     )
-    return call_under_autocast(_lora_linear, x, weight, bias, A, B, options)
+    return call_under_autocast(_lora_linear, x, weight, bias, update, options)
 
 
 class _LoraLinear(torch.autograd.Function):

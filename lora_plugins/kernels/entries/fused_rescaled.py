@@ -22,7 +22,7 @@ from lora_plugins.kernels._path import Path
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout, add_dropped, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
-from lora_plugins.kernels.rescaled import RowFactors, rescaled_weight
+from lora_plugins.kernels.update import Rescaling, Update
 from lora_plugins.utils import common_type, laid_out_like, without_hooks_of_others
 
 _WHOLE = Path(effective_weight_first=True, small_products=False)
@@ -40,7 +40,7 @@ class RescaledOptions(Options):
     """
 
     geometry: Geometry | None
-    factors: RowFactors
+    factors: Callable[..., Tensor]
     low_memory: bool
 
 
@@ -48,31 +48,25 @@ def fused_rescaled(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    own: Sequence[Tensor],
-    factors: RowFactors,
+    update: Update,
+    rescaling: Rescaling,
     geometry: Geometry | None,
-    *,
-    low_memory: bool = False,
 ) -> Tensor:
     """Computes with `f · (W + scaling · B A)`; with dropout, only what that adds to `W` sees the dropped `x`."""
     options = RescaledOptions(
-        scaling=scaling,
-        dropout=Dropout.draw(dropout) if dropout else None,
+        scaling=update.scaling,
+        dropout=Dropout.draw(update.dropout) if update.dropout else None,
         path=_WHOLE,
-        recompute_input=recomputation(x) if low_memory else None,
+        recompute_input=recomputation(x) if update.low_memory else None,
         geometry=geometry,
-        factors=factors,
-        low_memory=low_memory,
+        factors=rescaling.factors,
+        low_memory=update.low_memory,
     )
 
     def compute(*tensors: Any) -> Tensor:
-        return _rescaled(*tensors, *own)  # type: ignore[no-any-return]
+        return _rescaled(*tensors, *rescaling.own)  # type: ignore[no-any-return]
 
-    return call_under_autocast(compute, x, weight, bias, A, B, options)
+    return call_under_autocast(compute, x, weight, bias, update, options)
 
 
 class _Rescaled(torch.autograd.Function):
@@ -260,7 +254,8 @@ def _law(options: RescaledOptions) -> Callable[..., Tensor]:
     def law(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *own: Tensor) -> Tensor:
         apply = F.linear if options.geometry is None else options.geometry.convolve
         inputs = _layer(options).flat(x)
-        whole = rescaled_weight(weight.flatten(1), A, B, own, options.factors, options.scaling).view(weight.shape)
+        direction = _direction(weight, A, B, options)
+        whole = (options.factors(direction.detach(), *own)[:, None] * direction).view(weight.shape)
         y = apply(inputs, (whole if options.dropout is None else weight).to(x.dtype), bias)
         if options.dropout is not None:
             dropped = inputs * options.dropout.mask_like(inputs) * options.dropout.scale

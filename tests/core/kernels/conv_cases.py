@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 from lora_plugins.kernels import Geometry, lora_conv
+from tests.core.kernels.update import LowRank
+
+
+def conv(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, *update: Tensor | float) -> Tensor:
+    """Calls `lora_conv` with an update of A, B, scaling, dropout and, if given, low_memory."""
+    return lora_conv(x, weight, bias, LowRank(*update), geometry)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Case:
 
     def compute(self, *inputs: Tensor) -> Tensor:
         torch.manual_seed(7)
-        return lora_conv(*inputs, 1.7, self.dropout, self.geometry)
+        return conv(self.geometry, *inputs, 1.7, self.dropout)
 
     def law(self, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return self.geometry.convolve(x, weight + 1.7 * (B @ A).view(weight.shape), bias)

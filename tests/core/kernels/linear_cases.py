@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.kernels import lora_linear
+from tests.core.kernels.update import LowRank
 
 MANY, FEW = (3, 16), (1, 2)  # rows: the update is added to the weight, or to the output
 SHAPES = {
@@ -26,10 +27,15 @@ def tensors(lead: tuple[int, ...], outputs: int, r: int, dtype: torch.dtype = to
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *update: Tensor | float, axis: int = -1) -> Tensor:
+    """Calls `lora_linear` with an update of A, B, scaling, dropout and, if given, low_memory."""
+    return lora_linear(x, weight, bias, LowRank(*update), axis=axis)
+
+
 def seeded(dropout: float):
     def compute(*inputs: Tensor) -> Tensor:
         torch.manual_seed(7)
-        return lora_linear(*inputs, 1.7, dropout)
+        return linear(*inputs, 1.7, dropout)
 
     return compute
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_plugins.kernels import disabled_kernels, lora_conv
-from tests.core.kernels.conv_cases import CASES, ONE_OF_EACH_PATH, WITHOUT_DROPOUT, Case, in_both_formats
+from lora_plugins.kernels import disabled_kernels
+from tests.core.kernels.conv_cases import CASES, ONE_OF_EACH_PATH, WITHOUT_DROPOUT, Case, conv, in_both_formats
 from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.needs import needs
 
@@ -29,7 +29,7 @@ def call(case: Case):
     """As `Case.compute`, whose seed a compiler cannot trace."""
 
     def compute(*inputs: Tensor) -> Tensor:
-        return lora_conv(*inputs, 1.7, case.dropout, case.geometry)
+        return conv(case.geometry, *inputs, 1.7, case.dropout)
 
     return compute
 

@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_plugins.kernels import disabled_kernels, lora_linear
+from lora_plugins.kernels import disabled_kernels
 from tests.core.kernels.graphs import EQUAL, both, compiled
-from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, seeded, shapes, tensors
+from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, linear, seeded, shapes, tensors
 from tests.core.kernels.needs import needs
 
 pytestmark = [needs("fused_linear"), pytest.mark.usefixtures("compiler_as_new")]
@@ -19,7 +19,7 @@ def call(dropout: float):
     """As `seeded`, whose seed a compiler cannot trace."""
 
     def compute(*inputs: Tensor) -> Tensor:
-        return lora_linear(*inputs, 1.7, dropout)
+        return linear(*inputs, 1.7, dropout)
 
     return compute
 
@@ -82,7 +82,7 @@ def test_a_weight_that_is_transposed_in_memory():
 def test_without_bias_and_without_gradients():
     x, weight, _, A, B = tensors(MANY, 9, 1)
     with torch.no_grad():
-        y = compiled(lambda: lora_linear(x, weight, None, A, B, 1.7, 0.0))()
+        y = compiled(lambda: linear(x, weight, None, A, B, 1.7, 0.0))()
     torch.testing.assert_close(y, law(x, weight, None, A, B), **EQUAL)
 
 
@@ -134,9 +134,9 @@ def test_the_operator_is_what_torch_expects_of_one(dropout):
 
 
 TRANSFORMS = {
-    "vmap": lambda x, *others: torch.func.vmap(lambda row: lora_linear(row, *others, 1.7, 0.0))(x),
-    "jvp": lambda x, *others: torch.func.jvp(lambda x: lora_linear(x, *others, 1.7, 0.0), (x,), (x,)),
-    "grad": lambda x, *others: torch.func.grad(lambda x: lora_linear(x, *others, 1.7, 0.0).sin().sum())(x),
+    "vmap": lambda x, *others: torch.func.vmap(lambda row: linear(row, *others, 1.7, 0.0))(x),
+    "jvp": lambda x, *others: torch.func.jvp(lambda x: linear(x, *others, 1.7, 0.0), (x,), (x,)),
+    "grad": lambda x, *others: torch.func.grad(lambda x: linear(x, *others, 1.7, 0.0).sin().sum())(x),
 }
 
 
@@ -156,7 +156,7 @@ def test_without_kernels_a_graph_has_ordinary_operations():
 def test_an_exported_program_has_ordinary_operations():
     class Layer(torch.nn.Module):
         def forward(self, *inputs: Tensor) -> Tensor:
-            return lora_linear(*inputs, 1.7, 0.0)
+            return linear(*inputs, 1.7, 0.0)
 
     inputs = tuple(tensor.detach() for tensor in tensors(MANY, 9, 1))
     program = torch.export.export(Layer(), inputs)

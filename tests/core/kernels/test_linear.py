@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels import disabled_kernels, lora_linear
-from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, seeded, shapes, tensors
+from lora_plugins.kernels import disabled_kernels
+from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, linear, seeded, shapes, tensors
 
 # Whole Jacobians take seconds each; the fast tests look at products with random vectors.
 jacobians = pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_gradients_of_first_and_second_order(lead, outputs, r, dropout, projecte
 @shapes
 def test_it_is_the_law(lead, outputs, r):
     inputs = tensors(lead, outputs, r)
-    found, expected = lora_linear(*inputs, 1.7, 0.0), law(*inputs)
+    found, expected = linear(*inputs, 1.7, 0.0), law(*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
     gradients = [torch.autograd.grad(output.sin().sum(), inputs) for output in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
@@ -43,7 +43,7 @@ def test_inputs_may_be_at_another_axis(lead, outputs, r, dropout, last, projecte
 
     def compute(*inputs: Tensor) -> Tensor:
         torch.manual_seed(7)
-        return lora_linear(*inputs, 1.7, dropout, axis=1)
+        return linear(*inputs, 1.7, dropout, axis=1)
 
     inputs = [image.requires_grad_(), *others]
     assert torch.autograd.gradcheck(compute, inputs, fast_mode=projected)
@@ -68,7 +68,7 @@ def test_one_gradient_alone_is_the_same(lead, outputs, r, dropout, needed):
 def test_unusual_inputs(make):
     _, *others = tensors(MANY, 9, 1, torch.float32)
     x = make()
-    torch.testing.assert_close(lora_linear(x, *others, 1.7, 0.0), law(x, *others))
+    torch.testing.assert_close(linear(x, *others, 1.7, 0.0), law(x, *others))
 
 
 @shapes
@@ -103,7 +103,7 @@ def test_a_small_update_of_a_half_precision_weight_is_not_rounded_away(lead, out
     x, weight, _, A, B = tensors(lead, outputs, r, torch.float32)
     small = B.detach() * 1e-3
     x = x.detach().bfloat16() * 0 + 1
-    output = lora_linear(x, torch.full_like(weight, 256).bfloat16(), None, A, small, 1.0, 0.0)
+    output = linear(x, torch.full_like(weight, 256).bfloat16(), None, A, small, 1.0, 0.0)
     base = F.linear(x, torch.full_like(weight, 256).bfloat16())
     expected = base + F.linear(F.linear(x.float(), A), small).bfloat16()
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
@@ -127,7 +127,7 @@ def test_the_update_of_a_weight_in_half_precision(lead, outputs, r, dropout, dty
     for some in ((x, weight.to(dtype), None, A, B), (x.double(), weight, None, A.double(), B.double())):
         with disabled_kernels(*kernels):
             torch.manual_seed(7)
-            output = lora_linear(*some, scaling, dropout)
+            output = linear(*some, scaling, dropout)
         found.append([output, *torch.autograd.grad(output.double().square().sum(), (x, A, B))])
     for got, wanted in zip(*found, strict=True):
         assert (got.double() - wanted.double()).norm() < tolerance * wanted.double().norm()
@@ -143,7 +143,7 @@ def test_factors_that_nearly_cancel_beside_a_weight_in_half_precision(lead, outp
     found = []
     for some in (half, [None if tensor is None else tensor.double() for tensor in half]):
         torch.manual_seed(7)
-        found.append(lora_linear(*some, 1.7, dropout).double())
+        found.append(linear(*some, 1.7, dropout).double())
     got, wanted = found
     # the output has 8 or 11 bits, and what cancels is 300 times as large
     assert (got - wanted).norm() < 0.02 * wanted.norm()
@@ -165,7 +165,7 @@ def test_ordinary_operations_drop_elements_of_the_branch_only(lead, outputs, r):
     inputs = [tensor.detach() for tensor in tensors(lead, outputs, r)]
     x, weight, bias, *_ = inputs
     with disabled_kernels("all"):
-        dropped = torch.stack([lora_linear(*inputs, 1.7, 0.5) for _ in range(1000)])
+        dropped = torch.stack([linear(*inputs, 1.7, 0.5) for _ in range(1000)])
     branch = law(*inputs) - F.linear(x, weight, bias)
     assert dropped.std(0).min() > 0
     # a mean of 1000 draws of 6 inputs, each of which is there or not

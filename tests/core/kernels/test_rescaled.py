@@ -6,6 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.kernels import Geometry, disabled_kernels, lora_rescaled
+from lora_plugins.plugins import Rescaling
+from tests.core.kernels.update import LowRank
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -41,10 +43,11 @@ def tensors(inputs: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def call(geometry: Geometry | None, dropout: float = 0.0, factors=of_the_norm, compute=lora_rescaled):
+def call(geometry: Geometry | None, dropout: float = 0.0, factors=of_the_norm, low_memory: bool = False):
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
         torch.manual_seed(7)
-        return compute(x, weight, bias, A, B, 1.7, dropout, (magnitude,), factors, geometry)
+        update, rescaling = LowRank(A, B, 1.7, dropout, low_memory), Rescaling((magnitude,), factors)
+        return lora_rescaled(x, weight, bias, update, rescaling, geometry)
 
     return run
 
@@ -137,14 +140,11 @@ def test_ordinary_operations_and_the_kernel_agree(geometry, inputs, weight, drop
     means = []
     for off in ((), ("all",)):
         with disabled_kernels(*off):
-            outputs = [lora_rescaled(*given[:5], 1.7, dropout, given[5:], of_the_norm, geometry) for _ in range(400)]
+            update, rescaling = LowRank(*given[3:5], dropout=dropout), Rescaling(given[5:], of_the_norm)
+            outputs = [lora_rescaled(*given[:3], update, rescaling, geometry) for _ in range(400)]
             means.append(torch.stack(outputs).mean(0).detach())
-    update = call(geometry)(*given).sub(call(geometry, compute=_untouched)(*given)).abs().sum()
-    assert (means[0] - means[1]).abs().sum() <= 0.2 * update
-
-
-def _untouched(x, weight, bias, A, B, scaling, dropout, own, factors, geometry):
-    return F.linear(x, weight, bias) if geometry is None else geometry.convolve(x, weight, bias)
+    untouched = F.linear(*given[:3]) if geometry is None else geometry.convolve(*given[:3])
+    assert (means[0] - means[1]).abs().sum() <= 0.2 * (call(geometry)(*given) - untouched).abs().sum()
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_plugins.kernels import Geometry, lora_conv
+from lora_plugins.kernels import Geometry
 from lora_plugins.kernels import dropout as masks
 from lora_plugins.kernels.conv_geometry import pointwise
-from tests.core.kernels.conv_cases import CASES, Case, cases, in_both_formats
+from tests.core.kernels.conv_cases import CASES, Case, cases, conv, in_both_formats
 from tests.core.kernels.needs import needs
 
 fused_conv = pytest.importorskip("lora_plugins.kernels.entries.fused_conv")
@@ -65,7 +65,7 @@ def test_nothing_small_is_kept_where_the_input_is_computed_again(dropout: float)
     for low in (False, True):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            lora_conv(x, weight, None, A, B, 1.0, dropout, Geometry((1, 1), (1, 1), (1, 1), 1), low_memory=low)
+            conv(Geometry((1, 1), (1, 1), (1, 1), 1), x, weight, None, A, B, 1.0, dropout, low)
         counts.append(len({tensor.untyped_storage().data_ptr() for tensor in kept}))
     assert counts == [5, 3]  # input, weight, A, B and something small; weight, A, B
 
@@ -91,7 +91,7 @@ def test_a_pointwise_convolution_has_the_format_of_torch(dimensions: int, last: 
     x = (x if last else x.contiguous()).requires_grad_()
     weight, A, B = torch.randn(24, 16, *[1] * dimensions), torch.randn(1, 16), torch.randn(24, 1)
     expected = CONVOLUTIONS[dimensions](x, weight)
-    output = lora_conv(x, weight, None, A, B, 1.0, dropout, pointwise(dimensions))
+    output = conv(pointwise(dimensions), x, weight, None, A, B, 1.0, dropout)
     assert output.stride() == expected.stride()
     assert (output.grad_fn.name() == "_LoraLinearBackward") == (last and dimensions == 2)
 
@@ -100,6 +100,6 @@ def test_a_pointwise_convolution_has_the_format_of_torch(dimensions: int, last: 
 def test_a_single_image_has_the_format_of_torch_behind_views(step: int):
     x = torch.randn(64).as_strided((1, 16, 2, 2), (step, 1, 32, 16)).requires_grad_()
     weight, A, B = torch.randn(24, 16, 1, 1), torch.randn(1, 16), torch.randn(24, 1)
-    outputs = F.conv2d(x, weight), lora_conv(x, weight, None, A, B, 1.0, 0.0, pointwise(2))
+    outputs = F.conv2d(x, weight), conv(pointwise(2), x, weight, None, A, B, 1.0, 0.0)
     strides = [(y.stride(), torch.autograd.grad(y.sum(), x)[0].stride()) for y in outputs]
     assert strides[0] == strides[1]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels import _products, lora_linear
+from lora_plugins.kernels import _products
 from lora_plugins.kernels import dropout as masks
 from lora_plugins.kernels._path import effective_weight_is_cheaper
-from tests.core.kernels.linear_cases import MANY, SHAPES, UNUSUAL, drops, seeded, shapes, tensors
+from tests.core.kernels.linear_cases import MANY, SHAPES, UNUSUAL, drops, linear, seeded, shapes, tensors
 from tests.core.kernels.needs import needs
 
 fused_linear = pytest.importorskip("lora_plugins.kernels.entries.fused_linear")
@@ -47,7 +47,7 @@ def test_rows_may_be_dropped_in_parts(lead, outputs, r, at_once, adapter, monkey
 def test_the_gradient_of_the_input_has_the_format_of_torch(make, dropout):
     weight, *others = tensors(MANY, 5, 1, torch.float32)[1:]
     x = make().requires_grad_()
-    outputs = F.linear(x, weight.detach()), lora_linear(x, weight, *others, 1.7, dropout)
+    outputs = F.linear(x, weight.detach()), linear(x, weight, *others, 1.7, dropout)
     expected, found = (torch.autograd.grad(output.sum(), x)[0].stride() for output in outputs)
     assert found == expected
 
@@ -58,7 +58,7 @@ def test_only_the_input_is_kept(dropout):
     known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear(*inputs, 1.7, dropout)
+        linear(*inputs, 1.7, dropout)
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
 
 
@@ -81,7 +81,7 @@ def test_autocast_keeps_as_much_as_a_plain_layer(lead, outputs, r, low_memory):
 
     plain = kept(lambda: F.linear(x, weight, bias))
     assert plain == weight.numel()
-    ours = kept(lambda: lora_linear(x, weight, bias, A, B, 1.7, 0.0, low_memory=low_memory))
+    ours = kept(lambda: linear(x, weight, bias, A, B, 1.7, 0.0, low_memory))
     assert ours <= plain + bias.numel() + A.numel() + B.numel()  # in the type of autocast
     if low_memory and lead == MANY:
         assert ours <= bias.numel()  # in another type, for derivatives of second order

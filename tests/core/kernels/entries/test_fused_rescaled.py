@@ -1,13 +1,11 @@
 """The function of a rescaled layer: nothing saved but its input, and dropped in parts."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 
 from lora_plugins.kernels import dropout as masks
-from lora_plugins.kernels import lora_rescaled
 from tests.core.kernels.needs import needs
 from tests.core.kernels.test_rescaled import call, drops, geometries, tensors
 
@@ -38,7 +36,7 @@ def test_autocast_keeps_as_much_as_a_plain_layer(geometry, inputs, weight, low_m
         torch.autocast("cpu", torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
-        call(geometry, compute=partial(lora_rescaled, low_memory=low_memory))(x, *given[1:])
+        call(geometry, low_memory=low_memory)(x, *given[1:])
     large = [t.numel() for t in kept if t.untyped_storage().data_ptr() not in known and t.numel() > weight[0]]
     assert large == ([] if low_memory else [math.prod(weight)])
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels import DISABLE_VARIABLE, _switches, disabled_kernels, linear_2d, lora_linear
+from lora_plugins.kernels import DISABLE_VARIABLE, _switches, disabled_kernels, linear_2d
 from lora_plugins.kernels._onednn import unavailable
+from tests.core.kernels.linear_cases import linear
 from tests.core.kernels.needs import needs
 
 onednn = pytest.importorskip("lora_plugins.kernels.entries.onednn")
@@ -69,7 +70,7 @@ def test_a_large_layer_in_float32_computes_the_law(rows, inputs, r, dropout, axi
         x, *others = tensors
         with torch.enable_grad():
             x = x if axis == -1 else x.view(2, -1, 1, inputs).movedim(-1, 1)
-            y = lora_linear(x, *others, 1.7, dropout, axis=axis)
+            y = linear(x, *others, 1.7, dropout, axis=axis)
             return [y, *torch.autograd.grad(y.sin().sum(), tensors)]
 
     single = [tensor.detach().float().requires_grad_() for tensor in exact]
