@@ -2,12 +2,13 @@
 
 import functools
 import hashlib
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.inplace import detached_weight, full_name, is_shard, normalized_parameter, stored_weight, submodule
+from lora_plugins.inplace import detached_weight, full_name, is_shard, stored_weight, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.utils import in_float64, version
 
@@ -89,14 +90,30 @@ def _stamp(layer: nn.Module, tensor: str) -> object:
     """Returns a value that stays equal until somebody writes into a weight; for a computed weight it never is."""
     parameter = layer._parameters.get(tensor)
     if parameter is None:
-        parameter = normalized_parameter(layer, tensor)
+        parameter = _normalized(layer, tensor)
     return object() if parameter is None else (id(parameter), version(parameter))
 
 
 def _marked(layer: nn.Module, tensor: str) -> Tensor:
     """Returns the tensor that identifies a layer: its weight, or what spectral norm computes it from."""
-    source = normalized_parameter(layer, tensor)
+    source = _normalized(layer, tensor)
     return detached_weight(layer, tensor) if source is None else source.detach()
+
+
+def _normalized(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """Returns the parameter that spectral norm computes a weight from, by a hook or by a parametrization of torch.
+
+    The weight itself does not identify a layer: it depends on statistics that training moves, and a hook computes it at
+    the next forward only.
+    """
+    original = layer._parameters.get(f"{name}_orig")
+    if original is not None:
+        return original if f"{name}_u" in layer._buffers else None
+    parametrizations = layer._modules.get("parametrizations")
+    found = getattr(parametrizations, name, None)
+    if found is None or not any(buffer.rpartition(".")[2] == "_u" for buffer, _ in found.named_buffers()):
+        return None
+    return cast("nn.Parameter | None", found._parameters.get("original"))
 
 
 def checksum(tensor: Tensor) -> str:

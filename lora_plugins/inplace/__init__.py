@@ -44,6 +44,7 @@ from lora_plugins.inplace.normed import length_and_direction
 from lora_plugins.inplace.parametrized import can_be_plain, recompute, remover
 from lora_plugins.inplace.quantizer_marks import put_marks, quantizer_marks
 from lora_plugins.inplace.row_modules import holders, mix_rows, unmix_rows
+from lora_plugins.inplace.shards import is_shard
 from lora_plugins.inplace.stored_weight import SUFFIX, StoredWeight, all_stored, stored_weight, stored_weights
 from lora_plugins.inplace.storing import make_dense, put_stored
 from lora_plugins.inplace.strip import strip_adapters
@@ -51,8 +52,6 @@ from lora_plugins.inplace.weights import (
     LostWeightError,
     detached_weight,
     frozen_statistics,
-    is_shard,
-    normalized_parameter,
     weight_key,
 )
 
@@ -101,7 +100,6 @@ __all__ = [
     "modules_by_name",
     "named_parameters",
     "named_tensors",
-    "normalized_parameter",
     "of_all_modules",
     "own_buffers",
     "own_mode",

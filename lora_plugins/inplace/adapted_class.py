@@ -26,9 +26,10 @@ from lora_plugins.inplace.layer_state import base_class_of, constructor, generat
 from lora_plugins.inplace.library_kinds import Foreign
 from lora_plugins.inplace.library_weights import foreign_weights
 from lora_plugins.inplace.placed_weights import is_placed
+from lora_plugins.inplace.shards import is_kept_in_parts
 from lora_plugins.inplace.stored_class import making_again, resting_class, stored_class
 from lora_plugins.inplace.stored_weight import stored_weights
-from lora_plugins.inplace.weights import LazyWeightsOf, is_kept_in_parts, weight_with_merged, weights_of
+from lora_plugins.inplace.weights import LazyWeightsOf, weight_with_merged, weights_of
 from lora_plugins.plugins import LayerPlugin
 
 

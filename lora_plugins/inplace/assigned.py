@@ -15,9 +15,10 @@ from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace.layer_state import layer_state
 from lora_plugins.inplace.library_weights import as_its_own
 from lora_plugins.inplace.placed_weights import is_placed
+from lora_plugins.inplace.shards import is_distributed
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.weight_hooks import weight_hooks
-from lora_plugins.inplace.weights import LostWeightError, is_distributed, raw_weight
+from lora_plugins.inplace.weights import LostWeightError, raw_weight
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods by which layers of torch reset their weights."""

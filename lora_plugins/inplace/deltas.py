@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lora_plugins.errors import PluginError, StateError, add_place
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import LayerState, layer_state
-from lora_plugins.inplace.weights import is_kept_in_parts, raw_weight, weight_with_merged
+from lora_plugins.inplace.shards import is_kept_in_parts
+from lora_plugins.inplace.weights import raw_weight, weight_with_merged
 from lora_plugins.plugins import PlannedLayer, Rescaling, Slot, StackedAdapters, Term, add_delta, joined, sum_of_deltas
 from lora_plugins.utils import in_full, shape_or_value
 

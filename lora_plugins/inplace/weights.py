@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import base_class_of, layer_state
 from lora_plugins.inplace.library_kinds import foreign_kind
 from lora_plugins.inplace.made_again import note
@@ -75,22 +74,6 @@ def detached_weight(layer: nn.Module, name: str) -> Tensor:
         return (hook.compute() if hook and name in layer.__dict__ else raw_weight(layer, name)).detach()
 
 
-def normalized_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
-    """Returns the parameter that spectral norm computes a weight from, by a hook or by a parametrization of torch.
-
-    The weight itself does not identify a layer: it depends on statistics that training moves, and a hook computes it at
-    the next forward only.
-    """
-    original = layer._parameters.get(f"{name}_orig")
-    if original is not None:
-        return original if f"{name}_u" in layer._buffers else None
-    parametrizations = layer._modules.get("parametrizations")
-    found = getattr(parametrizations, name, None)
-    if found is None or not any(buffer.rpartition(".")[2] == "_u" for buffer, _ in found.named_buffers()):
-        return None
-    return cast("nn.Parameter | None", found._parameters.get("original"))
-
-
 def _dense_of(layer: nn.Module, value: Any) -> Tensor:
     """Returns a weight, made dense where another library has quantized it."""
     kind = foreign_kind(value)
@@ -123,12 +106,13 @@ def frozen_statistics(layer: nn.Module) -> Iterator[None]:
 
 def weight_key(layer: nn.Module, name: str) -> int | None:
     """Identifies what is behind a weight, the same for all layers that share it; None if it is computed."""
-    parameter = _parameter(layer, name)
+    parameter = own_parameter(layer, name)
     held = stored_weight(layer, name) if parameter is None else parameter
     return None if held is None else id(held)
 
 
-def _parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """Returns the parameter of that attribute name; None if the weight is not one."""
     parameters = layer._parameters
     return parameters[name] if name in parameters else None  # noqa: SIM401  # of a TorchScript module, it has no `get`
 
@@ -137,60 +121,6 @@ def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
     """Returns the weight that active updates are added to: the raw one, or one with merged updates in it."""
     merged = layer_state(layer).merged.get(name)
     return raw_weight(layer, name) if merged is None else merged
-
-
-def is_shard(layer: nn.Module, name: str) -> bool:
-    """Whether a weight is split over processes."""
-    parameter = _parameter(layer, name)
-    return is_distributed(parameter) or is_kept_in_parts(layer, name) or _is_partitioned(parameter)
-
-
-def is_kept_in_parts(layer: nn.Module, name: str) -> bool:
-    """Whether FSDP or FSDP2 holds a weight in parts, as both do outside of the forward of what they wrap.
-
-    They take their parts by `getattr(layer, name)` and keep what they get: that has to be the parameter. Of what is
-    none, a buffer or a weight that is computed, it is whether they hold the update in parts.
-    """
-    if "_is_fsdp_managed_module" not in layer.__dict__:  # what both say of all modules below them
-        return False
-    parameter = _parameter(layer, name)
-    if is_distributed(parameter):
-        return True
-    # FSDP marks its parameters, and puts views in their place for a forward; FSDP2 puts whole parameters there.
-    if parameter is not None:
-        return hasattr(parameter, "_fsdp_flattened")
-    view = layer.__dict__.get(name)
-    if view is not None:
-        _check_not_shared(layer, name, view)
-    if view is not None and view.untyped_storage().size() == 0:
-        return True
-    factors = [child for child in layer._modules.values() if isinstance(child, AdapterTensors)]
-    parts = [part for each in factors for part in each._parameters.values()]
-    return any(is_distributed(part) or hasattr(part, "_fsdp_flattened") for part in parts)
-
-
-def is_distributed(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a DTensor, whose import is too slow for those who do not use it."""
-    return hasattr(tensor, "placements")
-
-
-def _is_partitioned(parameter: nn.Parameter | None) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has taken the values of a parameter, which keeps its shape beside it."""
-    return parameter is not None and hasattr(parameter, "ds_shape") and parameter.shape != parameter.ds_shape
-
-
-def _check_not_shared(layer: nn.Module, name: str, view: Tensor) -> None:
-    """Refuses a weight that several modules share under FSDP, which gives the others what reading this one gives.
-
-    Raises:
-        StateError: If it is one.
-    """
-    shared = getattr(view._base, "_shared_param_infos", ())
-    if any(info.prim_module is layer and info.prim_param_name == name for info in shared):
-        raise StateError(
-            f"{name!r} of {layer_state(layer).name!r} is shared with another module, which FSDP would give the updated "
-            "weight for its own. Untie the two, exclude the layer, or use FSDP2 (fully_shard)."
-        )
 
 
 class LazyWeightsOf(LazyWeights):
