@@ -120,7 +120,7 @@ def _through_both(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients
         dx, _ = options.geometry.gradients(dy, x, kernel, of_x=True, of_kernel=False)
     A, B = A.to(dy.dtype), B.to(dy.dtype)
     h = _down(x, A, weight, options.geometry)
-    _, dA, dB = _through_products_of(x, h, dy, A, B, weight, options, of_x=False)
+    _, dA, dB = _through_small(dy, State(x, weight, A, B, h, options), of_x=False)
     return dx, dA, dB
 
 
@@ -133,7 +133,7 @@ def _through_products(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradi
     for part, some, mask in dropped_parts(x, A.dtype, options.dropout, masks=True):
         some_h = _down(some, A, weight, geometry) if h is None else part_of(h, part)
         some_dy = part_of(dy, part).to(A.dtype)
-        branch, dA, dB = _through_products_of(some, some_h, some_dy, A, B, weight, options, of_x=needed[0])
+        branch, dA, dB = _through_small(some_dy, State(some, weight, A, B, some_h, options), of_x=needed[0])
         _add_branch(dx, part, branch, mask, weight, geometry)
         of_A.append(dA)
         of_B.append(dB)
@@ -163,10 +163,13 @@ _GRADIENTS: dict[Path, Callable[[Tensor, State, Sequence[bool]], Gradients]] = {
 }
 
 
-def _through_products_of(
-    x: Tensor, h: Tensor, dy: Tensor, A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions, *, of_x: bool
-) -> Gradients:
-    """Returns the gradients of x, where the kernel sees it, A and B; x is used up if something was dropped from it."""
+def _through_small(dy: Tensor, state: State, *, of_x: bool) -> Gradients:
+    """Returns the gradients of x, where the kernel sees it, A and B, by the small product.
+
+    The input is used up if something was dropped from it.
+    """
+    x, weight, A, B, h, options = state
+    assert h is not None
     geometry = options.geometry
     g = mix_channels(B.T, dy).mul_(options.scale)
     dB = channel_products(h, dy).mul_(options.scale).T

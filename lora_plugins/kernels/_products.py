@@ -5,6 +5,7 @@ to the weight first, which costs `out · in · r` whatever the number of rows, o
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,6 @@ from lora_plugins.kernels._path import Path, effective_weight_is_cheaper, may_fo
 from lora_plugins.kernels.dropout import add_dropped, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, factor_gradients, linear_2d, matmul, transposed_product
 
-Matrix = Callable[[], Tensor]
-"""Returns what the rows were multiplied by: W, or the effective weight."""
-
 
 def choose_path(rows: int, weight: Tensor, A: Tensor, dropout: float) -> Path:
     """Returns how output and gradients of some rows are computed, by what has less arithmetic."""
@@ -24,6 +22,16 @@ def choose_path(rows: int, weight: Tensor, A: Tensor, dropout: float) -> Path:
         weight, dropout
     )
     return Path(effective_weight_first, not effective_weight_first or not _rank_is_high(rows, weight, A))
+
+
+class State(NamedTuple):
+    """What a backward has: the rows, what returns the matrix that they were multiplied by, A, B, and the options."""
+
+    rows: Tensor
+    matrix: Callable[[], Tensor]
+    A: Tensor
+    B: Tensor
+    options: Options
 
 
 def output(
@@ -46,21 +54,15 @@ def output(
     return y, matrix
 
 
-def gradients(
-    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
-) -> Gradients:
+def gradients(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
     """Returns the gradients of rows, A and B.
 
     Args:
-        rows: `(rows, in)`.
         dy: `(rows, out)`, the gradient of the output.
-        matrix: Returns what the rows were multiplied by.
-        A: `(r, in)`.
-        B: `(out, r)`.
-        options: Of the call.
+        state: What the backward has.
         needed: Which of the three are.
     """
-    return _GRADIENTS[options.path](rows, dy, matrix, A, B, options, needed)
+    return _GRADIENTS[state.options.path](dy, state, needed)
 
 
 def multiplied(dtype: torch.dtype, weight: Tensor, A: Tensor, B: Tensor, options: Options) -> Tensor:
@@ -112,20 +114,18 @@ def _accumulate(target: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
         target.add_(left @ right, alpha=scale)
 
 
-def _through_gradient(
-    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
-) -> Gradients:
+def _through_gradient(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
     """Returns the gradients of x, A and B, from that of the effective weight."""
+    rows, matrix, A, B, options = state
     dA = dB = None
     if needed[1] or needed[2]:
         dA, dB = factor_gradients(transposed_product(dy, rows), A, B, options.scale)
     return matmul(dy, matrix()) if needed[0] else None, dA, dB
 
 
-def _through_both(
-    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
-) -> Gradients:
+def _through_both(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
     """Returns the gradient of x from the effective weight, and those of A and B from small products."""
+    rows, matrix, A, B, options = state
     dx = dA = dB = None
     if needed[2]:
         dB = transposed_product(linear_2d(rows, (A * options.scale).to(rows.dtype)), dy).T
@@ -136,10 +136,9 @@ def _through_both(
     return dx, dA, dB
 
 
-def _through_products(
-    rows: Tensor, dy: Tensor, matrix: Matrix, A: Tensor, B: Tensor, options: Options, needed: Sequence[bool]
-) -> Gradients:
+def _through_products(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
     """Returns the gradients of x, A and B where the small products were added to the output."""
+    rows, matrix, A, B, options = state
     dx = matmul(dy, matrix()) if needed[0] else None
     if _is_split(rows, A):  # what rounding takes from a gradient, its own type takes as well
         A, B = A.to(rows.dtype), B.to(rows.dtype)
@@ -156,7 +155,7 @@ def _through_products(
     return dx, sum_of_parts(of_A) if needed[1] else None, sum_of_parts(of_B) if needed[2] else None
 
 
-_GRADIENTS: dict[Path, Callable[..., Gradients]] = {
+_GRADIENTS: dict[Path, Callable[[Tensor, State, Sequence[bool]], Gradients]] = {
     Path(effective_weight_first=True, small_products=False): _through_gradient,
     Path(effective_weight_first=True, small_products=True): _through_both,
     Path(effective_weight_first=False, small_products=True): _through_products,

@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_plugins.kernels._autograd import Options
 from lora_plugins.kernels._channels import as_rows
 from lora_plugins.kernels._compiled import operands, takes_operator
-from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
+from lora_plugins.kernels._products import State, choose_path, gradients, multiplied, output
 from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.matmul import transposed_product
 from lora_plugins.kernels.update import Update
@@ -70,7 +70,7 @@ def _linear_gradients(
         return multiplied(dy.dtype, weight, A, B, options)
 
     with torch.no_grad():
-        dx, dA, dB = gradients(rows, as_rows(dy, -1), matrix, A, B, options, needed)
+        dx, dA, dB = gradients(as_rows(dy, -1), State(rows, matrix, A, B, options), needed)
     return (
         x.new_empty(0) if dx is None else dx.resize_(x.shape),
         A.new_empty(0) if dA is None else dA.to(A.dtype).contiguous(),

@@ -16,7 +16,7 @@ from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gra
 from lora_plugins.kernels._channels import as_rows, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
-from lora_plugins.kernels._products import choose_path, gradients, multiplied, output
+from lora_plugins.kernels._products import State, choose_path, gradients, multiplied, output
 from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.matmul import transposed_product
 from lora_plugins.kernels.update import Update
@@ -74,7 +74,7 @@ class _LoraLinear(torch.autograd.Function):
         def matrix() -> Tensor:
             return multiplied(dy.dtype, weight, A, B, options) if rounded is None else rounded
 
-        dx, dA, dB = gradients(rows, dy, matrix, A, B, options, (needed[0], *needed[3:]))
+        dx, dA, dB = gradients(dy, State(rows, matrix, A, B, options), (needed[0], *needed[3:]))
         return (
             None if dx is None else _with_dimensions_of(x, gradient_of_rows(ctx.steps, dx), options.axis),
             transposed_product(dy, rows) if needed[1] else None,
