@@ -1,9 +1,12 @@
 """`torch.compile` of an adapted model: one graph for each set of active adapters, and none again."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel
+
+pytestmark = pytest.mark.usefixtures("compiler_as_new")
 
 
 def test_switching_among_adapters_that_were_seen_compiles_nothing():
