@@ -38,7 +38,11 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         base: The class of the untouched layer.
         weights: Attribute names of the weights that answer with their effective value.
     """
+    computes = {} if base.train is nn.Module.train else {"train": _train(base)}  # a kernel for forwards of eval mode
+    return {"forward": _forward(base), "__setattr__": _set_attribute(base, weights), **computes}
 
+
+def _train(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.train)
     def train(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         state, thread = state_of(layer), _thread()
@@ -53,6 +57,10 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
             has_read = given.keys() >= set(state.weight_names)
             state.is_kept = not layer.training and (has_read or state.is_kept)
 
+    return train
+
+
+def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)  # others ask for its signature
     def forward(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         state, thread = state_of(layer), _thread()
@@ -68,6 +76,10 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
             check_reads(layer, given, (*args, *kwargs.values()), output)
         return output
 
+    return forward
+
+
+def _set_attribute(base: type[nn.Module], weights: tuple[str, ...]) -> Callable[[nn.Module, str, Any], None]:
     def set_attribute(layer: nn.Module, name: str, value: Any) -> None:
         if name not in weights:
             base.__setattr__(layer, name, value)
@@ -82,8 +94,7 @@ def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
         else:
             given.pop(name, None)  # torch itself reads a buffer when one is assigned
 
-    computes = {} if base.train is nn.Module.train else {"train": train}  # as a kernel, for all forwards of eval mode
-    return {"forward": forward, "__setattr__": set_attribute, **computes}
+    return set_attribute
 
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
