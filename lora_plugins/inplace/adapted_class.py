@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
-from lora_plugins.inplace.assigned import guards, refuse_assignment, refuse_while_merged
+from lora_plugins.inplace.assigned import guards, refuse_assignment, refuse_removal_while_merged, refuse_while_merged
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.called_weight import called_weight, no_dropout
 from lora_plugins.inplace.deltas import effective_weight
@@ -146,6 +146,7 @@ def _apply_to(base: Any) -> Callable[..., nn.Module]:
 
 def _weight_property(name: str, base: Any) -> property:
     def delete(layer: nn.Module) -> None:
+        refuse_removal_while_merged(layer, name)
         del layer.__dict__[name]
 
     return property(_getter(name), _setter(name, base), delete)

@@ -135,6 +135,20 @@ def refuse_while_merged(layer: nn.Module, name: str, value: Tensor | None) -> No
         )
 
 
+def refuse_removal_while_merged(layer: nn.Module, name: str) -> None:
+    """Refuses to remove a weight that a hook computes, as removing the hook does, while an adapter is merged into it.
+
+    Raises:
+        StateError: If one is.
+    """
+    state = layer_state(layer)
+    if name in state.merged:
+        raise StateError(
+            f"{name!r} of {state.name!r} is computed by a hook, which cannot be removed while an adapter is merged "
+            "into the weight. Call unmerge_adapter() first."
+        )
+
+
 def _is_same(value: Tensor, raw: Tensor) -> bool:
     """Whether two weights differ by rounding only."""
     if value.shape != raw.shape or value.is_meta or raw.is_meta:

@@ -138,3 +138,26 @@ def test_the_base_s_own_is_pruned_in_a_block():
         expected = model(x) + update
     torch.testing.assert_close(lora.model(x), expected, rtol=0, atol=1e-14)
     assert lora.merge_and_unload()(x).sub(expected).abs().max() < 1e-14
+
+
+REMOVED = {
+    "pruning": (prune.identity, prune.remove),
+    "weight norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "spectral norm": (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+}
+
+
+@pytest.mark.parametrize(("put_on", "remove"), REMOVED.values(), ids=REMOVED)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+def test_no_hook_is_removed_while_an_adapter_is_merged(put_on, remove, untouched):
+    model = nn.Sequential(nn.Linear(4, 4)).double().eval()
+    put_on(model[0], "weight")
+    lora, x = LoraModel(model, LoraConfig(r=2, init="none"), "task"), torch.randn(3, 4).double()
+    expected = model(x)
+    lora.merge_adapter()
+    with untouched(model), pytest.raises(StateError, match=r"'weight' of '0'.*unmerge_adapter\(\) first"):
+        remove(model[0], "weight")
+    lora.unmerge_adapter()
+    remove(model[0], "weight")
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-14)
+    assert list(lora.unload()[0]._parameters) == ["bias", "weight"]
