@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError
+from lora_plugins.errors import ConfigError, counted
 from lora_plugins.field_checks import (
     Check,
     check_chosen,
@@ -161,7 +161,10 @@ def weighted(adapters: Sequence[str], weights: Sequence[float]) -> list[tuple[st
         ConfigError: If there is not one weight for each, or one is no finite number.
     """
     if len(adapters) != len(weights):
-        raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter.")
+        raise ConfigError(
+            f"{counted(len(adapters), 'adapter')} and {counted(len(weights), 'weight')}: give one weight for each "
+            "adapter."
+        )
     return [(name, finite(f"The weight of {name!r}", weight)) for name, weight in zip(adapters, weights, strict=True)]
 
 

@@ -67,9 +67,15 @@ SHORTEST_BEGINNING = 4
 """Letters of a name that can be the beginning of another one."""
 
 
-def counted(number: int, noun: str) -> str:
-    """Returns a number of things, such as `1 image` or `2 images`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, one: str, several: str = "") -> str:
+    """Returns a number of things, such as `1 image` or `2 images`.
+
+    Args:
+        number: How many.
+        one: What a single one is called, if need be with its verb: `image is`.
+        several: What others are called: `images are`; by default `one` with an s.
+    """
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
 
 
 def near(name: str, candidates: Iterable[str]) -> str:

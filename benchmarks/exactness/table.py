@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.exactness.checks import CHECKS, TOLERANCE, Library, Result
+from lora_plugins.errors import counted
 
 
 def markdown(
@@ -103,7 +104,7 @@ def _row(name: str, results: Sequence[Result | None]) -> list[str]:
 def _verdict(result: Result | None) -> str:
     if result is None:
         return ""
-    left_out = f" ({len(result.left_out)} layers left out)" if result.left_out else ""
+    left_out = f" ({counted(len(result.left_out), 'layer')} left out)" if result.left_out else ""
     if result.passed:
         return "pass" + left_out
     reason = next(iter(result.failures.values()))

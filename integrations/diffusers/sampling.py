@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import nn
 
 from lora_plugins import ConfigError
+from lora_plugins.errors import counted
 from lora_plugins.field_checks import check_count, finite, optional
 
 _PLAIN: Mapping[str, bool] = MappingProxyType({"use_resolution_binning": False, "clean_caption": False})
@@ -83,7 +84,9 @@ def sample(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sa
     """
     sampling = sampling or Sampling()
     if len(prompts) != len(seeds):
-        raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed for each prompt.")
+        raise ConfigError(
+            f"{counted(len(prompts), 'prompt')} and {counted(len(seeds), 'seed')}: give one seed for each prompt."
+        )
     if any(not prompt.strip() for prompt in prompts):
         raise ConfigError("A prompt is empty. Say what is to be seen.")
     if wrong := [seed for seed in seeds if not -(2**63) <= seed < 2**64]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter.acting import norms_to_freeze
 from lora_plugins.adapter.attach import adapter_parameters
 from lora_plugins.adapter.state import ModelState, adapted_layers
-from lora_plugins.errors import StateError, listing
+from lora_plugins.errors import StateError, counted, listing
 from lora_plugins.inplace import has_statistics, is_frozen, layer_state, model_modules
 
 
@@ -49,8 +49,8 @@ def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_on
     if moved:
         name, place = next(iter(moved.items()))
         raise StateError(
-            f"{len(moved)} of the layers of the adapter {adapter!r} have other names than when it was added, such as "
-            f"{name!r}, which is {place!r} now. Put them back, or add an adapter when they are in place."
+            f"{counted(len(moved), 'layer has', 'layers have')} another name than when the adapter {adapter!r} was "
+            f"added, such as {name!r}, which is {place!r} now. Put them back, or add an adapter when they are in place."
         )
     if parted := _parted(model, state, adapter, read_only):
         name, source = next(iter(parted.items()))

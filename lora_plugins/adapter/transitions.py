@@ -25,7 +25,7 @@ from lora_plugins.adapter.sharing import by_layer, check_shared
 from lora_plugins.adapter.state import Adapter, ModelState, adapted_layers, model_state, present_state
 from lora_plugins.arguments import weighted
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, StateError, TargetError, listing
+from lora_plugins.errors import ConfigError, StateError, TargetError, counted, listing
 from lora_plugins.inplace import (
     RESERVED,
     all_stored,
@@ -190,8 +190,9 @@ def unload(model: nn.Module, dequantize: bool | None) -> None:
     elif stored and dequantize is None:
         kinds = listing(dict.fromkeys(weight.storage.plugin.name for weight in stored))
         warnings.warn(
-            f"{len(stored)} weights stay stored as {kinds}: their float values were not kept. Say "
-            "unload(dequantize=True) for a float model with the dense values, or dequantize=False for this one.",
+            f"{counted(len(stored), 'weight stays', 'weights stay')} stored as {kinds}: their float values were not "
+            "kept. Say unload(dequantize=True) for a float model with the dense values, or dequantize=False for this "
+            "one.",
             stacklevel=6,
         )
 

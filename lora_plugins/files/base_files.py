@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter import by_layer, check_shared
 from lora_plugins.arguments import with_checked_call
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import ConfigError, listing
+from lora_plugins.errors import ConfigError, counted, listing
 from lora_plugins.inplace import StoredWeight, full_name, model_modules, put_stored
 from lora_plugins.plan import weights_to_store
 from lora_plugins.plugins import Registry, Storage, registry_of
@@ -151,8 +151,8 @@ def _check_keys(model: nn.Module, places: Mapping[str, tuple[nn.Module, str]], f
     ]
     if surplus or missing:
         raise ConfigError(
-            f"The file and the model differ: {len(missing)} tensors only in the model ({listing(missing) or 'none'}), "
-            f"{len(surplus)} only in the file ({listing(surplus) or 'none'})."
+            f"The file and the model differ: {counted(len(missing), 'tensor')} only in the model "
+            f"({listing(missing) or 'none'}), {len(surplus)} only in the file ({listing(surplus) or 'none'})."
         )
     if empty:
         raise ConfigError(

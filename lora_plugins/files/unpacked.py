@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter import NewAdapter, SlotTensors, changed_bases
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import AdapterFileError, LoraError, listing, sentence
+from lora_plugins.errors import AdapterFileError, LoraError, counted, listing, sentence
 from lora_plugins.files.fingerprint import fingerprints, has_checksum, same
 from lora_plugins.files.foreign_patterns import check_patterns
 from lora_plugins.files.manifest import checked_manifest, recipe_prefix, recipes, tensor_entry, tensor_key, value_key
@@ -189,6 +189,6 @@ def _difference(what: str, expected: Iterable[str], found: Iterable[str], here: 
     missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or surplus:
         raise AdapterFileError(
-            f"{here} and {there} differ: {len(missing)} {what}s only in {here} ({listing(missing) or 'none'}), "
+            f"{here} and {there} differ: {counted(len(missing), what)} only in {here} ({listing(missing) or 'none'}), "
             f"{len(surplus)} only in {there} ({listing(surplus) or 'none'})."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig, rank_divisor
-from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.errors import AdapterFileError, counted, listing
 from lora_plugins.files import planned_again, recipe_prefix, recipes, tensor_key, value_key
 from lora_plugins.formats.places import places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
@@ -96,9 +96,9 @@ def _warn_of_stored(stored: Mapping[str, Mapping[str, Any]]) -> None:
     if stored:
         kinds = listing(dict.fromkeys(str(entry.get("storage")) for entry in stored.values()))
         warnings.warn(
-            f"The adapter was trained on {len(stored)} weights stored as {kinds}, which this format cannot record. On "
-            "float weights it adds the same update to values that differ by what storing rounded; our own format "
-            "stores them again.",
+            f"The adapter was trained on {counted(len(stored), 'weight')} stored as {kinds}, which this format cannot "
+            "record. On float weights it adds the same update to values that differ by what storing rounded; our own "
+            "format stores them again.",
             stacklevel=4,
         )
 

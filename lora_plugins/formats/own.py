@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_plugins.errors import counted
 from lora_plugins.files import MANIFEST, TENSOR_FILE, TENSOR_FILES, read, write
 from lora_plugins.plugins import OWN_FORMAT, AdapterFormat, AdapterSummary, LayerSummary, PackedAdapter, Registry
 
@@ -68,4 +69,4 @@ class OwnFormat(AdapterFormat):
 
 def _stored(entries: Mapping[str, Mapping[str, Any]]) -> str:
     counts = Counter(entry["storage"] for entry in entries.values())
-    return ", ".join(f"{count} weights stored as {name}" for name, count in counts.items())
+    return ", ".join(f"{counted(count, 'weight')} stored as {name}" for name, count in counts.items())

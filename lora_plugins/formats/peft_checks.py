@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.errors import AdapterFileError, counted, listing
 from lora_plugins.formats.peft_config import PeftConfig
 from lora_plugins.formats.places import check_placed, places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
@@ -46,9 +46,9 @@ def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig
     ]
     if lacking:
         raise AdapterFileError(
-            f"The adapter targets {len(lacking)} layers of this model that it has no A and B for: {listing(lacking)}. "
-            "PEFT would leave them as they start. If that is meant, name the layers it has in the target_modules of "
-            "its config."
+            f"The adapter targets {counted(len(lacking), 'layer')} of this model that it has no A and B for: "
+            f"{listing(lacking)}. PEFT would leave them as they start. If that is meant, name the layers it has in the "
+            "target_modules of its config."
         )
 
 

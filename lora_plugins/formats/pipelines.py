@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.errors import AdapterFileError, counted, listing
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 
 _LAYER_TYPES = frozenset({"", "linear", "conv1d", "conv2d", "conv3d"})
@@ -64,9 +64,9 @@ def refuse_keys(keys: Collection[str]) -> None:
         )
     if keys:
         raise AdapterFileError(
-            f"{len(keys)} keys of the adapter have no place: {listing(keys)}. If they are of what was trained besides "
-            "LoRA, such as embeddings of tokens or weights of normalizations, which has no form here, take those keys "
-            "out of the file to load the rest."
+            f"{counted(len(keys), 'key of the adapter has', 'keys of the adapter have')} no place: {listing(keys)}. If "
+            "they are of what was trained besides LoRA, such as embeddings of tokens or weights of normalizations, "
+            "which has no form here, take those keys out of the file to load the rest."
         )
 
 

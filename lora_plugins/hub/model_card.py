@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lora_plugins.errors import counted
 from lora_plugins.hub.client import hub
 from lora_plugins.plugins import AdapterSummary
 
@@ -48,7 +49,7 @@ def _body(content: CardContent) -> Iterator[str]:
     base = f" of `{content.base_model}`" if content.base_model else ""
     yield from filter(None, [content.description.strip()])
     yield (
-        f"A LoRA adapter of {elements:,} parameters on {len(summary.layers)} layers{base}, in the format "
+        f"A LoRA adapter of {elements:,} parameters on {counted(len(summary.layers), 'layer')}{base}, in the format "
         f"`{content.format}`."
     )
     yield "## How to load it\n\n`model` is the base model with its pretrained weights."

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import PluginError, StateError, add_place
+from lora_plugins.errors import PluginError, StateError, add_place, counted
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.layer_state import LayerState, layer_state
 from lora_plugins.inplace.shards import is_kept_in_parts
@@ -140,8 +140,9 @@ def stacked_adapters(
         )
     if len(x) != len(rows):
         raise StateError(
-            f"{state.name!r} gets {len(x)} rows for a batch of {len(rows)} adapter names. Give one name for each row "
-            "of the batch. If there is one, the layer's first dimension is no batch: run one batch for each adapter."
+            f"{state.name!r} gets {counted(len(x), 'row')} for a batch of {counted(len(rows), 'adapter name')}. Give "
+            "one name for each row of the batch. If there is one, the layer's first dimension is no batch: run one "
+            "batch for each adapter."
         )
     tensor = state.adapters[state.active[0]].slots[0].tensor
     terms = [_mixed_term(layer, tensor, name, state.adapters[name]) for name in state.active]

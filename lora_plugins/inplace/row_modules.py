@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError
+from lora_plugins.errors import StateError, counted
 from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.layer_state import copy_in_block, generated_class
 from lora_plugins.inplace.modules import NamedModule
@@ -122,7 +122,8 @@ def _run(module: nn.Module, /, *args: Any, **kwargs: Any) -> Tensor:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors) or "none"
         raise StateError(
             f"{twins.name!r}, of which adapters have their own values, gets tensors of the shapes {shapes} for a batch "
-            f"of {count} adapter names. It has to get one, with the batch first. Run one batch for each adapter."
+            f"of {counted(count, 'adapter name')}. It has to get one, with the batch first. Run one batch for each "
+            "adapter."
         )
     for _, twin in twins.each:
         for own, part in zip(module.modules(), twin.modules(), strict=True):

@@ -17,7 +17,7 @@ from lora_plugins.adapter import (
     check_names,
     check_shared,
 )
-from lora_plugins.errors import MergeError, StateError, listing
+from lora_plugins.errors import MergeError, StateError, counted, listing
 from lora_plugins.inplace import LostWeightError, foreign_kind, layer_state, recompute
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 from lora_plugins.plugins import PLAIN
@@ -61,7 +61,8 @@ class MergeReport:
         if not self.adapters:
             return "merged nothing: every active adapter is merged already, or none is active"
         return (
-            f"merged {listing(self.adapters)} into {len(self.weights)} weights, relative error at most {self.worst:.1e}"
+            f"merged {listing(self.adapters)} into {counted(len(self.weights), 'weight')}, "
+            f"relative error at most {self.worst:.1e}"
         )
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import TargetError, listing, quoted
+from lora_plugins.errors import TargetError, counted, listing, quoted
 from lora_plugins.inplace import full_name
 from lora_plugins.plan import patterns
 from lora_plugins.plan.sites import Site, Survey, Weight
@@ -47,8 +47,9 @@ def stored_weights(
         )
     if not large:
         raise TargetError(
-            f"quantize={storage.plugin.name!r} stores nothing: all weights of {len(sites)} layers have fewer than "
-            f"{least} elements. Name larger ones in quantize_modules, or set quantize_options={{'min_size': ...}}."
+            f"quantize={storage.plugin.name!r} stores nothing: all weights of {counted(len(sites), 'layer')} have "
+            f"fewer than {least} elements. Name larger ones in quantize_modules, or set "
+            "quantize_options={'min_size': ...}."
         )
     return dict.fromkeys(large, storage)
 

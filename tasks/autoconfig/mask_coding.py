@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_plugins.errors import counted
 from lora_plugins.tasks.autoconfig.mask_values import BLACK, GRAY, IN_COLOR, WHITE, Value, mask_values
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import open_image
@@ -107,8 +108,9 @@ def _of_colors(kind: str, colors: Mapping[str, Sequence[int]], names: Sequence[s
         return MaskCoding(kind, tuple(names), colors=colors)
     if len(names) != len(colors):
         raise DataError(
-            f"The masks are {kind} and hold {len(colors)} colors, and {len(names)} classes are named. They are, in "
-            f"this order: {', '.join(f'#{bytes(color).hex()}' for color in colors.values())}"
+            f"The masks are {kind} and hold {counted(len(colors), 'color')}, and "
+            f"{counted(len(names), 'class is', 'classes are')} named. They are, in this order: "
+            f"{', '.join(f'#{bytes(color).hex()}' for color in colors.values())}"
         )
     return MaskCoding(kind, tuple(names), colors=dict(zip(names, colors.values(), strict=True)))
 
@@ -123,8 +125,9 @@ def _of_indices(
     if names is not None and count > len(names):
         value = count - 1 + reduce_labels
         raise DataError(
-            f"{where[value]} holds the value {value}, and {len(names)} classes are named ({', '.join(names)}), from "
-            f"{int(reduce_labels)} on. Name all classes, or say which value stands for none: --ignore-index {value}."
+            f"{where[value]} holds the value {value}, and {counted(len(names), 'class is', 'classes are')} named "
+            f"({', '.join(names)}), from {int(reduce_labels)} on. Name all classes, or say which value stands for "
+            f"none: --ignore-index {value}."
         )
     classes = tuple(names) if names is not None and count else tuple(f"class_{index}" for index in range(count))
     if ignored is not None and 0 < ignored < len(classes):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_plugins.errors import counted
 from lora_plugins.field_checks import check_count, check_flag, whole_from
 from lora_plugins.integrations.diffusers import Sampling, sample
 from lora_plugins.tasks.argument_checks import check_path, check_texts, instance_of
@@ -71,8 +72,8 @@ class ClassPictures:
         there = len(self.present())
         if there < self.count and not self.generate:
             raise DataError(
-                f"{Path(self.folder).absolute()} has {there} pictures of the class, and {self.count} are asked for. "
-                "Set `generate: true`, add pictures, or lower `count`."
+                f"{Path(self.folder).absolute()} has {counted(there, 'picture')} of the class, and {self.count} are "
+                "asked for. Set `generate: true`, add pictures, or lower `count`."
             )
 
     def draw_missing(self, pipe: Any) -> int:
@@ -103,7 +104,9 @@ class ClassPictures:
         """
         found = captioned_folder(Path(self.folder), None)
         if len(found) < self.count:
-            raise DataError(f"{self.folder} has {len(found)} pictures of the class, and {self.count} are asked for.")
+            raise DataError(
+                f"{self.folder} has {counted(len(found), 'picture')} of the class, and {self.count} are asked for."
+            )
         return found[: self.count]
 
 

@@ -67,8 +67,8 @@ def _check(given: Namespace) -> None:
         raise ConfigError("A checkpoint has its model and its adapter: leave out --model and --adapter.")
     if given.weight is not None and len(given.weight) != len(given.adapter):
         raise ConfigError(
-            f"There are {len(given.adapter)} adapters and {len(given.weight)} weights: give one --weight for each "
-            "--adapter, in their order."
+            f"{counted(len(given.adapter), 'adapter')} and {counted(len(given.weight), 'weight')} are given: give one "
+            "--weight for each --adapter, in their order."
         )
     if given.compare and not (given.checkpoint or given.adapter):
         raise ConfigError("--compare shows a pipeline without and with adapters, and there is none: give --adapter.")

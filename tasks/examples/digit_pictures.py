@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lora_plugins import ConfigError
+from lora_plugins.errors import counted
 from lora_plugins.field_checks import check_count, whole_from
 from lora_plugins.tasks.argument_checks import check_digit
 from lora_plugins.tasks.diffusion import PicturesDataModule
@@ -47,8 +48,8 @@ class DigitPicturesDataModule(PicturesDataModule):
         chosen = {root / f"digit-{self.digit}-{number:03d}.png": ink[number] for number in numbers}
         if others := {*root.glob("digit-*.png")} - chosen.keys():
             raise ConfigError(
-                f"{root} has {len(others)} pictures of another digit, count or seed, such as {min(others).name}, which "
-                "would be learned as well. Delete them, or give another root."
+                f"{root} has {counted(len(others), 'picture')} of another digit, count or seed, such as "
+                f"{min(others).name}, which would be learned as well. Delete them, or give another root."
             )
         for path, picture in chosen.items():
             replace_file(path, as_png(Image.fromarray((picture * 255).round().astype(np.uint8))))

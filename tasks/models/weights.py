@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lora_plugins.errors import counted
 from lora_plugins.files import PICKLED
 from lora_plugins.tasks.errors import WeightsError, listed, unknown
 from lora_plugins.tasks.models.installed_weights import INSTALLED, installed_file
@@ -90,9 +91,9 @@ def new_modules(
     ]
     if problems:
         raise WeightsError(
-            f"The weights of {where} do not fit the network ({len(problems)} differences):\n{listed(problems)}\n"
-            f"Only a new head may be missing or have another shape; here that is: {', '.join(heads) or 'nothing'}. "
-            "Check the architecture's name and options."
+            f"The weights of {where} do not fit the network "
+            f"({counted(len(problems), 'difference')}):\n{listed(problems)}\nOnly a new head may be missing or have "
+            f"another shape; here that is: {', '.join(heads) or 'nothing'}. Check the architecture's name and options."
         )
     return tuple(new)
 

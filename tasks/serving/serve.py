@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 
 from lora_plugins.devices import usable_device
+from lora_plugins.errors import counted
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.serving.app import make_app
 from lora_plugins.tasks.serving.engine import Engine
@@ -26,7 +27,7 @@ def main(given: Namespace) -> int:
             f"There is no adapter in {given.adapters}. Give a folder whose subfolders are adapter folders, such as "
             "train leaves in runs/NAME."
         )
-    print(f"{len(names)} adapters in {given.adapters}: http://{given.host}:{given.port}/docs")
+    print(f"{counted(len(names), 'adapter')} in {given.adapters}: http://{given.host}:{given.port}/docs")
     engine = Engine(shelf, max_batch=given.batch, wait=given.wait / 1000)
     app = make_app(engine, max_bytes=int(given.max_mb * 2**20))
     try:

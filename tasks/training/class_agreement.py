@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_plugins import ConfigError
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.tasks.data import VisionDataModule
 
 
@@ -35,8 +35,8 @@ def check_data(data: VisionDataModule, own: Sequence[str] | None, num_classes: i
     names = data.class_names
     if len(names) != num_classes:
         raise ConfigError(
-            f"The data has {len(names)} classes ({', '.join(names)}), the model num_classes={num_classes}. Set "
-            f"`model.num_classes` to {len(names)}."
+            f"The data has {counted(len(names), 'class', 'classes')} ({', '.join(names)}), the model "
+            f"num_classes={num_classes}. Set `model.num_classes` to {len(names)}."
         )
     if data.ignore_index not in (None, ignore_index):
         raise ConfigError(

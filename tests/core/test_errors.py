@@ -2,9 +2,21 @@
 
 import pytest
 
-from lora_plugins.errors import near, quoted, sentence
+from lora_plugins.errors import counted, near, quoted, sentence
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "gcvit_tiny", "davit_tiny", "resnet18", "resnet61q"]
+
+
+@pytest.mark.parametrize(
+    ("words", "one", "several"),
+    [
+        (("image",), "1 image", "2 images"),
+        (("class is", "classes are"), "1 class is", "2 classes are"),
+    ],
+    ids=["noun", "noun and verb"],
+)
+def test_numbers_of_things(words, one, several):
+    assert (counted(1, *words), counted(2, *words)) == (one, several)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from torch import nn
 
 from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
 from lora_plugins.adapter import check_same, model_state, present_state, whole
-from lora_plugins.errors import listing, near
+from lora_plugins.errors import counted, listing, near
 from lora_plugins.inplace import model_modules, modules_by_name, state_of
 from lora_plugins.integrations.lightning.module.adapted_parts import adapted_targets
 from lora_plugins.utils import plain_name
@@ -79,7 +79,7 @@ def check_not_replaced(target: nn.Module, name: str) -> None:
     lost = lost_layers(target, name)
     if lost:
         raise StateError(
-            f"{len(lost)} adapted layers were replaced by others after they were adapted: {listing(lost)}. A "
+            f"{counted(len(lost), 'adapted layer was', 'adapted layers were')} replaced by others: {listing(lost)}. A "
             "precision plugin that swaps layers, or a setup() or configure_model() that builds the model again, does "
             "that. Build the layers once, and convert them before fit."
         )

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_plugins import StateError
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.inplace import full_name, holder_of, model_modules, named_tensors, own_tensor, submodule
 from lora_plugins.integrations.lightning.module.bitwise import checksum, local
 from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
@@ -94,9 +94,10 @@ def check_merged_base(merged: Collection[str], name: str, files: str | None) -> 
         StateError: If something does.
     """
     found = (
-        f"{len(merged)} weights of {name} are those that an adapter was merged into when an "
-        f"earlier fit ended: {listing(merged, 3)}. A new adapter belongs to them, not to the pretrained ones. To "
-        "go on with the earlier one, give fit the same LoraCallback; to start anew, make the module again."
+        f"{counted(len(merged), f'weight of {name} is one', f'weights of {name} are those')} that an adapter was "
+        f"merged into when an earlier fit ended: {listing(merged, 3)}. A new adapter belongs to them, not to the "
+        "pretrained ones. To go on with the earlier one, give fit the same LoraCallback; to start anew, make the "
+        "module again."
     )
     if files is not None:
         raise StateError(

@@ -6,7 +6,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lora_plugins.adapter import present_state
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.inplace import AdapterTensors, is_frozen, model_modules, own_mode, state_of
 from lora_plugins.utils import path_starts, plain_name, within
 
@@ -31,16 +31,17 @@ def set_training_mode(target: nn.Module, averages: Collection[nn.Module]) -> Non
     changed = dict.fromkeys(name for name, child in named if child.training and not modes[child])
     if changed:
         rank_zero_info(
-            f"{len(changed)} modules arrived in eval mode and were put into training mode: {listing(changed, 3)}. Use "
-            "LoraCallback(train_mode=False) to keep their mode."
+            f"{counted(len(changed), 'module')} arrived in eval mode and had to be put into training mode: "
+            f"{listing(changed, 3)}. Use LoraCallback(train_mode=False) to keep their mode."
         )
     own = dict.fromkeys(name for name, part in kept.items() if part not in averages)
     layers = [name for name, child in named if state_of(child) is not None]
     adapted = [name for name in layers if within(name, own)]
     if adapted:
         rank_zero_info(
-            f"{listing(own, 3)} arrived frozen and in eval mode, and stay so, though {len(adapted)} layers in it are "
-            "adapted: dropout does nothing there. Call train() on it before fit if it is to be trained as usual."
+            f"{listing(own, 3)} arrived frozen and in eval mode, and stay so, though adapters are on "
+            f"{counted(len(adapted), 'layer')} of it: dropout does nothing there. Call train() on it before fit if it "
+            "is to be trained as usual."
         )
 
 

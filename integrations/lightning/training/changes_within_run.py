@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import ModelState, adapter_tensors, check_in_place, present_state
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.integrations.lightning.module import (
     NetworkCopy,
     adapted_targets,
@@ -104,10 +104,10 @@ class ChangesWithinRun:
         self._thawed.update(new)
         if new:
             rank_zero_warn(
-                f"{len(new)} tensors of the frozen base were made trainable, as by a GAN that switches the gradients "
-                f"of its parts: {listing(new)}. No optimizer has them, so they are frozen again ahead of each batch "
-                "and after each backward of Lightning. If they are to be trained, list their modules in "
-                "modules_to_save, or leave them out of `target`."
+                f"{counted(len(new), 'tensor of the frozen base was', 'tensors of the frozen base were')} made "
+                f"trainable, as by a GAN that switches the gradients of its parts: {listing(new)}. No optimizer has "
+                "them, so they are frozen again ahead of each batch and after each backward of Lightning. If they are "
+                "to be trained, list their modules in modules_to_save, or leave them out of `target`."
             )
 
     def name_adapters(self) -> None:
@@ -122,10 +122,11 @@ class ChangesWithinRun:
         self._frozen_by_others.update(new)
         if new:
             rank_zero_warn(
-                f"{len(new)} tensors of adapters were frozen (requires_grad=False) after they were added, and are not "
-                f"trained while they are: {listing(new)}. on_fit_start or configure_optimizers of the module, or a "
-                "callback such as finetuning-scheduler, does that. If it is meant, leave their layers out with "
-                "exclude_modules; else switch that off, as by freeze_backbone=False: the base stays frozen."
+                f"{counted(len(new), 'tensor of adapters was', 'tensors of adapters were')} frozen "
+                f"(requires_grad=False) after they were added, and are not trained while they are: {listing(new)}. "
+                "on_fit_start or configure_optimizers of the module, or a callback such as finetuning-scheduler, does "
+                "that. If it is meant, leave their layers out with exclude_modules; else switch that off, as by "
+                "freeze_backbone=False: the base stays frozen."
             )
 
     def _name_new_adapters(self) -> None:
@@ -137,9 +138,9 @@ class ChangesWithinRun:
         self._untrained.update(missing)
         if new:
             rank_zero_warn(
-                f"{len(new)} trainable tensors of adapters were put on their layers after the optimizers were made, "
-                f"and are in none of them, so they are not trained: {listing(new)}. Give them to one, with "
-                "optimizer.add_param_group, or make the optimizers anew: "
+                f"{counted(len(new), 'trainable tensor of adapters was', 'trainable tensors of adapters were')} put on "
+                f"after the optimizers were made, none of which has them, so they are not trained: {listing(new)}. "
+                "Give them to one, with optimizer.add_param_group, or make the optimizers anew: "
                 "trainer.strategy.setup_optimizers(trainer)."
             )
 

@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_plugins import StateError
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.integrations.lightning.module import checksum, frozen_tensors
 from lora_plugins.integrations.lightning.shims import callbacks_of
 
@@ -31,9 +31,9 @@ def freeze_again(module: nn.Module, frozen: Collection[str]) -> None:
         tensor.requires_grad_(False)
     if thawed:
         rank_zero_warn(
-            f"configure_optimizers of {type(module).__name__} made {len(thawed)} tensors of the frozen base trainable, "
-            f"as an option that freezes nothing does: {listing(thawed)}. They are frozen again, and only adapters are "
-            "trained. What is to be trained in full, such as a new head, belongs in modules_to_save."
+            f"configure_optimizers of {type(module).__name__} made {counted(len(thawed), 'tensor')} of the frozen base "
+            f"trainable, as an option that freezes nothing does: {listing(thawed)}. They are frozen again, and only "
+            "adapters are trained. What is to be trained in full, such as a new head, belongs in modules_to_save."
         )
 
 
@@ -56,9 +56,10 @@ def check_backbone(trainer: Trainer, module: LightningModule) -> None:
         thawed = [name for name, tensor in frozen_tensors(module).items() if id(tensor) in meant]
         if thawed and epoch < (trainer.max_epochs or 0) and trainer.max_steps == -1:  # with it, fit may end before
             raise StateError(
-                f"{type(callback).__name__} would make {len(thawed)} tensors of the frozen base trainable in epoch "
-                f"{epoch}: {listing(thawed)}. An adapter's checkpoint does not hold them. To train them from the "
-                "first epoch on, list their modules in modules_to_save; to train adapters only, remove the callback."
+                f"{type(callback).__name__} would make {counted(len(thawed), 'tensor')} of the frozen base trainable "
+                f"in epoch {epoch}: {listing(thawed)}. An adapter's checkpoint does not hold them. To train them from "
+                "the first epoch on, list their modules in modules_to_save; to train adapters only, remove the "
+                "callback."
             )
 
 
@@ -75,10 +76,11 @@ def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[i
     trained = [name for name, parameter in thawed.items() if id(parameter) in held]
     if trained:
         raise StateError(
-            f"{len(trained)} tensors of the frozen base were made trainable, by another callback (BaseFinetuning "
-            f"does that) or by the module: {listing(trained)}. An adapter's checkpoint does not hold them. To train "
-            "them, list their modules in modules_to_save; to keep them frozen, remove the callback, or give the "
-            "optimizer only what requires a gradient, where a module switches gradients of its parts, as GANs do."
+            f"{counted(len(trained), 'tensor of the frozen base was', 'tensors of the frozen base were')} made "
+            f"trainable, by another callback (BaseFinetuning does that) or by the module: {listing(trained)}. An "
+            "adapter's checkpoint does not hold them. To train them, list their modules in modules_to_save; to keep "
+            "them frozen, remove the callback, or give the optimizer only what requires a gradient, where a module "
+            "switches gradients of its parts, as GANs do."
         )
 
 
@@ -98,10 +100,10 @@ def check_unchanged(moved: Sequence[str]) -> None:
     """
     if moved:
         raise StateError(
-            f"{len(moved)} frozen tensors changed during training: {listing(moved)}. The adapter's checkpoints do not "
-            "hold them and would be put onto another base. Likely causes: a module that unfreezes a part of itself, "
-            "such as its head, which belongs in modules_to_save; a callback or a training step that writes into "
-            "weights, which is allowed for a teacher: freeze it with requires_grad_(False); a layer that updates "
-            "statistics in a buffer while frozen; or an optimizer that writes into everything it has, as LBFGS does "
-            "once training has diverged: give it only what requires a gradient."
+            f"{counted(len(moved), 'frozen tensor')} changed during training: {listing(moved)}. The adapter's "
+            "checkpoints do not hold them and would be put onto another base. Likely causes: a module that unfreezes "
+            "a part of itself, such as its head, which belongs in modules_to_save; a callback or a training step that "
+            "writes into weights, which is allowed for a teacher: freeze it with requires_grad_(False); a layer that "
+            "updates statistics in a buffer while frozen; or an optimizer that writes into everything it has, as "
+            "LBFGS does once training has diverged: give it only what requires a gradient."
         )

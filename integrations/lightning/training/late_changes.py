@@ -6,7 +6,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.integrations.lightning.module import checksums
 from lora_plugins.integrations.lightning.training.frozen_base import changed
 
@@ -34,10 +34,10 @@ class LateChanges:
         same = {name: tensor for name, tensor in self._tensors.items() if _kind(tensor) == self._kinds[name]}
         if late := changed(self._sums, same):
             rank_zero_warn(
-                f"{len(late)} tensors were changed after the adapter was saved and merged, and what was saved has "
-                f"their values of before: {listing(late)}. on_fit_end of the module, or of a callback behind the "
-                "LoraCallback, does that, as to take the averages of a schedule-free optimizer. Do it in "
-                "on_train_end, which comes before."
+                f"{counted(len(late), 'tensor was', 'tensors were')} changed after the adapter was saved and merged, "
+                f"and what was saved has their values of before: {listing(late)}. on_fit_end of the module, or of a "
+                "callback behind the LoraCallback, does that, as to take the averages of a schedule-free optimizer. "
+                "Do it in on_train_end, which comes before."
             )
 
 

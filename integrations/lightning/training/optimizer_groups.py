@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lora_plugins import StateError
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.inplace import layer_state
 from lora_plugins.integrations.lightning.module import (
     find_copies,
@@ -87,9 +87,9 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
         missing = {name: p for name, p in missing.items() if not within(name, teachers)}
     if missing:
         rank_zero_warn(
-            f"{len(missing)} trainable tensors of adapters are in no optimizer, which has others of them, so they are "
-            f"not trained: {listing(missing, 3)}. If that is meant, leave their layers out with exclude_modules; else "
-            f"give them to the optimizer. {_ADVICE}"
+            f"{counted(len(missing), 'trainable tensor of adapters is', 'trainable tensors of adapters are')} in no "
+            f"optimizer, which has others of them, and not trained: {listing(missing, 3)}. If that is meant, leave "
+            f"their layers out with exclude_modules; else give them to the optimizer. {_ADVICE}"
         )
     _warn_of_idle(module, optimizers)
 
@@ -103,8 +103,9 @@ def _add_to_groups(
         homes = dict.fromkeys(missing, groups)
     if not homes or any(len(found) > 1 for found in homes.values()):
         raise StateError(
-            f"{len(missing)} trainable tensors are in no optimizer and would never move: {listing(missing)}. There are "
-            f"{len(groups)} parameter groups, so it is not clear where they belong. {_ADVICE}"
+            f"{counted(len(missing), 'trainable tensor is', 'trainable tensors are')} in no optimizer and would never "
+            f"move: {listing(missing)}. There are {len(groups)} parameter groups, so it is not clear where they "
+            f"belong. {_ADVICE}"
         )
     for name, (group,) in homes.items():
         group["params"].append(missing[name])
@@ -142,7 +143,8 @@ def _warn_of_idle(module: nn.Module, optimizers: Iterable[Optimizable]) -> None:
         idle = [frozen[id(p)] for p in held if id(p) in frozen]
         if idle and not any(p.requires_grad for p in held):
             rank_zero_warn(
-                f"All {len(held)} tensors of an optimizer ({type(optimizer).__name__}) are frozen, so it trains "
-                f"nothing: {listing(idle, 3)}. If they are to be trained, as a discriminator or the weights of a loss "
-                "beside an adapted network, list their modules in modules_to_save, or leave them out of `target`."
+                f"An optimizer ({type(optimizer).__name__}) has {counted(len(held), 'frozen tensor')} and no other, so "
+                f"it trains nothing: {listing(idle, 3)}. If they are to be trained, as a discriminator or the weights "
+                "of a loss beside an adapted network, list their modules in modules_to_save, or leave them out of "
+                "`target`."
             )

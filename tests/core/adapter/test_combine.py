@@ -188,7 +188,7 @@ def test_saves_and_loads(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((["a", "b"], [1], "c"), {}, ConfigError, "2 adapters and 1 weights"),
+        ((["a", "b"], [1], "c"), {}, ConfigError, "2 adapters and 1 weight:"),
         ((["a", "x"], [1, 1], "c"), {}, StateError, "no adapter 'x'"),
         ((["a"], [1], "b"), {}, ConfigError, "has an adapter 'b' already"),
         ((["a"], [1], "c", "tie"), {}, ConfigError, "Did you mean 'ties'"),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
+from lora_plugins.errors import counted
 from tests.core.layers.test_types import CASES
 
 X = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -131,7 +132,7 @@ def test_an_adapter_is_saved_without_its_weight(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        *(([1.0] * count, f"2 adapters and {count} weights: give one") for count in (0, 1, 3)),
+        *(([1.0] * count, f"2 adapters and {counted(count, 'weight')}: give one") for count in (0, 1, 3)),
         *(([0.5, wrong], "weight of 'b' is .* finite") for wrong in (float("nan"), float("inf"), "2", None, True)),
         ([10**5000, 1], "weight of 'a' is .*(16610 bits|5001 digits)"),
     ],

@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(tmp_path):
             load_quantized(model, file or path, config)
         assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
-    refused(r"1 tensors only in the model \('fc.weight'\), 0 only in the file", lambda s: s.pop("fc.weight"))
+    refused(r"1 tensor only in the model \('fc.weight'\), 0 only in the file", lambda s: s.pop("fc.weight"))
     refused(
         r"0 tensors only in the model \(none\), 1 only in the file \('more'\)", lambda s: s.update(more=torch.ones(1))
     )

@@ -58,9 +58,9 @@ class TestExactDifference:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            pytest.param(lambda m, t: t.pop(A), f"1 tensors only in the manifest .'{A}'.", id="missing in the file"),
+            pytest.param(lambda m, t: t.pop(A), f"1 tensor only in the manifest .'{A}'.", id="missing in the file"),
             pytest.param(lambda m, t: m["tensors"].pop(A), f"1 only in the file .'{A}'.", id="missing in the manifest"),
-            pytest.param(drop(A), f"1 tensors only in this model .'{A}'.", id="missing in both"),
+            pytest.param(drop(A), f"1 tensor only in this model .'{A}'.", id="missing in both"),
             pytest.param(drop(HEAD), f"only in this model .'{HEAD}'.", id="head missing in both"),
             pytest.param(put("lora/x/lora_A", torch.ones(2)), "1 only in the adapter .'lora/x/lora_A'.", id="surplus"),
             pytest.param(put("recipe/blocks.0//A", torch.ones(2)), "'recipe/blocks.0//A'", id="surplus recipe"),

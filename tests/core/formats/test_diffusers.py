@@ -338,12 +338,12 @@ class TestRefused:
         save_file(
             {**load_file(tmp_path / FILE), "unet.conv_in.lora.down.weight": torch.zeros(2, 4, 3, 3)}, tmp_path / FILE
         )
-        refused(UNET, tmp_path, untouched, r"1 keys .* no place: 'unet\.conv_in\.lora")
+        refused(UNET, tmp_path, untouched, r"1 key .* no place: 'unet\.conv_in\.lora")
 
     def test_a_key_that_is_left_over(self, tmp_path, untouched):
         saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
         save_file({**load_file(tmp_path / FILE), "unet.more": torch.zeros(1)}, tmp_path / FILE)
-        refused(UNET, tmp_path, untouched, r"1 keys .* no place: 'unet\.more'")
+        refused(UNET, tmp_path, untouched, r"1 key .* no place: 'unet\.more'")
 
     @pytest.mark.parametrize(
         ("key", "method"),

@@ -170,7 +170,7 @@ class TestRefused:
 
     def test_a_key_that_is_left_over(self, tmp_path, untouched):
         path = self.edited(tmp_path, lambda tensors: tensors.update({"lora_unet_conv_in.more": torch.zeros(1)}))
-        refused(UNET, path, untouched, r"1 keys .* no place: 'lora_unet_conv_in\.more'.* take those keys out")
+        refused(UNET, path, untouched, r"1 key .* no place: 'lora_unet_conv_in\.more'.* take those keys out")
 
     def test_half_a_layer(self, tmp_path, untouched):
         path = self.edited(tmp_path, lambda tensors: tensors.pop("lora_unet_conv_in.lora_up.weight"))

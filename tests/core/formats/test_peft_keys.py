@@ -71,7 +71,7 @@ class TestKeys:
     def test_a_missing_layer_is_listed(self, tmp_path, untouched):
         with_peft(LINEAR).save_pretrained(tmp_path)
         edit_tensors(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".inner.fc." in key])
-        refused(LINEAR, tmp_path, untouched, r"1 layers of this model that it has no A and B for: 'inner\.fc'")
+        refused(LINEAR, tmp_path, untouched, r"1 layer of this model that it has no A and B for: 'inner\.fc'")
 
     @pytest.mark.parametrize(
         ("gone", "match"),
@@ -99,7 +99,7 @@ class TestKeys:
         case = BY_ID["blocks by number"]
         with_peft(case, layers_pattern=pattern).save_pretrained(tmp_path)
         edit_tensors(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if "up.1" in key])
-        refused(case, tmp_path, untouched, r"1 layers of this model that it has no A and B for: 'net\.up\.1\.fc'")
+        refused(case, tmp_path, untouched, r"1 layer of this model that it has no A and B for: 'net\.up\.1\.fc'")
 
     @pytest.mark.parametrize(
         ("key", "match"),

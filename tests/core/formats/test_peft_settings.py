@@ -345,7 +345,7 @@ class TestBlocks:
         theirs.save_pretrained(tmp_path)
         read_exactly(case, tmp_path, theirs)
         edit_config(tmp_path, peft_version="0.19.1")
-        refused(case, tmp_path, untouched, "1 layers of this model that it has no A and B for: 'net.stages.0.1.fc'")
+        refused(case, tmp_path, untouched, "1 layer of this model that it has no A and B for: 'net.stages.0.1.fc'")
 
 
 class TestSeveral:

@@ -76,7 +76,7 @@ def test_layers_that_are_built_again_keep_their_adapter(tmp_path):
 def test_layers_that_are_built_again_without_the_callback_are_missed_when_saving(tmp_path):
     module, run = fitted(tmp_path, InEverySetup)
     trainer(tmp_path, []).predict(module, loader())
-    with pytest.raises(StateError, match=r"1 adapted layers were replaced .*'head'"):
+    with pytest.raises(StateError, match=r"1 adapted layer was replaced .*'head'"):
         run.save_checkpoint(tmp_path / "it.ckpt")
 
 

@@ -104,7 +104,7 @@ class TestWhatIsThereWins:
         assert "not taken back" in caplog.text
         assert not differing(found, alone(tmp_path, other))
 
-    @pytest.mark.filterwarnings("ignore:1 weights of Classifier are those that an adapter was merged into:UserWarning")
+    @pytest.mark.filterwarnings("ignore:1 weight of Classifier is one that an adapter was merged into:UserWarning")
     def test_one_loaded_weight_is_enough(self, tmp_path):
         callback, module = LoraCallback(CONFIG), Classifier(lr=0.3)
         fit(tmp_path, module, callback)

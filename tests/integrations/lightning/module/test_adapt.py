@@ -33,7 +33,7 @@ HEADED = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"])
         pytest.param("on_fit_start", 3, r"'net\.3\.weight'.*A head was replaced", id="head ahead of training"),
         pytest.param("on_train_start", 3, r"'net\.3\.weight'.*A head was replaced", id="head at the start"),
         pytest.param("on_train_epoch_start", 3, r"'net\.3\.weight'.*A head was replaced", id="head in an epoch"),
-        pytest.param("on_train_start", 0, r"1 adapted layers were replaced.*'net\.0'", id="adapted layer at the start"),
+        pytest.param("on_train_start", 0, r"1 adapted layer was replaced.*'net\.0'", id="adapted layer at the start"),
     ],
 )
 def test_what_a_hook_replaces_is_refused_before_a_step_is_trained(tmp_path, hook, place, told):

@@ -34,7 +34,7 @@ def test_frozen_weights_are_named_as_well(tmp_path, place):
     module = Averages()
     module.on_fit_end = lambda: nn.init.ones_(module.net[3].bias)
     callback = lora(ALONE, merge_on_fit_end=True, **{place: str(tmp_path / "file.safetensors")})
-    with pytest.warns(UserWarning, match=r"1 tensors .*: 'net\.3\.bias'\. on_fit_end"):
+    with pytest.warns(UserWarning, match=r"1 tensor .*: 'net\.3\.bias'\. on_fit_end"):
         trainer(tmp_path, [callback]).fit(module, loader())
 
 
@@ -102,7 +102,7 @@ def test_each_of_several_targets_is_told_of(tmp_path, late):
     module = TwoNetworks()
     module.late = late
     callbacks = [lora(LoraConfig(r=2), target=name, merge_on_fit_end=True) for name in ("net", "second")]
-    with pytest.warns(UserWarning, match=f"1 tensors were changed after .*'{late}'"):
+    with pytest.warns(UserWarning, match=f"1 tensor was changed after .*'{late}'"):
         trainer(tmp_path, callbacks).fit(module, loader())
 
 
