@@ -30,6 +30,8 @@ def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) 
     if id(tensor) in guards:
         guards.pop(id(tensor)).remove()
     if not required:
+        if not tensor._backward_hooks:  # those of torch.utils.swap_tensors go with the other tensor, and leave this
+            tensor._backward_hooks = None
         guards[id(tensor)] = tensor.register_hook(_RefuseLoss(name))  # type: ignore[no-untyped-call]
     tensor.requires_grad_(required)
 

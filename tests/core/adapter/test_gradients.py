@@ -85,6 +85,18 @@ def test_a_frozen_base_is_cast_and_loaded_by_swapping():
     }
 
 
+@pytest.mark.usefixtures("swapped")
+def test_no_gradient_is_lost_where_conversions_swap_tensors():
+    model = net()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"]), "a")
+    lora.set_adapter("a", trainable=False)
+    lora.set_adapter("a")
+    loss = model.float().double()(X).sum()
+    lora.set_adapter("a", trainable=False)
+    with pytest.raises(StateError, match=r"no gradient to '0\.lora_[AB]\.a', which was trained"):
+        loss.backward()
+
+
 def test_a_frozen_base_goes_to_another_process_without_a_warning():
     model = net()
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
