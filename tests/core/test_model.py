@@ -187,6 +187,13 @@ def test_none_names_no_adapter(call):
         call(LoraModel(nn.Sequential(nn.Linear(4, 2)), LoraConfig(r=2), "rain"))
 
 
+@pytest.mark.parametrize("call", ["set_adapter", "merge_adapter"])
+def test_a_repeated_name_is_refused(call, untouched):
+    lora = LoraModel(Net().eval(), config(), "a")
+    with untouched(lora.model), pytest.raises(ConfigError, match="'a' is named more than once"):
+        getattr(lora, call)(["a", "a"])
+
+
 def test_two_values_of_one_head_cannot_be_active_together():
     model = Net()
     lora = LoraModel(model, config(modules_to_save=["head"]), "a")

@@ -13,3 +13,8 @@ def test_only_what_holds_a_wrong_label_is_named(shape):
     targets[0], targets.view(3, -1)[1, 0] = 255, 7
     with pytest.raises(DataError, match=r"^Label 7 in b\.png: labels are 0 to 2, or 255 "):
         check_targets(Batch(torch.zeros(3, 3, 2, 2), targets, ["a.png", "b.png", "c.png"]), 3, 255)
+
+
+def test_images_alone_have_no_targets_to_check():
+    with pytest.raises(DataError, match="only prediction works without"):
+        check_targets(Batch.read(torch.zeros(3, 3, 2, 2)), 3, 255)

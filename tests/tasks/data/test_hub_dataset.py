@@ -95,9 +95,18 @@ class TestHub:
         with pytest.raises(ConfigError, match="Did you mean 'image'"):
             loaded(HubImageDataModule(str(labeled_rows), image_column="imag", **SIZE))
 
-    def test_an_unknown_split(self, labeled_rows):
-        with pytest.raises(ConfigError, match="Did you mean 'validation'"):
-            loaded(HubImageDataModule(str(labeled_rows), splits={"train": "train", "val": "validatio"}, **SIZE))
+    @pytest.mark.parametrize(
+        ("splits", "message"),
+        [
+            ({"train": "train", "val": "validatio"}, "Did you mean 'validation'"),
+            ({"train": "train", "vall": "validation"}, "Did you mean 'val'"),
+            ({"val": "validation"}, "has no train split, only train, validation"),
+        ],
+        ids=["of the data", "of the module", "none to train on"],
+    )
+    def test_an_unknown_split(self, labeled_rows, splits, message):
+        with pytest.raises(ConfigError, match=message):
+            loaded(HubImageDataModule(str(labeled_rows), splits=splits, **SIZE))
 
     def test_a_split_without_masks(self, masked_rows):
         from datasets import Dataset, load_from_disk

@@ -126,6 +126,14 @@ class TestOneLiner:
         with pytest.raises(AdapterFileError, match=r"Classifier\.load_from_checkpoint"):
             load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
 
+    def test_class_that_the_file_names_has_to_be_imported(self, tmp_path):
+        path = by_trainer(tmp_path)
+        checkpoint = torch.load(path)
+        checkpoint["hyper_parameters"]["_class_path"] = "elsewhere.Net"  # as LightningCLI saves it
+        torch.save(checkpoint, path)
+        with pytest.raises(AdapterFileError, match=r"made from elsewhere\.Net, .* imported subclass of Classifier"):
+            load_from_checkpoint(Classifier, path)
+
     def test_other_base_is_refused(self, tmp_path):
         with pytest.raises(AdapterFileError, match="another base"):
             load_from_checkpoint(Classifier, by_trainer(tmp_path), base_seed=1)
