@@ -30,7 +30,8 @@ def draw_step(random: Random, machine: Machine) -> Step:
     """Draws one call that fits the state, or one of ten that need not."""
     weights = {kind: weight(machine) if callable(weight) else weight for kind, weight in _WEIGHTS.items()}
     if random.random() < 0.1:
-        possible = set(weights) if machine.lora else {"add", "load_base", "mode", "copy", "look"}
+        anywhere = {"add", "load_base", "mode", "copy", "look", "broken_forward", "lay_out"}
+        possible = set(weights) if machine.lora else anywhere
         possible -= set() if machine.saved else {"load", "move", "swap"}
         possible -= {"cast"} if machine.reference.was_cast else set()
         weights = {kind: 1 for kind in weights if kind in possible}
@@ -169,6 +170,21 @@ def _swap(random: Random, machine: Machine) -> dict:
     return {"slot": slot, "name": own if random.random() < 0.7 else _adapter(random, machine)}
 
 
+def _way(random: Random, machine: Machine) -> str:
+    """How torch converts: it swaps no tensors that a graph holds, and new ones are no longer shared."""
+    fits = {"swap": not machine.pending, "overwrite": _is_unshared(machine) and not machine.reference.contexts}
+    return random.choice(("data", *(way for way, possible in fits.items() if possible)))
+
+
+def _is_unshared(machine: Machine) -> bool:
+    return all(name == first for name, first in machine.reference.first.items())
+
+
+def _assign(random: Random, machine: Machine) -> bool:
+    """Whether loaded tensors replace those of the model: not where two names share one, which would come apart."""
+    return random.random() < 0.3 and _is_unshared(machine)
+
+
 _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
     "add": _add,
     "look": lambda random, machine: {"spec": draw_spec(random, machine)},
@@ -183,8 +199,14 @@ _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
     "mixed": _mixed,
     "mode": lambda random, machine: {"training": random.random() < 0.5},
     "cast": lambda random, machine: {
-        "dtype": random.choice([name for name in TYPES if getattr(torch, name) != machine.dtype])
+        "dtype": random.choice([name for name in TYPES if getattr(torch, name) != machine.dtype]),
+        "way": _way(random, machine),
     },
+    "close": lambda random, machine: {"failing": random.random() < 0.3},
+    "broken_forward": lambda random, machine: {
+        "module": random.choice([name for name, _ in machine.model.named_modules() if name and "lora_" not in name])
+    },
+    "lay_out": lambda random, machine: {"channels_last": random.random() < 0.7},
     "forward": lambda random, machine: {"of_input": random.random() < 0.5},
     "scramble": lambda random, machine: {"name": _adapter(random, machine), "seed": random.randrange(1000)},
     "combine": _combine,
@@ -198,7 +220,8 @@ _ARGUMENTS: dict[str, Callable[[Random, Machine], dict]] = {
     },
     "swap": _swap,
     "move": lambda random, machine: {"slot": _saved(random, machine)},
-    "load_base": lambda random, machine: {"seed": random.choice((None, 1, 2, 3))},
+    "load_base": lambda random, machine: {"seed": random.choice((None, 1, 2, 3)), "assign": _assign(random, machine)},
+    "load_own": lambda random, machine: {"assign": _assign(random, machine)},
     "copy": lambda random, machine: {
         "way": random.choice(("deepcopy", "pickle")),
         "keep": random.choice(("copy", "original")),
@@ -239,6 +262,8 @@ _WEIGHTS: dict[str, float | Callable[[Machine], float]] = {
     ),
     "close": lambda machine: 6 if machine.reference.contexts else 0,
     "mode": 5,
+    "broken_forward": 1,
+    "lay_out": 0.3,
     "cast": lambda machine: 0 if machine.reference.was_cast else 0.7,
     "train_step": _idle(4),
     "forward": _adapted(2),

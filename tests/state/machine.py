@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins import LoraError, LoraModel
+from lora_plugins import LoraError, LoraModel, StateError
 from tests.state import checks
 from tests.state.checks import DivergenceError
 from tests.state.plugins import registry
@@ -35,7 +35,7 @@ IDENTITIES = frozenset({"kaiming", "gaussian", "orthogonal"})
 RESIDUAL = frozenset({"pissa", "olora"})
 """The inits that store what they leave of a weight."""
 
-READS = frozenset({"save", "snap", "mode", "copy", "look"})
+READS = frozenset({"save", "snap", "mode", "copy", "look", "broken_forward"})
 """The calls that change nothing that a backward could need."""
 
 BLOCKS = frozenset({"disable", "mixed", "close"})
@@ -302,7 +302,7 @@ class Machine:
             warnings.simplefilter("always")
             self.handle.unload(**({} if dequantize is None else {"dequantize": dequantize}))
         yield
-        warned = [str(each.message) for each in told if "stay stored as" in str(each.message)]
+        warned = [str(each.message) for each in told if "stored as" in str(each.message)]
         if bool(warned) != (dequantize is None and bool(self.reference.stored)):
             raise DivergenceError("warning", f"unload(dequantize={dequantize}) says {warned}")
         self._emptied()
@@ -435,9 +435,12 @@ class Machine:
         self.contexts.append(context)
         self.reference.contexts.append(rows)
 
-    def close(self) -> Call:
+    def close(self, failing: bool = False) -> Call:
+        """Ends the innermost block, as its last line does or an exception inside of it."""
         if self.contexts:
-            self.contexts.pop().__exit__(None, None, None)
+            error = KeyError("of the block") if failing else None
+            if self.contexts.pop().__exit__(error and KeyError, error, None):
+                raise DivergenceError("block", "it swallows an exception")
         yield
         if self.reference.contexts:
             self.reference.contexts.pop()
@@ -447,13 +450,32 @@ class Machine:
         yield
         self.reference.training = training
 
-    def cast(self, dtype: str) -> Call:
+    def broken_forward(self, module: str) -> Call:
+        """A forward that is stopped in the middle, by a hook that raises."""
+        handle = self.model.get_submodule(module).register_forward_hook(_stop)
+        try:
+            if not self.reference.moves():  # else statistics of what comes before have moved
+                self.model(*self.inputs)
+        except (KeyError, StateError):
+            pass
+        finally:
+            handle.remove()
+        yield
+
+    def lay_out(self, channels_last: bool) -> Call:
+        """Lays out what has four dimensions otherwise, with the same values."""
+        self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        yield
+
+    def cast(self, dtype: str, way: str = "data") -> Call:
         """Casts the model, but not a computed weight with merged updates, which has been rounded to its type."""
         sites = {slot.site for name in self.reference.merged for slot in self.reference.adapters[name].slots}
         if any(self.reference.is_computed(site) for site in sites):
             yield
             return
-        self.model.to(getattr(torch, dtype))
+        with _converting(way):
+            self.model.to(getattr(torch, dtype))
+        self.objects = {} if way == "overwrite" else self.objects
         yield
         self.reference.cast(getattr(torch, dtype))
         self.snapshot = self.pending = None
@@ -701,7 +723,7 @@ class Machine:
         self._store_loaded(found)
         self._join(found.name, deepcopy(found.adapter).cast(self.dtype))
 
-    def load_base(self, seed: int | None) -> Call:
+    def load_base(self, seed: int | None, assign: bool = False) -> Call:
         """Loads a state dict of the base model: its own, or that of another one."""
         reference = self.reference
         if seed is None:
@@ -718,13 +740,19 @@ class Machine:
         here = self.model.state_dict()
         stored = {key: here[key] for key in here if "_stored." in key}
         dense = {name: base[first] for name, first in reference.first.items() if first not in reference.stored}
-        self.model.load_state_dict(dense | stored)
+        self._load(dense | stored, assign)
         yield
         for adapter in reference.adapters.values():
             for key, value in adapter.values.items():
                 if torch.equal(value.to(reference.base[key].dtype), reference.base[key]):  # it has not been trained
                     adapter.values[key] = base[key].to(value.dtype)
         reference.base = base
+
+    def _load(self, tensors: dict[str, Tensor], assign: bool) -> None:
+        """Loads a state dict, or copies of its tensors in place of the model's own, which are others then."""
+        given = {name: tensor.clone() for name, tensor in tensors.items()} if assign else tensors
+        self.model.load_state_dict(given, assign=assign)
+        self.objects = {} if assign else self.objects
 
     def snap(self) -> Call:
         """Keeps the model's own state dict."""
@@ -738,14 +766,14 @@ class Machine:
         adapters = [(name, id(adapter)) for name, adapter in reference.adapters.items()]
         return adapters, reference.active, reference.plain, sorted(reference.stored)
 
-    def load_own(self) -> Call:
+    def load_own(self, assign: bool = False) -> Call:
         """Loads the state dict that was kept, if the model has the same adapters, and the same active ones."""
         if self.snapshot is None or self.snapshot[2] != self._structure():
             self.snap()
             tensors, then = dict(self.model.state_dict()), None
         else:
             tensors, then, _ = self.snapshot
-        self.model.load_state_dict(tensors)
+        self._load(tensors, assign)
         yield
         if then is None:
             return
@@ -772,6 +800,22 @@ class Machine:
             return
         # The pending forward and the kept state dict are those of the model that was left.
         self.model, self.lora, self.reference, self.snapshot, self.objects = model, lora, other, None, {}
+
+
+def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise KeyError("of a hook")
+
+
+@contextmanager
+def _converting(way: str) -> Iterator[None]:
+    """Lets torch convert parameters in one of its ways: their `data`, by `swap_tensors`, or by new parameters."""
+    flags = {"swap": "swap_module_params", "overwrite": "overwrite_module_params"}
+    switch = getattr(torch.__future__, f"set_{flags[way]}_on_conversion") if way in flags else lambda _: None
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(False)
 
 
 @contextmanager

@@ -466,7 +466,7 @@ def _load_base(reference: Reference, saved: Any, **_: Any) -> Errors:
         yield StateError
 
 
-def _load_own(reference: Reference, saved: Any) -> Errors:
+def _load_own(reference: Reference, saved: Any, **_: Any) -> Errors:
     yield from _idle(reference)
 
 

@@ -36,9 +36,18 @@ _LINES: dict[str, Callable[..., str]] = {
     ),
     "disable": lambda: "contexts.append(lora.disable_adapter()); contexts[-1].__enter__()",
     "mixed": lambda rows: f"contexts.append(lora.mixed_batch({list(rows)!r})); contexts[-1].__enter__()",
-    "close": lambda: "contexts.pop().__exit__(None, None, None)",
+    "close": lambda failing=False: (
+        f"contexts.pop().__exit__({'KeyError, KeyError(), None' if failing else 'None, None, None'})"
+    ),
+    "broken_forward": lambda module: f"# a forward that a forward hook of {module!r} stops by an exception",
+    "lay_out": lambda channels_last: (
+        f"model.to(memory_format=torch.{'channels_last' if channels_last else 'contiguous_format'})"
+    ),
     "mode": lambda training: f"model.train({training})",
-    "cast": lambda dtype: f"model.to(torch.{dtype}); x = x.to(torch.{dtype})",
+    "cast": lambda dtype, way="data": (
+        ("" if way == "data" else f"torch.__future__.set_{way}_module_params_on_conversion(True)\n")
+        + f"model.to(torch.{dtype}); x = x.to(torch.{dtype})"
+    ),
     "scramble": lambda name, seed: (
         f"with torch.no_grad():\n    torch.manual_seed({seed})\n    for key, parameter in model.named_parameters():\n"
         f"        if parameter.requires_grad or key.endswith('.{name}'):\n"
@@ -65,9 +74,13 @@ _LINES: dict[str, Callable[..., str]] = {
         f"lora = LoraModel.load_adapter(model, folder + '/{slot}', registry=registry())"
     ),
     "swap": lambda slot, name: f"lora.swap_adapter({name!r}, folder + '/{slot}')",
-    "load_base": lambda seed: f"model.load_state_dict(build(model_blocks, model_dtype, seed={seed}).state_dict())",
+    "load_base": lambda seed, assign=False: (
+        f"model.load_state_dict(build(model_blocks, model_dtype, seed={seed}).state_dict(), assign={assign})"
+    ),
     "snap": lambda: "kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}",
-    "load_own": lambda: "model.load_state_dict(kept if 'kept' in globals() else model.state_dict())",
+    "load_own": lambda assign=False: (
+        f"model.load_state_dict(copy.deepcopy(kept if 'kept' in globals() else model.state_dict()), assign={assign})"
+    ),
     "copy": lambda way, keep: (
         "other = "
         + ("copy.deepcopy(model)" if way == "deepcopy" else "pickle.loads(pickle.dumps(model))")
