@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter.group_offloading import check_no_copies
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import found_tensor, holder_of, is_shard, model_modules, own_tensor
+from lora_plugins.utils import put_value
 
 IF_OFFLOADED = (
     "If accelerate offloads the model, take that back first: accelerate.hooks.remove_hook_from_submodules(model)."
@@ -108,9 +108,10 @@ class OwnedTensors:
             tensor = own_tensor(model, name)
             value = self._values(owner)[name]
             self._values(present)[name] = tensor.data
-            tensor.data = value.to(tensor.device)
             if lasting:
-                increment_version(tensor)
+                put_value(tensor, value.to(tensor.device))
+            else:
+                tensor.data = value.to(tensor.device)
             self.owner.pop(name, None)
             if owner is not None:
                 self.owner[name] = owner

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter.content import SlotTensors
 from lora_plugins.adapter.integrity import check_in_place
@@ -19,7 +18,7 @@ from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.inplace import own_tensor, slot_tensors, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import PLAIN, PlannedLayer
-from lora_plugins.utils import in_float64
+from lora_plugins.utils import in_float64, put_value
 
 
 def swap(model: nn.Module, state: ModelState, adapter: str, other: NewAdapter) -> None:
@@ -55,8 +54,7 @@ def swap(model: nn.Module, state: ModelState, adapter: str, other: NewAdapter) -
         else:
             waiting[name] = taken
     for tensor, value in new:
-        tensor.data = value
-        increment_version(tensor)
+        put_value(tensor, value)
     state.values.values[adapter].update(waiting)
 
 

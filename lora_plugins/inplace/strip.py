@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.autograd.graph import increment_version
 
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.contents import Contents
@@ -16,6 +15,7 @@ from lora_plugins.inplace.parametrized import make_plain
 from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import stored_weight
 from lora_plugins.inplace.storing import replace_stored
+from lora_plugins.utils import put_value
 
 
 def strip_adapters(layer: nn.Module, *, dequantize: bool = False) -> None:
@@ -35,8 +35,7 @@ def strip_adapters(layer: nn.Module, *, dequantize: bool = False) -> None:
         elif parameter is None:
             computed[name] = value
         else:
-            parameter.data = value
-            increment_version(parameter)  # so that an earlier forward has no backward of other weights
+            put_value(parameter, value)
     with _whole(layer):
         set_class(layer, resting_class(layer))
         for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.autograd.graph import increment_version
 
 from lora_plugins.adapter import (
     ModelState,
@@ -21,6 +20,7 @@ from lora_plugins.errors import MergeError, StateError, counted, listing
 from lora_plugins.inplace import LostWeightError, foreign_kind, layer_state, recompute
 from lora_plugins.merge.weight_delta import place_of, weight_deltas
 from lora_plugins.plugins import PLAIN
+from lora_plugins.utils import put_value
 
 DEFAULT_MAX_ERROR = 0.1
 """Share of an update's norm that a merge may lose to rounding without being told to."""
@@ -90,8 +90,7 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
             untouched = parameter.data
             for own, tensor in holders:
                 own.kept.setdefault(tensor, untouched)
-            parameter.data = weight
-            increment_version(parameter)
+            put_value(parameter, weight)
     state.merged = (*state.merged, *adapters)
     apply_state(model, state)
     return report
@@ -113,8 +112,7 @@ def unmerge(model: nn.Module, state: ModelState) -> None:
             parameter = layer._parameters.get(name)
             if parameter is None:
                 raise LostWeightError(layer, name)
-            parameter.data = weight.to(parameter)
-            increment_version(parameter)
+            put_value(parameter, weight.to(parameter))
         own.kept.clear()
         own.merged.clear()
     state.merged = ()

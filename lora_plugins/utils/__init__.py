@@ -20,7 +20,7 @@ from lora_plugins.utils.regular_file import check_regular
 from lora_plugins.utils.saved_tensors import KeptTensor, saved_tensors_take_hooks, without_hooks_of_others
 from lora_plugins.utils.shapes import is_dense, shape_or_value
 from lora_plugins.utils.transforms import transforms_are_active
-from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, version
+from lora_plugins.utils.versions import Versions, mark_restored, mark_stand_ins, put_value, version
 
 __all__ = [
     "BITS",
@@ -51,6 +51,7 @@ __all__ = [
     "path_starts",
     "plain_name",
     "put_files",
+    "put_value",
     "quantize_dequantize",
     "random_module",
     "remove_leftovers",

@@ -6,6 +6,7 @@ computed before a value was exchanged for some time ends in torch's error, thoug
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -24,6 +25,13 @@ _FAR = 1 << 20
 def version(tensor: Tensor) -> int:
     """Returns how often a tensor was written in place; 0 for one of inference mode, of which nothing tells it."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def put_value(tensor: Tensor, value: Tensor) -> None:
+    """Gives a tensor another value for good; an earlier forward has no backward any more that needs the former one."""
+    tensor.data = value
+    increment_version(tensor)
+    torch.clear_autocast_cache()  # casts of parameters, kept until autocast ends, whatever their versions
 
 
 def mark_stand_ins(tensors: Iterable[Tensor]) -> Versions:

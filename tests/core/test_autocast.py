@@ -6,8 +6,9 @@ An adapter is loaded by one who does not know what was active where it was made.
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from lora_plugins import InitPlugin, LoraConfig, LoraModel, StoragePlugin
+from lora_plugins import InitPlugin, LoraConfig, LoraModel, RowMajorPlugin, StoragePlugin
 from tests.core.registries import registry_of
 
 
@@ -42,7 +43,27 @@ class Rotating(StoragePlugin):
         return torch.linalg.qr(random).Q
 
 
-REGISTRY = registry_of(Projecting(), Rotating())
+class ScaledPlugin(RowMajorPlugin["Scaled"]):
+    """Has a branch that multiplies by A as it is."""
+
+    name, module_type = "scaled", "tests.core.test_autocast.Scaled"
+    branch_types, branch_use = (module_type,), "always"
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(2 * x, base["weight"])
+        return y + sum(term.scaling * F.linear(F.linear(2 * x, term.A), term.B) for term in terms)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 9))
+
+    def forward(self, x):
+        return F.linear(2 * x, self.weight)
+
+
+REGISTRY = registry_of(Projecting(), Rotating(), ScaledPlugin())
 
 
 def build():
@@ -95,3 +116,35 @@ def test_stored_weights_are_restored_in_full():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model[0].weight, expected)
         assert torch.equal(lora.merge_and_unload(dequantize=True)[0].weight, expected)
+
+
+CHANGES = {
+    "set": lambda lora, folder: lora.set_adapter("b"),
+    "swap": lambda lora, folder: lora.swap_adapter("a", folder),
+    "delete": lambda lora, folder: lora.delete_adapter("a"),
+    "merge": lambda lora, folder: lora.merge_adapter(),
+    "merge-and-unload": lambda lora, folder: lora.merge_and_unload(),
+    "unload": lambda lora, folder: lora.unload(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_within_a_block_is_seen_by_the_next_call(change, tmp_path):
+    """Autocast keeps the casts of parameters that require a gradient until its block ends."""
+    model = nn.Sequential(build()[0], Scaled(), nn.Linear(9, 4)).eval()
+    x = torch.randn(5, 12)
+    for name in "ab":
+        config = LoraConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"], init="none")
+        lora = LoraModel(model, config, name, registry=REGISTRY)
+        nn.init.normal_(model[2].weight)
+        lora.save_adapter(tmp_path / name)
+        lora.unload()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        for name in "ab":
+            lora = LoraModel.load_adapter(model, tmp_path / name, name, registry=REGISTRY)
+        model(x)
+        change(lora, tmp_path / "b")
+        found = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found, model(x))
