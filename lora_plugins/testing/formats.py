@@ -50,11 +50,14 @@ def _recognized(case: FormatCase) -> None:
     with case.written() as (lora, path):
         require(case.elsewhere.recognizes(path), f"{path.name} is not recognized")
         _travels(replace(case, file_name="any_name"), "of any name", lora, case.model())
-        nothing, strange = path.parent / "nothing", path.parent / "strange.safetensors"
         (path.parent / "empty").mkdir()
-        strange.write_bytes(b"\xff" * 64)
-        for other in (nothing, strange, path.parent / "empty"):
-            require(not case.elsewhere.recognizes(other), f"{other.name!r} is taken for one of its files")
+        (path.parent / "strange.safetensors").write_bytes(b"\xff" * 64)
+        (path.parent / "settings.json").write_text("{}")
+        weights = {"weight": torch.ones(2)}
+        save_file(weights, path.parent / "model.safetensors")
+        torch.save(weights, path.parent / "model.zip")
+        for name in ("nothing", "empty", "strange.safetensors", "settings.json", "model.safetensors", "model.zip"):
+            require(not case.elsewhere.recognizes(path.parent / name), f"{name!r} is taken for one of its files")
 
 
 def _output(case: FormatCase) -> None:
@@ -252,10 +255,10 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
     Check(
         "recognized",
         _recognized,
-        "recognizes knows what write wrote, under the name that it was given, and raises for nothing: not for what is "
-        "not there, empty or no such file",
-        "recognizes opens a file without looking whether it is there, or goes by the ending of its name alone; or a "
-        "library writes to that name with an ending, as np.savez does.",
+        "recognizes knows what write wrote, under the name that it was given, and nothing else; it raises for nothing: "
+        "not for what is not there, empty or no such file",
+        "recognizes opens a file without looking whether it is there, or goes by the ending of its name or the kind of "
+        "file alone, and not by what is in it; or a library writes to that name with an ending, as np.savez does.",
     ),
     Check(
         "output",
