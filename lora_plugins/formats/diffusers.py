@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
-from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, own_key, placed_key
+from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, has_adapter_name, own_key, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
@@ -22,7 +22,7 @@ from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, w
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
-from lora_plugins.inplace import full_name, model_modules, submodule
+from lora_plugins.inplace import base_class_of, full_name, model_modules, submodule
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -56,6 +56,8 @@ class DiffusersFormat(PortableFormat):
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
         tensors, metadata = read_tensors(_file(path))
+        if model is not None:
+            _refuse_alternating_rows(tensors, model)
         parts = _parts(tensors, model)
         configs = _configs(metadata, parts, options["patterns"])
         modules = [] if model is None else [entry.name for entry in model_modules(model)]
@@ -119,6 +121,24 @@ def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, 
         own[factor] = tensor
     refuse_keys(wrong)
     return parts
+
+
+def _refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
+    """Refuses projections of MiniMax H3 whose rows are q, k and v of one head after the other.
+
+    DiffSynth-Studio trains them so, and everybody else on all rows of q, then of k, then of v. Only the name of PEFT's
+    adapter in the keys tells, and its reader in diffusers goes by that too.
+
+    Raises:
+        AdapterFileError: If there are such projections.
+    """
+    wrong = [key for key in keys if ".attn.qkv_proj.lora_" in key and has_adapter_name(key)]
+    if wrong and any(base_class_of(each).__name__ == "MiniMaxH3Transformer3DModel" for each in model.modules()):
+        raise AdapterFileError(
+            f"{listing(sorted(wrong), 3)}: DiffSynth-Studio trains these with the rows of q, k and v of one head after "
+            "the other, which has no form here. Let diffusers read the file, which puts the rows in order, and save it "
+            "from there."
+        )
 
 
 def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) -> PortableLayer:

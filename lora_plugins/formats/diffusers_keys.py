@@ -74,6 +74,11 @@ def own_key(key: str) -> str:
     return key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
 
 
+def has_adapter_name(key: str) -> bool:
+    """Whether a key names PEFT's adapter, as in `lora_A.default.weight`."""
+    return _ADAPTER.search(key) is not None
+
+
 def placed_key(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
     key = _ADAPTER.sub(r"\1", plain_name(key).removeprefix(PREFIX))

@@ -44,8 +44,11 @@ _RESNET: Mapping[str, str] = {
 }
 """By what follows the name of a residual block, the same of Stable Diffusion."""
 
-_SCALE_FIRST = "AdaLayerNormContinuous"
-"""The class of diffusers whose linear layer has the scale before the shift; the original ones have it behind."""
+_SWAPPED = frozenset({"AdaLayerNormContinuous", "SwiGLU"})
+"""Classes of diffusers whose linear layer has the two halves of its outputs the other way round than the original.
+
+The first has the scale before the shift, the second what is gated before the gate.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def original_places(model: nn.Module) -> dict[str, Place]:
     tables = [table for name, table in TRANSFORMERS.items() if name in classes]
     for original, ours in chain.from_iterable(_of_transformer(table, names) for table in tables):
         owner = submodule(model, ours[0].rpartition(".")[0])
-        places[original] = Place(ours, type(owner).__name__ == _SCALE_FIRST)
+        places[original] = Place(ours, type(owner).__name__ in _SWAPPED)
     return places
 
 

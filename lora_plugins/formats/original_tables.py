@@ -114,7 +114,13 @@ _FLUX_3: Table = _layers_in(
 
 _REFINER, _REFINER_BLOCK = "context_embedder", "context_embedder.token_refiner.refiner_blocks.*"
 
-_HUNYUAN_VIDEO: Table = {
+
+def _embedders(names: Mapping[str, str]) -> Table:
+    """Returns the two layers of embedders of numbers, such as time steps, in Hunyuan's models."""
+    return _layers_in(names, {"mlp.0": "linear_1", "mlp.2": "linear_2"})
+
+
+_HUNYUAN: Table = {
     "double_blocks.*.img_attn_qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
     "double_blocks.*.img_attn_proj": ("transformer_blocks.*.attn.to_out.0",),
     "double_blocks.*.img_mlp.fc1": ("transformer_blocks.*.ff.net.0.proj",),
@@ -125,12 +131,10 @@ _HUNYUAN_VIDEO: Table = {
     "double_blocks.*.txt_mlp.fc1": ("transformer_blocks.*.ff_context.net.0.proj",),
     "double_blocks.*.txt_mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
     "double_blocks.*.txt_mod.linear": ("transformer_blocks.*.norm1_context.linear",),
-    "single_blocks.*.linear1": _FLUX["single_blocks.*.linear1"],
-    "single_blocks.*.linear2": _FLUX["single_blocks.*.linear2"],
     "single_blocks.*.modulation.linear": ("single_transformer_blocks.*.norm.linear",),
+    **{name: ours for name, ours in _FLUX.items() if "_blocks" in name},
     "txt_in.input_embedder": (f"{_REFINER}.proj_in",),
-    "txt_in.t_embedder.mlp.0": (f"{_REFINER}.time_text_embed.timestep_embedder.linear_1",),
-    "txt_in.t_embedder.mlp.2": (f"{_REFINER}.time_text_embed.timestep_embedder.linear_2",),
+    **_embedders({"txt_in.t_embedder": f"{_REFINER}.time_text_embed.timestep_embedder"}),
     "txt_in.c_embedder.linear_1": (f"{_REFINER}.time_text_embed.text_embedder.linear_1",),
     "txt_in.c_embedder.linear_2": (f"{_REFINER}.time_text_embed.text_embedder.linear_2",),
     "txt_in.individual_token_refiner.blocks.*.self_attn_qkv": tuple(f"{_REFINER_BLOCK}.{name}" for name in _QKV),
@@ -139,14 +143,50 @@ _HUNYUAN_VIDEO: Table = {
     "txt_in.individual_token_refiner.blocks.*.mlp.fc2": (f"{_REFINER_BLOCK}.ff.net.2",),
     "txt_in.individual_token_refiner.blocks.*.adaLN_modulation.1": (f"{_REFINER_BLOCK}.norm_out.linear",),
     "img_in.proj": ("x_embedder.proj",),
-    "time_in.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
-    "guidance_in.mlp.0": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.mlp.2": ("time_text_embed.guidance_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+}
+"""What all of Hunyuan's models have. ComfyUI calls their blocks as it does Flux's."""
+
+_HUNYUAN_VIDEO: Table = {
+    **_HUNYUAN,
+    **_embedders(
+        {
+            "time_in": "time_text_embed.timestep_embedder",
+            "guidance_in": "time_text_embed.guidance_embedder",
+        }
+    ),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+}
+
+_BYT5 = {f"byt5_in.fc{n}": (f"context_embedder_2.linear_{n}",) for n in (1, 2, 3)}
+
+_HUNYUAN_VIDEO_1_5: Table = {
+    **_layers_in(
+        {"double_blocks.*": "transformer_blocks.*.attn"},
+        {
+            **{f"img_attn_{name}": f"to_{name}" for name in "qkv"},
+            **{f"txt_attn_{name}": f"add_{name}_proj" for name in "qkv"},
+        },
+    ),
+    **_HUNYUAN,
+    **_BYT5,
+    **_embedders({"time_in": "time_embed.timestep_embedder", "time_r_in": "time_embed.timestep_embedder_r"}),
+    "vision_in.proj.1": ("image_embedder.linear_1",),
+    "vision_in.proj.3": ("image_embedder.linear_2",),
+}
+
+_HUNYUAN_IMAGE: Table = {
+    **_HUNYUAN,
+    **_BYT5,
+    **_embedders(
+        {
+            "time_in": "time_guidance_embed.timestep_embedder",
+            "time_r_in": "time_guidance_embed.timestep_embedder_r",
+            "guidance_in": "time_guidance_embed.guidance_embedder",
+        }
+    ),
 }
 
 _WAN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj"}
@@ -299,6 +339,55 @@ _IDEOGRAM_4: Table = {
     "layers.*.attention.o": ("layers.*.attention.to_out.0",),
 }
 
+_PIXART: Table = {
+    "blocks.*.attn.qkv": tuple(f"transformer_blocks.*.attn1.to_{name}" for name in "qkv"),
+    "blocks.*.cross_attn.kv_linear": tuple(f"transformer_blocks.*.attn2.to_{name}" for name in "kv"),
+    **_layers_in(
+        {"blocks.*": "transformer_blocks.*"},
+        {
+            "attn.proj": "attn1.to_out.0",
+            "cross_attn.q_linear": "attn2.to_q",
+            "cross_attn.proj": "attn2.to_out.0",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+        },
+    ),
+    **_embedders(
+        {
+            "t_embedder": "adaln_single.emb.timestep_embedder",
+            "csize_embedder": "adaln_single.emb.resolution_embedder",
+            "ar_embedder": "adaln_single.emb.aspect_ratio_embedder",
+        }
+    ),
+    "t_block.1": ("adaln_single.linear",),
+    "x_embedder.proj": ("pos_embed.proj",),
+    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    "final_layer.linear": ("proj_out",),
+}
+
+_MINIMAX_H3_BLOCKS = {"blocks.*": "transformer_blocks.*", "token_refiner.blocks.*": "token_refiner.refiner_blocks.*"}
+
+_MINIMAX_H3: Table = {
+    **{
+        f"{original}.attn.qkv_proj": tuple(f"{ours}.{name}" for name in _QKV)
+        for original, ours in _MINIMAX_H3_BLOCKS.items()
+    },
+    **_layers_in(
+        _MINIMAX_H3_BLOCKS,
+        {"attn.out_proj": "attn.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"},
+    ),
+    "video_patch_proj": ("proj_in",),
+    "audio_patch_proj": ("audio_proj_in",),
+    "condition_proj": ("context_embedder",),
+    "time_embedder.proj_in": ("time_embedder.linear_1",),
+    "time_embedder.proj_out": ("time_embedder.linear_2",),
+    "blocks.*.adaln_proj.linear": ("transformer_blocks.*.adaln_proj.linear",),
+    "final_layer.adaln_proj.linear": ("norm_out.linear",),
+    "final_layer.video_out": ("proj_out",),
+    "final_layer.audio_out": ("audio_proj_out",),
+}
+
 TRANSFORMERS: Mapping[str, Table] = {
     "AnyFlowTransformer3DModel": _WAN,
     "ChromaTransformer2DModel": _CHROMA,
@@ -308,6 +397,8 @@ TRANSFORMERS: Mapping[str, Table] = {
     "Flux3Transformer2DModel": _FLUX_3,
     "FluxTransformer2DModel": _FLUX,
     "HeliosTransformer3DModel": _WAN,
+    "HunyuanImageTransformer2DModel": _HUNYUAN_IMAGE,
+    "HunyuanVideo15Transformer3DModel": _HUNYUAN_VIDEO_1_5,
     "HunyuanVideoFramepackTransformer3DModel": _HUNYUAN_VIDEO,
     "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
     "Ideogram4Transformer2DModel": _IDEOGRAM_4,
@@ -316,6 +407,8 @@ TRANSFORMERS: Mapping[str, Table] = {
     "LTX2VideoTransformer3DModel": _LTX_2,
     "LTXVideoTransformer3DModel": _LTX,
     "Lumina2Transformer2DModel": _LUMINA_2,
+    "MiniMaxH3Transformer3DModel": _MINIMAX_H3,
+    "PixArtTransformer2DModel": _PIXART,
     "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
     "SkyReelsV2Transformer3DModel": _WAN,
     "WanAnimateTransformer3DModel": _WAN,

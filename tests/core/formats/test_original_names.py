@@ -90,6 +90,7 @@ CONVERTERS = {
     ),
     published("LTXVideoTransformer3DModel", num_layers=2): "convert_ltx_transformer_checkpoint_to_diffusers",
     published("Lumina2Transformer2DModel", num_layers=2): "convert_lumina2_to_diffusers",
+    published("MiniMaxH3Transformer3DModel", num_layers=2): "convert_minimax_h3_transformer_checkpoint_to_diffusers",
     published("WanTransformer3DModel", num_layers=2, image_dim=1280, added_kv_proj_dim=5120): (
         "convert_wan_transformer_to_diffusers"
     ),
@@ -114,12 +115,13 @@ def weights_of(model):
 
 
 def factors_of(model, outputs):
-    """A random B for the original name of each layer, with the rows of all layers that are in it."""
-    return {
-        original: torch.randn(sum(outputs[name] for name in place.names), 1)
-        for original, place in original_places(model).items()
-        if all(name in outputs for name in place.names)
-    }
+    """A random B for the first original name of each layer, with the rows of all layers that are in it."""
+    factors, seen = {}, set()
+    for original, place in original_places(model).items():
+        if seen.isdisjoint(place.names) and all(name in outputs for name in place.names):
+            factors[original] = torch.randn(sum(outputs[name] for name in place.names), 1)
+            seen |= {*place.names}
+    return factors
 
 
 def is_layer(module):
@@ -165,6 +167,7 @@ ADAPTER_CONVERTERS = {
     published("Ideogram4Transformer2DModel", num_layers=2): "Ideogram4LoraLoaderMixin",
     published("Krea2Transformer2DModel", num_layers=2): "Krea2LoraLoaderMixin",
     published("LTX2VideoTransformer3DModel", num_layers=2): "LTX2LoraLoaderMixin",
+    published("MiniMaxH3Transformer3DModel", num_layers=2): "MiniMaxH3LoraLoaderMixin",
     published("WanAnimateTransformer3DModel", num_layers=2): "WanLoraLoaderMixin",
 }
 """Models of which diffusers converts adapters, and not whole checkpoints by what can be asked."""
@@ -190,6 +193,81 @@ def test_every_layer_has_its_rows_of_what_the_converter_of_adapters_takes(build,
     assert {f"transformer.{name}.lora_{key}.weight" for name in found for key in "AB"} == converted.keys()
     for name, layer in found.items():
         assert torch.equal(layer.B, converted[f"transformer.{name}.lora_B.weight"]), name
+
+
+QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+NOT_CONVERTED = {
+    published(
+        "HunyuanImageTransformer2DModel", num_layers=1, num_single_layers=1, guidance_embeds=True, text_embed_2_dim=8
+    ): {
+        "double_blocks.0.img_attn_qkv": [f"transformer_blocks.0.{name}" for name in QKV],
+        "single_blocks.0.linear1": [f"single_transformer_blocks.0.{name}" for name in (*QKV, "proj_mlp")],
+        "guidance_in.mlp.2": ["time_guidance_embed.guidance_embedder.linear_2"],
+        "byt5_in.fc3": ["context_embedder_2.linear_3"],
+    },
+    published("HunyuanVideo15Transformer3DModel", num_layers=1): {
+        "double_blocks.0.img_attn_q": ["transformer_blocks.0.attn.to_q"],
+        "double_blocks.0.txt_attn_v": ["transformer_blocks.0.attn.add_v_proj"],
+        "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.{name}" for name in QKV],
+        "double_blocks.0.txt_mlp.2": ["transformer_blocks.0.ff_context.net.2"],
+        "time_in.mlp.0": ["time_embed.timestep_embedder.linear_1"],
+        "vision_in.proj.3": ["image_embedder.linear_2"],
+    },
+    published("PixArtTransformer2DModel", num_layers=1, caption_channels=8, use_additional_conditions=True): {
+        "blocks.0.attn.qkv": [f"transformer_blocks.0.attn1.to_{name}" for name in "qkv"],
+        "blocks.0.cross_attn.kv_linear": [f"transformer_blocks.0.attn2.to_{name}" for name in "kv"],
+        "blocks.0.mlp.fc1": ["transformer_blocks.0.ff.net.0.proj"],
+        "ar_embedder.mlp.0": ["adaln_single.emb.aspect_ratio_embedder.linear_1"],
+        "y_embedder.y_proj.fc2": ["caption_projection.linear_2"],
+    },
+}
+"""Models that diffusers converts by scripts alone, and some of their original names."""
+
+
+@pytest.mark.parametrize("build", NOT_CONVERTED, ids=lambda build: build.__name__)
+def test_every_layer_has_a_name_where_no_converter_can_be_asked(build):
+    with torch.device("meta"):
+        model = build()
+    places = original_places(model)
+    assert {name for place in places.values() for name in place.names} >= weights_of(model).keys()
+    for original, names in NOT_CONVERTED[build].items():
+        assert [*places[original].names] == names
+    assert {name for name, place in places.items() if place.swapped} <= {"final_layer.adaLN_modulation.1"}
+
+
+@pytest.mark.parametrize(
+    ("build", "own", "of_comfy"),
+    [
+        (hunyuan, own, of_comfy)
+        for hunyuan in (
+            published("HunyuanImageTransformer2DModel", num_layers=1, num_single_layers=1),
+            published("HunyuanVideoTransformer3DModel", num_layers=1, num_single_layers=1),
+        )
+        for own, of_comfy in {
+            "double_blocks.0.txt_attn_qkv": "double_blocks.0.txt_attn.qkv",
+            "double_blocks.0.img_mlp.fc1": "double_blocks.0.img_mlp.0",
+            "double_blocks.0.img_mod.linear": "double_blocks.0.img_mod.lin",
+            "single_blocks.0.modulation.linear": "single_blocks.0.modulation.lin",
+        }.items()
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_blocks_of_hunyuan_have_the_names_of_comfyui_as_well(build, own, of_comfy):
+    with torch.device("meta"):
+        places = original_places(build())
+    assert places[own] == places[of_comfy]
+
+
+@pytest.mark.parametrize("key", ["blocks.0.attn.qkv_proj", "token_refiner.blocks.0.attn.qkv_proj"])
+def test_rows_of_minimax_h3_that_alternate_by_head_are_refused(key, tmp_path, untouched):
+    """Where diffusers, which knows them by the name of PEFT's adapter too, puts them in order."""
+    model = pytest.importorskip("diffusers").MiniMaxH3Transformer3DModel(
+        num_layers=1, num_refiner_layers=1, num_attention_heads=2, attention_head_dim=128, hidden_size=8, ffn_dim=8
+    )
+    tensors = {f"{key}.lora_A.default.weight": torch.ones(1, 8), f"{key}.lora_B.default.weight": torch.ones(768, 1)}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    with untouched(model), pytest.raises(AdapterFileError, match="rows of q, k and v of one head after the other"):
+        LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
 
 
 @pytest.mark.parametrize(
