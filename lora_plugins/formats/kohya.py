@@ -36,14 +36,24 @@ PREFIXES: Mapping[str, str] = {
 }
 """What keys start with, and which part of a pipeline it means."""
 
-_KNOWN = (
-    "UNet2DConditionModel",
-    "ChromaTransformer2DModel",
-    "FluxTransformer2DModel",
-    "PixArtTransformer2DModel",
-    "SD3Transformer2DModel",
-)
-"""The denoisers of diffusers whose names there others know in this format."""
+_KNOWN: Mapping[str, str] = {
+    "UNet2DConditionModel": "lora_unet_",
+    "ChromaTransformer2DModel": "lora_transformer_",
+    "ErnieImageTransformer2DModel": "lora_unet_",
+    "FluxTransformer2DModel": "lora_transformer_",
+    "HiDreamImageTransformer2DModel": "lora_unet_",
+    "HunyuanVideoFramepackTransformer3DModel": "lora_unet_",
+    "Kandinsky5Transformer3DModel": "lora_unet_",
+    "PixArtTransformer2DModel": "lora_transformer_",
+    "QwenImageTransformer2DModel": "lora_unet_",
+    "SD3Transformer2DModel": "lora_transformer_",
+    "ZImageTransformer2DModel": "lora_unet_",
+}
+"""The denoisers of diffusers whose names there others know in this format, and with what in front.
+
+OneTrainer writes `lora_transformer_` before names of diffusers. Scripts write `lora_unet_` for every denoiser, before
+the original names, which those of diffusers are for some.
+"""
 
 _FACTORS: Mapping[str, str] = {
     "lora_down.weight": "A",
@@ -137,6 +147,8 @@ def _prefixes_written(parts: Collection[str], model: nn.Module | None) -> dict[s
         prefix_of["text_encoder"] = "lora_te1_"
     if "text_encoder_2" in children and "T5" in base_class_of(children["text_encoder_2"]).__name__:
         prefix_of["text_encoder_2"] = "lora_te3_"  # as kohya's scripts call it for Flux too
+    if model is not None and (known := _known_prefix(_denoiser_in(model))) is not None:
+        prefix_of["transformer"] = known
     return prefix_of
 
 
@@ -144,11 +156,21 @@ def _unknown_denoiser(parts: Collection[str], model: nn.Module | None) -> str | 
     """Returns the class of a denoiser whose names in diffusers mean nothing elsewhere; None if there is none."""
     if model is None or all(part.startswith("text_encoder") for part in parts):
         return None
+    denoiser = _denoiser_in(model)
+    cls = base_class_of(denoiser)
+    return cls.__name__ if cls.__module__.startswith("diffusers.") and _known_prefix(denoiser) is None else None
+
+
+def _denoiser_in(model: nn.Module) -> nn.Module:
+    """Returns the denoiser among the parts of a pipeline, or the model itself."""
     children = dict(model.named_children())
-    names = ("unet", "transformer", "transformer_2")
-    cls = base_class_of(next((children[name] for name in names if name in children), model))
-    known = any(base.__name__ in _KNOWN for base in cls.__mro__)
-    return cls.__name__ if cls.__module__.startswith("diffusers.") and not known else None
+    return next((children[name] for name in ("unet", "transformer", "transformer_2") if name in children), model)
+
+
+def _known_prefix(denoiser: nn.Module) -> str | None:
+    """Returns what others expect in front of the names that a denoiser has in diffusers; None for unknown ones."""
+    names = (cls.__name__ for cls in base_class_of(denoiser).__mro__)
+    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
 
 
 def _known_name(part: str, name: str) -> str:

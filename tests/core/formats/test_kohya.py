@@ -222,6 +222,42 @@ def unet_3d():
     )
 
 
+def qwen_image():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.QwenImageTransformer2DModel(
+        num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=4, axes_dims_rope=(4, 2, 2)
+    )
+
+
+def z_image():
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.ZImageTransformer2DModel(
+        dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=4, axes_dims=[4, 2, 2]
+    )
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("build", [qwen_image, z_image])
+def test_names_that_a_transformer_has_in_scripts_too_get_their_prefix(build, alone, tmp_path):
+    """By which diffusers reads them, and musubi-tuner."""
+    loaders = pytest.importorskip("diffusers").loaders.lora_pipeline
+    model = build()
+    mixin = getattr(loaders, type(model).__name__.replace("Transformer2DModel", "LoraLoaderMixin"))
+    lora = LoraModel(
+        model if alone else nn.ModuleDict({"transformer": model}),
+        LoraConfig(r=2, alpha=3.0, init="none", target_modules=["to_q", "to_out.0"]),
+    )
+    path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    tensors, converted = load_file(path), mixin.lora_state_dict(str(path))
+    names = [layer.name.removeprefix("transformer.") for layer in lora.plans["default"].layers]
+    assert len(converted) == 2 * len(names)
+    for name in names:
+        A, B = (converted[f"transformer.{name}.lora_{factor}.weight"] for factor in "AB")
+        key = f"lora_unet_{name.replace('.', '_')}"
+        down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
+        torch.testing.assert_close(B @ A, 3 / 2 * up @ down)
+
+
 @pytest.mark.parametrize(("name", "build"), [("transformer", wan), ("unet", unet_3d)])
 @pytest.mark.parametrize("alone", [True, False])
 def test_names_that_others_do_not_know_are_said(name, build, alone, tmp_path):
