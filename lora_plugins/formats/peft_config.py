@@ -97,7 +97,7 @@ _READ: Mapping[str, Check] = {
     "revision": _anything,
     "task_type": _anything,
 }
-"""The fields that mean something here, and what they can hold; None is like no field."""
+"""The fields that mean something here, and what they can hold; None is like no field, and so is an empty string."""
 
 _IDLE = frozenset(
     [
@@ -166,7 +166,7 @@ class PeftConfig:
         if wrong:
             said = "\n  ".join(["adapter_config.json says what cannot be expressed here:", *wrong])
             raise AdapterFileError(f"{said}\nWhere PEFT can merge it, merge it there, and use the merged model.")
-        self.fields = {key: _single(key, value) for key, value in fields.items() if value is not None}
+        self.fields = {key: _single(key, value) for key, value in fields.items() if value not in (None, "")}
         self._counts = patterns
         try:
             for key, check in _READ.items():

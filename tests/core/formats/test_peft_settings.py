@@ -328,7 +328,7 @@ class TestBlocks:
     """Of several numbers in a name, PEFT takes the first for that of a block; before 0.20, it took the last."""
 
     @pytest.mark.parametrize("version", [None, "0.17.1", "0.19.1"])
-    @pytest.mark.parametrize("lists", [None, r"stages\.\d+"], ids=["any list", "the inner list"])
+    @pytest.mark.parametrize("lists", [None, "", r"stages\.\d+"], ids=["any list", "no name", "the inner list"])
     def test_it_was_the_last_number(self, version, lists, tmp_path, untouched):
         case = Case("", Staged, {"target_modules": r".*\.1\.fc"})
         theirs = with_peft(case)
