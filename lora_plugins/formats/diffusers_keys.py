@@ -62,10 +62,12 @@ _PROCESSORS: Mapping[str, str] = {
     "proj_lora1": "img_attn.proj",
     "qkv_lora2": "txt_attn.qkv",
     "proj_lora2": "txt_attn.proj",
+    "qkv_lora": "linear1_qkv",
+    "proj_lora": "linear2",
 }
 """How XLabs names the layers of a block of Flux, by processors that adapt them, and their original names."""
 
-_OF_PROCESSOR = re.compile(rf"(double_blocks\.\d+)\.processor\.({'|'.join(_PROCESSORS)})\.(down|up)\.weight")
+_OF_PROCESSOR = re.compile(rf"((?:double|single)_blocks\.\d+)\.processor\.({'|'.join(_PROCESSORS)})\.(down|up)\.weight")
 _DIRECTIONS: Mapping[str, str] = {"down": "A", "up": "B"}
 
 

@@ -30,6 +30,7 @@ _FLUX: Table = {
     "double_blocks.*.txt_mlp.2": ("transformer_blocks.*.ff_context.net.2",),
     "double_blocks.*.txt_mod.lin": ("transformer_blocks.*.norm1_context.linear",),
     "single_blocks.*.linear1": tuple(f"single_transformer_blocks.*.{name}" for name in (*_QKV, "proj_mlp")),
+    "single_blocks.*.linear1_qkv": tuple(f"single_transformer_blocks.*.{name}" for name in _QKV),
     "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
     "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
     "img_in": ("x_embedder",),
@@ -43,7 +44,10 @@ _FLUX: Table = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-"""Names of Flux, and the layers of diffusers' transformer that are in each, in order."""
+"""Names of Flux, and the layers of diffusers' transformer that are in each, in order.
+
+`linear1_qkv` is what ComfyUI calls the first rows of `linear1`.
+"""
 
 _STABLE_DIFFUSION_3: Table = {
     "joint_blocks.*.x_block.attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
@@ -306,6 +310,9 @@ _COSMOS: Table = {
 }
 """Names of Cosmos Predict 2, and of Anima, which is made of it."""
 
+_COSMOS_IN_NET: Table = {**_COSMOS, **{f"net.{name}": ours for name, ours in _COSMOS.items()}}
+"""The same, and within what their authors put around the transformer."""
+
 _KREA_2: Table = {
     **_layers_in(
         {
@@ -392,7 +399,7 @@ TRANSFORMERS: Mapping[str, Table] = {
     "AnyFlowTransformer3DModel": _WAN,
     "ChromaTransformer2DModel": _CHROMA,
     "ChronoEditTransformer3DModel": _WAN,
-    "CosmosTransformer3DModel": _COSMOS,
+    "CosmosTransformer3DModel": _COSMOS_IN_NET,
     "Flux2Transformer2DModel": _FLUX_2,
     "Flux3Transformer2DModel": _FLUX_3,
     "FluxTransformer2DModel": _FLUX,

@@ -110,13 +110,15 @@ def test_three_factors_in_half_precision_are_multiplied_in_single(mid_type, tmp_
 
 
 @parts
-def test_what_lycoris_2_2_writes_of_a_model_by_itself_is_read(part, tmp_path):
-    """Names have its own prefix, and an underscore behind them."""
+@pytest.mark.parametrize(
+    ("prefix", "end"), [("lycoris_", "_."), ("{own}_", ".")], ids=["LyCORIS 2.2, of a model by itself", "VideoX-Fun"]
+)
+def test_names_may_have_an_underscore_around_them(part, prefix, end, tmp_path):
     lora = ours(part)
     path = lora.save_adapter(tmp_path / "adapter.safetensors", format="kohya")
+    own = PREFIX[part.name]
     theirs = {
-        key.replace(PREFIX[part.name], "lycoris_", 1).replace(".", "_.", 1): each
-        for key, each in load_file(path).items()
+        key.replace(own, prefix.format(own=own), 1).replace(".", end, 1): each for key, each in load_file(path).items()
     }
     save_file(theirs, path)
     part.read_exactly(path, lora.model)

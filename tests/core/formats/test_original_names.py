@@ -236,26 +236,27 @@ def test_every_layer_has_a_name_where_no_converter_can_be_asked(build):
 
 
 @pytest.mark.parametrize(
-    ("build", "own", "of_comfy"),
+    ("build", "own", "other"),
     [
-        (hunyuan, own, of_comfy)
-        for hunyuan in (
-            published("HunyuanImageTransformer2DModel", num_layers=1, num_single_layers=1),
-            published("HunyuanVideoTransformer3DModel", num_layers=1, num_single_layers=1),
-        )
-        for own, of_comfy in {
-            "double_blocks.0.txt_attn_qkv": "double_blocks.0.txt_attn.qkv",
-            "double_blocks.0.img_mlp.fc1": "double_blocks.0.img_mlp.0",
-            "double_blocks.0.img_mod.linear": "double_blocks.0.img_mod.lin",
-            "single_blocks.0.modulation.linear": "single_blocks.0.modulation.lin",
-        }.items()
+        (published("CosmosTransformer3DModel", num_layers=1), "final_layer.linear", "net.final_layer.linear"),
+        (published("CosmosTransformer3DModel", num_layers=1), "blocks.0.mlp.layer1", "net.blocks.0.mlp.layer1"),
+        *(
+            (published(hunyuan, num_layers=1, num_single_layers=1), own, of_comfy)
+            for hunyuan in ("HunyuanImageTransformer2DModel", "HunyuanVideoTransformer3DModel")
+            for own, of_comfy in {
+                "double_blocks.0.txt_attn_qkv": "double_blocks.0.txt_attn.qkv",
+                "double_blocks.0.img_mlp.fc1": "double_blocks.0.img_mlp.0",
+                "double_blocks.0.img_mod.linear": "double_blocks.0.img_mod.lin",
+                "single_blocks.0.modulation.linear": "single_blocks.0.modulation.lin",
+            }.items()
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_blocks_of_hunyuan_have_the_names_of_comfyui_as_well(build, own, of_comfy):
+def test_some_layers_have_a_second_original_name(build, own, other):
     with torch.device("meta"):
         places = original_places(build())
-    assert places[own] == places[of_comfy]
+    assert places[own] == places[other]
 
 
 @pytest.mark.parametrize("key", ["blocks.0.attn.qkv_proj", "token_refiner.blocks.0.attn.qkv_proj"])
@@ -424,10 +425,17 @@ def test_keys_with_dots_are_those_layers(part, names, start, down, up, tmp_path)
 
 def test_keys_of_xlabs_are_those_layers(tmp_path):
     loaders = pytest.importorskip("diffusers").loaders
+    shapes = {
+        "double_blocks.1": {
+            f"{name}_lora{n}": (rows, 16) for name, rows in {"qkv": 48, "proj": 16}.items() for n in (1, 2)
+        },
+        "single_blocks.1": {"qkv_lora": (48, 16), "proj_lora": (16, 80)},
+    }
     tensors = {
-        f"double_blocks.1.processor.{name}.{direction}.weight": torch.randn(shape).double()
-        for name, rows in {"qkv_lora1": 48, "proj_lora1": 16, "qkv_lora2": 48, "proj_lora2": 16}.items()
-        for direction, shape in {"down": (2, 16), "up": (rows, 2)}.items()
+        f"{block}.processor.{name}.{direction}.weight": torch.randn(shape).double()
+        for block, layers in shapes.items()
+        for name, (rows, columns) in layers.items()
+        for direction, shape in {"down": (2, columns), "up": (rows, 2)}.items()
     }
     save_file(tensors, tmp_path / "adapter.safetensors")
     model, theirs = FLUX.build(), FLUX.build()
