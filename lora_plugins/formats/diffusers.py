@@ -63,14 +63,16 @@ class DiffusersFormat(PortableFormat):
         modules = [] if model is None else [entry.name for entry in model_modules(model)]
         for part, config in configs.items():
             config.check_expressions([*(name.removeprefix(f"{part}.") for name in modules), *parts[part]])
-        if ALONE in parts and ALONE not in configs and not any("alpha" in each for each in parts[ALONE].values()):
+        alpha = _alpha_of_all(metadata, model)
+        alphas_said = ALONE in configs or alpha or any("alpha" in each for each in parts.get(ALONE, {}).values())
+        if ALONE in parts and not alphas_said:
             warnings.warn(
                 f"{path} says no alpha, neither in keys nor as metadata: the rank of each layer is taken for it, as "
                 "diffusers does. If it was trained with another, its update has another scale.",
                 stacklevel=2,
             )
         layers = {
-            part: {name: _layer(name, factors, configs.get(part)) for name, factors in found.items()}
+            part: {name: _layer(name, factors, configs.get(part), alpha) for name, factors in found.items()}
             for part, found in parts.items()
         }
         if model is None:
@@ -133,19 +135,38 @@ def _refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
         AdapterFileError: If there are such projections.
     """
     wrong = [key for key in keys if ".attn.qkv_proj.lora_" in key and has_adapter_name(key)]
-    if wrong and any(base_class_of(each).__name__ == "MiniMaxH3Transformer3DModel" for each in model.modules()):
+    if wrong and _has_minimax_h3(model):
         raise AdapterFileError(
             f"{listing(sorted(wrong), 3)}: DiffSynth-Studio trains these with the rows of q, k and v of one head after "
-            "the other, which has no form here. Let diffusers read the file, which puts the rows in order, and save it "
-            "from there."
+            "the other, which has no form here. diffusers puts them in order: save what "
+            "MiniMaxH3LoraLoaderMixin.lora_state_dict(path) returns by save_file of safetensors, and load that."
         )
 
 
-def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None) -> PortableLayer:
+def _alpha_of_all(metadata: Mapping[str, str], model: nn.Module | None) -> float | None:
+    """Returns the alpha of all layers that headers of some files of MiniMax H3 say; None where there is none.
+
+    As diffusers, which reads it for no other model, and not if it is no number.
+    """
+    if model is None or not _has_minimax_h3(model):
+        return None
+    try:
+        return float(metadata["alpha"])
+    except (KeyError, ValueError):
+        return None
+
+
+def _has_minimax_h3(model: nn.Module) -> bool:
+    return any(base_class_of(each).__name__ == "MiniMaxH3Transformer3DModel" for each in model.modules())
+
+
+def _layer(
+    name: str, factors: Mapping[str, Tensor], config: PeftConfig | None, alpha_of_all: float | None
+) -> PortableLayer:
     """Returns a layer. Without a config and an alpha, diffusers takes the rank for it."""
     check_factors(name, factors)
     r = len(factors["A"])
-    alpha = float(factors["alpha"]) if "alpha" in factors else float(r)
+    alpha = float(factors["alpha"]) if "alpha" in factors else alpha_of_all or float(r)
     if config is not None:
         said = config.rank(name, factors["A"], factors["B"])
         config.check_magnitude(name, present=not factors.keys().isdisjoint(("magnitude", "scale")))

@@ -259,16 +259,44 @@ def test_some_layers_have_a_second_original_name(build, own, other):
     assert places[own] == places[other]
 
 
-@pytest.mark.parametrize("key", ["blocks.0.attn.qkv_proj", "token_refiner.blocks.0.attn.qkv_proj"])
-def test_rows_of_minimax_h3_that_alternate_by_head_are_refused(key, tmp_path, untouched):
-    """Where diffusers, which knows them by the name of PEFT's adapter too, puts them in order."""
-    model = pytest.importorskip("diffusers").MiniMaxH3Transformer3DModel(
-        num_layers=1, num_refiner_layers=1, num_attention_heads=2, attention_head_dim=128, hidden_size=8, ffn_dim=8
-    )
-    tensors = {f"{key}.lora_A.default.weight": torch.ones(1, 8), f"{key}.lora_B.default.weight": torch.ones(768, 1)}
-    save_file(tensors, tmp_path / "adapter.safetensors")
-    with untouched(model), pytest.raises(AdapterFileError, match="rows of q, k and v of one head after the other"):
-        LoraModel.load_adapter(model, tmp_path / "adapter.safetensors")
+class TestMiniMaxH3:
+    @pytest.fixture
+    def model(self):
+        return pytest.importorskip("diffusers").MiniMaxH3Transformer3DModel(
+            num_layers=1, num_refiner_layers=1, num_attention_heads=2, attention_head_dim=128, hidden_size=8, ffn_dim=8
+        )
+
+    @pytest.mark.parametrize("key", ["blocks.0.attn.qkv_proj", "token_refiner.blocks.0.attn.qkv_proj"])
+    def test_rows_that_alternate_by_head_are_refused(self, key, model, tmp_path, untouched):
+        """diffusers, which knows them by the name of PEFT's adapter too, puts them in order."""
+        B = torch.cat([torch.full((128, 1), n) for n in (1.0, 3.0, 5.0, 2.0, 4.0, 6.0)])
+        path, ordered = tmp_path / "adapter.safetensors", tmp_path / "ordered.safetensors"
+        save_file({f"{key}.lora_A.default.weight": torch.ones(1, 8), f"{key}.lora_B.default.weight": B}, path)
+        with untouched(model), pytest.raises(AdapterFileError, match=r"one head after the other.* save_file of"):
+            LoraModel.load_adapter(model, path)
+        loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
+        save_file(loaders.MiniMaxH3LoraLoaderMixin.lora_state_dict(str(path)), ordered)
+        layers = DIFFUSERS.load(ordered, model, DIFFUSERS.options).layers.items()
+        rows = {name.rpartition("_")[2]: [*layer.B[::128].flatten()] for name, layer in layers}
+        assert rows == {"q": [1, 2], "k": [3, 4], "v": [5, 6]}
+
+    @pytest.mark.parametrize(("said", "alpha"), [("4", 4.0), ("many", 2.0), (None, 2.0)])
+    def test_an_alpha_of_all_layers_is_that_of_the_header(self, said, alpha, model, tmp_path):
+        """As diffusers takes it, for this model alone."""
+        names = ["diffusion_model.blocks.0.attn.out_proj", "diffusion_model.blocks.0.mlp.fc2"]
+        shapes = {"lora_A": {names[0]: (2, 256), names[1]: (2, 8)}, "lora_B": dict.fromkeys(names, (8, 2))}
+        tensors = {
+            f"{name}.{factor}.weight": torch.ones(shape)
+            for factor, of_names in shapes.items()
+            for name, shape in of_names.items()
+        }
+        path = tmp_path / "adapter.safetensors"
+        save_file(tensors, path, None if said is None else {"alpha": said})
+        loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
+        _, config = loaders.MiniMaxH3LoraLoaderMixin.lora_state_dict(str(path), return_lora_metadata=True)
+        assert alpha == (2 if config is None else config["transformer.lora_alpha"])
+        layers = LoraModel.load_adapter(model, path).plans["default"].layers
+        assert [layer.alpha for layer in layers] == [alpha, alpha]
 
 
 @pytest.mark.parametrize(
