@@ -4,14 +4,16 @@ import difflib
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lora_plugins import ConfigError
-from lora_plugins.errors import near, near_matches
+from lora_plugins.errors import LoraError, near, near_matches
 from lora_plugins.integrations.lightning.cli.preflight import LISTED
 
 _KEY = re.compile(r'(?<!- )(?:Parser key|Key) "([^"]+)"')
@@ -32,6 +34,9 @@ _TYPES: Mapping[str, str] = {
 
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """The keys of a table that names a class."""
+
+_LIBRARIES = ("lightning", "pytorch_lightning", "torch")
+"""What a constructor of these refuses is an argument; what one of the user's raises may be a mistake in its code."""
 
 _OF_THE_CPU = "DefaultCPUAllocator: "
 """Begins what torch says where the memory of a CPU is too small, in an error of no class of its own."""
@@ -77,6 +82,59 @@ def explained_run() -> Iterator[None]:
             f"The memory of the device is too small{': ' if said else ''}{said}. Take a smaller --batch-size, "
             "--trainer.precision bf16-mixed, smaller images, or --model.init_args.gradient_checkpointing true."
         ) from error
+
+
+@contextmanager
+def explained_building() -> Iterator[None]:
+    """Turns what a constructor of a library refuses, and jsonargparse reports in many lines, into one message.
+
+    Raises:
+        ConfigError: Of such an error.
+    """
+    try:
+        yield
+    except LoraError:
+        raise
+    except Exception as error:
+        refused: BaseException = error
+        while refused.__cause__ is not None:
+            refused = refused.__cause__
+        said = _refused(refused, str(error))
+        if said is None:
+            raise
+        raise ConfigError(said) from error
+
+
+def _refused(error: BaseException, message: str) -> str | None:
+    """What a constructor says of its arguments; None for other errors.
+
+    Args:
+        error: What was raised in a constructor, or at its call.
+        message: What jsonargparse makes of it.
+    """
+    if isinstance(error, TypeError) and "argument after ** must be a mapping" in str(error):
+        # jsonargparse lets a value pass where a dataclass in a dataclass belongs, and fails to build it.
+        tables = [f"{cls.rpartition('.')[2]}.{each}" for cls in _tried(message) for each in _tables(cls)]
+        return f"{' or '.join(tables) or 'A field of a table'} is no table, such as {{a: 1}}, and has to be one."
+    if not isinstance(error, ImportError | MisconfigurationException | TypeError | ValueError):
+        return None
+    below = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__")
+    built = next((type(frame.f_locals["self"]) for frame in below if "self" in frame.f_locals), None)
+    if built is None or built.__module__.partition(".")[0] not in _LIBRARIES:
+        return None
+    return f"{built.__name__}: {' '.join(str(error).split())}"
+
+
+def _tried(message: str) -> list[str]:
+    """The classes of the innermost union of types that jsonargparse tried."""
+    *_, types = re.findall(r"Subtypes: \[(.*)\]", message) or [""]
+    return re.findall(r"<class '([\w.]+)'>", types)
+
+
+def _tables(cls: str) -> list[str]:
+    """The fields of a dataclass that are dataclasses themselves."""
+    found = _imported(cls)
+    return [each.name for each in fields(found) if is_dataclass(each.type)] if is_dataclass(found) else []
 
 
 def _option(found: re.Match[str], cls: str, flags: list[str]) -> str:
@@ -148,7 +206,13 @@ def _choice(found: re.Match[str], cls: str, flags: list[str]) -> str:
 
 
 def _no_class(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    if _is_a_table(found):
+        return f"it is {_TYPES['dict']}, and {found[2]!r} was given."
     return f"{found[2]!r} is no class of a {found[1]}. Write its path: package.module.Class."
+
+
+def _returned(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    return f"{found[1]!r} is no class of a {found[2]}, and no function that returns one."
 
 
 def _required(found: re.Match[str], cls: str, flags: list[str]) -> str:
@@ -156,7 +220,14 @@ def _required(found: re.Match[str], cls: str, flags: list[str]) -> str:
     return f"the configuration has no {' and no '.join(f'`{name}:`' for name in names)}, and needs it."
 
 
+def _is_a_table(found: re.Match[str]) -> bool:
+    """Whether a dataclass was tried where something is wrong: a table gives its fields, and no class is named."""
+    return any(is_dataclass(_imported(each)) for each in _tried(found.string[: found.start()]))
+
+
 def _class_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
+    if _is_a_table(found):
+        return f"it is {_TYPES['dict']}, or the path of a file that holds one, and {found[1]!r} was given."
     name = found[1].rpartition(".")[2]
     shipped = {each: f"{package}.{each}" for package in LISTED for each in importlib.import_module(package).__all__}
     alike = difflib.get_close_matches(name, shipped, n=1, cutoff=0.7)
@@ -174,7 +245,8 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),
     (r"No module named '([\w.]+)'", _module),
     (r"Expected a dot import path string: (\S+)", _class_path),
-    (r"(?s)typing\.Literal\[.*(?:Given|Got) value: ([^\n]+)", _choice),
+    (r"Expected '([\w.]+)' to be a (?:subclass of|function that returns) <class '(\w+)'>", _returned),
+    (r"(?s)typing\.Literal\[.*?(?:Given|Got) value: ([^\n]+)", _choice),
     (r"(?s)Import path does not correspond to a subclass of (\w+).*Given value: ([^\n]+)", _no_class),
     (r"the following arguments are required: (.+)", _required),
     (r"Expected a <class '(?!NoneType)([\w.]+)'>\. Got value: (.+)", _wrong_type),

@@ -155,6 +155,22 @@ def _check_sections(file: str, loaded: Mapping[str, Any]) -> None:
             raise ConfigError(f"{file} has the key {key!r}. {near(str(key), SECTIONS)}")
         if key in _TABLES and section is not None and not isinstance(section, Mapping | str):
             raise ConfigError(f"{file}: {key} is {section!r}; it holds keys with values.")
+        _check_classes(f"{file}: {key}", section)
+
+
+def _check_classes(where: str, given: Any) -> None:
+    """Checks the tables that name a class, of which the parser would quote all that is around them."""
+    if isinstance(given, list):
+        for number, each in enumerate(given):
+            _check_classes(f"{where}[{number}]", each)
+    elif isinstance(given, Mapping):
+        path = given.get("class_path", "")
+        if not isinstance(path, str):
+            raise ConfigError(f"{where}.class_path is {path!r}; it is the path of a class: package.module.Class.")
+        if "class_path" in given and not isinstance(given.get("init_args") or {}, Mapping):
+            raise ConfigError(f"{where}.init_args is {given['init_args']!r}; it holds keys with values.")
+        for key, each in given.items():
+            _check_classes(f"{where}.{key}", each)
 
 
 def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:

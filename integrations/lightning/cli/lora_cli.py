@@ -20,7 +20,7 @@ from lora_plugins.integrations.lightning.callback import LoraCallback, lora_call
 from lora_plugins.integrations.lightning.checkpoint import written_by
 from lora_plugins.integrations.lightning.cli.checkpoint_arguments import CheckpointArguments
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
-from lora_plugins.integrations.lightning.cli.explained import explained
+from lora_plugins.integrations.lightning.cli.explained import explained, explained_building
 from lora_plugins.integrations.lightning.cli.held_places import held
 from lora_plugins.integrations.lightning.cli.interruption import Interruption
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
@@ -70,8 +70,13 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         return self
 
     def instantiate_classes(self) -> None:
-        """Builds trainer, model and data, after which garbage is collected again."""
-        super().instantiate_classes()
+        """Builds trainer, model and data, after which garbage is collected again.
+
+        Raises:
+            ConfigError: If a class of Lightning or torch refuses its arguments.
+        """
+        with explained_building():
+            super().instantiate_classes()
         self._starting.close()
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:

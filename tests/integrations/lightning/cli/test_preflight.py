@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 from lightning.pytorch import Callback
 
+from lora_plugins import LoraError
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.plugins import LOAD_VARIABLE
@@ -174,9 +176,22 @@ def folder(tmp_path_factory):
     return folder
 
 
+@dataclass(frozen=True)
+class Inner:
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+
+
 class WithOptions(Callback):
-    def __init__(self, init_kwargs: dict[str, int] | None = None, n: int = 1) -> None:
-        pass
+    def __init__(
+        self, init_kwargs: dict[str, int] | None = None, n: int = 1, fields: Outer | None = None, fails: bool = False
+    ) -> None:
+        if fails:
+            raise ValueError("a mistake in this code")
 
 
 def refused(arguments, message, capsys):
@@ -264,6 +279,44 @@ IN_A_FILE = {
         "optimizer: {class_path: torch.optim.AdamW, init_args: {betas: [0.9]}}",
         "optimizer.betas: it is a list of 2, and [0.9] was given",
     ),
+    "choice in a list": (
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.LearningRateMonitor, "
+        "init_args: {logging_interval: never}}]}",
+        "trainer.callbacks.logging_interval: it cannot be 'never'. There is 'epoch', 'step'",
+    ),
+    "choice that the class itself refuses": (
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.EarlyStopping, "
+        "init_args: {monitor: loss, mode: mx}}]}",
+        "EarlyStopping: `mode` can be min, max, got mx",
+    ),
+    "class of another kind": (
+        "model: {init_args: {lr_scheduler: torch.optim.AdamW}}",
+        "model.lr_scheduler: 'torch.optim.AdamW' is no class of a LRScheduler, and no function that returns one",
+    ),
+    "function that returns something else": (
+        "model: {init_args: {lr_scheduler: os.getcwd}}",
+        "model.lr_scheduler: 'os.getcwd' is no class of a LRScheduler, and no function that returns one",
+    ),
+    "number for a path of a class": (
+        "trainer: {callbacks: [{class_path: 7}]}",
+        "trainer.callbacks[0].class_path is 7; it is the path of a class",
+    ),
+    "number for the arguments of a class": (
+        "trainer: {callbacks: [{class_path: lora_plugins.tasks.BeforeAfter, init_args: 7}]}",
+        "trainer.callbacks[0].init_args is 7; it holds keys with values",
+    ),
+    "number for fields": (
+        f"trainer: {{callbacks: [{{class_path: {__name__}.WithOptions, init_args: {{fields: 7}}}}]}}",
+        "trainer.callbacks.fields: it is a table, such as {a: 1}, and '7' was given",
+    ),
+    "number for fields in fields": (
+        f"trainer: {{callbacks: [{{class_path: {__name__}.WithOptions, init_args: {{fields: {{inner: 7}}}}}}]}}",
+        "Outer.inner is no table, such as {a: 1}, and has to be one",
+    ),
+    "name for fields of the configuration": (
+        "lora: absent",
+        "lora: it is a table, such as {a: 1}, or the path of a file that holds one, and 'absent' was given",
+    ),
 }
 
 
@@ -275,6 +328,13 @@ def test_a_key_of_a_file(text, message, tmp_path, capsys):
 
 
 @needs_vision
+def test_what_a_class_of_the_user_raises_keeps_its_traceback():
+    arguments = f"trainer: {{callbacks: [{{class_path: {__name__}.WithOptions, init_args: {{fails: true}}}}]}}\n"
+    with pytest.raises(ValueError, match="a mistake in this code") as raised:
+        main(["fit", "--config", "recipe:cls", "--config", arguments])
+    assert not isinstance(raised.value, LoraError)
+
+
 def test_what_is_no_checkpoint_is_said_in_one_line(folder, capsys):
     """And not in torch's many on how to unpickle it."""
     message = "no.ckpt cannot be read as a checkpoint: UnpicklingError: WeightsUnpickler error: Unsupported operand"
