@@ -71,7 +71,8 @@ def _parser() -> Parser:
     data.add_argument("--ignore-index", type=_index, metavar="N", help="of masks: the value that stands for no class")
     data.add_argument("--val-share", type=_share, metavar="X", help="held out, if there is no val folder (0.2)")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="NAME", help="timm/NAME, transformers/OWNER/NAME, smp/Unet:resnet18, ...")
+    names = "timm/NAME, transformers/OWNER/NAME, smp/Unet:resnet18, ..."
+    model.add_argument("--model", type=nonempty, metavar="NAME", help=names)
     weights = "its weights, .safetensors or .pth, if no hub is to be asked"
     model.add_argument("--weights", type=nonempty, metavar="FILE", help=weights)
     model.add_argument("--image-size", type=_size, metavar="N", help="N, or HEIGHTxWIDTH")
@@ -85,7 +86,7 @@ def _parser() -> Parser:
         metavar="NAME",
         help=f"{AUTO}, settings that were tried; {PLAIN}, LoRA's own",
     )
-    training.add_argument("--device", choices=DEVICES, default="auto", metavar="NAME", help=", ".join(DEVICES))
+    training.add_argument("--device", type=_device, default="auto", metavar="NAME", help=", ".join(DEVICES))
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=place, metavar="DIR", help="where they are left (runs/NAME)")
     out.add_argument("--save-config", type=place, metavar="FILE", help="write the configuration there too")
@@ -120,6 +121,12 @@ def _names(text: str) -> tuple[str, ...]:
     if len(names) < 2 or len({*names}) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of two or more different names, joined by commas")
     return names
+
+
+def _device(text: str) -> str:
+    if text not in DEVICES:  # no near match: gpu and tpu are nearest to cpu
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DEVICES)}; auto takes the GPU that is there")
+    return text
 
 
 def _recipe(text: str) -> str:

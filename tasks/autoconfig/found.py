@@ -145,9 +145,12 @@ def _shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> t
     held = sum(round(share * count) for count in strata)
     if not 0 < held < counts[TRAIN]:
         classes = f" of {len(strata)} classes" if len(strata) > 1 else ""
+        other = (
+            ", or choose another --val-share" if max(strata) > 1 else ": a class, as each label is, needs two or more"
+        )
         raise DataError(
             f"{counts[TRAIN]} images{classes} are too few to hold a share of {share:g} of each class out for "
-            "validation. Add images, or choose another --val-share."
+            f"validation. Add images{other}."
         )
     return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
 

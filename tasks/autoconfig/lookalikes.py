@@ -20,6 +20,9 @@ OF_IMAGES, OF_MASKS = (
 
 JPEG = frozenset({".jpg", ".jpeg"})
 
+OF_BOXES = frozenset({".json", ".xml", ".txt"})
+"""Endings of files with boxes and polygons."""
+
 
 def without_masks(data: Path) -> DataError:
     """Returns what to say of a folder of images with no masks beside it."""
@@ -27,7 +30,7 @@ def without_masks(data: Path) -> DataError:
     masks = [folder for folder in others if holds_images(folder)]
     hint = f" Masks in a folder of another name: --masks {masks[0]}." if masks else ""
     if others and not masks:
-        hint = _boxes(others[0])
+        hint = f" {boxes(others[0])}"
     are_classes = holds_folders_alone(data / IMAGES_FOLDER) and not SPLIT_NAMES.keys() & {
         *subfolders(data / IMAGES_FOLDER)
     }
@@ -56,12 +59,15 @@ def check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: s
     images = [name for name in others if are_paired or OF_IMAGES.search(name)]
     if images and masks and (len(classes) == 2 or any(not image_files(folder / name) for name in classes)):
         are_drawn = any(holds_images(folder / name) for name in masks)
-        boxes = "" if are_drawn else _boxes(folder / masks[0])
+        hint = "" if are_drawn else f" {boxes(folder / masks[0])}"
         raise DataError(
             f"{folder} holds {listing(classes)}, which look like images with masks, not like classes. "
             f"They are expected in {data / IMAGES_FOLDER / split} and {data / MASKS_FOLDER / split}, with equal names; "
-            f"or in a list, .csv or .jsonl, with the columns image and mask.{boxes} If they are classes, rename one."
+            f"or in a list, .csv or .jsonl, with the columns image and mask.{hint} If they are classes, rename one."
         )
+    drawn = next((folder / name for name in masks if _holds_boxes(folder / name)), None)
+    if drawn is not None:
+        raise DataError(f"{folder} has no folder of images for each class. {boxes(drawn)}")
     if not split and all(holds_folders_alone(folder / name) for name in classes):
         raise DataError(
             f"{folder} holds {listing(classes)}, with folders in them and no images. If they are splits, call them "
@@ -126,5 +132,11 @@ def list_in(data: Path) -> str:
     return f" To take what a list says of them, train on that: {' or '.join(found[:3])}." if found else ""
 
 
-def _boxes(folder: Path) -> str:
-    return f" {folder} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
+def _holds_boxes(folder: Path) -> bool:
+    """Whether a folder holds files with boxes or polygons, and no image."""
+    return not image_files(folder) and any(path.suffix.lower() in OF_BOXES for path in folder.iterdir())
+
+
+def boxes(folder: Path) -> str:
+    """Returns what to say of a folder with boxes or polygons."""
+    return f"{folder} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."

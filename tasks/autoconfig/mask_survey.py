@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lora_plugins.tasks.autoconfig.folders import beside, class_names, splits_in
 from lora_plugins.tasks.autoconfig.found import Flags, Source, Survey, masks_survey
-from lora_plugins.tasks.autoconfig.lookalikes import IMAGES_FOLDER, MASKS_FOLDER, images_elsewhere
+from lora_plugins.tasks.autoconfig.lookalikes import IMAGES_FOLDER, MASKS_FOLDER, OF_BOXES, boxes, images_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.autoconfig.readable import check_no_problems, equal_sizes
 from lora_plugins.tasks.files import MASK_SUFFIXES, TRAIN, check_folder, image_files, left_out, paired
@@ -54,8 +54,10 @@ def _common_cause(images: Path, masks: Path) -> list[str]:
     """Says why no image has a mask, where one reason holds for all of them."""
     pictures = {path.stem: path for path in image_files(images)}
     found = {path.stem: path for path in image_files(masks, MASK_SUFFIXES)}
-    named_alike = (path for path in left_out([masks]) if path.is_file() and path.stem in pictures)
-    if not found and (image_files(masks) or any(named_alike)):
+    named_alike = [path for path in left_out([masks]) if path.is_file() and path.stem in pictures]
+    if not found and named_alike and all(path.suffix.lower() in OF_BOXES for path in named_alike):
+        return [boxes(masks)]
+    if not found and (image_files(masks) or named_alike):
         return [f"the masks in {masks} are no PNG files. Convert GIF, TIFF and BMP; JPEG has lost what a mask says"]
     if pictures and found and not pictures.keys() & found.keys():
         image, mask = next(iter(pictures.values())), next(iter(found.values()))

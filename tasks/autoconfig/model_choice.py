@@ -26,6 +26,9 @@ OF_TIMM = "tu-"
 """What smp calls an encoder of timm begins with."""
 
 IMAGENET: Mapping[str, list[float]] = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+WORDS = frozenset({"none", "null", "random", "scratch", "pretrained", "imagenet", "default"})
+"""What a configuration or another program takes in place of a file of weights."""
+
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """What the hub calls a model."""
 
@@ -67,6 +70,11 @@ def checked_weights(weights: str | None) -> str | None:
     if weights is None:
         return None
     path = Path(weights)
+    if weights.lower() in WORDS and not path.exists():
+        raise WeightsError(
+            f"--weights is {weights}, and takes a file. Leave it out for the pretrained weights. Random ones are for "
+            "a configuration of fit, `weights: none` of the model: lora-plugins recipes."
+        )
     if not path.exists():
         beside = [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else []
         raise WeightsError(f"--weights: {unknown('file', str(path.name), beside)}")

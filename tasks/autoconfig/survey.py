@@ -33,9 +33,9 @@ def survey(data: Path | str, flags: Flags) -> Survey:
     name = hub_name(str(data))
     if name is not None:
         return hub_survey(name, flags)
-    data = Path(data)
     if OF_ADDRESSES.match(str(data)):
         raise DataError(f"{data} is an address. Download what is there, and give the folder.")
+    data = Path(data)
     if data.suffix.lower() in ARCHIVES and data.is_file():
         raise DataError(f"{data} is an archive. Unpack it, and give the folder.")
     if data.suffix.lower() in IMAGE_SUFFIXES and data.is_file():

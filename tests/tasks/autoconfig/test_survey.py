@@ -295,7 +295,11 @@ def write_images(root, *names):
 TREES = {
     "one class": (["cat/0.jpg"], "holds one class, 'cat', and there is nothing to tell apart"),
     "only images": (["0.jpg"], "nothing says what is on them"),
-    "too few": (["a/0.jpg", "b/0.jpg"], "2 images of 2 classes are too few"),
+    "too few": (
+        ["a/0.jpg", "a/1.jpg", "b/0.jpg", "b/1.jpg"],
+        r"4 images of 2 classes are too few .*Add images, or choose another --val-share\.",
+    ),
+    "one of each": (["a/0.jpg", "b/0.jpg"], r"Add images: a class, as each label is, needs two or more\."),
     "an empty class": (["a/0.jpg", "b/1.jpg", "nothing/"], "nothing holds no image"),
     "other formats": (["a/0.jpg", "b/0.heic"], r"b holds no image \(.*\), but '0\.heic'"),
     "a folder within a class": (
@@ -340,6 +344,10 @@ TREES = {
     "classes within images": (["images/a/0.jpg", "images/b/0.jpg"], r"To classify, train on .*data/images\."),
     "no masks": (["images/0.jpg", "labels/0.png"], r"has no masks beside it.*--masks .*labels"),
     "boxes for masks": (["images/0.jpg", "labels/0.txt"], "labels holds no images: boxes and polygons"),
+    "boxes of COCO": (
+        ["train2017/0.jpg", "val2017/0.jpg", "annotations/instances.json"],
+        "no folder of images for each class. .*annotations holds no images: boxes and polygons",
+    ),
     "boxes by split": (["images/train/0.jpg", "labels/train/0.txt"], "labels holds no images: boxes and polygons"),
     "boxes within a split": (
         ["train/images/0.jpg", "train/labels/"],
@@ -397,6 +405,11 @@ def two_of_one_name(root):
 def without_partner(root):
     masked(root, [0, 1])
     (root / "masks" / "3.png").unlink()
+
+
+def polygons(root):
+    for mask in (masked(root, [0, 1]) / "masks").iterdir():
+        mask.rename(mask.with_suffix(".json"))
 
 
 def no_masks_but_a_note(root):
@@ -457,6 +470,7 @@ SMOOTHED = [0] * 20 + list(range(0, 100, 10)) + [255] * 30
             "(?s)1 problem.*are no PNG files. Convert GIF",
             id="gif_masks",
         ),
+        (polygons, "(?s)1 problem.*masks holds no images: boxes and polygons"),
         (no_masks_but_a_note, "(?s)5 problems.*0.jpg has no mask .*0.png"),
         (a_photo_as_mask, "more than 256 colors"),
         pytest.param(partial(masked, values=SMOOTHED), "black and white with 9 grays between", id="smoothed"),
@@ -487,8 +501,10 @@ def test_an_archive_is_unpacked_first(tmp_path):
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_an_address_is_downloaded_first(kind):
-    with pytest.raises(DataError, match=r"is an address\. Download"):
+    # A path joins the two strokes.
+    with pytest.raises(DataError, match=r"https:/(/)?example\.com/photos is an address\. Download") as raised:
         survey(kind("https://example.com/photos"), Flags())
+    assert kind is Path or "https://" in str(raised.value)
 
 
 @pytest.mark.parametrize(
