@@ -1,5 +1,6 @@
 """Layers that a module builds while a checkpoint is loaded, in its own `on_load_checkpoint` or in `setup`."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +13,9 @@ from lora_plugins.adapter import freeze_new_norms
 from lora_plugins.errors import listing
 from lora_plugins.inplace import modules_by_name
 from lora_plugins.integrations.lightning.checkpoint.entry import checked_entry, entry_errors
-from lora_plugins.integrations.lightning.checkpoint.state_dicts import map_state_dicts, with_hidden
+from lora_plugins.integrations.lightning.checkpoint.state_dicts import StateDict, map_state_dicts, with_hidden
 from lora_plugins.integrations.lightning.module import Start, adapted_targets, name_mapper
+from lora_plugins.utils import plain_name
 
 
 class PartOfBase(dict[str, Any]):
@@ -61,6 +63,8 @@ def before_hook(
         The checkpoint for the hook, with the module's frozen base, and what is to be called after it.
     """
     complete = _with_present_base(module, checkpoint) if restored is None else restored
+    if not checked_entry(checkpoint).get("compiled"):  # the hook sees the names that the module has written
+        complete = map_state_dicts(complete, _with_plain_names)
     base = {} if restored is None else _present_base(module, restored)
     rename = name_mapper(module)
     start = Start.of(module, but=[rename(key) for key in checked_entry(checkpoint)["left_out"]])
@@ -72,11 +76,13 @@ def before_hook(
     return complete, after
 
 
-def without_base(module: LightningModule, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def without_base(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint without the frozen base, which a hook of the module may have built anew."""
     entry = checked_entry(checkpoint)
-    added = set(map(name_mapper(module), [*entry["left_out"], *entry.get("base_tensors", {})]))
-    return map_state_dicts(checkpoint, lambda state: {k: value for k, value in state.items() if k not in added})
+    added = {*entry["left_out"], *entry.get("base_tensors", {})}
+    return map_state_dicts(
+        checkpoint, lambda state: {k: value for k, value in state.items() if plain_name(k) not in added}
+    )
 
 
 def build_missing(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -115,6 +121,13 @@ def _with_present_base(module: LightningModule, checkpoint: Mapping[str, Any]) -
     return map_state_dicts(
         checkpoint, lambda state: PartOfBase({**base, **{rename(key): value for key, value in state.items()}})
     )
+
+
+def _with_plain_names(state: StateDict) -> StateDict:
+    plain = copy.copy(state)
+    plain.clear()
+    plain.update({plain_name(key): value for key, value in state.items()})
+    return plain
 
 
 def _put_base(module: LightningModule, base: Mapping[str, Tensor]) -> None:

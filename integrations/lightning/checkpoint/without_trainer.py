@@ -172,7 +172,7 @@ def _put_on(module: LightningModule, own: Callable[[dict[str, Any]], None], chec
     if getattr(own, "__func__", None) is not LightningModule.on_load_checkpoint:
         _call_hook(module, own, checkpoint)
     build_missing(module, checkpoint)
-    checkpoint.update(restore(module, without_base(module, checkpoint)))
+    checkpoint.update(restore(module, without_base(checkpoint)))
 
 
 def _call_hook(module: LightningModule, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def _call_hook(module: LightningModule, own: Callable[[dict[str, Any]], None], c
     restored = None
     if not missing_layers(module, checkpoint):
         with suppress(AdapterFileError):  # the hook may load the base
-            restored = restore(module, without_base(module, checkpoint))
+            restored = restore(module, without_base(checkpoint))
     complete, after = before_hook(module, checkpoint, restored)
     checkpoint.update(complete)
     own(checkpoint)

@@ -194,7 +194,7 @@ class CheckpointShims:
 
         def after_hook(_: object) -> None:
             after()
-            complete.update(self._restored(without_base(module, complete), again=restored is not None))
+            complete.update(self._restored(without_base(complete), again=restored is not None))
 
         shims.after("on_load_checkpoint", after_hook, before=shims.remove)  # ahead of it, as it may raise an error
         return complete

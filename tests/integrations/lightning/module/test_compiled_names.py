@@ -126,6 +126,36 @@ class TestCompile:
         again = load_from_checkpoint(Compiles, tmp_path / "it.ckpt")
         assert not differing(plain_values(module), plain_values(again))
 
+    @pytest.mark.parametrize("compiled", [True, False], ids=["of_the_compiled", "of_the_eager"])
+    def test_a_class_that_names_a_compiled_part_in_its_files_reads_them(self, tmp_path, compiled):
+        class NamesItsFiles(Classifier):
+            """Writes the names of the eager module, and puts those of the compiled one back."""
+
+            def __init__(self, compiled=True):
+                super().__init__()
+                if compiled:
+                    self.net = torch.compile(self.net, backend="eager")
+                self.compiled = compiled
+
+            def on_save_checkpoint(self, checkpoint):
+                state = checkpoint["state_dict"]
+                checkpoint["state_dict"] = {key.replace("net._orig_mod.", "net."): state[key] for key in state}
+
+            def on_load_checkpoint(self, checkpoint):
+                if self.compiled:
+                    state = checkpoint["state_dict"]
+                    checkpoint["state_dict"] = {key.replace("net.", "net._orig_mod."): state[key] for key in state}
+                assert checkpoint["state_dict"].keys() == self.state_dict().keys()
+
+        module = NamesItsFiles(compiled)
+        run = trainer(tmp_path, [lora(LoraConfig(r=2, target_modules=["0", "3"], norm="track"))])
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        again = NamesItsFiles()
+        trainer(tmp_path, [lora()]).validate(again, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+        for loaded in (again, load_from_checkpoint(NamesItsFiles, tmp_path / "it.ckpt")):
+            assert not differing(plain_values(module), plain_values(loaded))
+
     @WRAPPED
     @pytest.mark.parametrize("where", ["__init__", "configure_model"])
     def test_a_part_that_is_kept_beside_its_compiled_self_is_loaded(self, tmp_path, where, wrapped):
