@@ -84,3 +84,8 @@ class MovedByHand:
                 "If a network takes the state of an adapted one, as the target network of a DQN does, it has to be "
                 "adapted as that one is: name the layers of both in target_modules."
             )
+        elif isinstance(error, KeyError) and ".lora_" in str(error):
+            error.add_note(
+                "A table by the names of parameters, as an average of the module keeps one, has no A and B if it was "
+                "made before there were adapters. Make it in on_fit_start."
+            )

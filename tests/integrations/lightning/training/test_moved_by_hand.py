@@ -416,6 +416,20 @@ class TestStops:
             fit(tmp_path, Target(), ALONE)
         assert "name the layers of both in target_modules" in "".join(raised.value.__notes__)
 
+    def test_a_table_of_parameters_that_is_older_than_the_adapters(self, tmp_path):
+        class Averages(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.norms = {name: 0.0 for name, _ in self.named_parameters()}
+
+            def on_before_zero_grad(self, _):
+                for name, parameter in self.named_parameters():
+                    self.norms[name] = 0.9 * self.norms[name] + 0.1 * parameter.norm().item()
+
+        with pytest.raises(KeyError, match="lora_A") as raised:
+            fit(tmp_path, Averages(), ALONE)
+        assert "Make it in on_fit_start" in "".join(raised.value.__notes__)
+
     def test_an_error_that_has_nothing_to_do_with_pairs_gets_no_note(self, tmp_path):
         def fails(*_):
             raise RuntimeError("out of paper")
