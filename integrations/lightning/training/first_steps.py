@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins import StateError
-from lora_plugins.errors import listing
+from lora_plugins.errors import counted, listing
 from lora_plugins.integrations.lightning.module import local
 from lora_plugins.utils import within
 
@@ -31,12 +31,19 @@ class FirstSteps:
     Args:
         trained: The parameters by name.
         copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
+        teachers: Trainable parameters that no optimizer has, by name, as they are in what may be a teacher.
     """
 
-    def __init__(self, trained: Mapping[str, nn.Parameter], copies: Sequence[tuple[str, ...]]) -> None:
-        self._trained, self._copies = trained, copies
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        copies: Sequence[tuple[str, ...]],
+        teachers: Mapping[str, nn.Parameter],
+    ) -> None:
+        self._trained, self._copies, self._teachers = trained, copies, teachers
         self._without = set(trained)
         self._start = {name: local(p).clone() for name, p in trained.items()}
+        self._untaught: dict[str, Tensor] = {}  # those of teachers that got a gradient, as they were then
         self._batches = self._steps = 0
         self._checked = False
         self._without_rate = set(trained)
@@ -59,6 +66,8 @@ class FirstSteps:
             for name in self._without
             if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
         }
+        reached = {name: p for name, p in self._teachers.items() if p.grad is not None and name not in self._untaught}
+        self._untaught |= {name: local(p).clone() for name, p in reached.items()}
 
     def after_step(self, learning_rates: Iterable[float]) -> bool:
         """Checks what a batch with a step has changed; returns whether there is more to watch.
@@ -85,6 +94,7 @@ class FirstSteps:
         if is_patient and (unmoved or fewest < STEPS):
             return True
         self._name_unmoved(unmoved)
+        self._name_untaught()
         return False
 
     def finish(self) -> None:
@@ -93,6 +103,7 @@ class FirstSteps:
             self._check_gradients()
         if self._steps >= STEPS:
             self._name_unmoved(self._unmoved())
+            self._name_untaught()
         if not self._made and self._batches >= PATIENCE:
             self._name_idle()
         if self._without_rate and self._batches >= STEPS:
@@ -139,6 +150,17 @@ class FirstSteps:
                 f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {self._steps} steps although "
                 f"they have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
                 "gradients that are exactly zero."
+            )
+
+    def _name_untaught(self) -> None:
+        """Names what was taken for part of a teacher, as its layers are those of a trained part, and learns nothing."""
+        still = [name for name, start in self._untaught.items() if torch.equal(local(self._teachers[name]), start)]
+        if still:
+            rank_zero_warn(
+                f"{counted(len(still), 'trainable tensor of adapters is', 'trainable tensors of adapters are')} in no "
+                f"optimizer, got gradients, and did not move in {self._steps} steps: {listing(still, 3)}. Give them to "
+                "the optimizer in configure_optimizers; or, if that is meant, leave their layers out with "
+                "exclude_modules."
             )
 
     def _name_idle(self) -> None:

@@ -234,6 +234,25 @@ def test_what_has_never_moved_is_named(tmp_path, epochs, steps):
         fit(tmp_path, Classifier(lr=1e-30), max_epochs=epochs)
 
 
+class LikeItsNeck(Classifier):
+    """A frozen backbone whose layers have the sizes of a trained one behind them, and an optimizer of that alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.neck = nn.Linear(16, 16).requires_grad_(False), nn.Linear(16, 16)
+        self.net = nn.Sequential(nn.Linear(4, 16), self.backbone, self.neck, nn.Linear(16, 3))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.neck.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("epochs", [1, 4], ids=["at_the_end", "after_two_steps"])
+def test_what_looks_like_a_teacher_and_has_a_gradient_is_named(tmp_path, epochs):
+    config = LoraConfig(r=2, target_modules=["backbone", "neck"])
+    with pytest.warns(UserWarning, match=r"2 trainable tensors.*in no optimizer, got gradients.*net\.1\.lora_"):
+        fit(tmp_path, LikeItsNeck(), config, max_epochs=epochs)
+
+
 class WithBackbone(Classifier):
     def __init__(self):
         super().__init__()
