@@ -19,8 +19,8 @@ from lora_plugins.adapter.acting import apply_acting
 from lora_plugins.adapter.gradients import require_gradient
 from lora_plugins.adapter.state import Block, ModelState, Outside, model_state, present_state
 from lora_plugins.adapter.whole import whole
-from lora_plugins.errors import StateError, listing
-from lora_plugins.inplace import holder_of, is_shard, model_modules, own_tensor
+from lora_plugins.errors import StateError
+from lora_plugins.inplace import model_modules, own_tensor
 from lora_plugins.utils import mark_restored, mark_stand_ins, outside_inference
 
 Arguments = ParamSpec("Arguments")
@@ -147,12 +147,6 @@ def _leave_block(model: nn.Module, state: ModelState, opened: Block) -> None:
 def _step_outside(model: nn.Module, state: ModelState) -> Outside:
     """Puts the base's values in place of those of the active adapters; a backward through the latter is an error."""
     owned = {name: own_tensor(model, name) for name in state.values.owner}
-    sharded = [name for name in owned if is_shard(*holder_of(model, name))]
-    if sharded:
-        raise StateError(
-            f"{listing(sharded)}: the active adapter has its own value, which is split over processes and cannot be "
-            "exchanged for the duration of a block."
-        )
     trained = {name: tensor for name, tensor in owned.items() if tensor.requires_grad}
     state.values.activate(model, ())
     for name, tensor in trained.items():

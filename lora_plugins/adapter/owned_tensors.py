@@ -84,7 +84,8 @@ class OwnedTensors:
                 as they are.
 
         Raises:
-            StateError: If one of the tensors is gone, has another shape than its values, or is offloaded.
+            StateError: If one of the tensors is gone, has another shape than its values, is offloaded, or is split over
+                processes.
         """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
         differ = [name for name in self.base if self.owner.get(name) != wanted.get(name)]
@@ -98,6 +99,12 @@ class OwnedTensors:
             raise StateError(
                 f"{listing(away, 3)} takes another value, and has none to exchange it for while on the meta device. "
                 f"{IF_OFFLOADED}"
+            )
+        if split := [name for name in changing if is_shard(*holder_of(model, name))]:
+            raise StateError(
+                f"{listing(split, 3)} takes another value, and is split over processes, where it cannot be exchanged. "
+                "Do it before the model is sharded, or in a whole model; adapters without modules_to_save and bias "
+                "have no such values."
             )
         if changing:
             doing = f"Giving {listing(changing, 3)} the value of another adapter, or of the base,"

@@ -225,6 +225,20 @@ def test_outside_of_the_forward_a_weight_that_is_no_parameter_is_the_base_s(kind
 
 @SPLIT
 @IN_A_PROCESS
+@pytest.mark.parametrize("call", ["set", "disable"])
+def test_a_head_of_an_adapter_is_not_exchanged_while_it_is_split(split, call):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"]))
+    lora.add_adapter("other", LoraConfig(r=2, target_modules=["0"]))
+    split(model)
+    with pytest.raises(StateError, match=r"'2\.weight', '2\.bias' takes another value, and is split over processes"):
+        lora.set_adapter("other") if call == "set" else lora.disable_adapter().__enter__()
+    assert lora.active_adapters == ("default",)
+
+
+@SPLIT
+@IN_A_PROCESS
 @VIEWS
 def test_statistics_that_move_are_the_base_s_in_a_block(split):
     def outputs(split):
