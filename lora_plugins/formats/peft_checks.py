@@ -180,10 +180,15 @@ def check_started(modules: Mapping[str, nn.Module], adapter: PortableAdapter) ->
         return
     others = [name for name in adapter.layers if not isinstance(modules[name], nn.Linear)]
     if others:
+        remedy = (
+            "Merge it in PEFT, and use the merged model: PEFT leaves embeddings out when it converts one (0.21.2)."
+            if any(isinstance(modules[name], nn.Embedding) for name in others)
+            else "Save it in PEFT with path_initial_model_for_weight_conversion=..., which makes it one of the "
+            "untouched base."
+        )
         raise AdapterFileError(
             f"The adapter was started by {adapter.init!r}, which PEFT knows for Linear layers; {listing(others)} are "
-            "none. Save it in PEFT with path_initial_model_for_weight_conversion=..., which makes it one of the "
-            "untouched base."
+            f"none. {remedy}"
         )
 
 

@@ -207,6 +207,11 @@ class TestStarts:
         edit_config(tmp_path, init_lora_weights=init)
         refused(LINEAR, tmp_path, untouched, f"started by '{init}'.*path_initial_model_for_weight_conversion")
 
+    def test_embeddings_that_peft_would_leave_out_are_refused(self, tmp_path, untouched):
+        case = replace(BY_ID["embedding and Conv1D"], peft={"target_modules": ["words"]})
+        with_peft(case, init_lora_weights="pissa").save_pretrained(tmp_path)
+        refused(case, tmp_path, untouched, "started by 'pissa'.*Merge it in PEFT, .*leaves embeddings out")
+
     def test_a_convolution_that_peft_cannot_have_started_so_is_refused(self, tmp_path, untouched):
         with_peft(BY_ID["convolutions"]).save_pretrained(tmp_path)
         edit_config(tmp_path, init_lora_weights="pissa")
