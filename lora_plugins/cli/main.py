@@ -25,6 +25,15 @@ OF_PLACES: Mapping[int, str] = {
 }
 """Errors of the system that are no fault of the program's: what to do."""
 
+CALLED: Mapping[str, str] = {
+    **dict.fromkeys(("finetune", "fine-tune", "tune"), "train"),
+    **dict.fromkeys(("infer", "inference", "classify", "segment"), "predict"),
+    **dict.fromkeys(("eval", "evaluate", "val"), "validate"),
+    "compare": "report compare",
+    "version": "--version",
+}
+"""What commands of other programs are called here, where spelling alone would offer something else."""
+
 OF_OTHERS = "lightning"
 """The name of the program that another package has as well."""
 
@@ -66,7 +75,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}")
         return 0
     commands = installed_commands()
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
         print(_overview(commands.table))
         _print_problems(commands.problems)
         return 0
@@ -82,7 +91,10 @@ def _dispatch(arguments: list[str]) -> int:
         if Path(sys.argv[0]).stem == OF_OTHERS
         else ""
     )
-    return _fail(f"there is no command {name!r}. {near(name, commands.table)}{others}")
+    called = CALLED.get(name, "")
+    known = called.startswith("-") or called.partition(" ")[0] in commands.table
+    hint = f"It is {called!r} here." if known else near(name, commands.table)
+    return _fail(f"there is no command {name!r}. {hint}{others}")
 
 
 def _run(command: Command, arguments: list[str]) -> int:

@@ -128,3 +128,12 @@ def test_the_table_is_cheap():
     code = "import sys, lora_plugins.tasks.command_table; print({'lightning', 'timm', 'PIL'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("finetune", "'train'"), ("infer", "'predict'"), ("evaluate", "'validate'"), ("compare", "'report compare'")],
+)
+def test_what_other_programs_call_a_command(name, said, capsys):
+    assert main([name]) == 1
+    assert capsys.readouterr().err == f"error: there is no command {name!r}. It is {said} here.\n"

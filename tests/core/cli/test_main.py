@@ -46,12 +46,16 @@ class TestOtherCommands:
         for word in ("lora-plugins", "loaded", "loftq", metadata.version("lora-plugins")):
             assert word in out
 
-    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+    @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
     def test_overview(self, capsys, arguments):
         assert main(arguments) == 0
         out, err = capsys.readouterr()
         assert all(f"  {name} " in out for name in installed_commands().table)
         assert (out, err) == (OVERVIEW, "")
+
+    def test_a_command_that_is_called_otherwise(self, capsys):
+        assert main(["version"]) == 1
+        assert capsys.readouterr().err == "error: there is no command 'version'. It is '--version' here.\n"
 
     @pytest.mark.parametrize(("text", "traced"), [(None, False), ("import no_such_library", True)])
     def test_plugins_shows_the_traceback_of_a_file_that_there_is(self, capsys, monkeypatch, tmp_path, text, traced):
