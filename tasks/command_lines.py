@@ -70,14 +70,28 @@ def check_model(path: str | Path) -> None:
         raise WeightsError(f"{path} is no adapter folder{holds or f': it has no {MANIFEST}.'}")
 
 
+def adapters_in(folder: str | Path) -> list[str]:
+    """The names of the adapters in a folder that they are served from, sorted.
+
+    Raises:
+        WeightsError: If there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise WeightsError(f"{no_folder(Path(folder))} Give one whose subfolders are adapter folders.")
+    return sorted(path.parent.name for path in Path(folder).glob(f"*/{MANIFEST}"))
+
+
 def check_adapters(folder: str | Path) -> None:
-    """Checks that there is a folder to serve adapters from.
+    """Checks that there is something to serve.
 
     Raises:
         WeightsError: If there is not.
     """
-    if not Path(folder).is_dir():
-        raise WeightsError(f"{no_folder(Path(folder))} Give one whose subfolders are adapter folders.")
+    if not adapters_in(folder):
+        raise WeightsError(
+            f"There is no adapter in {folder}. Give a folder whose subfolders are adapter folders, such as train "
+            "leaves in runs/NAME."
+        )
 
 
 def check_ending(out: str | Path) -> None:

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from lora_plugins.devices import usable_device
 from lora_plugins.errors import counted
-from lora_plugins.tasks.errors import WeightsError
+from lora_plugins.tasks.command_lines import check_adapters
 from lora_plugins.tasks.serving.app import make_app
 from lora_plugins.tasks.serving.engine import Engine
 from lora_plugins.tasks.serving.shelf import Shelf
@@ -20,14 +20,9 @@ def main(given: Namespace) -> int:
     """
     import uvicorn
 
+    check_adapters(given.adapters)  # as the command does at once, where everything is installed
     shelf = Shelf(given.adapters, limit=given.loaded, device=usable_device(given.device, "--device"))
-    names = shelf.names()
-    if not names:
-        raise WeightsError(
-            f"There is no adapter in {given.adapters}. Give a folder whose subfolders are adapter folders, such as "
-            "train leaves in runs/NAME."
-        )
-    print(f"{counted(len(names), 'adapter')} in {given.adapters}: http://{given.host}:{given.port}/docs")
+    print(f"{counted(len(shelf.names()), 'adapter')} in {given.adapters}: http://{given.host}:{given.port}/docs")
     engine = Engine(shelf, max_batch=given.batch, wait=given.wait / 1000)
     app = make_app(engine, max_bytes=int(given.max_mb * 2**20))
     try:

@@ -15,7 +15,7 @@ from lora_plugins import LoraModel
 from lora_plugins.errors import ConfigError, LoraError, StateError
 from lora_plugins.files import MANIFEST
 from lora_plugins.plugins import PackedAdapter
-from lora_plugins.tasks.command_lines import check_adapters
+from lora_plugins.tasks.command_lines import adapters_in
 from lora_plugins.tasks.errors import unknown
 from lora_plugins.tasks.serving.described import Described, describe_folder, read_described
 from lora_plugins.tasks.training import VisionTask
@@ -63,8 +63,7 @@ class Shelf:
 
     def names(self) -> list[str]:
         """The names of all adapters that there are now."""
-        check_adapters(self.folder)
-        found = sorted(path.parent.name for path in self.folder.glob(f"*/{MANIFEST}"))
+        found = adapters_in(self.folder)
         self._known.update(found)
         return found
 
