@@ -123,6 +123,6 @@ def test_pictures_of_another_choice_are_not_learned_as_well(tmp_path, other):
     for _ in range(2):
         DigitPicturesDataModule(str(tmp_path), prompt="a sks digit").prepare_data()
     assert len(list(tmp_path.iterdir())) == 6
-    with pytest.raises(ConfigError, match=r"pictures of another digit, count or seed, such as digit-9-\d+\.png"):
+    with pytest.raises(ConfigError, match=r"pictures? of another digit, count or seed, such as digit-9-\d+\.png"):
         DigitPicturesDataModule(str(tmp_path), prompt="a sks digit", **other).prepare_data()
     assert len(list(tmp_path.iterdir())) == 6
