@@ -39,6 +39,11 @@ def gradient_of_image(image: Tensor, gradient: Tensor) -> Tensor:
     return gradient.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(image) else gradient.contiguous()
 
 
+def gradient_of_bias(gradient: Tensor) -> Tensor:
+    """Returns the gradient of what is added to the channels of an image, from that of the image."""
+    return gradient.transpose(0, 1).flatten(1).sum(1)
+
+
 def gradient_of_rows(steps: tuple[int, ...], gradient: Tensor) -> Tensor:
     """Returns the gradient of rows as torch's product lays it out: by columns where they were so, or contiguous.
 

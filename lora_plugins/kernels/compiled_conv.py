@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.kernels._channels import gradient_of_image
+from lora_plugins.kernels._channels import gradient_of_bias, gradient_of_image
 from lora_plugins.kernels._compiled import operands, takes_operator
 from lora_plugins.kernels._conv_products import ConvOptions, State, choose_path, gradients, output
 from lora_plugins.kernels._path import may_form_effective_weight
@@ -151,7 +151,7 @@ def _backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     dx, dA, dB = (each if need else None for each, need in zip(found, (of_x, of_A, of_B), strict=True))
     geometry = _geometry(*ctx.others[-4:])
     dW = geometry.gradients(dy, x, weight.to(x.dtype), of_x=False, of_kernel=True)[1] if of_weight else None
-    return dx, dW, dy.transpose(0, 1).flatten(1).sum(1) if of_bias else None, dA, dB, *[None] * 8
+    return dx, dW, gradient_of_bias(dy) if of_bias else None, dA, dB, *[None] * 8
 
 
 _conv.register_autograd(_backward, setup_context=_save)

@@ -7,7 +7,7 @@ from lora_plugins.plan.groups import LayerGroup
 from lora_plugins.plan.named import named_plugins
 from lora_plugins.plan.new_layers import forgotten_layers
 from lora_plugins.plan.parameter_counts import parameter_counts
-from lora_plugins.plan.patterns import ends_with, exact_expression, exact_pattern, is_risky, matches, shortest_ends
+from lora_plugins.plan.patterns import exact_expression, exact_pattern, is_risky, matches, shortest_ends
 from lora_plugins.plan.plan import Plan
 from lora_plugins.plan.planner import make_plan, weights_to_store
 from lora_plugins.plan.renamings import current_name, former_names
@@ -18,7 +18,6 @@ __all__ = [
     "LeftOut",
     "Plan",
     "current_name",
-    "ends_with",
     "exact_expression",
     "exact_pattern",
     "forgotten_layers",

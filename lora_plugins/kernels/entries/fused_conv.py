@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_plugins.kernels._autograd import call_under_autocast, law_gradients, recomputation, save, saved
+from lora_plugins.kernels._channels import gradient_of_bias
 from lora_plugins.kernels._conv_products import (
     ConvOptions,
     State,
@@ -74,7 +75,7 @@ class _LoraConv(torch.autograd.Function):
             return *law_gradients(_law(options), (x, weight, ctx.bias, A, B), needed, gradient), None
         dx, dA, dB = gradients(gradient, State(x, weight, A, B, small, options), (needed[0], *needed[3:]))
         dweight = options.geometry.gradients(gradient, x, weight, of_x=False, of_kernel=True)[1] if needed[1] else None
-        dbias = gradient.transpose(0, 1).flatten(1).sum(1) if needed[2] else None
+        dbias = gradient_of_bias(gradient) if needed[2] else None
         return dx, dweight, dbias, dA, dB, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
-from lora_plugins.kernels._channels import as_rows, gradient_of_rows
+from lora_plugins.kernels._channels import as_rows, gradient_of_bias, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path
@@ -188,7 +188,7 @@ class _Convolution:
         return gradient
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
-        return dy.transpose(0, 1).flatten(1).sum(1)
+        return gradient_of_bias(dy)
 
 
 def _layer(options: RescaledOptions) -> _Linear | _Convolution:
