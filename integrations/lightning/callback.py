@@ -257,7 +257,8 @@ class LoraCallback(Callback):
         self._modes = modes_of_frozen_norms(pl_module)
         self._check_trainer(trainer, stage)
         CheckpointShims.install(trainer, self)
-        shims = self._run.module_shims = MethodShims(pl_module)
+        shims = MethodShims(pl_module)
+        self._run.shims.append(shims)
         self._run.follow_building(shims, pl_module)
         if not self._merge.is_kept and (data := carried(trainer, self.state_key)) is not None:
             self._merge.keep(merge_from_bytes(data, self._target(pl_module)))
@@ -282,11 +283,10 @@ class LoraCallback(Callback):
         check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
         check_by_writer(trainer, lambda: check_room(self.adapter_files, self.export_to, plan))
-        left_out = self._run.left_out(pl_module, self.target, plan)
+        self._run.left_out = left_out = self._run.find_left_out(pl_module, self.target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", left_out.layers)
         left_out.tell_layers(pl_module)
-        self._run.after_fit_start(lambda: left_out.tell_copies(pl_module))
         if self._is_first(trainer):
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         self._run.resumed.set_before_data(trainer)
@@ -508,7 +508,7 @@ class LoraCallback(Callback):
         self._run.waits = self._waits_for_checkpoint(trainer)
         if self._run.waits and self._is_first(trainer):
             adapt = partial(self._adapt_in_order, trainer, module)
-            self._run.strategy_shims = adapt_after_restoring(trainer, adapt)
+            self._run.shims.append(adapt_after_restoring(trainer, adapt))
         elif not self._run.waits:
             adapt = partial(self._ensure_adapted, trainer, module)
             self._run.adapt_when_built(shims, module, self.target, self.adapter_name, adapt)
@@ -521,6 +521,7 @@ class LoraCallback(Callback):
         )
         # The last hooks before batches are drawn: those of all callbacks, and the module's own, may draw as well.
         shims.after("on_fit_start", lambda _: self._run.resumed.set_before_data(trainer))
+        shims.after("on_fit_start", lambda _: self._run.left_out.tell_copies(module))
         shims.after("on_train_start", lambda _: self._run.resumed.set_after_data())
         # After all hooks in which gradients are switched: the module's own comes after those of the callbacks.
         shims.after("on_train_batch_start", lambda _: self._run.freeze_base())

@@ -44,12 +44,12 @@ class Run:
     A `ShardedRun` is one in which that is not so.
 
     Attributes:
-        module_shims: What stands in for methods of the module.
-        strategy_shims: What stands in for methods of the strategy.
+        shims: What stands in for methods of the module and of the strategy.
         waits: Whether the adapter joins the module after a checkpoint.
         expected_warnings: Holds back warnings about modules in eval mode.
         resumed: The callback's state in a checkpoint, until the first batch.
         known_bases: What adapters knew of the base before the rest of that checkpoint was loaded.
+        left_out: What the fit leaves out.
         frozen: The names of what was frozen of the base when its optimizers were to be made.
         teachers: The names of the tensors of adapters that were frozen when the module was adapted.
         lost_writes: Watches what is written into adapted weights, from then to the end of the first steps.
@@ -58,12 +58,12 @@ class Run:
         late_changes: What was trained, as it is saved and merged.
     """
 
-    module_shims: MethodShims | None = None
-    strategy_shims: MethodShims | None = None
+    shims: list[MethodShims] = field(default_factory=list)
     waits: bool = False
     expected_warnings: ExitStack = field(default_factory=ExitStack)
     resumed: ResumedState = field(default_factory=ResumedState)
     known_bases: KnownBases = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
     frozen: set[str] = field(default_factory=set)
     teachers: set[str] = field(default_factory=set)
     lost_writes: LostWrites = field(default_factory=LostWrites)
@@ -75,9 +75,8 @@ class Run:
         """Restores the methods, and lets warnings pass."""
         self.expected_warnings.close()
         self.lost_writes.stop()
-        for shims in (self.module_shims, self.strategy_shims):
-            if shims is not None:
-                shims.remove()
+        for each in self.shims:
+            each.remove()
 
     def adapts_in(self, stage: str) -> bool:
         """Whether the module is adapted in a stage; in others, the checkpoint brings an adapter, if one is given."""
@@ -117,14 +116,9 @@ class Run:
         note_built(module)
         return Start.of(module)
 
-    def left_out(self, module: LightningModule, target: str | None, plan: Plan) -> LeftOut:
+    def find_left_out(self, module: LightningModule, target: str | None, plan: Plan) -> LeftOut:
         """Returns what the fit leaves out."""
         return LeftOut.of(module, target, plan)
-
-    def after_fit_start(self, then: Callable[[], None]) -> None:
-        """Calls a function after the module's own `on_fit_start`."""
-        assert self.module_shims is not None  # since the setup of the callback
-        self.module_shims.after("on_fit_start", lambda _: then())
 
     def keep_base(self, trainer: Trainer, module: LightningModule) -> None:
         """Removes rounding errors from what callbacks have averaged, before they exchange it with the module."""

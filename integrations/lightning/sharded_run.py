@@ -61,7 +61,7 @@ class ShardedRun(Run):
         """Records nothing."""
         return Start()
 
-    def left_out(self, module: LightningModule, target: str | None, plan: Plan) -> LeftOut:
+    def find_left_out(self, module: LightningModule, target: str | None, plan: Plan) -> LeftOut:
         """Looks for nothing."""
         return LeftOut()
 
