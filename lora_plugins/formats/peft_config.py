@@ -97,7 +97,7 @@ _READ: Mapping[str, Check] = {
     "revision": _anything,
     "task_type": _anything,
 }
-"""The fields that mean something here, and what they can hold; None is like no field, and so is an empty string."""
+"""The fields that mean something here, and what they can hold; None is like no field."""
 
 _IDLE = frozenset(
     [
@@ -166,7 +166,10 @@ class PeftConfig:
         if wrong:
             said = "\n  ".join(["adapter_config.json says what cannot be expressed here:", *wrong])
             raise AdapterFileError(f"{said}\nWhere PEFT can merge it, merge it there, and use the merged model.")
-        self.fields = {key: _single(key, value) for key, value in fields.items() if value not in (None, "")}
+        given = {key: value for key, value in fields.items() if value is not None}
+        if given.get("layers_pattern") == "":  # PEFT asks whether it is true
+            del given["layers_pattern"]
+        self.fields = {key: _single(key, value) for key, value in given.items()}
         self._counts = patterns
         try:
             for key, check in _READ.items():
