@@ -30,8 +30,8 @@ def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) 
     if id(tensor) in guards:
         guards.pop(id(tensor)).remove()
     if not required:
-        if not tensor._backward_hooks:  # those of torch.utils.swap_tensors go with the other tensor, and leave this
-            tensor._backward_hooks = None
+        # torch.utils.swap_tensors takes the calls of hooks along and leaves their table, which is put back so.
+        tensor._backward_hooks = tensor._backward_hooks or None
         guards[id(tensor)] = tensor.register_hook(_RefuseLoss(name))  # type: ignore[no-untyped-call]
     tensor.requires_grad_(required)
 

@@ -86,11 +86,16 @@ def test_a_frozen_base_is_cast_and_loaded_by_swapping():
 
 
 @pytest.mark.usefixtures("swapped")
-def test_no_gradient_is_lost_where_conversions_swap_tensors():
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "with a hook of the user"])
+def test_no_gradient_is_lost_where_conversions_swap_tensors(hooked):
     model = net()
     lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"]), "a")
     lora.set_adapter("a", trainable=False)
     lora.set_adapter("a")
+    if hooked:
+        for name, factor in model.named_parameters():
+            if "lora" in name:
+                factor.register_hook(lambda gradient: None)
     loss = model.float().double()(X).sum()
     lora.set_adapter("a", trainable=False)
     with pytest.raises(StateError, match=r"no gradient to '0\.lora_[AB]\.a', which was trained"):
