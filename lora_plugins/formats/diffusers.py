@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
-from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, has_adapter_name, own_key, placed_key
+from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, own_key, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
+from lora_plugins.formats.minimax_h3 import alpha_of_all, refuse_alternating_rows
 from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
@@ -22,7 +23,7 @@ from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, w
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
-from lora_plugins.inplace import base_class_of, full_name, model_modules, submodule
+from lora_plugins.inplace import full_name, model_modules, submodule
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -57,15 +58,16 @@ class DiffusersFormat(PortableFormat):
         """Reads a file; see `PortableFormat`."""
         tensors, metadata = read_tensors(_file(path))
         if model is not None:
-            _refuse_alternating_rows(tensors, model)
+            refuse_alternating_rows(tensors, model)
         parts = _parts(tensors, model)
         configs = _configs(metadata, parts, options["patterns"])
         modules = [] if model is None else [entry.name for entry in model_modules(model)]
         for part, config in configs.items():
             config.check_expressions([*(name.removeprefix(f"{part}.") for name in modules), *parts[part]])
-        alpha = _alpha_of_all(metadata, model)
-        alphas_said = ALONE in configs or alpha or any("alpha" in each for each in parts.get(ALONE, {}).values())
-        if ALONE in parts and not alphas_said:
+        alpha = alpha_of_all(metadata, tensors, model)
+        alone = parts.get(ALONE, {})
+        alphas_said = ALONE in configs or alpha is not None or any("alpha" in each for each in alone.values())
+        if alone and not alphas_said:
             warnings.warn(
                 f"{path} says no alpha, neither in keys nor as metadata: the rank of each layer is taken for it, as "
                 "diffusers does. If it was trained with another, its update has another scale.",
@@ -125,48 +127,11 @@ def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, 
     return parts
 
 
-def _refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
-    """Refuses projections of MiniMax H3 whose rows are q, k and v of one head after the other.
-
-    DiffSynth-Studio trains them so, and everybody else on all rows of q, then of k, then of v. Only the name of PEFT's
-    adapter in the keys tells, and its reader in diffusers goes by that too.
-
-    Raises:
-        AdapterFileError: If there are such projections.
-    """
-    wrong = [key for key in keys if ".attn.qkv_proj.lora_" in key and has_adapter_name(key)]
-    if wrong and _has_minimax_h3(model):
-        raise AdapterFileError(
-            f"{listing(sorted(wrong), 3)}: DiffSynth-Studio trains these with the rows of q, k and v of one head after "
-            "the other, which has no form here. diffusers puts them in order: save what "
-            "MiniMaxH3LoraLoaderMixin.lora_state_dict(path) returns by save_file of safetensors, and load that."
-        )
-
-
-def _alpha_of_all(metadata: Mapping[str, str], model: nn.Module | None) -> float | None:
-    """Returns the alpha of all layers that headers of some files of MiniMax H3 say; None where there is none.
-
-    As diffusers, which reads it for no other model, and not if it is no number.
-    """
-    if model is None or not _has_minimax_h3(model):
-        return None
-    try:
-        return float(metadata["alpha"])
-    except (KeyError, ValueError):
-        return None
-
-
-def _has_minimax_h3(model: nn.Module) -> bool:
-    return any(base_class_of(each).__name__ == "MiniMaxH3Transformer3DModel" for each in model.modules())
-
-
-def _layer(
-    name: str, factors: Mapping[str, Tensor], config: PeftConfig | None, alpha_of_all: float | None
-) -> PortableLayer:
+def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None, of_all: float | None) -> PortableLayer:
     """Returns a layer. Without a config and an alpha, diffusers takes the rank for it."""
     check_factors(name, factors)
     r = len(factors["A"])
-    alpha = float(factors["alpha"]) if "alpha" in factors else alpha_of_all or float(r)
+    alpha = float(factors["alpha"]) if "alpha" in factors else float(r) if of_all is None else of_all
     if config is not None:
         said = config.rank(name, factors["A"], factors["B"])
         config.check_magnitude(name, present=not factors.keys().isdisjoint(("magnitude", "scale")))

@@ -266,9 +266,12 @@ class TestMiniMaxH3:
             num_layers=1, num_refiner_layers=1, num_attention_heads=2, attention_head_dim=128, hidden_size=8, ffn_dim=8
         )
 
+    @pytest.mark.parametrize("derived", [False, True], ids=["its class", "a class of it"])
     @pytest.mark.parametrize("key", ["blocks.0.attn.qkv_proj", "token_refiner.blocks.0.attn.qkv_proj"])
-    def test_rows_that_alternate_by_head_are_refused(self, key, model, tmp_path, untouched):
+    def test_rows_that_alternate_by_head_are_refused(self, key, derived, model, tmp_path, untouched):
         """diffusers, which knows them by the name of PEFT's adapter too, puts them in order."""
+        if derived:
+            model.__class__ = type("Derived", (type(model),), {})
         B = torch.cat([torch.full((128, 1), n) for n in (1.0, 3.0, 5.0, 2.0, 4.0, 6.0)])
         path, ordered = tmp_path / "adapter.safetensors", tmp_path / "ordered.safetensors"
         save_file({f"{key}.lora_A.default.weight": torch.ones(1, 8), f"{key}.lora_B.default.weight": B}, path)
@@ -280,16 +283,19 @@ class TestMiniMaxH3:
         rows = {name.rpartition("_")[2]: [*layer.B[::128].flatten()] for name, layer in layers}
         assert rows == {"q": [1, 2], "k": [3, 4], "v": [5, 6]}
 
-    @pytest.mark.parametrize(("said", "alpha"), [("4", 4.0), ("many", 2.0), (None, 2.0)])
-    def test_an_alpha_of_all_layers_is_that_of_the_header(self, said, alpha, model, tmp_path):
-        """As diffusers takes it, for this model alone."""
+    @pytest.fixture
+    def tensors(self):
         names = ["diffusion_model.blocks.0.attn.out_proj", "diffusion_model.blocks.0.mlp.fc2"]
         shapes = {"lora_A": {names[0]: (2, 256), names[1]: (2, 8)}, "lora_B": dict.fromkeys(names, (8, 2))}
-        tensors = {
+        return {
             f"{name}.{factor}.weight": torch.ones(shape)
             for factor, of_names in shapes.items()
             for name, shape in of_names.items()
         }
+
+    @pytest.mark.parametrize(("said", "alpha"), [("4", 4.0), ("many", 2.0), (None, 2.0)])
+    def test_an_alpha_of_all_layers_is_that_of_the_header(self, said, alpha, model, tensors, tmp_path):
+        """As diffusers takes it, for this model alone."""
         path = tmp_path / "adapter.safetensors"
         save_file(tensors, path, None if said is None else {"alpha": said})
         loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
@@ -297,6 +303,16 @@ class TestMiniMaxH3:
         assert alpha == (2 if config is None else config["transformer.lora_alpha"])
         layers = LoraModel.load_adapter(model, path).plans["default"].layers
         assert [layer.alpha for layer in layers] == [alpha, alpha]
+
+    def test_alphas_of_layers_come_before_that_of_the_header(self, model, tensors, tmp_path):
+        """Of another layer the rank counts then: diffusers does not read the header."""
+        path = tmp_path / "adapter.safetensors"
+        save_file(tensors | {"diffusion_model.blocks.0.attn.out_proj.alpha": torch.tensor(3.0)}, path, {"alpha": "4"})
+        loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
+        _, config = loaders.MiniMaxH3LoraLoaderMixin.lora_state_dict(str(path), return_lora_metadata=True)
+        assert config is None
+        layers = LoraModel.load_adapter(model, path).plans["default"].layers
+        assert {layer.name.rpartition(".")[2]: layer.alpha for layer in layers} == {"0": 3.0, "2": 2.0}
 
 
 @pytest.mark.parametrize(
