@@ -93,8 +93,8 @@ class Audit:
         self._by_hand = MovedByHand(module, copies)
         watched = {name: p for name, p in trained.items() if id(p) in held}
         alike = [copy.followers for copy in self._copies]
-        idle = {name: p for name, p in trained.items() if id(p) not in held and within(name, self._followers)}
-        self._first: FirstSteps | None = FirstSteps(watched or trained, alike, idle)
+        unheld = {name: p for name, p in trained.items() if id(p) not in held and within(name, self._followers)}
+        self._first: FirstSteps | None = FirstSteps(watched or trained, alike, unheld)
         self._lost_writes = lost_writes
         lost_writes.start(module)  # with layers that a hook has adapted since
         self._changes = ChangesWithinRun(trainer, module, self._copies, teachers)

@@ -31,19 +31,19 @@ class FirstSteps:
     Args:
         trained: The parameters by name.
         copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
-        teachers: Trainable parameters that no optimizer has, by name, as they are in what may be a teacher.
+        unheld: Trainable parameters that no optimizer has, by name, as they are in what may be a teacher.
     """
 
     def __init__(
         self,
         trained: Mapping[str, nn.Parameter],
         copies: Sequence[tuple[str, ...]],
-        teachers: Mapping[str, nn.Parameter],
+        unheld: Mapping[str, nn.Parameter],
     ) -> None:
-        self._trained, self._copies, self._teachers = trained, copies, teachers
+        self._trained, self._copies, self._unheld = trained, copies, unheld
         self._without = set(trained)
         self._start = {name: local(p).clone() for name, p in trained.items()}
-        self._untaught: dict[str, Tensor] = {}  # those of teachers that got a gradient, as they were then
+        self._reached: dict[str, Tensor] = {}  # what no optimizer has and got a gradient, as it was then
         self._batches = self._steps = 0
         self._checked = False
         self._without_rate = set(trained)
@@ -66,8 +66,8 @@ class FirstSteps:
             for name in self._without
             if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
         }
-        reached = {name: p for name, p in self._teachers.items() if p.grad is not None and name not in self._untaught}
-        self._untaught |= {name: local(p).clone() for name, p in reached.items()}
+        reached = {name: p for name, p in self._unheld.items() if p.grad is not None and name not in self._reached}
+        self._reached |= {name: local(p).clone() for name, p in reached.items()}
 
     def after_step(self, learning_rates: Iterable[float]) -> bool:
         """Checks what a batch with a step has changed; returns whether there is more to watch.
@@ -94,7 +94,7 @@ class FirstSteps:
         if is_patient and (unmoved or fewest < STEPS):
             return True
         self._name_unmoved(unmoved)
-        self._name_untaught()
+        self._name_unheld()
         return False
 
     def finish(self) -> None:
@@ -103,7 +103,7 @@ class FirstSteps:
             self._check_gradients()
         if self._steps >= STEPS:
             self._name_unmoved(self._unmoved())
-            self._name_untaught()
+            self._name_unheld()
         if not self._made and self._batches >= PATIENCE:
             self._name_idle()
         if self._without_rate and self._batches >= STEPS:
@@ -152,15 +152,15 @@ class FirstSteps:
                 "gradients that are exactly zero."
             )
 
-    def _name_untaught(self) -> None:
-        """Names what was taken for part of a teacher, as its layers are those of a trained part, and learns nothing."""
-        still = [name for name, start in self._untaught.items() if torch.equal(local(self._teachers[name]), start)]
-        if still:
+    def _name_unheld(self) -> None:
+        """Names what may be part of a teacher, since its layers are those of a trained part, or learns nothing."""
+        left = [name for name, start in self._reached.items() if torch.equal(local(self._unheld[name]), start)]
+        if left:
             rank_zero_warn(
-                f"{counted(len(still), 'trainable tensor of adapters is', 'trainable tensors of adapters are')} in no "
-                f"optimizer, got gradients, and did not move in {self._steps} steps: {listing(still, 3)}. Give them to "
-                "the optimizer in configure_optimizers; or, if that is meant, leave their layers out with "
-                "exclude_modules."
+                f"{counted(len(left), 'trainable tensor of adapters is', 'trainable tensors of adapters are')} in no "
+                f"optimizer, got gradients, and did not move in {self._steps} steps: {listing(left, 3)}. Give the "
+                "optimizer what is to be trained, in configure_optimizers; compute a teacher, which the module moves "
+                "by itself, under torch.no_grad(); and leave out layers that are to stay, with exclude_modules."
             )
 
     def _name_idle(self) -> None:
