@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lora_plugins.errors import counted
 from lora_plugins.tasks.autoconfig.mask_coding import MaskCoding
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import TRAIN, VAL
@@ -144,13 +145,11 @@ def _shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> t
     share = VAL_SHARE if flags.val_share is None else flags.val_share
     held = sum(round(share * count) for count in strata)
     if not 0 < held < counts[TRAIN]:
-        classes = f" of {len(strata)} classes" if len(strata) > 1 else ""
-        other = (
-            ", or choose another --val-share" if max(strata) > 1 else ": a class, as each label is, needs two or more"
-        )
+        of_classes, of_each = (f" of {len(strata)} classes", " of each class") if len(strata) > 1 else ("", "")
+        more = f"two or more{of_each}" if max(strata) == 1 else "or choose another --val-share"
         raise DataError(
-            f"{counts[TRAIN]} images{classes} are too few to hold a share of {share:g} of each class out for "
-            f"validation. Add images{other}."
+            f"A share of {share:g}{of_each} cannot be held out for validation of "
+            f"{counted(counts[TRAIN], 'image')}{of_classes}. Add images, {more}."
         )
     return {"val_share": share}, {**counts, TRAIN: counts[TRAIN] - held, VAL: held}
 

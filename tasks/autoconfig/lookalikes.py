@@ -67,7 +67,10 @@ def check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: s
         )
     drawn = next((folder / name for name in masks if _holds_boxes(folder / name)), None)
     if drawn is not None:
-        raise DataError(f"{folder} has no folder of images for each class. {boxes(drawn)}")
+        raise DataError(
+            f"{folder} holds {listing(classes)}, not all of which are folders of images of a class. {boxes(drawn)} If "
+            f"the others are classes, move {drawn.name} out of {folder}."
+        )
     if not split and all(holds_folders_alone(folder / name) for name in classes):
         raise DataError(
             f"{folder} holds {listing(classes)}, with folders in them and no images. If they are splits, call them "
