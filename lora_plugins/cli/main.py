@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:  # as of other programs: `help train` is `train --help`
+        arguments = [*arguments[1:2], "--help"]
     name = arguments[0] if arguments else "--help"
     if name in CORE_COMMANDS:
         return _run(CORE_COMMANDS[name], arguments)
@@ -75,7 +77,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}")
         return 0
     commands = installed_commands()
-    if name in ("-h", "--help", "help"):
+    if name in ("-h", "--help"):
         print(_overview(commands.table))
         _print_problems(commands.problems)
         return 0

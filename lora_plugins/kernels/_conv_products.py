@@ -144,7 +144,7 @@ def _through_update(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradien
     """Returns the gradients of x, A and B where the input was convolved with the update as a kernel of its own."""
     x, weight, A, B, kernel, options = state
     geometry = options.geometry
-    kernel = _update(A, B, weight, options) if kernel is None else kernel
+    kernel = _delta_kernel(A, B, weight, options) if kernel is None else kernel
     dx, _ = geometry.gradients(dy, x, weight, of_x=needed[0], of_kernel=False)
     of_kernel = []
     for part, some, mask in dropped_parts(x, A.dtype, options.dropout, masks=True):
@@ -189,7 +189,7 @@ def _down(x: Tensor, A: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return geometry.convolve(x, A.view(A.shape[0], *weight.shape[1:]))
 
 
-def _update(A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
+def _delta_kernel(A: Tensor, B: Tensor, weight: Tensor, options: ConvOptions) -> Tensor:
     """Returns the update as a kernel of its own."""
     return (B @ A).view(weight.shape) * options.scale
 
@@ -220,7 +220,7 @@ def _add_products(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, op
 
 def _add_update(y: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, options: ConvOptions) -> Tensor | None:
     """Adds the input's convolution with the update to the output; returns the update if it is to be saved."""
-    kernel = _update(A, B, weight, options)
+    kernel = _delta_kernel(A, B, weight, options)
     for part, some, _ in dropped_parts(x, A.dtype, options.dropout, masks=False):
         part_of(y, part).add_(options.geometry.convolve(some, kernel))
     return kernel if is_small(kernel.numel(), x, options) else None

@@ -20,7 +20,7 @@ def main(given: Namespace) -> int:
     """
     import uvicorn
 
-    check_adapters(given.adapters)  # as the command does at once, where everything is installed
+    check_adapters(given.adapters)  # a shelf begins without any
     shelf = Shelf(given.adapters, limit=given.loaded, device=usable_device(given.device, "--device"))
     print(f"{counted(len(shelf.names()), 'adapter')} in {given.adapters}: http://{given.host}:{given.port}/docs")
     engine = Engine(shelf, max_batch=given.batch, wait=given.wait / 1000)

@@ -4,6 +4,7 @@ A call is a generator: up to its `yield` it calls lora_plugins, which may refuse
 """
 
 import pickle
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -302,7 +303,7 @@ class Machine:
             warnings.simplefilter("always")
             self.handle.unload(**({} if dequantize is None else {"dequantize": dequantize}))
         yield
-        warned = [str(each.message) for each in told if "stored as" in str(each.message)]
+        warned = [str(each.message) for each in told if re.search("stays? stored as", str(each.message))]
         if bool(warned) != (dequantize is None and bool(self.reference.stored)):
             raise DivergenceError("warning", f"unload(dequantize={dequantize}) says {warned}")
         self._emptied()

@@ -45,7 +45,7 @@ def located_adapter(
     saved: Mapping[str, Any],
     awaited: Mapping[tuple[str, str], LoraConfig],
     *,
-    whole: bool,
+    is_whole: bool,
 ) -> LocatedAdapter:
     """Finds the place of an adapter, and checks it against the one that is there.
 
@@ -60,7 +60,7 @@ def located_adapter(
     config = state.adapters[name].plan.config
     check_same_config(name, config.to_dict(), packed)
     own = None if lost_layers(target, name) else LoraModel(target).pack(name)
-    if own is not None and not (whole or _is_rebuilt_alike(own, packed)):
+    if own is not None and not (is_whole or _is_rebuilt_alike(own, packed)):
         own = None
     if own is not None:
         with versions_told(packed.manifest, registry_of(config)):
@@ -85,8 +85,8 @@ def in_order(located: Sequence[LocatedAdapter]) -> list[LocatedAdapter]:
     for target in {id(place.target): place.target for place in located}.values():
         places, state = [place for place in located if place.target is target], model_state(target)
         present = [] if state is None else [*state.adapters]
-        in_order = [place.name for place in places][: len(present)] == present
-        if not in_order or any(place.is_present and place.own is None for place in places):
+        is_in_order = [place.name for place in places][: len(present)] == present
+        if not is_in_order or any(place.is_present and place.own is None for place in places):
             anew.add(id(target))
     return [replace(place, own=None) if id(place.target) in anew else place for place in located]
 

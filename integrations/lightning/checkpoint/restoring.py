@@ -72,7 +72,8 @@ def restore(
         check_left_out(module, entry, keep_moved=keep_moved)
         whole = bool(entry.get("whole"))
         # Before one is overwritten.
-        located = in_order([located_adapter(module, each, state, awaited, whole=whole) for each in entry["adapters"]])
+        found = [located_adapter(module, each, state, awaited, is_whole=whole) for each in entry["adapters"]]
+        located = in_order(found)
         for adapter, place in zip(entry["adapters"], located, strict=True):
             attach_or_overwrite(place, undo)
             set_active(place.target, place.name, adapter["active"], adapter["weight"])

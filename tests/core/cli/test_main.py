@@ -53,6 +53,13 @@ class TestOtherCommands:
         assert all(f"  {name} " in out for name in installed_commands().table)
         assert (out, err) == (OVERVIEW, "")
 
+    def test_help_of_a_command(self, capsys):
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["help", "inspect"])
+        assert capsys.readouterr().out.startswith("usage: lora-plugins inspect")
+        assert main(["help", "inspct"]) == 1
+        assert "no command 'inspct'. Did you mean 'inspect'?" in capsys.readouterr().err
+
     def test_a_command_that_is_called_otherwise(self, capsys):
         assert main(["version"]) == 1
         assert capsys.readouterr().err == "error: there is no command 'version'. It is '--version' here.\n"

@@ -335,6 +335,7 @@ def test_what_a_class_of_the_user_raises_keeps_its_traceback():
     assert not isinstance(raised.value, LoraError)
 
 
+@needs_vision
 def test_what_is_no_checkpoint_is_said_in_one_line(folder, capsys):
     """And not in torch's many on how to unpickle it."""
     message = "no.ckpt cannot be read as a checkpoint: UnpicklingError: WeightsUnpickler error: Unsupported operand"
