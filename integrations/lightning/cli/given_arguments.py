@@ -159,7 +159,10 @@ def _check_sections(file: str, loaded: Mapping[str, Any]) -> None:
 
 
 def _check_classes(where: str, given: Any) -> None:
-    """Checks the tables that name a class, of which the parser would quote all that is around them."""
+    """Checks the tables that name a class, of which the parser would quote all that is around them.
+
+    Not what is in their `init_args`, where a class may take a table with keys of any names.
+    """
     if isinstance(given, list):
         for number, each in enumerate(given):
             _check_classes(f"{where}[{number}]", each)
@@ -170,7 +173,8 @@ def _check_classes(where: str, given: Any) -> None:
         if "class_path" in given and not isinstance(given.get("init_args") or {}, Mapping):
             raise ConfigError(f"{where}.init_args is {given['init_args']!r}; it holds keys with values.")
         for key, each in given.items():
-            _check_classes(f"{where}.{key}", each)
+            if key not in ("init_args", "dict_kwargs"):
+                _check_classes(f"{where}.{key}", each)
 
 
 def _below_command(loaded: dict[str, Any], command: str) -> dict[str, Any]:

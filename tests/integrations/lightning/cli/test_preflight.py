@@ -1,5 +1,6 @@
 """Mistakes in arguments: each is one message, said before Lightning is imported where that is possible."""
 
+import json
 import os
 import subprocess
 import sys
@@ -188,7 +189,12 @@ class Outer:
 
 class WithOptions(Callback):
     def __init__(
-        self, init_kwargs: dict[str, int] | None = None, n: int = 1, fields: Outer | None = None, fails: bool = False
+        self,
+        init_kwargs: dict[str, int] | None = None,
+        n: int = 1,
+        fields: Outer | None = None,
+        fails: bool = False,
+        table: dict | None = None,
     ) -> None:
         if fails:
             raise ValueError("a mistake in this code")
@@ -325,6 +331,16 @@ IN_A_FILE = {
 def test_a_key_of_a_file(text, message, tmp_path, capsys):
     (tmp_path / "more.yaml").write_text(text)
     refused(["--config", "recipe:cls", "--config", str(tmp_path / "more.yaml")], message, capsys)
+
+
+@needs_vision
+def test_a_table_of_a_class_may_have_keys_of_any_names(tmp_path, capsys):
+    options = {"table": {"class_path": [1, 2]}}
+    callbacks = [{"class_path": f"{__name__}.WithOptions", "init_args": options}]
+    (tmp_path / "more.yaml").write_text(json.dumps({"trainer": {"callbacks": callbacks}}))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["fit", "--config", "recipe:cls", "--config", str(tmp_path / "more.yaml"), "--print_config"])
+    assert "init_args:" in capsys.readouterr().out
 
 
 @needs_vision
