@@ -93,7 +93,8 @@ class Audit:
         self._by_hand = MovedByHand(module, copies)
         watched = {name: p for name, p in trained.items() if id(p) in held}
         alike = [copy.followers for copy in self._copies]
-        unheld = {name: p for name, p in trained.items() if id(p) not in held and within(name, self._followers)}
+        lookalikes = [name for copy in copies if not copy.began_equal for name in copy.followers]
+        unheld = {name: p for name, p in trained.items() if id(p) not in held and within(name, lookalikes)}
         self._first: FirstSteps | None = FirstSteps(watched or trained, alike, unheld)
         self._lost_writes = lost_writes
         lost_writes.start(module)  # with layers that a hook has adapted since

@@ -31,7 +31,8 @@ class FirstSteps:
     Args:
         trained: The parameters by name.
         copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
-        unheld: Trainable parameters that no optimizer has, by name, as they are in what may be a teacher.
+        unheld: Trainable parameters that no optimizer has, by name, of what has the layout of a trained part and other
+            values: it may be a teacher, or be no copy at all.
     """
 
     def __init__(

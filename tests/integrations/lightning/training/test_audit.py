@@ -253,6 +253,28 @@ def test_what_looks_like_a_teacher_and_has_a_gradient_is_named(tmp_path, epochs)
         fit(tmp_path, LikeItsNeck(), config, max_epochs=epochs)
 
 
+class PullsToItsOrigin(Classifier):
+    """Is held near a copy of itself, as by the proximal term of FedProx, whose gradients reach both."""
+
+    def __init__(self):
+        super().__init__()
+        self.origin = copy.deepcopy(self.net)
+
+    def training_step(self, batch, batch_idx):
+        pairs = zip(self.net.parameters(), self.origin.parameters(), strict=True)
+        return super().training_step(batch, batch_idx) + sum((own - its).square().sum() for own, its in pairs)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def test_a_copy_may_have_gradients_and_stay(tmp_path):
+    module = PullsToItsOrigin()
+    fit(tmp_path, module, LoraConfig(r=2))
+    assert any(p.grad is not None for p in module.origin.parameters())
+    assert learned(module.net)
+
+
 class WithBackbone(Classifier):
     def __init__(self):
         super().__init__()
