@@ -14,7 +14,8 @@ state dict: they are put into the module first. "base_tensors" has those that th
 state dict. "pretrained" has the fingerprints of those that they are put in place of, since the rest of that base is
 left out. "of_callbacks" says where states of callbacks, such as averages, had which tensors of the base: they leave
 them out as well. "outside" has the fingerprint of each frozen tensor that was left out and belongs to none of the
-targets. "whole" says that nothing was left out, as in the file that a tuner reads back after its trials.
+targets. "whole" says that nothing was left out, as in the file that a tuner reads back after its trials. "compiled"
+says whether the module has written names of `torch.compile`, which the file leaves out and its hook may look for.
 """
 
 from collections.abc import Iterator, Mapping

@@ -63,7 +63,8 @@ def before_hook(
         The checkpoint for the hook, with the module's frozen base, and what is to be called after it.
     """
     complete = _with_present_base(module, checkpoint) if restored is None else restored
-    if not checked_entry(checkpoint).get("compiled"):  # the hook sees the names that the module has written
+    # The hook sees the names that the module has written; where an older entry does not say which, those that it has.
+    if not checked_entry(checkpoint).get("compiled", True):
         complete = map_state_dicts(complete, _with_plain_names)
     base = {} if restored is None else _present_base(module, restored)
     rename = name_mapper(module)

@@ -64,10 +64,10 @@ def shrink(checkpoint: Mapping[str, Any], module: LightningModule, *, whole: boo
         "pretrained": {key: values for key, values in merged.items() if values},
         "outside": {key: values for key, values in parts.items() if key in left_out},
         "of_callbacks": of_callbacks,
-        "compiled": any(key != plain_name(key) for key in checkpoint.get("state_dict", {})),
         "whole": whole,
     }
     about = {key: values for key, values in about.items() if values}
+    about["compiled"] = any(key != plain_name(key) for key in checkpoint.get("state_dict", {}))
     return {
         **small,
         KEY: {"format": FORMAT, "left_out": list(left_out), "adapters": adapters, **about, **dicts, **line},

@@ -156,6 +156,25 @@ class TestCompile:
         for loaded in (again, load_from_checkpoint(NamesItsFiles, tmp_path / "it.ckpt")):
             assert not differing(plain_values(module), plain_values(loaded))
 
+    def test_a_file_that_does_not_say_which_names_were_written_is_read_by_those_of_the_module(self, tmp_path):
+        class ReadsItsCompiledPart(Classifier):
+            def __init__(self):
+                super().__init__()
+                self.net = torch.compile(self.net, backend="eager")
+
+            def on_load_checkpoint(self, checkpoint):
+                assert checkpoint["state_dict"].keys() == self.state_dict().keys()
+
+        module = ReadsItsCompiledPart()
+        run = trainer(tmp_path, [lora()])
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "it.ckpt")
+        checkpoint = torch.load(tmp_path / "it.ckpt", weights_only=False)
+        del checkpoint["lora_plugins"]["compiled"]  # as of files that are older than the entry
+        torch.save(checkpoint, tmp_path / "it.ckpt")
+        again = load_from_checkpoint(ReadsItsCompiledPart, tmp_path / "it.ckpt")
+        assert not differing(plain_values(module), plain_values(again))
+
     @WRAPPED
     @pytest.mark.parametrize("where", ["__init__", "configure_model"])
     def test_a_part_that_is_kept_beside_its_compiled_self_is_loaded(self, tmp_path, where, wrapped):
