@@ -290,7 +290,10 @@ def _placed(names: Mapping[str, str], model: nn.Module) -> dict[str, Place]:
     """
     known = _places(model)
     # LyCORIS 2.2 has an underscore behind each name, where it adapts a model by itself, and VideoX-Fun one in front.
-    found = {key: known.get(name) or known.get(name.strip("_"), []) for key, name in names.items()}
+    found = {
+        key: known.get(name) or known.get(name.removesuffix("_")) or known.get(name.removeprefix("_"), [])
+        for key, name in names.items()
+    }
     lacking = [key for key, places in found.items() if not places]
     if lacking:
         raise AdapterFileError(

@@ -124,6 +124,15 @@ def test_names_may_have_an_underscore_around_them(part, prefix, end, tmp_path):
     part.read_exactly(path, lora.model)
 
 
+def test_an_underscore_of_the_layer_itself_is_kept(tmp_path):
+    """As LyCORIS 2.2 writes `_conv`, beside a layer that has that name without the underscore."""
+    model = nn.ModuleDict({name: nn.Conv2d(3, 4, 1) for name in ("conv", "_conv")})
+    tensors = {"lora_up.weight": torch.ones(4, 2, 1, 1), "lora_down.weight": torch.ones(2, 3, 1, 1)}
+    path = tmp_path / "adapter.safetensors"
+    save_file({f"lycoris__conv_.{key}": tensor for key, tensor in tensors.items()}, path)
+    assert [layer.name for layer in LoraModel.load_adapter(model, path).plans["default"].layers] == ["_conv"]
+
+
 def test_linear_layers_are_convolutions_of_one_pixel_and_the_other_way_round(tmp_path):
     """Releases of one model differ in which of the two its projections are, as kohya's scripts know."""
     lora = ours(UNET, target_modules=["to_q", "proj_in"], rank_pattern={"to_q": 4})
