@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,8 +36,11 @@ _TYPES: Mapping[str, str] = {
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 """The keys of a table that names a class."""
 
-_LIBRARIES = ("lightning", "pytorch_lightning", "torch")
-"""What a constructor of these refuses is an argument; what one of the user's raises may be a mistake in its code."""
+_LIBRARIES = frozenset({"lightning", "pytorch_lightning", "torch", *sys.stdlib_module_names})
+"""What a constructor of these refuses is an argument; what code of the user raises may be a mistake there."""
+
+_PARSERS = frozenset({"jsonargparse", "lora_plugins", *_LIBRARIES})
+"""What builds the classes of a configuration."""
 
 _OF_THE_CPU = "DefaultCPUAllocator: "
 """Begins what torch says where the memory of a CPU is too small, in an error of no class of its own."""
@@ -112,17 +116,19 @@ def _refused(error: BaseException, message: str) -> str | None:
         error: What was raised in a constructor, or at its call.
         message: What jsonargparse makes of it.
     """
-    if isinstance(error, TypeError) and "argument after ** must be a mapping" in str(error):
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [frame.f_globals["__name__"].partition(".")[0] for frame in frames]
+    if packages[-1] == "jsonargparse" and "argument after ** must be a mapping" in str(error):
         # jsonargparse lets a value pass where a dataclass in a dataclass belongs, and fails to build it.
         tables = [f"{cls.rpartition('.')[2]}.{each}" for cls in _tried(message) for each in _tables(cls)]
         return f"{' or '.join(tables) or 'A field of a table'} is no table, such as {{a: 1}}, and has to be one."
     if not isinstance(error, ImportError | MisconfigurationException | TypeError | ValueError):
         return None
-    below = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__")
-    built = next((type(frame.f_locals["self"]) for frame in below if "self" in frame.f_locals), None)
-    if built is None or built.__module__.partition(".")[0] not in _LIBRARIES:
+    inits = (n for n, frame in enumerate(frames) if frame.f_code.co_name == "__init__" and "self" in frame.f_locals)
+    first = next(inits, len(frames))
+    if first == len(frames) or not (_PARSERS.issuperset(packages[:first]) and _LIBRARIES.issuperset(packages[first:])):
         return None
-    return f"{built.__name__}: {' '.join(str(error).split())}"
+    return f"{type(frames[first].f_locals['self']).__name__}: {' '.join(str(error).split())}"
 
 
 def _tried(message: str) -> list[str]:

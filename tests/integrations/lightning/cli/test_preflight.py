@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from lightning.pytorch import Callback
+from torch import nn
 
 from lora_plugins import LoraError
 from lora_plugins.cli.main import main
@@ -200,6 +201,16 @@ class WithOptions(Callback):
             raise ValueError("a mistake in this code")
 
 
+class Unpacks(Callback):
+    def __init__(self, options: dict[str, int] | None = None) -> None:
+        dict(**options)
+
+
+def made(width: int = -1) -> WithOptions:
+    nn.LayerNorm([width, "a mistake"])
+    return WithOptions()
+
+
 def refused(arguments, message, capsys):
     assert main(["fit", *arguments]) == 1
     said = capsys.readouterr().err
@@ -344,9 +355,14 @@ def test_a_table_of_a_class_may_have_keys_of_any_names(tmp_path, capsys):
 
 
 @needs_vision
-def test_what_a_class_of_the_user_raises_keeps_its_traceback():
-    arguments = f"trainer: {{callbacks: [{{class_path: {__name__}.WithOptions, init_args: {{fails: true}}}}]}}\n"
-    with pytest.raises(ValueError, match="a mistake in this code") as raised:
+@pytest.mark.parametrize(
+    "raising",
+    ["WithOptions, init_args: {fails: true}", "Unpacks", "made"],
+    ids=["class", "class that unpacks None", "function that calls a class of torch"],
+)
+def test_what_code_of_the_user_raises_keeps_its_traceback(raising):
+    arguments = f"trainer: {{callbacks: [{{class_path: {__name__}.{raising}}}]}}\n"
+    with pytest.raises((TypeError, ValueError), match=r"a mistake|must be a mapping|tuple of ints") as raised:
         main(["fit", "--config", "recipe:cls", "--config", arguments])
     assert not isinstance(raised.value, LoraError)
 
