@@ -23,7 +23,7 @@ WARNINGS = [
     "ignore:When using `Trainer\\(accumulate_grad_batches != 1\\)` and overriding:UserWarning",  # the warm-up
     "ignore:.`?.?fit\\(ckpt_path=:UserWarning",  # OnExceptionCheckpoint, and a module that is tested again
     "ignore:'.*center' have changed since the adapter was added:UserWarning",  # ours: it moves by hand
-    "ignore:\\d+ tensors of the frozen base were made trainable:UserWarning",  # ours: it thaws all of itself
+    "ignore:\\d+ tensors? of the frozen base (was|were) made trainable:UserWarning",  # ours: it thaws all of itself
     "ignore:\\d+ of \\d+ trainable tensors did not move:UserWarning",  # ours: LBFGS has no way down any more
     "ignore:merge_source='best', and no checkpoint was written:UserWarning",  # ours: it trained too few batches
 ]
