@@ -23,7 +23,7 @@ from lora_plugins.field_checks import (
     choice_of,
     optional,
 )
-from lora_plugins.inplace import full_name, submodule
+from lora_plugins.inplace import full_name, model_modules, submodule
 from lora_plugins.integrations.lightning.adapter_files import (
     AdapterFile,
     adapter_files,
@@ -106,7 +106,6 @@ from lora_plugins.integrations.lightning.training import (
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
-from lora_plugins.utils import plain_name
 
 allow_class_path()
 
@@ -463,7 +462,8 @@ class LoraCallback(Callback):
         if (state := model_state(target)) is not None and self.adapter_name in state.adapters:
             return {}
         config = with_declarations(self.config, module, target, self.target)
-        return {(plain_name(self.target or ""), self.adapter_name): config}
+        path = next(entry.name for entry in model_modules(module) if entry.module is target)  # target may be another
+        return {(path, self.adapter_name): config}
 
     def before_save(self, trainer: Trainer) -> None:
         """Records what the module has changed by hand, which the checkpoint has to hold; averages have the base."""
@@ -505,8 +505,10 @@ class LoraCallback(Callback):
 
     def _install_shims(self, shims: MethodShims, trainer: Trainer, module: LightningModule) -> None:
         """Lets the module be adapted once it is built, and the run act where no hook of a callback is the last one."""
+        every = lora_callbacks(trainer)
         self._run.waits = self._waits_for_checkpoint(trainer)
-        if self._run.waits and self._is_first(trainer):
+        # One that another callback has added since may be the first, as those before it do not wait.
+        if self._run.waits and not any(each._run.waits for each in every[: every.index(self)]):
             adapt = partial(self._adapt_in_order, trainer, module)
             self._run.shims.append(adapt_after_restoring(trainer, adapt))
         elif not self._run.waits:

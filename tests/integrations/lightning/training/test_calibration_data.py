@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateFinder,
@@ -345,3 +346,22 @@ def test_from_the_command_line(init, tmp_path, capsys):
     LoraModel.load_adapter(module, tmp_path / "adapter")
     assert differing(values(module), start) >= {"net.0.lora_B.default", "net.3.lora_B.default"}
     assert torch.equal(values(module)["net.0.weight"], start["net.0.weight"])
+
+
+class _Adds(Callback):
+    """Adds a callback when a run is set up."""
+
+    def __init__(self, added):
+        self.added = added
+
+    def setup(self, trainer, pl_module, stage):
+        if self.added not in trainer.callbacks:
+            trainer.callbacks.append(self.added)
+
+
+def test_a_callback_that_is_added_in_setup_may_learn_from_data_alone(tmp_path):
+    module = Classifier()
+    first = callback(LoraConfig(r=2, target_modules=["net.0"]))
+    later = callback(LoraConfig(r=2, target_modules=["net.3"], init="eva"), adapter_name="later")
+    trainer(tmp_path, [first, _Adds(later)]).fit(module, loader())
+    assert LoraModel(module).adapters == ("default", "later")
