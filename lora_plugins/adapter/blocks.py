@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_plugins.adapter.acting import apply_acting
 from lora_plugins.adapter.gradients import require_gradient
+from lora_plugins.adapter.owned_tensors import check_whole
 from lora_plugins.adapter.state import Block, ModelState, Outside, model_state, present_state
 from lora_plugins.adapter.whole import whole
 from lora_plugins.errors import StateError
@@ -147,6 +148,7 @@ def _leave_block(model: nn.Module, state: ModelState, opened: Block) -> None:
 def _step_outside(model: nn.Module, state: ModelState) -> Outside:
     """Puts the base's values in place of those of the active adapters; a backward through the latter is an error."""
     owned = {name: own_tensor(model, name) for name in state.values.owner}
+    check_whole(model, owned)
     trained = {name: tensor for name, tensor in owned.items() if tensor.requires_grad}
     state.values.activate(model, ())
     for name, tensor in trained.items():

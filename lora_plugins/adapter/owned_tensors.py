@@ -21,6 +21,20 @@ IF_OFFLOADED = (
 """What to do where tensors are on the meta device."""
 
 
+def check_whole(model: nn.Module, names: Iterable[str]) -> None:
+    """Checks that tensors of a model can take other values, and be used with them.
+
+    Raises:
+        StateError: If some are split over processes.
+    """
+    if split := [name for name in names if is_shard(*holder_of(model, name))]:
+        raise StateError(
+            f"{listing(split, 3)} takes another value, and is split over processes, where it cannot be exchanged. "
+            "Do it before the model is sharded, or in a whole model; adapters without modules_to_save and bias "
+            "have no such values."
+        )
+
+
 @dataclass
 class OwnedTensors:
     """Who owns which value of which tensor.
@@ -84,8 +98,8 @@ class OwnedTensors:
                 as they are.
 
         Raises:
-            StateError: If one of the tensors is gone, has another shape than its values, is offloaded, or is split over
-                processes.
+            StateError: If one of the tensors is gone, has another shape than its values, is offloaded, or is to stay so
+                and is split over processes.
         """
         wanted = {name: adapter for adapter in adapters for name in self.of(adapter)}
         differ = [name for name in self.base if self.owner.get(name) != wanted.get(name)]
@@ -100,12 +114,8 @@ class OwnedTensors:
                 f"{listing(away, 3)} takes another value, and has none to exchange it for while on the meta device. "
                 f"{IF_OFFLOADED}"
             )
-        if split := [name for name in changing if is_shard(*holder_of(model, name))]:
-            raise StateError(
-                f"{listing(split, 3)} takes another value, and is split over processes, where it cannot be exchanged. "
-                "Do it before the model is sharded, or in a whole model; adapters without modules_to_save and bias "
-                "have no such values."
-            )
+        if lasting:
+            check_whole(model, changing)
         if changing:
             doing = f"Giving {listing(changing, 3)} the value of another adapter, or of the base,"
             check_no_copies(model_modules(model), doing)
