@@ -117,8 +117,8 @@ def _refused(error: BaseException, message: str) -> str | None:
         message: What jsonargparse makes of it.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = [frame.f_globals["__name__"].partition(".")[0] for frame in frames]
-    if packages[-1] == "jsonargparse" and "argument after ** must be a mapping" in str(error):
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    if packages[-1:] == ["jsonargparse"] and "argument after ** must be a mapping" in str(error):
         # jsonargparse lets a value pass where a dataclass in a dataclass belongs, and fails to build it.
         tables = [f"{cls.rpartition('.')[2]}.{each}" for cls in _tried(message) for each in _tables(cls)]
         return f"{' or '.join(tables) or 'A field of a table'} is no table, such as {{a: 1}}, and has to be one."
