@@ -30,7 +30,7 @@ def test_bad_input_is_named():
     pipe = build("Stable Diffusion")
     with pytest.raises(ConfigError, match="A prompt is empty"):
         sample(pipe, ["a dog", " "], [0, 1])
-    with pytest.raises(ConfigError, match="3 prompts and 1 seeds"):
+    with pytest.raises(ConfigError, match="3 prompts and 1 seed: "):
         sample(pipe, PROMPTS, [0])
     with pytest.raises(ConfigError, match="steps is a whole number of at least 1, not 0"):
         Sampling(steps=0)
