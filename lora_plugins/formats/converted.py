@@ -40,6 +40,10 @@ def convert(
     adapter = source_format.load(source, None, read_options)
     if any(name.startswith(f"{ORIGINAL}.") for name in adapter.layers):
         raise ConfigError(f"{source} names layers as the original implementation does. {needed}")
+    if adapter.changes or any(layer.bias is not None for layer in adapter.layers.values()):
+        raise ConfigError(
+            f"{source} adds to values of the base, which are needed for it. {needed[:-1]} --weights FILE."
+        )
     if adapter.init != "kaiming":
         raise AdapterFileError(
             f"The adapter was started by {adapter.init!r}, whose base has to be computed from the weights of the "

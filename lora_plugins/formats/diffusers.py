@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.changes import ENDINGS as BESIDE
+from lora_plugins.formats.changes import Beside, changes_and_values, take_beside
 from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
 from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, own_key, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
@@ -18,7 +20,7 @@ from lora_plugins.formats.original_names import by_own_names
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
-from lora_plugins.formats.peft_model import in_model
+from lora_plugins.formats.peft_model import in_model, present
 from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat
@@ -52,7 +54,7 @@ class DiffusersFormat(PortableFormat):
         if file.name == TENSORS_OF_PEFT:  # whose alphas are beside it
             keys = [key for key in keys if not key.startswith(PREFIX)]
         placed = [found for key in keys if (found := placed_key(key)) is not None]
-        return any(part != ALONE or kind != "alpha" for part, _, kind in placed)
+        return any(part != ALONE or kind not in ("alpha", *BESIDE.values()) for part, _, kind in placed)
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
@@ -60,6 +62,7 @@ class DiffusersFormat(PortableFormat):
         if model is not None:
             refuse_alternating_rows(tensors, model)
         parts = _parts(tensors, model)
+        beside = {part: take_beside(found) for part, found in parts.items()}
         configs = _configs(metadata, parts, options["patterns"])
         modules = [] if model is None else [entry.name for entry in model_modules(model)]
         for part, config in configs.items():
@@ -78,13 +81,14 @@ class DiffusersFormat(PortableFormat):
             for part, found in parts.items()
         }
         if model is None:
-            return _adapter(layers, {part: part for part in parts}, configs)
-        _name_denoiser(denoiser_of(model), layers, configs)
+            return _adapter(layers, beside, {part: part for part in parts}, configs)
+        _name_denoiser(denoiser_of(model), layers, beside, configs)
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
             layers[part] = in_model(within, by_own_names(layers[part], within), configs.get(part))
-        return _adapter(layers, paths, configs)
+            beside[part] = present(within, by_own_names(beside[part], within))
+        return _adapter(layers, beside, paths, configs)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
         """Returns what is neither a linear layer nor a convolution."""
@@ -134,10 +138,12 @@ def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None, 
     alpha = float(factors["alpha"]) if "alpha" in factors else float(r) if of_all is None else of_all
     if config is not None:
         said = config.rank(name, factors["A"], factors["B"])
-        config.check_magnitude(name, present=not factors.keys().isdisjoint(("magnitude", "scale")))
+        has_magnitude = not factors.keys().isdisjoint(("magnitude", "scale"))
+        config.check_parts(name, magnitude=has_magnitude, bias="bias_B" in factors)
         alpha = config.alpha(name, said) * r / rank_divisor(said, use_rslora=config.fields.get("use_rslora", False))
     magnitude = magnitude_of(name, factors["scale"], len(factors["B"])) if "scale" in factors else None
-    return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude", magnitude))
+    bias = factors.get("bias_B")
+    return PortableLayer(factors["A"], factors["B"], alpha, factors.get("magnitude", magnitude), bias=bias)
 
 
 def _configs(metadata: Mapping[str, str], parts: Iterable[str], patterns: str | None) -> dict[str, PeftConfig]:
@@ -155,7 +161,12 @@ def _configs(metadata: Mapping[str, str], parts: Iterable[str], patterns: str | 
     return {part: PeftConfig(known | own, patterns) for part, own in fields.items() if own}
 
 
-def _name_denoiser(denoiser: str, layers: dict[str, dict[str, PortableLayer]], configs: dict[str, PeftConfig]) -> None:
+def _name_denoiser(
+    denoiser: str,
+    layers: dict[str, dict[str, PortableLayer]],
+    beside: dict[str, dict[str, Beside]],
+    configs: dict[str, PeftConfig],
+) -> None:
     """Puts the layers of a part without a name, or with an original one, under the name of the denoiser.
 
     Raises:
@@ -175,13 +186,16 @@ def _name_denoiser(denoiser: str, layers: dict[str, dict[str, PortableLayer]], c
                 f"The adapter has layers of the denoiser as {part!r} and as {denoiser!r}, and it cannot be told which "
                 "of them are meant. Take one of the two out of the file."
             )
-        layers[denoiser] = layers.pop(part)
+        layers[denoiser], beside[denoiser] = layers.pop(part), beside.pop(part)
         if part in configs:
             configs[denoiser] = configs[part]
 
 
 def _adapter(
-    layers: Mapping[str, Mapping[str, PortableLayer]], paths: Mapping[str, str], configs: Mapping[str, PeftConfig]
+    layers: Mapping[str, Mapping[str, PortableLayer]],
+    beside: Mapping[str, Mapping[str, Beside]],
+    paths: Mapping[str, str],
+    configs: Mapping[str, PeftConfig],
 ) -> PortableAdapter:
     """Returns the adapter of the parts that are read; where their dropout differs, it has the largest."""
     read = [configs[part] for part in paths if part in configs]
@@ -189,9 +203,12 @@ def _adapter(
     if len(inits) > 1:
         raise AdapterFileError(f"The parts of the adapter were started in different ways: {listing(sorted(inits))}.")
     found = {full_name(path, name): layer for part, path in paths.items() for name, layer in layers[part].items()}
+    changes, values = changes_and_values(
+        {full_name(path, name): each for part, path in paths.items() for name, each in beside[part].items()}
+    )
     details = {"parts": ", ".join(layers), "alphas": "of PEFT's configs" if configs else "of the keys, or the ranks"}
     dropout = max((config.fields.get("lora_dropout", 0.0) for config in read), default=0.0)
-    return PortableAdapter(found, dropout=dropout, init=inits.pop(), details=details)
+    return PortableAdapter(found, values, dropout=dropout, init=inits.pop(), details=details, changes=changes)
 
 
 def _keys(part: str, layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:

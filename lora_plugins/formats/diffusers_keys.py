@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 
+from lora_plugins.formats.changes import ENDINGS as BESIDE
 from lora_plugins.formats.components import COMPONENTS, ORIGINAL
 from lora_plugins.formats.peft_keys import PREFIX
 from lora_plugins.utils import plain_name
@@ -20,7 +21,9 @@ _ENDINGS: Mapping[str, str] = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".magnitude": "magnitude",
     ".dora_scale": "scale",
+    ".lora_B.bias": "bias_B",
     ".alpha": "alpha",
+    **BESIDE,
 }
 """The endings of keys over the years, and which tensor of a layer each is."""
 
@@ -42,7 +45,7 @@ _ENCODERS: Mapping[str, str] = {
 _FLAT = ("lora_", "lycoris_")
 """What such keys do not start with: those are names without dots, of another format."""
 
-_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.weight$)")
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.(?:weight|bias)$)")
 """Where keys of a model that PEFT has wrapped name the adapter, as some scripts save them."""
 
 _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
+from lora_plugins.formats.changes import ENDINGS, Beside, changes_and_values, take_beside
 from lora_plugins.formats.components import OTHER_TRANSFORMERS, part_of, part_told, paths_read, with_conditioner
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
@@ -62,6 +63,7 @@ _FACTORS: Mapping[str, str] = {
     "alpha": "alpha",
     "dora_scale": "scale",
     "lora_magnitude_vector": "magnitude",
+    **{ending.removeprefix("."): kind for ending, kind in ENDINGS.items()},
 }
 """What follows the name of a layer, and which tensor of it that is."""
 
@@ -93,18 +95,25 @@ class KohyaFormat(PortableFormat):
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
         tensors, metadata = read_tensors(path)
-        layers = {key: _layer(key, factors) for key, factors in _sorted(tensors).items()}
+        found = _sorted(tensors)
+        beside = take_beside(found)
+        layers = {key: _layer(key, factors) for key, factors in found.items()}
         details = {key: metadata[key] for key in ("ss_base_model_version", "ss_network_module") if key in metadata}
         if model is None:
-            return PortableAdapter(layers, details=details)
-        names_of_parts = _names_of_parts(layers, model, options["component"])
+            changes, values = changes_and_values(beside)
+            return PortableAdapter(layers, values, details=details, changes=changes)
+        names_of_parts = _names_of_parts({**layers, **beside}, model, options["component"])
         paths = paths_read(names_of_parts, model, options["component"])
         placed: dict[str, PortableLayer] = {}
+        placed_beside: dict[str, Beside] = {}
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
-            found = put(layers, _placed(names_of_parts[part], within), within)
-            placed |= {full_name(path_in_model, name): layer for name, layer in found.items()}
-        return PortableAdapter(placed, details=details)
+            places = _placed(names_of_parts[part], within)
+            own, besides = put(layers, places, within), put(beside, places, within)
+            placed |= {full_name(path_in_model, name): layer for name, layer in own.items()}
+            placed_beside |= {full_name(path_in_model, name): each for name, each in besides.items()}
+        changes, values = changes_and_values(placed_beside)
+        return PortableAdapter(placed, values, details=details, changes=changes)
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
         """Returns what is neither a linear layer nor a convolution."""

@@ -14,7 +14,7 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
     Args:
         name: Name of the layer.
         factors: Its tensors: `A`, of `(r, in, ...)`, `B`, of `(out, r, ...)`, and what else the format knows: `mid`, of
-            `(r, r, ...)`, `magnitude`, `scale`, and `alpha`, of one element.
+            `(r, r, ...)`, `magnitude`, `scale`, `bias_B`, of `(out,)`, and `alpha`, of one element.
 
     Raises:
         AdapterFileError: If it lacks one, they cannot belong together, or alpha is no scaling.
@@ -70,12 +70,14 @@ def _fit(
     mid: Tensor | None = None,
     magnitude: Tensor | None = None,
     scale: Tensor | None = None,
+    bias_B: Tensor | None = None,
     alpha: Tensor | None = None,
 ) -> bool:
     r = len(A) if A.dim() > 1 else 0
     return (
         r > 0
         and B.dim() > 1
+        and (bias_B is None or bias_B.shape == B.shape[:1])
         and (mid is None or (mid.dim() > 2 and mid.shape[:2] == (r, r)))
         and all(each is None or each.dim() > 0 for each in (magnitude, scale))
         and (alpha is None or alpha.numel() == 1)

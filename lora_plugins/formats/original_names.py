@@ -5,20 +5,23 @@ attentions.0`, and `img_attn.qkv` of Flux is one layer for three; for transforme
 that a model has no layers for are left out.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, count, takewhile
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.changes import Beside
 from lora_plugins.formats.original_tables import TRANSFORMERS
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import base_class_of, model_modules, submodule
 from lora_plugins.utils import path_starts
+
+Entry = TypeVar("Entry", PortableLayer, Beside)
 
 _UNET: Mapping[str, str] = {
     "conv_in": "input_blocks.0.0",
@@ -63,25 +66,25 @@ class Place:
     names: tuple[str, ...]
     swapped: bool = False
 
-    def put(self, key: str, layer: PortableLayer, model: nn.Module) -> dict[str, PortableLayer]:
+    def put(self, key: str, layer: Entry, model: nn.Module) -> dict[str, Entry]:
         """Returns a layer by its names in the model; where there are several, each has its rows of B and all of A.
 
         Raises:
             AdapterFileError: If the layers of the model do not have as many outputs together.
         """
         if self.swapped:
-            layer = _with_rows(layer, partial(torch.roll, shifts=len(layer.B) // 2, dims=0))
+            layer = layer.with_rows(partial(torch.roll, shifts=layer.outputs // 2, dims=0))
         if len(self.names) == 1:
             return {self.names[0]: layer}
         sizes = [cast(int, submodule(model, name).out_features) for name in self.names]
-        if sum(sizes) != len(layer.B):
+        if sum(sizes) != layer.outputs:
             raise AdapterFileError(
-                f"{key!r} of the adapter has {len(layer.B)} outputs, and {listing(self.names)} have {sum(sizes)} "
+                f"{key!r} of the adapter has {layer.outputs} outputs, and {listing(self.names)} have {sum(sizes)} "
                 "together."
             )
         starts = accumulate(sizes, initial=0)
         return {
-            name: _with_rows(layer, partial(torch.narrow, dim=0, start=start, length=size))
+            name: layer.with_rows(partial(torch.narrow, dim=0, start=start, length=size))
             for name, start, size in zip(self.names, starts, sizes, strict=False)
         }
 
@@ -100,27 +103,27 @@ def original_places(model: nn.Module) -> dict[str, Place]:
     return places
 
 
-def put(layers: Mapping[str, PortableLayer], places: Mapping[str, Place], model: nn.Module) -> dict[str, PortableLayer]:
+def put(layers: Mapping[str, Entry], places: Mapping[str, Place], model: nn.Module) -> dict[str, Entry]:
     """Returns layers of a file by their names in a model.
 
     Args:
-        layers: The layers by their names in the file.
+        layers: The layers by their names in the file, or what is beside their A and B.
         places: Where those are that are put; others are left out.
         model: The model.
 
     Raises:
         AdapterFileError: If two layers have one place, or one has other outputs than the model's.
     """
-    found: dict[str, PortableLayer] = {}
-    for key, place in places.items():
-        own = place.put(key, layers[key], model)
+    found: dict[str, Entry] = {}
+    for key in (key for key in places if key in layers):
+        own = places[key].put(key, layers[key], model)
         if twice := own.keys() & found.keys():
             raise AdapterFileError(f"{key!r} and another layer of the adapter are both {listing(twice)} of the model.")
         found |= own
     return found
 
 
-def by_own_names(layers: Mapping[str, PortableLayer], model: nn.Module) -> dict[str, PortableLayer]:
+def by_own_names(layers: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
     """Returns layers with original names, or their own ones, by the names that they have in a model; see `put`."""
     places = original_places(model)
     return put(layers, {name: places.get(name, Place((name,))) for name in layers}, model)
@@ -129,11 +132,6 @@ def by_own_names(layers: Mapping[str, PortableLayer], model: nn.Module) -> dict[
 def is_of_transformer(name: str) -> bool:
     """Whether an original name without dots is one of a transformer, and not of a UNet."""
     return name.startswith(("double_blocks_", "single_blocks_", "joint_blocks_"))
-
-
-def _with_rows(layer: PortableLayer, rows: Callable[[Tensor], Tensor]) -> PortableLayer:
-    """Returns a layer with only those outputs that `rows` selects."""
-    return replace(layer, B=rows(layer.B), magnitude=None if layer.magnitude is None else rows(layer.magnitude))
 
 
 def _of_unet(names: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -21,17 +21,23 @@ _ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 _FLUX: Table = {
     "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
     "double_blocks.*.img_attn.proj": ("transformer_blocks.*.attn.to_out.0",),
+    "double_blocks.*.img_attn.norm.query_norm": ("transformer_blocks.*.attn.norm_q",),
+    "double_blocks.*.img_attn.norm.key_norm": ("transformer_blocks.*.attn.norm_k",),
     "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.net.0.proj",),
     "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.net.2",),
     "double_blocks.*.img_mod.lin": ("transformer_blocks.*.norm1.linear",),
     "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
     "double_blocks.*.txt_attn.proj": ("transformer_blocks.*.attn.to_add_out",),
+    "double_blocks.*.txt_attn.norm.query_norm": ("transformer_blocks.*.attn.norm_added_q",),
+    "double_blocks.*.txt_attn.norm.key_norm": ("transformer_blocks.*.attn.norm_added_k",),
     "double_blocks.*.txt_mlp.0": ("transformer_blocks.*.ff_context.net.0.proj",),
     "double_blocks.*.txt_mlp.2": ("transformer_blocks.*.ff_context.net.2",),
     "double_blocks.*.txt_mod.lin": ("transformer_blocks.*.norm1_context.linear",),
     "single_blocks.*.linear1": tuple(f"single_transformer_blocks.*.{name}" for name in (*_QKV, "proj_mlp")),
     "single_blocks.*.linear1_qkv": tuple(f"single_transformer_blocks.*.{name}" for name in _QKV),
     "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
+    "single_blocks.*.norm.query_norm": ("single_transformer_blocks.*.attn.norm_q",),
+    "single_blocks.*.norm.key_norm": ("single_transformer_blocks.*.attn.norm_k",),
     "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -194,13 +200,14 @@ _HUNYUAN_IMAGE: Table = {
 }
 
 _WAN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj"}
+_WAN_NORMS = {"norm_q": "norm_q", "norm_k": "norm_k", "norm_k_img": "norm_added_k"}
 
 _WAN: Table = {
     **{
         f"{blocks}.*.{attention}.{name}": (f"{blocks}.*.{ours}.{own}",)
         for blocks in ("blocks", "vace_blocks")
         for attention, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for name, own in _WAN_ATTENTION.items()
+        for name, own in (_WAN_ATTENTION | _WAN_NORMS).items()
     },
     **{
         f"{blocks}.*.{name}": (f"{blocks}.*.{own}",)
@@ -208,6 +215,7 @@ _WAN: Table = {
         for name, own in {
             "ffn.0": "ffn.net.0.proj",
             "ffn.2": "ffn.net.2",
+            "norm3": "norm2",
             "before_proj": "proj_in",
             "after_proj": "proj_out",
         }.items()
@@ -217,8 +225,10 @@ _WAN: Table = {
     "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
     "time_embedding.2": ("condition_embedder.time_embedder.linear_2",),
     "time_projection.1": ("condition_embedder.time_proj",),
+    "img_emb.proj.0": ("condition_embedder.image_embedder.norm1",),
     "img_emb.proj.1": ("condition_embedder.image_embedder.ff.net.0.proj",),
     "img_emb.proj.3": ("condition_embedder.image_embedder.ff.net.2",),
+    "img_emb.proj.4": ("condition_embedder.image_embedder.norm2",),
     "head.head": ("proj_out",),
 }
 

@@ -174,11 +174,11 @@ def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configu
     """
     check_factors(name, factors)
     A, B = factors["A"], factors["B"]
-    config.check_magnitude(name, present="magnitude" in factors)
+    config.check_parts(name, magnitude="magnitude" in factors, bias="bias_B" in factors)
     rank = config.rank(configured, A, B)
     share = len(A) / rank
     alpha = config.alpha(configured, rank) * rank_divisor(share, use_rslora=config.fields.get("use_rslora", False))
-    return PortableLayer(A, B, alpha, factors.get("magnitude"))
+    return PortableLayer(A, B, alpha, factors.get("magnitude"), bias=factors.get("bias_B"))
 
 
 def _times(config: PeftConfig, asked: str | None) -> int:

@@ -91,6 +91,7 @@ _READ: Mapping[str, Check] = {
     "rank_pattern": _by_expression(check_rank),
     "alpha_pattern": _by_expression(check_alpha),
     "use_dora": check_flag,
+    "lora_bias": check_flag,
     "target_parameters": check_names,
     "peft_version": _anything,
     "base_model_name_or_path": _anything,
@@ -120,7 +121,6 @@ _IDLE = frozenset(
 """The fields that say nothing of what a saved plain adapter computes, outside of training."""
 
 _REFUSED: Mapping[str, str] = {
-    "lora_bias": "a bias of B has no place here",
     "trainable_token_indices": "trained tokens of an embedding have no place here",
     "layer_replication": "replicated layers have no place here: replicate them in the model first",
     "use_qalora": "QALoRA is another method",
@@ -228,17 +228,18 @@ class PeftConfig:
         """Returns the numerator of the scaling of a layer whose rank the config says; see `PeftPatterns`."""
         return self._patterns.alpha(name, rank)
 
-    def check_magnitude(self, name: str, *, present: bool) -> None:
-        """Checks that a layer has a magnitude where the adapter is one of DoRA.
+    def check_parts(self, name: str, *, magnitude: bool, bias: bool) -> None:
+        """Checks that a layer has a magnitude where the adapter is one of DoRA, and a bias of B where that was trained.
 
         Raises:
             AdapterFileError: If the config says the opposite of the tensors.
         """
-        if self.fields.get("use_dora", present) != present:
-            raise AdapterFileError(
-                f"{name!r} has {'a' if present else 'no'} magnitude in the tensors, and the config says use_dora = "
-                f"{self.fields['use_dora']}. One of the two files is of another adapter."
-            )
+        for part, field, present in (("magnitude", "use_dora", magnitude), ("bias of B", "lora_bias", bias)):
+            if self.fields.get(field, present) != present:
+                raise AdapterFileError(
+                    f"{name!r} has {'a' if present else 'no'} {part} in the tensors, and the config says {field} = "
+                    f"{self.fields[field]}. One of the two files is of another adapter."
+                )
 
     def check_expressions(self, names: Iterable[str]) -> None:
         """Checks that its regular expressions terminate.

@@ -30,6 +30,7 @@ _PROJECTION = ".out_proj."
 _FACTORS: Mapping[str, str] = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
+    ".lora_B.bias": "bias_B",
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".lora_magnitude_vector": "magnitude",
@@ -37,13 +38,12 @@ _FACTORS: Mapping[str, str] = {
 }
 """The endings of keys, and which tensor of a layer each is."""
 
-_NAMED = re.compile(r"(\.lora_(?:(?:embedding_)?[AB]|magnitude_vector))\.default(?=\.weight$|$)")
+_NAMED = re.compile(r"(\.lora_(?:(?:embedding_)?[AB]|magnitude_vector))\.default(?=\.weight$|\.bias$|$)")
 """An ending with the name of the adapter, as in a state dict of the model, which PEFT reads as well."""
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 
 _REFUSED: Mapping[str, str] = {
-    ".lora_B.bias": "a bias of B (lora_bias), which has no place here: add it to the bias of the layer, and drop it",
     ".trainable_tokens_delta": "trained tokens of an embedding (trainable_token_indices), which have no place here",
 }
 """The endings of keys that have no place here."""

@@ -99,11 +99,15 @@ def in_model(
     Raises:
         AdapterFileError: If a layer that the config targets is missing.
     """
-    names = _present_names(model, places_by_name(model), layers)
-    found = _renamed_all(layers, names.__getitem__)
+    found = present(model, layers)
     if config is not None:
-        check_complete(model, found, config, _former(model, names))
+        check_complete(model, found, config, _former(model, _present_names(model, places_by_name(model), layers)))
     return found
+
+
+def present(model: nn.Module, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Returns what a file has for modules by the names of a model."""
+    return _renamed_all(entries, _present_names(model, places_by_name(model), entries).__getitem__)
 
 
 def saved_modules(config: PeftConfig, values: Iterable[str]) -> list[str]:

@@ -15,13 +15,8 @@ _OTHER_METHODS: Mapping[str, str] = {
     "oft_": "OFT",
     "boft_": "BOFT",
     "on_input": "(IA)^3",
-    "diff": "a full difference",
-    "diff_b": "a difference of biases",
     "a1.weight": "GLoRA",
     "lambda_layer": "T-LoRA",
-    "w_norm": "trained normalizations",
-    "b_norm": "trained normalizations",
-    "lora_B.bias": "a bias of B (lora_bias)",
 }
 """What the tensors of other methods than LoRA are called, or begin with, and the names of the methods."""
 

@@ -95,8 +95,8 @@ def _placed(
 
 
 def _same_layer(first: PortableLayer, second: PortableLayer) -> bool:
-    pairs = ((first.A, second.A), (first.B, second.B), (first.magnitude, second.magnitude))
-    return first.alpha == second.alpha and all(_same(own, other) for own, other in pairs)
+    parts = ("A", "B", "magnitude", "bias")
+    return first.alpha == second.alpha and all(_same(getattr(first, part), getattr(second, part)) for part in parts)
 
 
 def _same(own: Tensor | None, other: Tensor | None) -> bool:

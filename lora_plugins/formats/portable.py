@@ -1,8 +1,8 @@
 """An adapter in the terms that foreign formats share: layers by name, each with A, B and an alpha."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from torch import Tensor
@@ -25,6 +25,7 @@ class PortableLayer:
         B: `(out, r)`, or `(out, r, 1...)` for a convolution; `(dim, r)` for an embedding.
         alpha: Numerator of the scaling.
         magnitude: DoRA's norms of the outputs, `(out,)`; None for plain LoRA.
+        bias: A bias of B, `(out,)`, which is scaled like the update and added to the layer's; None for none.
         layer_type: Name of the layer type, such as `conv2d`; empty where the file does not tell.
         in_attention: Whether it is the output projection of an `nn.MultiheadAttention`.
     """
@@ -35,6 +36,7 @@ class PortableLayer:
     magnitude: Tensor | None = None
     layer_type: str = ""
     in_attention: bool = False
+    bias: Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -42,9 +44,19 @@ class PortableLayer:
         return len(self.A)
 
     @property
+    def outputs(self) -> int:
+        """The number of outputs."""
+        return len(self.B)
+
+    def with_rows(self, rows: Callable[[Tensor], Tensor]) -> "PortableLayer":
+        """Returns the layer with only those outputs that `rows` selects."""
+        magnitude, bias = (None if each is None else rows(each) for each in (self.magnitude, self.bias))
+        return replace(self, B=rows(self.B), magnitude=magnitude, bias=bias)
+
+    @property
     def elements(self) -> int:
         """The number of elements of its tensors."""
-        return sum(tensor.numel() for tensor in (self.A, self.B, self.magnitude) if tensor is not None)
+        return sum(tensor.numel() for tensor in (self.A, self.B, self.magnitude, self.bias) if tensor is not None)
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class PortableAdapter:
         bias: Which biases were trained.
         saved_modules: Full names of the modules that were trained in full.
         details: What else a file says of it, for `lora-plugins inspect`.
+        changes: What is added to the base's values of biases and weights of normalizations, by full name.
     """
 
     layers: Mapping[str, PortableLayer]
@@ -72,3 +85,4 @@ class PortableAdapter:
     bias: Literal["none", "all", "lora_only"] = "none"
     saved_modules: Sequence[str] = ()
     details: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, Tensor] = field(default_factory=dict)

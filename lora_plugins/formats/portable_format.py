@@ -113,7 +113,7 @@ class PortableFormat(AdapterFormat):
             tuple(
                 LayerSummary(name, each.r, each.alpha, each.elements) for name, each in sorted(adapter.layers.items())
             ),
-            {name: value.numel() for name, value in sorted(adapter.values.items())},
+            {name: value.numel() for name, value in sorted({**adapter.values, **adapter.changes}.items())},
             adapter.details,
         )
 
@@ -124,7 +124,7 @@ def _wrong(adapter: Any) -> str:
         return f"{shown(adapter)}, which is no PortableAdapter"
     if not isinstance(adapter.name, str) or not ADAPTER_NAME.fullmatch(adapter.name):
         return f"the name {shown(adapter.name)}, where an adapter's has letters, digits, '_' and '-'"
-    for what in ("layers", "values"):
+    for what in ("layers", "values", "changes"):
         named = getattr(adapter, what)
         if not isinstance(named, Mapping) or not all(isinstance(key, str) for key in named):
             return f"{what} that are {shown(named)}, and no mapping by full names"
@@ -133,14 +133,16 @@ def _wrong(adapter: Any) -> str:
             return f"{shown(layer)} for {name!r}, which is no PortableLayer"
         if wrong := _wrong_part(name, layer):
             return wrong
-    odd = [name for name, value in adapter.values.items() if not _is_dense_tensor(value)]
-    return f"{shown(adapter.values[odd[0]])} for {odd[0]!r}, which is no dense tensor" if odd else ""
+    beside = (*adapter.values.items(), *adapter.changes.items())
+    odd = [f"{shown(value)} for {name!r}" for name, value in beside if not _is_dense_tensor(value)]
+    return f"{odd[0]}, which is no dense tensor" if odd else ""
 
 
 def _wrong_part(name: str, layer: PortableLayer) -> str:
     """Says which value of a layer is not valid; empty if all are."""
     factors = {"A": layer.A, "B": layer.B}
-    for part, value in (factors if layer.magnitude is None else {**factors, "magnitude": layer.magnitude}).items():
+    given = {part: value for part in ("magnitude", "bias") if (value := getattr(layer, part)) is not None}
+    for part, value in {**factors, **given}.items():
         if not _is_dense_tensor(value):
             return f"{shown(value)} for {part} of {name!r}, which is no dense tensor"
     for part, factor in factors.items():

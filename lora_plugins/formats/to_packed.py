@@ -12,7 +12,8 @@ from lora_plugins.adapter import changed_bases, initialize
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError, LoraError, TargetError, listing
 from lora_plugins.files import checksum, described, fingerprints, manifest_of, recipe_prefix, tensor_key, value_key
-from lora_plugins.formats.places import placed_layers, placed_values, places_by_name
+from lora_plugins.formats.changes import changed_values
+from lora_plugins.formats.places import placed_layers, places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.inplace import detached_weight, model_modules, own_parameters, submodule
 from lora_plugins.plan import Plan, exact_expression, exact_pattern, make_plan
@@ -36,10 +37,10 @@ def packed_for(model: nn.Module, adapter: PortableAdapter, registry: Registry | 
     """
     if not adapter.layers:
         raise AdapterFileError("The adapter has no layers, so there is nothing to load.")
-    layers, values = placed_layers(model, adapter.layers), placed_values(model, adapter.values)
+    adapter = replace(adapter, layers=placed_layers(model, adapter.layers))
     places = places_by_name(model)
     saved = [places[name].name if name in places else name for name in adapter.saved_modules]
-    adapter = replace(adapter, layers=layers, values=values, saved_modules=saved)
+    adapter = replace(adapter, values=changed_values(model, adapter), saved_modules=saved)
     plan = _plan(model, adapter, registry)
     _check_layers(model, plan, adapter)
     tensors = {value_key(name): value for name, value in adapter.values.items()}

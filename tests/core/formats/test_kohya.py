@@ -165,7 +165,6 @@ class TestRefused:
             ("oft_blocks", "OFT"),
             ("on_input", r"\(IA\)\^3"),
             ("lambda_layer", "T-LoRA"),
-            ("diff", "a full difference"),
         ],
     )
     def test_other_methods(self, key, method, tmp_path, untouched):

@@ -107,7 +107,7 @@ class TestKeys:
             pytest.param("fc.lora_A.weight", "does not start with 'base_model.model.'", id="no prefix"),
             pytest.param("base_model.model.fc.lora_C.weight", "no key of PEFT's LoRA", id="no factor"),
             pytest.param("base_model.model.other.weight", "'other.weight'", id="no tensor of the model"),
-            pytest.param("base_model.model.fc.lora_B.bias", "lora_bias", id="a bias of B"),
+            pytest.param("base_model.model.fc.lora_B.bias", r"bias_B \(2,\)", id="a bias of B"),
             pytest.param(
                 "base_model.model._orig_mod.inner.fc.lora_A.weight",
                 "another key has another value",

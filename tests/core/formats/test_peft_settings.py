@@ -442,7 +442,6 @@ class TestConfigs:
         ("fields", "match"),
         [
             pytest.param({"peft_type": "LOHA"}, "PEFT's method 'LOHA'.*use the merged model", id="method"),
-            pytest.param({"lora_bias": True}, "lora_bias(.|\n)*use the merged model", id="lora_bias"),
             pytest.param({"trainable_token_indices": [1]}, "trainable_token_indices", id="tokens"),
             pytest.param({"layer_replication": [[0, 2]]}, "layer_replication", id="replication"),
             pytest.param({"kasa_config": {"beta": 1e-4}}, "kasa_config.*another method", id="KaSA"),

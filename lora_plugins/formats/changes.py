@@ -1,0 +1,107 @@
+"""What files have beside A and B: changes of biases and of normalizations, which become values of the adapter here."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora_plugins.config import rank_divisor
+from lora_plugins.errors import AdapterFileError
+from lora_plugins.formats.places import placed_values
+from lora_plugins.formats.portable import PortableAdapter
+from lora_plugins.inplace import full_name, own_tensor
+from lora_plugins.utils import common_type, single_at_least
+
+_VALUE = "value"
+
+ENDINGS: Mapping[str, str] = {
+    ".diff": "weight",
+    ".w_norm": "weight",
+    ".diff_b": "bias",
+    ".b_norm": "bias",
+    ".scale": _VALUE,
+}
+"""What follows the name of a module in keys of ComfyUI and LyCORIS, and in those of norms of Flux, and what it is.
+
+The last takes the place of the weight; the others are added to the weight or the bias, whatever alpha is.
+"""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a file has beside the A and B of one module, by kind."""
+
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of the module."""
+        return len(next(iter(self.tensors.values())))
+
+    def with_rows(self, rows: Callable[[Tensor], Tensor]) -> "Beside":
+        """Returns it with only those outputs that `rows` selects."""
+        return Beside({kind: rows(tensor) for kind, tensor in self.tensors.items()})
+
+
+def take_beside(found: dict[str, dict[str, Tensor]]) -> dict[str, Beside]:
+    """Takes what is beside A and B out of the tensors of modules, and returns it by name of the module.
+
+    Raises:
+        AdapterFileError: If it has no real number for each output.
+    """
+    beside = {}
+    for name, factors in [*found.items()]:
+        own = {kind: factors.pop(kind) for kind in dict.fromkeys(ENDINGS.values()) if kind in factors}
+        for kind, tensor in own.items():
+            if tensor.dim() == 0 or not tensor.is_floating_point():
+                raise AdapterFileError(
+                    f"What the adapter has for the {kind} of {name!r} is {tuple(tensor.shape)} of {tensor.dtype}, and "
+                    "no real number for each output. Copy the file again."
+                )
+        if own:
+            beside[name] = Beside(own)
+        if not factors:
+            del found[name]
+    return beside
+
+
+def changes_and_values(beside: Mapping[str, Beside]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns what is added to tensors, and what takes their place, by full names of the tensors."""
+    changes, values = {}, {}
+    for name, found in beside.items():
+        for kind, tensor in found.tensors.items():
+            if kind == _VALUE:
+                values[full_name(name, "weight")] = tensor
+            else:
+                changes[full_name(name, kind)] = tensor
+    return changes, values
+
+
+def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tensor]:
+    """Returns the values of an adapter with those that it changes: the model's own, or its, and the change.
+
+    Args:
+        model: The model, with the base's own values in place.
+        adapter: The adapter, with the names of the model.
+
+    Raises:
+        AdapterFileError: If a change has no place in the model, or another shape.
+    """
+    values = placed_values(model, adapter.values)
+    biases = {
+        f"{name}.bias": layer.bias.to(wide) * (layer.alpha / rank_divisor(layer.r, use_rslora=adapter.use_rslora))
+        for name, layer in adapter.layers.items()
+        if layer.bias is not None and (wide := single_at_least(layer.bias.dtype))
+    }
+    wrong = []
+    for name, change in (*placed_values(model, adapter.changes).items(), *placed_values(model, biases).items()):
+        present = values.get(name, own_tensor(model, name).detach())
+        if present.shape != change.shape or not present.is_floating_point() or present.is_meta:
+            kind = f"{tuple(present.shape)} of {present.dtype}{' on the meta device' * present.is_meta}"
+            wrong.append(f"{name!r} has a change {tuple(change.shape)}, and is {kind} in this model")
+            continue
+        wide = single_at_least(common_type(present.dtype, change.dtype))
+        values[name] = (present.to("cpu", wide) + change.to(wide)).to(present.dtype)
+    if wrong:
+        raise AdapterFileError("The adapter does not fit this model:\n  " + "\n  ".join(wrong))
+    return values
