@@ -24,6 +24,7 @@ FIELDS: Mapping[str, str] = {
     "loftq_config": "Write init='loftq' and its init_options.",
     "eva_config": "Write init='eva' and its init_options; the data go to LoraModel(..., init_data=...).",
     "lora_ga_config": "Write init='lora_ga' and its init_options; the data go to LoraModel(..., init_data=...).",
+    "lora_bias": "Write bias='lora_only', which trains the biases of the adapted layers themselves.",
     "target_parameters": "Name the layer of the parameter in 'target_modules'.",
     "fan_in_fan_out": "Leave it out: the type of the layer tells.",
     "inference_mode": "Leave it out; LoraModel.set_adapter(name, trainable=False) stops training.",
@@ -34,7 +35,7 @@ FIELDS: Mapping[str, str] = {
         "Leave it out: the model itself is adapted, whatever it is for.",
     ),
     **dict.fromkeys(
-        ("lora_bias", "trainable_token_indices", "layer_replication", "ensure_weight_tying"),
+        ("trainable_token_indices", "layer_replication", "ensure_weight_tying"),
         "There is nothing like it here.",
     ),
     **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron's layers are not served here."),
