@@ -79,7 +79,7 @@ class LoraConfig:
         exclude_modules: Layers that are not adapted although `target_modules` matches them; same forms.
         bias: Which biases are trained: `none`, `all` of the model, or those of adapted layers (`lora_only`).
         modules_to_save: Modules (or single parameters) that are trained in full and saved with the adapter, such as
-            a new head; matched as a list in `target_modules` is.
+            a new head; matched as a list in `target_modules` is, and `^head` is that of the whole model alone.
         layers_to_transform: Adapt only these blocks. A number is an index in a block container; a string is the
             path of a block, such as `stages.2.blocks.5`.
         layers_pattern: Names of the block containers that numbers in `layers_to_transform` count in, or ends of their

@@ -88,7 +88,8 @@ def _plan_of_words(model: nn.Module, adapter: PortableAdapter, registry: Registr
         return plan
     saved = set(adapter.saved_modules)
     parameters = own_parameters(model_modules(model))
-    single = [name for name in adapter.values if name in parameters and not within(name, saved)]
+    # In full, because the name of one is the end of another's: `norm.weight` of `blocks.0.norm.weight`.
+    single = [f"^{name}" for name in adapter.values if name in parameters and not within(name, saved)]
     return make_plan(model, _config(adapter, "none", [*adapter.saved_modules, *single]), registry)
 
 

@@ -106,12 +106,15 @@ def select(
 
 
 def matches(field: str, patterns: Sequence[str] | str, names: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the names that each pattern of a `target_modules`-like field matches, in their order."""
+    """Returns the names that each pattern of a `target_modules`-like field matches, in their order.
+
+    An entry of a list that starts with `^` is a name in full; others are ends of names.
+    """
     if isinstance(patterns, str):
         return {patterns: [*filter(compiled(field, patterns).fullmatch, names)]}
     by_end: dict[str, dict[str, None]] = {}  # so that a model of many layers may be given a list of as many names
     for name in names:
-        for end in path_ends(name):
+        for end in (*path_ends(name), f"^{name}"):
             by_end.setdefault(end, {})[name] = None
     at = {name: position for position, name in enumerate(names)}
     return {

@@ -179,6 +179,21 @@ def test_a_file_of_lycoris_adds_to_norms(ends, path):
         assert torch.equal(model.get_parameter(name), base[name] + change)
 
 
+@pytest.mark.parametrize("end", ["diff", "diff_b"])
+def test_a_layer_whose_name_is_the_end_of_another_s(end, path):
+    """As `proj_out` of Flux is, whose last bias a file may change beside adapted layers `proj_out` of blocks."""
+    case = LINEAR
+    change = torch.randn(6, 6)[: 6 if end == "diff" else 1].squeeze(0).double()
+    factors = {"lora_down.weight": torch.ones(1, 6), "lora_up.weight": torch.ones(6, 1)}
+    file = {f"lycoris_inner_fc.{key}": tensor.double() for key, tensor in factors.items()}
+    save_file({**file, f"lycoris_fc.{end}": change}, path)
+    model, base = case.build(), case.build().state_dict()
+    lora = LoraModel.load_adapter(model, path)
+    own = "fc.weight" if end == "diff" else "fc.bias"
+    assert lora.plans["default"].saved_in_place == (own,)
+    assert torch.equal(model.get_parameter(own), base[own] + change)
+
+
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.s. have invalid shape")  # by PEFT 0.21.2, of its own biases of B
 class TestPeft:
     @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # by PEFT, of Conv1D

@@ -41,6 +41,11 @@ class TestSelect:
         assert select("f", ["attn.qkv"], ["attn.qkv", "attnXqkv"]) == {"attn.qkv": ["attn.qkv"]}
         assert select("f", ["a+b"], ["x.a+b", "x.aab"]) == {"a+b": ["x.a+b"]}
 
+    def test_an_entry_of_a_list_may_be_a_name_in_full(self):
+        assert select("f", ["^norm", "fc"], ["a.norm", "norm", "a.fc"]) == {"^norm": ["norm"], "fc": ["a.fc"]}
+        with pytest.raises(TargetError):
+            select("f", ["^norm"], ["a.norm"])
+
     def test_a_string_is_an_expression_over_the_whole_name(self):
         found = select("f", r"blocks\.[01]\.attn\..*", VIT)
         assert [name for names in found.values() for name in names] == [
