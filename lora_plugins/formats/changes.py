@@ -1,13 +1,13 @@
 """What files have beside A and B: changes of biases and of normalizations, which become values of the adapter here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lora_plugins.config import rank_divisor
-from lora_plugins.errors import AdapterFileError
-from lora_plugins.formats.places import placed_values
+from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.places import placed_values, places_by_name
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.inplace import full_name, own_tensor
 from lora_plugins.utils import common_type, single_at_least
@@ -93,6 +93,7 @@ def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tens
         for name, layer in adapter.layers.items()
         if layer.bias is not None and (wide := single_at_least(layer.bias.dtype))
     }
+    _check_present(model, [*adapter.changes, *biases])
     wrong = []
     for name, change in (*placed_values(model, adapter.changes).items(), *placed_values(model, biases).items()):
         present = values.get(name, own_tensor(model, name).detach())
@@ -105,3 +106,15 @@ def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tens
     if wrong:
         raise AdapterFileError("The adapter does not fit this model:\n  " + "\n  ".join(wrong))
     return values
+
+
+def _check_present(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuses changes of biases that layers of the model do not have."""
+    places = places_by_name(model)
+    changed = [path for path, _, kind in (name.rpartition(".") for name in names) if kind == "bias" and path in places]
+    bare = [path for path in changed if getattr(places[path].module, "bias", path) is None]
+    if bare:
+        raise AdapterFileError(
+            f"The adapter changes the bias of {listing(bare)}, and the model has none there. Give each such layer one "
+            "of zeros before: layer.bias = nn.Parameter(torch.zeros(...)), one for each output."
+        )

@@ -63,9 +63,9 @@ _FACTORS: Mapping[str, str] = {
     "alpha": "alpha",
     "dora_scale": "scale",
     "lora_magnitude_vector": "magnitude",
-    **{ending.removeprefix("."): kind for ending, kind in ENDINGS.items()},
+    **{ending.removeprefix("."): kind for ending, kind in ENDINGS.items() if ending != ".scale"},
 }
-"""What follows the name of a layer, and which tensor of it that is."""
+"""What follows the name of a layer, and which tensor of it that is; `scale` is a number to the WebUI, for alpha / r."""
 
 _UNCONVERTED: Mapping[str, str] = {
     "_lora.down.weight": "lora_down.weight",

@@ -36,7 +36,9 @@ def packed_for(model: nn.Module, adapter: PortableAdapter, registry: Registry | 
             cannot be expressed here, naming it.
     """
     if not adapter.layers:
-        raise AdapterFileError("The adapter has no layers, so there is nothing to load.")
+        alone = listing([*adapter.values, *adapter.changes])
+        only = f" with an A and a B, and only tensors in full: {alone}. Merge it with what made it" if alone else ""
+        raise AdapterFileError(f"The adapter has no layers{only or ', so there is nothing to load'}.")
     adapter = replace(adapter, layers=placed_layers(model, adapter.layers))
     places = places_by_name(model)
     saved = [places[name].name if name in places else name for name in adapter.saved_modules]

@@ -215,8 +215,11 @@ class TestPeft:
         with_peft(LINEAR, lora_bias=True).save_pretrained(tmp_path)
         model = LINEAR.build()
         model.fc = nn.Linear(model.fc.in_features, model.fc.out_features, bias=False).double()
-        with untouched(model), pytest.raises(AdapterFileError, match=r"not in this model: 'fc\.bias'"):
+        with untouched(model), pytest.raises(AdapterFileError, match="the bias of 'fc', and the model has none there"):
             LoraModel.load_adapter(model, tmp_path)
+        model.fc.bias = nn.Parameter(torch.zeros(len(model.fc.weight)).double())  # as it is told
+        LoraModel.load_adapter(model, tmp_path)
+        assert model.fc.bias.any()
 
     @pytest.mark.parametrize("said", [True, False])
     def test_the_config_says_whether_there_is_one(self, said, tmp_path, untouched):
@@ -309,7 +312,7 @@ class TestRefusals:
             pytest.param(
                 "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.diff_b",
                 torch.ones(16),
-                "to_q.bias",
+                r"the bias of 'mid_block.*to_q', and the model has none there",
                 id="no bias",
             ),
             pytest.param("conv_in.diff_b", torch.tensor(1.0), r"the bias of 'conv_in' is \(\)", id="a number"),
@@ -328,7 +331,18 @@ class TestRefusals:
     def test_changes_alone(self, path, untouched):
         save_file({"unet.conv_in.diff_b": torch.ones(8)}, path)
         model = UNET.build()
-        with untouched(model), pytest.raises(AdapterFileError, match="no layers"):
+        match = r"no layers with an A and a B, and only tensors in full: 'conv_in\.bias'"
+        with untouched(model), pytest.raises(AdapterFileError, match=match):
+            LoraModel.load_adapter(model, path)
+
+    @pytest.mark.parametrize("tensor", [torch.tensor(2.0), torch.ones(8)], ids=["a number", "one for each output"])
+    def test_a_scale_of_the_webui(self, tensor, path, untouched):
+        """There it is a number that stands for alpha / r, and never a normalization."""
+        factors = {"lora_down.weight": torch.ones(1, 4, 3, 3), "lora_up.weight": torch.ones(8, 1, 1, 1)}
+        file = {f"lora_unet_conv_in.{end}": each for end, each in factors.items()}
+        save_file({**file, "lora_unet_conv_in.scale": tensor}, path)
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=r"no place: 'lora_unet_conv_in\.scale'"):
             LoraModel.load_adapter(model, path)
 
 
