@@ -35,8 +35,9 @@ class Beside:
 
     @property
     def outputs(self) -> int:
-        """The number of outputs of the module."""
-        return len(next(iter(self.tensors.values())))
+        """The number of outputs of the module; 0 where its tensors differ in it."""
+        lengths = {len(tensor) for tensor in self.tensors.values()}
+        return lengths.pop() if len(lengths) == 1 else 0
 
     def with_rows(self, rows: Callable[[Tensor], Tensor]) -> "Beside":
         """Returns it with only those outputs that `rows` selects."""

@@ -328,6 +328,13 @@ class TestRefusals:
         with untouched(model), pytest.raises(AdapterFileError, match=match):
             LoraModel.load_adapter(model, path)
 
+    def test_a_weight_and_a_bias_of_different_outputs(self, path, untouched):
+        name = "diffusion_model.double_blocks.0.img_attn.qkv"
+        save_file({f"{name}.diff": torch.ones(48, 16), f"{name}.diff_b": torch.ones(16)}, path)
+        model = FLUX.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=r"img_attn\.qkv' of the adapter has 0 outputs"):
+            LoraModel.load_adapter(model, path)
+
     def test_changes_alone(self, path, untouched):
         save_file({"unet.conv_in.diff_b": torch.ones(8)}, path)
         model = UNET.build()
