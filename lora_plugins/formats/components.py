@@ -158,5 +158,9 @@ def part_told(model: nn.Module | None) -> str | None:
     """Returns which part a model is, inferred from the names of its classes."""
     if model is None:
         return None
-    names = [cls.__name__ for cls in base_class_of(model).__mro__]
-    return next((part for name in names for word, part in _WORDS.items() if word in name), None)
+    return next((part for name in class_names(model) for word, part in _WORDS.items() if word in name), None)
+
+
+def class_names(module: nn.Module) -> list[str]:
+    """Returns the names of the class that a module had before it was adapted, and of those that it is derived from."""
+    return [cls.__name__ for cls in base_class_of(module).__mro__]

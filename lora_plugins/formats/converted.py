@@ -32,18 +32,16 @@ def convert(
         ConfigError: If one of the formats needs a model.
         AdapterFileError: If the source is damaged, or cannot be expressed in the other format. Nothing is written then.
     """
-    needed = f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME."
+    needed = f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME"
     if not isinstance(source_format, PortableFormat) or not isinstance(target_format, PortableFormat):
-        raise ConfigError(needed)
+        raise ConfigError(f"{needed}.")
     if not source_format.full_names:
-        raise ConfigError(needed)
+        raise ConfigError(f"{needed}.")
     adapter = source_format.load(source, None, read_options)
     if any(name.startswith(f"{ORIGINAL}.") for name in adapter.layers):
-        raise ConfigError(f"{source} names layers as the original implementation does. {needed}")
+        raise ConfigError(f"{source} names layers as the original implementation does. {needed}.")
     if adapter.changes or any(layer.bias is not None for layer in adapter.layers.values()):
-        raise ConfigError(
-            f"{source} adds to values of the base, which are needed for it. {needed[:-1]} --weights FILE."
-        )
+        raise ConfigError(f"{source} adds to values of the base, which are needed for it. {needed} --weights FILE.")
     if adapter.init != "kaiming":
         raise AdapterFileError(
             f"The adapter was started by {adapter.init!r}, whose base has to be computed from the weights of the "

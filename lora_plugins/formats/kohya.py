@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, listing, near
 from lora_plugins.formats.changes import ENDINGS, Beside, changes_and_values, take_beside
-from lora_plugins.formats.components import OTHER_TRANSFORMERS, part_of, part_told, paths_read, with_conditioner
+from lora_plugins.formats.components import (
+    OTHER_TRANSFORMERS,
+    class_names,
+    part_of,
+    part_told,
+    paths_read,
+    with_conditioner,
+)
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
 from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
@@ -178,8 +185,7 @@ def _denoiser_in(model: nn.Module) -> nn.Module:
 
 def _known_prefix(denoiser: nn.Module) -> str | None:
     """Returns what others expect in front of the names that a denoiser has in diffusers; None for unknown ones."""
-    names = (cls.__name__ for cls in base_class_of(denoiser).__mro__)
-    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
+    return next((_KNOWN[name] for name in class_names(denoiser) if name in _KNOWN), None)
 
 
 def _known_name(part: str, name: str) -> str:

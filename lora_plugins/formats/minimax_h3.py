@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import nn
 
 from lora_plugins.errors import AdapterFileError, listing
+from lora_plugins.formats.components import class_names
 from lora_plugins.formats.diffusers_keys import has_adapter_name
-from lora_plugins.inplace import base_class_of
 
 
 def refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
@@ -51,5 +51,4 @@ def alpha_of_all(metadata: Mapping[str, str], keys: Collection[str], model: nn.M
 
 
 def _has_minimax_h3(model: nn.Module) -> bool:
-    classes = {cls for each in model.modules() for cls in base_class_of(each).__mro__}
-    return any(cls.__name__ == "MiniMaxH3Transformer3DModel" for cls in classes)
+    return any("MiniMaxH3Transformer3DModel" in class_names(each) for each in model.modules())

@@ -16,9 +16,10 @@ from torch import nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.changes import Beside
+from lora_plugins.formats.components import class_names
 from lora_plugins.formats.original_tables import TRANSFORMERS
 from lora_plugins.formats.portable import PortableLayer
-from lora_plugins.inplace import base_class_of, model_modules, submodule
+from lora_plugins.inplace import model_modules, submodule
 from lora_plugins.utils import path_starts
 
 Entry = TypeVar("Entry", PortableLayer, Beside)
@@ -91,7 +92,7 @@ class Place:
 
 def original_places(model: nn.Module) -> dict[str, Place]:
     """Returns by original name where a layer is in a model of diffusers; empty for other models."""
-    classes = {cls.__name__ for cls in base_class_of(model).__mro__}
+    classes = class_names(model)
     names = {entry.name: None for entry in model_modules(model)}
     if "UNet2DConditionModel" in classes:
         return {original: Place((name,)) for name, original in _of_unet(names)}
