@@ -89,13 +89,7 @@ def with_checked_call(function: Function) -> Function:
 
 
 def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Checks the arguments of a call, before Python does.
-
-    Args:
-        call: What messages call it, such as `LoraModel.load_adapter`.
-        signature: Its signature, without `self` or `cls`.
-        args: What is given by position.
-        kwargs: What is given by name.
+    """Checks the arguments of a call, before Python does; its signature has no `self` or `cls`.
 
     Raises:
         ConfigError: If arguments are swapped, of a wrong type, or called otherwise.
@@ -124,11 +118,7 @@ def check_arguments(call: str, signature: inspect.Signature, args: Sequence[Any]
 
 
 def check_config(call: str, config: Any) -> None:
-    """Checks that a config is one of ours.
-
-    Args:
-        call: What messages call whoever takes it.
-        config: What it was given.
+    """Checks that a config, which was given to a call, is one of ours.
 
     Raises:
         ConfigError: If it is something else, with what to write instead.

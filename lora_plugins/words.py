@@ -222,13 +222,7 @@ VARIANTS: Mapping[str, str] = {
 
 
 def said_of(name: str, words: Mapping[str, str], known: Iterable[str]) -> str:
-    """Returns what to write instead of a name that does not exist.
-
-    Args:
-        name: The name.
-        words: One of the tables here.
-        known: The names that exist, for a near match where the table does not have it.
-    """
+    """Returns what a table here says to write instead of a name that does not exist, or else the near matches of it."""
     return words[name] if name in words else near(name, known)
 
 

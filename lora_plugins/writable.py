@@ -12,11 +12,7 @@ MEBIBYTE = 2**20
 
 
 def check_writable_file(path: Path, setting: str) -> None:
-    """Checks that a file can be written, and makes nothing.
-
-    Args:
-        path: The file.
-        setting: What names it, for the message.
+    """Checks that a file, which a setting names, can be written, and makes nothing.
 
     Raises:
         ConfigError: If it cannot.
@@ -42,12 +38,7 @@ def check_writable_folder(path: Path, setting: str) -> None:
 
 
 def check_space(path: Path, needed: int, setting: str) -> None:
-    """Checks that there is room for a file or a folder.
-
-    Args:
-        path: Where it will be.
-        needed: Its size in bytes.
-        setting: What names it, for the message.
+    """Checks that there is room for a file or a folder of so many bytes, which a setting names.
 
     Raises:
         ConfigError: If there is less on that disk.

@@ -22,10 +22,7 @@ class ReportError(LoraError, ValueError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     """The error for an unknown name, with near matches; the caller raises it.
 
-    Args:
-        kind: What the name stands for, as it reads in the sentence.
-        name: The unknown name.
-        known: The known names.
+    `kind` is what the name stands for, as it reads in the sentence.
     """
     return ConfigError(f"Unknown {kind} {name!r}. {near(name if isinstance(name, str) else repr(name), known)}")
 
@@ -38,12 +35,7 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def unfetched(whose: str, error: OSError) -> ConfigError:
-    """An error for pretrained weights that cannot be had from where they are published.
-
-    Args:
-        whose: What they are of, such as "timm's resnet18".
-        error: Why.
-    """
+    """An error for pretrained weights, of `timm's resnet18` say, that cannot be had from where they are published."""
     return ConfigError(
         f"The pretrained weights of {whose} could not be fetched ({error}). Without a network, give the path of a "
         "safetensors file in `weights`."

@@ -12,14 +12,7 @@ SEED = 20
 
 @dataclass(frozen=True)
 class Case:
-    """One model of the sweep.
-
-    Args:
-        suite: The library it comes from.
-        name: Its name in the table, unique in the suite.
-        build: Makes the model with random weights.
-        run: Runs a model on inputs that are made anew, and returns whatever the model returns.
-    """
+    """One model of the sweep: how it is built with random weights, and run on inputs that are made anew."""
 
     suite: str
     name: str

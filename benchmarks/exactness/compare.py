@@ -29,14 +29,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that has to be the same again after unloading.
-
-    Args:
-        state: A copy of the state dict.
-        modules: Name and class of every module.
-        modes: Name, training mode and hook counts of every module.
-        requires_grad: Name and flag of every parameter.
-    """
+    """All that has to be the same again after unloading, with the hook counts of every module."""
 
     state: dict[str, Tensor]
     modules: list[tuple[str, type]]

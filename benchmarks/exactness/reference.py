@@ -21,15 +21,7 @@ INPUTS_FIRST = (*TRANSPOSED, nn.Embedding, Conv1D)
 
 @dataclass(frozen=True)
 class Update:
-    """What LoRA adds to one weight.
-
-    Args:
-        layer: Name of the layer.
-        tensor: Attribute name of the weight.
-        A: The trained factor, `(r, in)` or a kernel of that many elements.
-        B: Likewise, `(out, r)`.
-        scaling: Factor of `B @ A`.
-    """
+    """What LoRA adds to one weight: `scaling * B @ A`, with A (r, in) or a kernel, and B (out, r)."""
 
     layer: str
     tensor: str

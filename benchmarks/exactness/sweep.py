@@ -29,13 +29,7 @@ Job = tuple[str, str, str]
 
 
 def sweep(jobs: Sequence[Job], processes: int, timeout: float) -> Iterator[Result]:
-    """Yields the result of each job as it is done.
-
-    Args:
-        jobs: What to run.
-        processes: How many at a time; each uses one thread.
-        timeout: Seconds that one job may take.
-    """
+    """Yields the result of each job as it is done; each process uses one thread, and may take `timeout` seconds."""
     # One server imports the libraries, and each job is a fork of it: isolation without the imports.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *_LAZY, *{name for _, _, name in jobs}])

@@ -9,15 +9,7 @@ from lora_plugins.errors import counted
 def markdown(
     results: Sequence[Result], ours: str, peers: Sequence[Library], versions: Mapping[str, str], command: str
 ) -> str:
-    """Returns the page.
-
-    Args:
-        results: Of all libraries and suites.
-        ours: The name of our own library.
-        peers: Libraries beside ours, each with a column of its own.
-        versions: Versions of the packages that took part.
-        command: What made the results.
-    """
+    """Returns the page, with a column for our own library and one for each of the peers beside it."""
     names = [ours, *(peer.name for peer in peers)]
     return "\n".join(
         [

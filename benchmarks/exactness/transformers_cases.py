@@ -66,9 +66,7 @@ TINY: Mapping[str, Callable[[Any], Any]] = {
 def tiny(config_class: type[transformers.PretrainedConfig], options: Options) -> dict[str, Any]:
     """Returns the arguments of a small configuration; nested ones are shrunk alike.
 
-    Args:
-        config_class: The class of the configuration.
-        options: What differs from the rule of `TINY`; a mapping for a nested configuration adds to its own.
+    What differs from the rule of `TINY` is in the options; a mapping for a nested configuration adds to its own.
     """
     default = config_class()
     values = {

@@ -31,11 +31,7 @@ CONFIG = {"r": 8, "target_modules": ["qkv", "proj", "fc1", "fc2"], "modules_to_s
 
 
 class MergedModels:
-    """What the engine is measured beside: a merged model for each adapter, each request by its own.
-
-    Args:
-        shelf: The adapters, all of which are merged into models of their own at once.
-    """
+    """What the engine is measured beside: a merged model for each adapter, each request by its own."""
 
     def __init__(self, shelf: Shelf) -> None:
         self.shelf = shelf

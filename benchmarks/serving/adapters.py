@@ -24,15 +24,7 @@ def write_base(kind: type[VisionTask], model: ModelConfig, path: Path) -> ModelC
 def write_adapters(
     kind: type[VisionTask], model: ModelConfig, folder: Path, names: Sequence[str], **fields: Any
 ) -> None:
-    """Writes one adapter for each name, with its own head where `modules_to_save` names one.
-
-    Args:
-        kind: The task.
-        model: The base, as `write_base` returns it.
-        folder: Where the folders go.
-        names: Their names.
-        **fields: Of the `LoraConfig`.
-    """
+    """Writes an adapter of a base of `write_base` for each name, with a head of its own if it trains one."""
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
         task = kind(model)

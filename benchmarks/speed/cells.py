@@ -14,16 +14,7 @@ MODES = ("eager", "compiled")
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table.
-
-    Args:
-        case: Key of the model in `CASES`.
-        precision: Key in `PRECISIONS`.
-        mode: Of `MODES`.
-        dropout: Of the adapter.
-        checkpointing: Whether activations are computed again in the backward, block by block.
-        device: Type of the device.
-    """
+    """One cell of the table: a key of `CASES`, one of `PRECISIONS`, one of `MODES`, and options."""
 
     case: str
     precision: str

@@ -17,11 +17,7 @@ def step(
 ) -> None:
     """Forward, loss and backward.
 
-    Args:
-        model: One variant.
-        batch: Its inputs.
-        leaves: All that may have a gradient, which is dropped first; an optimizer has them in a list as well.
-        precision: The types that it computes in.
+    `leaves` are all that may have a gradient, which is dropped first; an optimizer has them in a list as well.
     """
     for tensor in leaves:
         tensor.grad = None

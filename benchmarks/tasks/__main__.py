@@ -88,13 +88,7 @@ ALL = METHODS | STORED | RECOMMENDED
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is run if no method or task is named.
-
-    Args:
-        methods: Names of the methods.
-        cases: Names of the tasks.
-        epochs: For how long; None for as long as the task says.
-    """
+    """What is run if no method or task is named; `epochs` is None for as long as the task says."""
 
     methods: tuple[str, ...]
     cases: tuple[str, ...] = PICTURES

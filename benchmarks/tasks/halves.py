@@ -11,13 +11,6 @@ def write_halves(data: Path, folder: Path) -> list[Path]:
 
     Every second image (of its class, in the order of names) trains in one half and validates in the other, so that the
     mean over both is of every training image once.
-
-    Args:
-        data: The folder of data sets.
-        folder: An empty folder for the two.
-
-    Returns:
-        The two folders.
     """
     halves = [folder / "first", folder / "second"]
     for half, (even, odd) in zip(halves, (PARTS, PARTS[::-1]), strict=True):

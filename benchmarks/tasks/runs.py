@@ -173,15 +173,7 @@ class Watch(Callback):
 
 
 def run(root: Path, case: str, method: Method, seed: int, epochs: int | None = None) -> Outcome:
-    """Runs once in a process of its own, whose peak memory is then that of the run.
-
-    Args:
-        root: The folder of data sets.
-        case: A name in `CASES`.
-        method: How it is fine-tuned.
-        seed: The seed of everything.
-        epochs: For how long, if not as the case says.
-    """
+    """Runs a case of `CASES` once in a process of its own, whose peak memory is then that of the run."""
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool:
         return pool.apply(_run, (root, case, method.rank, method.tuning[case], seed, epochs))

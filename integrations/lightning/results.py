@@ -33,11 +33,7 @@ from lora_plugins.utils import plain_name
 
 @contextmanager
 def explaining_merges(files: Sequence[AdapterFile]) -> Iterator[None]:
-    """Adds to an error of a merge that ends a fit which options avoid it, and what is saved already.
-
-    Args:
-        files: The files of the adapters.
-    """
+    """Adds to an error of a merge that ends a fit which options avoid it, and what is saved already."""
     try:
         yield
     except MergeError as error:
@@ -69,15 +65,9 @@ class Results:
     dequantize: bool
 
     def write(self, trainer: Trainer, module: nn.Module, written: Set[str]) -> dict[str, Path]:
-        """Writes the files; only the first process does.
+        """Writes the files, by the first process alone, and returns their paths by what they are.
 
-        Args:
-            trainer: The trainer.
-            module: Its module.
-            written: What the module has written into its base before the training, or moves by hand in it, by name.
-
-        Returns:
-            The paths of the files by what they are.
+        `written` names what the module has written into its base before the training, or moves by hand in it.
         """
         target = submodule(module, self.target)
         paths: dict[str, Path] = {}

@@ -9,12 +9,7 @@ from lora_plugins import ConfigError
 
 
 def check_shared(options: Iterable[str], callbacks: Sequence[Callback], why: str) -> None:
-    """Checks that callbacks have the same values of options.
-
-    Args:
-        options: Their names.
-        callbacks: The LoraCallbacks.
-        why: Which callbacks those are and why they share the options, such as "of one trainer share its optimizers".
+    """Checks that LoraCallbacks have the same values of options; `why` says which they are and why they share them.
 
     Raises:
         ConfigError: If values differ, naming them.

@@ -15,16 +15,7 @@ _END = "train_runtime"
 def write_card(
     folder: Path, repository: str, base_model: str | None, license: str | None, state: TrainerState, *, best: bool
 ) -> None:
-    """Writes `README.md` into an adapter folder.
-
-    Args:
-        folder: The adapter folder.
-        repository: `owner/name`, or the name alone.
-        base_model: Name of the base model.
-        license: The license, as the Hub names it.
-        state: The state of the run.
-        best: Whether the best checkpoint is loaded when a training ends.
-    """
+    """Writes `README.md` into an adapter folder."""
     summary = default_registry().get(FORMATS, OWN_FORMAT).summary(folder)
     content = CardContent(repository, OWN_FORMAT, summary, base_model, license, measured(state, best=best))
     (folder / "README.md").write_text(model_card(content), encoding="utf-8")
@@ -33,9 +24,7 @@ def write_card(
 def measured(state: TrainerState, *, best: bool) -> dict[str, float]:
     """Returns what was measured of the model as it is now, on all sets; numbers alone, which a card can show.
 
-    Args:
-        state: The state of the run.
-        best: Whether the best checkpoint is loaded when a training ends.
+    `best` says whether the best checkpoint is loaded when a training ends.
     """
     log: list[dict[str, Any]] = state.log_history
     ended = max((number for number, entry in enumerate(log) if _END in entry), default=-1)

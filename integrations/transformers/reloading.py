@@ -22,11 +22,6 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
     in another way than in the file, or has given other ranks, or where another plugin is installed since, is the
     adapter taken off and put on again.
 
-    Args:
-        model: The model.
-        adapter_name: The adapter.
-        folder: The adapter folder.
-
     Raises:
         AdapterFileError: If the file is damaged, has another configuration or belongs to another base. The model has
             its adapter as it was then.

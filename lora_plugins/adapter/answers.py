@@ -21,9 +21,7 @@ from lora_plugins.utils import is_dense, shape_or_value, version
 def read_only(weight: Tensor, place: str) -> Iterator[None]:
     """Checks that a plugin does not write into a weight that it is handed to read; a copy would take too long.
 
-    Args:
-        weight: The model's own weight, or one that was computed from it.
-        place: Which method of which plugin the block calls, and for which layer.
+    `place` says, for the message, which method of which plugin the block calls, and for which layer.
 
     Raises:
         PluginError: If it was written to.
@@ -38,13 +36,7 @@ def read_only(weight: Tensor, place: str) -> Iterator[None]:
 
 
 def check_filled(init: InitPlugin, context: InitContext, r: int, shape: tuple[int, int]) -> None:
-    """Checks that an init has filled A and B, which hold NaN before.
-
-    Args:
-        init: The init.
-        context: What it was handed.
-        r: The rank.
-        shape: `(out, in)` of the matrix.
+    """Checks that an init has filled A and B, which hold NaN before; `shape` is (out, in) of the matrix.
 
     Raises:
         StateError: If torch's own inits do nothing here, since new modules are kept empty.
@@ -71,12 +63,7 @@ def check_filled(init: InitPlugin, context: InitContext, r: int, shape: tuple[in
 
 
 def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str, Tensor]:
-    """Returns what an init needs to compute the changed base again.
-
-    Args:
-        init: The init.
-        layer: The layer that it started.
-        returned: What its `fill` returned.
+    """Returns what an init needs to compute the changed base again, from what its `fill` returned.
 
     Raises:
         PluginError: If that is no mapping of tensors, or has tensors that no file can hold or the init does not need.
@@ -100,13 +87,7 @@ def recipe_of(init: InitPlugin, layer: PlannedLayer, returned: Any) -> dict[str,
 
 
 def base_of(init: InitPlugin, layer: PlannedLayer, returned: Any, shape: torch.Size) -> Tensor:
-    """Returns the rows of a base weight that an init computed.
-
-    Args:
-        init: The init.
-        layer: The layer.
-        returned: What the init returned.
-        shape: `(out, in)` of what it was handed.
+    """Returns the rows of a base weight that an init computed, `(out, in)` as those that it was handed.
 
     Raises:
         PluginError: If that is no matrix of this shape, or has values that are not finite.
@@ -125,12 +106,7 @@ def base_of(init: InitPlugin, layer: PlannedLayer, returned: Any, shape: torch.S
 
 
 def check_stored(storage: Storage, name: str, dense: Tensor) -> None:
-    """Checks what a storage makes of a finite weight that it stores.
-
-    Args:
-        storage: The storage.
-        name: Full name of the weight.
-        dense: What it restores.
+    """Checks the dense value that a storage restores of a finite weight.
 
     Raises:
         PluginError: If that has values that are not finite.
@@ -140,12 +116,7 @@ def check_stored(storage: Storage, name: str, dense: Tensor) -> None:
 
 
 def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tensor]:
-    """Returns the first values of the own tensors of a layer's variant.
-
-    Args:
-        layer: The layer.
-        slot: One of its slots.
-        returned: What `first_values` of the variant returned.
+    """Returns the first values of the own tensors of a layer's variant, from what its `first_values` returned.
 
     Raises:
         PluginError: If they do not have the names, shapes and types of a variant's tensors, or have no finite values.

@@ -64,14 +64,7 @@ def activate(
     rows: tuple[str | None, ...] | None,
     weights: Mapping[str, float],
 ) -> None:
-    """Activates, in this order, those of `adapters` that a layer has.
-
-    Args:
-        layer: An adapted layer.
-        adapters: Names of adapters.
-        rows: The adapter of each row of a mixed batch; None where all rows have all of them.
-        weights: What the updates of adapters are multiplied by, where that is not 1.
-    """
+    """Activates, in this order, those of `adapters` that a layer has; `rows` and `weights` are as in `LayerState`."""
     state = layer_state(layer)
     state.active = tuple(name for name in adapters if name in state.adapters)
     state.rows, state.weights = rows, {name: weights[name] for name in state.active if name in weights}

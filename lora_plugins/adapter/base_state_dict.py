@@ -42,11 +42,8 @@ def accept_base_of_part(model: nn.Module, part: nn.Module, state_dict: dict[str,
 def _take_base(model: nn.Module, state: ModelState, state_dict: dict[str, Any], names: Mapping[str, str]) -> None:
     """Takes the base's heads, biases and statistics out of a state dict, where adapters have values of their own.
 
-    Args:
-        model: The model.
-        state: Its adapters.
-        state_dict: A state dict of the base; where an adapter's own value is in place, it loads that one afterwards.
-        names: The full names of tensors in the model by key.
+    Where an adapter's own value is in place, the state dict loads that one afterwards. `names` are the full names of
+    tensors by key.
     """
     known = {name: state_dict[key] for key, name in names.items()}
     _check_unchanged(state, {*known, *_first_names(model, known)})

@@ -103,11 +103,8 @@ def combined_update(
 ) -> tuple[Tensor, Tensor, float]:
     """Returns A and B of the new update, and its relative error against the exact combination.
 
-    Args:
-        updates: Those of the adapters, in float64.
-        kind: A combination, as `COMBINATIONS` has it.
-        options: Its options.
-        generator: What is drawn from, on the CPU; one for all layers, so that none repeats what another one drew.
+    The updates are in float64. One generator, on the CPU, serves all layers, so that none repeats what another one
+    drew.
     """
     A, B = _cat(updates)
     full = min(A.shape[1], B.shape[0])

@@ -17,14 +17,7 @@ Guards = dict[int, RemovableHandle]
 
 
 def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) -> None:
-    """Freezes and guards a tensor, or undoes both; does nothing where it is in the wanted state.
-
-    Args:
-        tensor: A leaf.
-        required: Whether it requires a gradient from now on.
-        guards: Takes note of its guard.
-        name: Its full name, for the message.
-    """
+    """Freezes a leaf and notes its guard, or undoes both; does nothing where it is in the wanted state."""
     if tensor.requires_grad == required:
         return
     if id(tensor) in guards:

@@ -23,10 +23,6 @@ def modules_on_disk(modules: Sequence[NamedModule]) -> list[str]:
 def check_no_copies(modules: Sequence[NamedModule], doing: str) -> None:
     """Refuses what changes tensors of a model, or adds some, where the next forward takes them from copies.
 
-    Args:
-        modules: Those of the model.
-        doing: What does so, for the message.
-
     Raises:
         StateError: If group offloading has such copies.
     """

@@ -24,11 +24,7 @@ def check_complete(model: nn.Module, state: ModelState, adapter: str) -> None:
 def check_in_place(model: nn.Module, state: ModelState, adapter: str, *, read_only: bool = False) -> None:
     """Checks that an adapter is on all of its layers, where they were when it was added, and on no copy of one.
 
-    Args:
-        model: The model.
-        state: Its adapters.
-        adapter: Which of them.
-        read_only: Whether its tensors are only read, so that layers which share a weight may have equal ones each.
+    With `read_only`, layers that share a weight may have equal tensors each, as nothing is written into them.
 
     Raises:
         StateError: If one of them is not there any more, or has another name, or was copied within the model; or if one

@@ -14,11 +14,7 @@ from lora_plugins.plugins import LayerPlugin, PlannedLayer
 
 
 def mixed_batch(model: nn.Module, rows: tuple[str | None, ...]) -> Within:
-    """Gives each row of a batch its adapter for the duration of the block.
-
-    Args:
-        model: An adapted model.
-        rows: The adapter of each row; None for the base.
+    """Gives each row of a batch its adapter, or None for the base, for the duration of the block.
 
     Raises:
         StateError: When the block is entered, if that is not possible; the model is untouched.

@@ -45,13 +45,7 @@ def new_stored_weights(
 ) -> dict[str, StoredWeight]:
     """Stores the weights that the plan names, by full name, outside of the model; tied ones share the result.
 
-    Weights that are stored already are left out.
-
-    Args:
-        model: The model.
-        plan: What is adapted and stored.
-        content: The adapter's tensors.
-        dtypes: The types that weights had when they were stored before, by full name.
+    Weights that are stored already are left out. `dtypes` has the types that weights had when they were stored before.
 
     Raises:
         StateError: If a weight has values that are not finite.
@@ -102,15 +96,10 @@ def _bases(
     *,
     stored: bool,
 ) -> dict[str, Tensor]:
-    """Computes what an init puts in place of base weights, by full name; empty for most inits.
+    """Computes what an init puts in place of those base weights that are named, by full name; empty for most inits.
 
-    Args:
-        model: The model.
-        plan: What is adapted.
-        content: The adapter's tensors.
-        names: Full names of the weights that are wanted.
-        dtypes: The types that weights had when that was computed before, by full name.
-        stored: Whether that is stored in fewer bytes; it is wanted in the type of the factors then, not of the weight.
+    `dtypes` has the types that weights had when this was computed before. What is `stored` in fewer bytes is wanted in
+    the type of the factors, not of the weight.
     """
     if not plan.init.changes_base:
         return {}

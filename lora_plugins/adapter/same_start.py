@@ -26,12 +26,6 @@ def check_rounded(
     The changed weight and the first update add up to the former weight, so that the model starts as it was. Where both
     are many times as large as their sum, rounding them leaves noise of it.
 
-    Args:
-        model: The model, with the former weights.
-        plan: What is adapted.
-        changed: The new weights by full name.
-        stored: Those that are stored in fewer bytes, likewise.
-
     Raises:
         TargetError: If some would lose too much, naming them.
     """
@@ -55,13 +49,8 @@ def check_first_update(
 ) -> None:
     """Checks that the variant of a layer first adds what an init has taken out of its base.
 
-    Args:
-        init: The init, which changes the base.
-        layer: The layer.
-        weight: `(out, in)`, as the init left it.
-        A: `(r, in)`.
-        B: `(out, r)`.
-        own: The first values of the variant's own tensors.
+    `weight` is (out, in), as the init left it, A is (r, in) and B (out, r); `own` has the first values of the variant's
+    own tensors.
 
     Raises:
         TargetError: If that is another matrix than `scaling * B @ A`, by more than rounding.

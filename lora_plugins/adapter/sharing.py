@@ -17,12 +17,9 @@ _REMEDIES: Mapping[str, str] = {
 
 
 def check_shared(model: nn.Module, weights: Mapping[str, Collection[str]], *, to: str = "adapt") -> None:
-    """Checks that no other layer uses the tensors that are about to change.
+    """Checks that no other layer uses weights that are about to change, given as attribute names by layer name.
 
-    Args:
-        model: The model.
-        weights: By layer name, the attribute names of all weights that are about to change.
-        to: Why they change, for the message: to `adapt` them, or to `store` them in fewer bytes.
+    The message says whether they change to `adapt` them, or to `store` them in fewer bytes.
 
     Raises:
         MergeError: If one of them is also a weight that is not among them, naming both.

@@ -129,10 +129,7 @@ class ModelState:
         return self.blocks[-1] if self.blocks else Block("", self.unmerged)
 
     def check(self, call: str) -> None:
-        """Consults the table of calls.
-
-        Args:
-            call: Name of the call, as `lifecycle.CALLS` has it.
+        """Consults the table `lifecycle.CALLS` for the call of a name.
 
         Raises:
             StateError: If the call is refused in the model's state.

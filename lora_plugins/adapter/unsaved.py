@@ -15,13 +15,7 @@ _STACKLEVEL = 7
 
 
 def warn_of_unsaved(model: nn.Module, state: ModelState, adapter: str) -> None:
-    """Warns of parameters that are trained and belong to no adapter, of other changed tensors, and of no training.
-
-    Args:
-        model: The model.
-        state: Its adapters.
-        adapter: Name of the adapter that is about to be saved.
-    """
+    """Warns of parameters that are trained and belong to no adapter, of other changed tensors, and of no training."""
     besides = _trained_besides(model, state)
     if besides:
         warnings.warn(

@@ -33,11 +33,7 @@ def run(given: Namespace) -> int:
 
 
 def write(name: str, into: Path) -> Path:
-    """Writes the package of a new plugin; returns its folder, `lora-plugins-NAME`.
-
-    Args:
-        name: Name of the plugin, in lower case with dashes.
-        into: The folder that gets it.
+    """Writes the package of a new plugin into a folder; returns its own folder, `lora-plugins-NAME`.
 
     Raises:
         ConfigError: If the name is invalid or taken by an installed plugin, or if the folder exists already.

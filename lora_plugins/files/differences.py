@@ -8,23 +8,13 @@ from lora_plugins.plugins import PackedAdapter
 
 
 def differing_config(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """Says which fields of two configurations differ, with both values; empty where none does.
-
-    Args:
-        here: The configuration of the model's adapter, as a manifest has it.
-        there: That of the file's.
-    """
+    """Says which fields of two configurations of manifests differ, with both values; empty where none does."""
     different = [name for name in here if here[name] != there.get(name)]
     return "; ".join(f"{name} is {there.get(name)!r} in the file and {here[name]!r} here" for name in different)
 
 
 def differing_base(own: PackedAdapter, saved: PackedAdapter) -> list[str]:
-    """Returns the names of the adapted weights, and of all stored ones, that are not those of the file's base.
-
-    Args:
-        own: The adapter of the model.
-        saved: That of the file.
-    """
+    """Returns the names of the adapted weights, and of all stored ones, that are not those of the file's base."""
     here, there = own.manifest["base"], saved.manifest["base"]
     wrong = [name for name in here if name not in there or not same(here[name], there[name])]
     mine, theirs = own.manifest.get("stored", {}), saved.manifest.get("stored", {})
@@ -32,11 +22,6 @@ def differing_base(own: PackedAdapter, saved: PackedAdapter) -> list[str]:
 
 
 def by_same_plugins(own: PackedAdapter, saved: PackedAdapter) -> bool:
-    """Whether two adapters have the same layers, by the same plugins: one may have been installed since.
-
-    Args:
-        own: The adapter of the model.
-        saved: That of the file.
-    """
+    """Whether two adapters have the same layers, by the same plugins: one may have been installed since."""
     here, there = ({name: layer["plugin"] for name, layer in each.manifest["layers"].items()} for each in (own, saved))
     return here == there

@@ -24,13 +24,10 @@ _ROWS = 64
 
 
 def fingerprint(weight: Tensor) -> dict[str, float]:
-    """Returns the norm of a weight, and its dot products with four fixed vectors of random signs.
+    """Returns the norm of a weight of any shape, and its dot products with four fixed vectors of random signs.
 
     Two independent weights differ in each product by about 1.4 times their norm, so one of them agrees within the
     tolerance by chance in 1 of 180 cases, and all four in 1 of 10⁹.
-
-    Args:
-        weight: Any shape.
     """
     # In parts, since each is made wider: of a large weight as a whole, most of the time went into new memory.
     flat = weight.detach().flatten()
@@ -63,13 +60,10 @@ def fingerprints(
 ) -> dict[str, dict[str, float]]:
     """Returns the fingerprints of the untouched weights that a plan adapts, by full name.
 
-    Stored weights have none: of them there are checksums.
+    The model has the base's values in place. Stored weights have none: of them there are checksums.
 
-    Args:
-        model: The model, with the base's values in place.
-        plan: What is adapted.
-        taken: Fingerprints that were taken before, each with what tells whether its weight was written since; new ones
-            are put there. Of a weight that is split over processes, the one from before always counts.
+    Those that were taken before are in `taken`, each with what tells whether its weight was written since, and new ones
+    are put there. Of a weight that is split over processes, the one from before always counts.
     """
     taken = {} if taken is None else taken
     found = {}

@@ -22,24 +22,15 @@ for expression in expressions:
 
 
 def check_patterns(config: LoraConfig, names: Iterable[str]) -> None:
-    """Checks that the regular expressions of a config that came with a file terminate; see `check_expressions`.
-
-    Args:
-        config: The config.
-        names: The names that `make_plan` will match.
-    """
+    """Checks that the expressions of a config that came with a file terminate on names; see `check_expressions`."""
     check_expressions(_expressions(config), names)
 
 
 def check_expressions(expressions: Iterable[str], names: Iterable[str]) -> None:
-    """Checks that regular expressions of a file terminate.
+    """Checks that regular expressions of a file, with which whole names are matched, terminate on these names.
 
     Matching cannot be stopped from within Python. Those that are not `is_risky` are not tried: their time is
     little more than cubic in the length of a name.
-
-    Args:
-        expressions: What whole names are matched with.
-        names: The names.
 
     Raises:
         AdapterFileError: If they do not within ten seconds.

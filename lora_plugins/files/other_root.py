@@ -7,11 +7,7 @@ from lora_plugins.utils import path_starts
 
 
 def check_root(layers: Collection[str], names: Collection[str]) -> None:
-    """Checks that the names of an adapter do not begin above or below a model.
-
-    Args:
-        layers: The names of the adapted layers.
-        names: Those of all modules of the model.
+    """Checks that an adapter was not made for a part of the model, or for a larger one, by names of layers and modules.
 
     Raises:
         AdapterFileError: If all layers are in the model under a longer or a shorter name, and none under its own.

@@ -22,13 +22,8 @@ def pack(
 ) -> PackedAdapter:
     """Returns an adapter of a model as plain data. The tensors are the model's own, not copies.
 
-    Args:
-        model: The model.
-        state: Its adapters.
-        adapter_name: Which of them.
-        registry: The plugins; by default those that its config lets load.
-        of_first_base: Whether it is to load onto the base as it was before weights of it were moved by hand: those
-            that `Adapter.kept` names.
+    The plugins are by default those that its config lets load. With `of_first_base`, it is to load onto the base as it
+    was before weights of it were moved by hand: those that `Adapter.kept` names.
 
     Raises:
         StateError: If a layer of it was replaced, or has another name.
@@ -67,14 +62,8 @@ def manifest_of(
 ) -> dict[str, Any]:
     """Returns the manifest of an adapter.
 
-    Args:
-        plan: What it adapts.
-        registry: The plugins that the plan is of.
-        adapter_name: Its name.
-        tensors: All its tensors, by the keys that `files.manifest` gives them.
-        base: Fingerprints of the adapted weights.
-        changed: Checksums of the weights that its init changed.
-        stored: What is said of the weights that are stored in fewer bytes; see `files.stored_base`.
+    The tensors have the keys of `files.manifest`; `base` and `changed` are the fingerprints of adapted weights and the
+    checksums of those that the init changed, and `stored` is what `files.stored_base` says of stored ones.
     """
     return {
         "format": FORMAT,

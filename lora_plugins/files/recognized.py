@@ -15,10 +15,8 @@ PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 def format_of(path: Path, registry: Registry | None = None) -> AdapterFormat:
     """Returns the format of an adapter file or folder.
 
-    Args:
-        path: The file or folder.
-        registry: The formats there are. By default first the built-in ones, and only where none of these knows the
-            file those of all installed plugins.
+    By default the built-in formats are asked first, and only where none of these knows the file those of all installed
+    plugins.
 
     Raises:
         AdapterFileError: If no format, or more than one, knows it.

@@ -23,10 +23,7 @@ from lora_plugins.plugins import PackedAdapter, Registry, registry_of
 def unpack(model: nn.Module, packed: PackedAdapter, registry: Registry | None) -> NewAdapter:
     """Checks an adapter against a model, and returns it as one that fits; touches nothing.
 
-    Args:
-        model: The model, with the base's own values in place.
-        packed: The adapter.
-        registry: The plugins to use; by default those that the adapter's config lets load.
+    The model has the base's own values in place. The plugins are by default those that the adapter's config lets load.
 
     Raises:
         AdapterFileError: If the manifest is damaged or newer, tensors are missing, surplus or of another shape, or the
@@ -72,12 +69,6 @@ def planned_again(model: nn.Module, manifest: Mapping[str, Any], config: LoraCon
     """Plans a saved adapter, with its ranks and the layer types that it was made with.
 
     A plugin that came since does not change what "all" meant, nor how a layer is adapted.
-
-    Args:
-        model: The model.
-        manifest: The adapter's.
-        config: That of the manifest.
-        registry: The plugins that there are.
     """
     plan = make_plan(model, config, registry.with_layer_types(manifest["layer_types"]), restoring=True)
     ranks = manifest.get("ranks")

@@ -81,9 +81,7 @@ def changes_and_values(beside: Mapping[str, Beside]) -> tuple[dict[str, Tensor],
 def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tensor]:
     """Returns the values of an adapter with those that it changes: the model's own, or its, and the change.
 
-    Args:
-        model: The model, with the base's own values in place.
-        adapter: The adapter, with the names of the model.
+    The adapter has the names of the model, which has the base's own values in place.
 
     Raises:
         AdapterFileError: If a change has no place in the model, or another shape.

@@ -10,14 +10,10 @@ from lora_plugins.formats.diffusers_keys import has_adapter_name
 
 
 def refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
-    """Refuses projections whose rows are q, k and v of one head after the other.
+    """Refuses keys of projections whose rows are q, k and v of one head after the other.
 
     DiffSynth-Studio trains them so, and everybody else on all rows of q, then of k, then of v. Only the name of PEFT's
     adapter in the keys tells, and its reader in diffusers goes by that too.
-
-    Args:
-        keys: Those of a file.
-        model: The model.
 
     Raises:
         AdapterFileError: If the model is a MiniMax H3 and the file has such projections.
@@ -33,14 +29,9 @@ def refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
 
 
 def alpha_of_all(metadata: Mapping[str, str], keys: Collection[str], model: nn.Module | None) -> float | None:
-    """Returns the alpha of all layers that headers of some files say; None where there is none.
+    """Returns the alpha of all layers that headers of some files say; None where there is none, or no model.
 
     As diffusers, which reads it for no other model, not if it is no number, and not beside alphas of layers.
-
-    Args:
-        metadata: The header of a file.
-        keys: Those of its tensors.
-        model: The model; None if it is not known.
     """
     if model is None or any(key.endswith(".alpha") for key in keys) or not _has_minimax_h3(model):
         return None

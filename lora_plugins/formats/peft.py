@@ -164,14 +164,7 @@ def _in_order(layers: Mapping[str, PortableLayer], model: nn.Module | None) -> d
 
 
 def _layer(config: PeftConfig, name: str, factors: Mapping[str, Tensor], configured: str) -> PortableLayer:
-    """Returns a layer of a file.
-
-    Args:
-        config: The file's config.
-        name: Name of the layer.
-        factors: Its tensors.
-        configured: The name by which the config speaks of it.
-    """
+    """Returns a layer of a file from its tensors, and the name by which the config speaks of it."""
     check_factors(name, factors)
     A, B = factors["A"], factors["B"]
     config.check_parts(name, magnitude="magnitude" in factors, bias="bias_B" in factors)

@@ -55,10 +55,8 @@ def with_transposed(
 ) -> dict[str, PortableLayer]:
     """Returns layers with those output projections transposed that PEFT transposes.
 
-    Args:
-        layers: The layers.
-        visited: Name and layer type of each layer that PEFT adapts by itself, in the order of the model.
-        fan_in_fan_out: What the config says.
+    It visits the layers that it adapts by themselves in the order of the model, here by name and layer type, and begins
+    with the `fan_in_fan_out` of its config.
     """
     found = dict(layers)
     for name, layer_type in visited:

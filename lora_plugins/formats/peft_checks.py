@@ -25,11 +25,7 @@ def is_conv1d(module: nn.Module) -> bool:
 def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig, former: Mapping[str, str]) -> None:
     """Checks that an adapter has all layers of a model that its config targets, and no others.
 
-    Args:
-        model: The model.
-        layers: Names of the layers that it has.
-        config: The config.
-        former: The names by which the config speaks of modules, where these are former ones.
+    The config may speak of modules by their former names.
 
     Raises:
         AdapterFileError: If some are missing.
@@ -55,11 +51,7 @@ def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig
 def check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, former: Mapping[str, str]) -> None:
     """Checks that every module that the config trains in full has a value in the file.
 
-    Args:
-        model: The model.
-        adapter: The adapter.
-        config: The config.
-        former: The names by which the config speaks of modules, where these are former ones.
+    The config may speak of modules by their former names.
 
     Raises:
         AdapterFileError: If one has none.
@@ -121,14 +113,9 @@ def check_untied(model: nn.Module, adapter: PortableAdapter) -> None:
 
 
 def check_copies(model: nn.Module, copies: Mapping[str, Tensor], adapter: PortableAdapter) -> None:
-    """Checks that the untrained weights which a file has beside an adapter are those of the model.
+    """Checks that the untrained weights which a file has beside an adapter are those of the model, by its full names.
 
     If the init of a layer has changed its base, the file has the changed weight, so only its shape is compared.
-
-    Args:
-        model: The model.
-        copies: By the full names of the model.
-        adapter: The adapter.
 
     Raises:
         AdapterFileError: If one is another.

@@ -200,10 +200,7 @@ class PeftConfig:
     def rank(self, name: str, A: Tensor, B: Tensor) -> int:
         """Returns the rank by which the scaling of a layer is defined: that of its tensors, or a higher one.
 
-        Args:
-            name: Name of the layer.
-            A: `(r, in, ...)`.
-            B: `(out, r, ...)`. Decompositions have no more ranks than the matrix, whatever the config says.
+        Decompositions have no more ranks than the matrix, whatever the config says.
 
         Raises:
             AdapterFileError: If the config says another one.
@@ -242,10 +239,7 @@ class PeftConfig:
                 )
 
     def check_expressions(self, names: Iterable[str]) -> None:
-        """Checks that its regular expressions terminate.
-
-        Args:
-            names: What they are matched with.
+        """Checks that its regular expressions terminate on the names that they are matched with.
 
         Raises:
             AdapterFileError: If they do not.
@@ -321,12 +315,9 @@ def _single(key: str, value: Any) -> Any:
 
 
 def config_fields(layers: Mapping[str, PortableLayer], **given: Any) -> dict[str, Any]:
-    """Returns the content of an `adapter_config.json`.
+    """Returns the content of an `adapter_config.json`, with further fields that are given.
 
-    Args:
-        layers: The adapted layers, which it names in full, but for output projections of attentions: PEFT adapts those
-            with the attention.
-        **given: Further fields.
+    It names the layers in full, but for output projections of attentions: PEFT adapts those with the attention.
     """
     r, alpha = commonest(each.r for each in layers.values()), commonest(each.alpha for each in layers.values())
     named = {name: layer for name, layer in layers.items() if not layer.in_attention}

@@ -74,10 +74,7 @@ class PeftTensors:
 def sorted_tensors(tensors: Mapping[str, Tensor], modules: Collection[str]) -> PeftTensors:
     """Sorts the tensors of a file.
 
-    Args:
-        tensors: By key.
-        modules: The names of the model's modules, none without a model. They can be those of PEFT's wrappers:
-            `base_layer` is one of DLA.
+    Modules of the model, none without one, can have the names of PEFT's wrappers: `base_layer` is one of DLA.
 
     Raises:
         AdapterFileError: If a key is none of PEFT's, or has no place here. All are listed.
@@ -158,12 +155,7 @@ def _put(place: dict[str, Tensor], name: str, tensor: Tensor, key: str) -> str:
 
 
 def layer_keys(layers: Mapping[str, PortableLayer], prefix: str = PREFIX) -> dict[str, Tensor]:
-    """Returns the tensors of adapted layers by PEFT's keys.
-
-    Args:
-        layers: By full name.
-        prefix: What the keys start with.
-    """
+    """Returns the tensors of adapted layers by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         path, _, own = name.rpartition(".")
@@ -178,12 +170,7 @@ def layer_keys(layers: Mapping[str, PortableLayer], prefix: str = PREFIX) -> dic
 
 
 def value_keys(values: Mapping[str, Tensor], layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:
-    """Returns heads, biases and statistics by PEFT's keys.
-
-    Args:
-        values: By full name.
-        layers: The adapted layers, which have PEFT's wrappers around them.
-    """
+    """Returns heads, biases and statistics by PEFT's keys. There, adapted layers have wrappers around them."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in values.items():
         path, _, own = name.rpartition(".")

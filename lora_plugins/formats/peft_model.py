@@ -36,12 +36,7 @@ def for_model(
 ) -> PortableAdapter:
     """Returns an adapter of a file under the names of a model, once it is known to be complete and unambiguous.
 
-    Args:
-        model: The model, with the base's own values in place.
-        adapter: The adapter, with the names of the file.
-        config: The file's config.
-        found: The file's tensors.
-        out_proj: How often an update of an attention's output projection was said to count.
+    What is said of `out_proj` is how often the update of an attention's output projection counts.
 
     Raises:
         AdapterFileError: If a layer that the config targets, or a head or bias that it trains, is missing, an unchanged
@@ -138,13 +133,7 @@ def _layer_type(module: nn.Module) -> str:
 
 
 def _present_names(model: nn.Module, known: Collection[str], names: Iterable[str]) -> dict[str, str]:
-    """Returns the present name of each module or tensor of a file, by the name in the file.
-
-    Args:
-        model: The model.
-        known: All names that it has for such.
-        names: Those of the file.
-    """
+    """Returns the present names of modules or tensors by their names in a file; `known` are all that the model has."""
     names = list(names)
     lost = [name for name in names if name not in known]
     current = current_name(model) if lost else str

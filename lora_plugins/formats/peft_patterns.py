@@ -93,11 +93,7 @@ class PeftPatterns:
         return [rank for rank, _, _ in self._pairs(name)]
 
     def alpha(self, name: str, rank: int) -> float:
-        """Returns the numerator of the scaling of a layer.
-
-        Args:
-            name: Name of the layer.
-            rank: Its rank, one of those that it may have.
+        """Returns the numerator of the scaling of a layer that has one of its possible ranks.
 
         Raises:
             UntoldError: If several patterns match, with different values: PEFT sorts them when it saves, where the

@@ -20,12 +20,7 @@ def places_by_name(model: nn.Module) -> dict[str, NamedModule]:
 
 
 def check_placed(what: str, entries: Collection[str], names: Collection[str]) -> None:
-    """Checks that the layers or values of an adapter are in a model.
-
-    Args:
-        what: What they are called.
-        entries: Their names.
-        names: Those that the model has.
+    """Checks that the layers or values of an adapter, as messages call them, are among the names that a model has.
 
     Raises:
         AdapterFileError: If it lacks one.

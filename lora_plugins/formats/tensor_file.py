@@ -73,11 +73,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """Returns the object that a text holds.
-
-    Args:
-        text: JSON.
-        what: What messages call it.
+    """Returns the object that a text holds, which messages call `what`.
 
     Raises:
         AdapterFileError: If it is not one.
@@ -119,15 +115,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_described_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Path, content: Mapping[str, Any]
 ) -> None:
-    """Writes a safetensors file and the JSON file that describes it; an old file is never left with a new one.
-
-    Args:
-        path: The file of tensors.
-        tensors: The tensors.
-        metadata: What its header holds besides.
-        config: The JSON file, in the same folder.
-        content: What it holds.
-    """
+    """Writes a safetensors file and, beside it, its JSON config; an old file is never left with a new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_files({path: _as_safetensors(tensors, metadata), config: json.dumps(content, indent=2).encode()})
 

@@ -24,12 +24,9 @@ Value = TypeVar("Value")
 
 
 def packed_for(model: nn.Module, adapter: PortableAdapter, registry: Registry | None) -> PackedAdapter:
-    """Returns a portable adapter as one of ours, for one model; touches nothing.
+    """Returns a portable adapter as one of ours, for one model with the base's own values in place; touches nothing.
 
-    Args:
-        model: The model, with the base's own values in place.
-        adapter: The adapter.
-        registry: The plugins to use; None for all that are installed.
+    The plugins are by default all that are installed.
 
     Raises:
         AdapterFileError: If a layer or value has no place in the model or another shape, or if the adapter says what

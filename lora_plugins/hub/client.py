@@ -22,10 +22,7 @@ def hub() -> Any:
 
 @contextmanager
 def errors_told(what: str) -> Iterator[None]:
-    """Turns errors of the client into ours.
-
-    Args:
-        what: What is done, for the message.
+    """Turns errors of the client into ours, which say what is done.
 
     Raises:
         AdapterFileError: From whatever the client raises.

@@ -49,12 +49,8 @@ class Location:
 def located(path: str | Path, registry: Registry | None = None) -> Path:
     """Returns where an adapter is on this machine: a path as it is, one on the Hub in the client's cache.
 
-    From a repository, or a folder in it, only the files that the registered formats know are downloaded. If the
-    location names a file, that file is downloaded.
-
-    Args:
-        path: A path, or a location on the Hub.
-        registry: The formats there are; by default those of all installed plugins.
+    From a repository, or a folder in it, only the files that the registered formats know are downloaded, by default
+    those of all installed plugins. If the location names a file, that file is downloaded.
 
     Raises:
         ConfigError: If the location is none, or huggingface_hub is missing.

@@ -78,15 +78,11 @@ def adapted_class(
     stored: tuple[str, ...] = (),
     foreign: Foreign | None = None,
 ) -> type[nn.Module]:
-    """Generates the class of adapted layers, once for each base class.
+    """Generates the class of adapted layers, once for each set of arguments, which `_arguments` makes of a layer.
 
-    Args:
-        base: The class of the untouched layer.
-        weights: Attribute names of the weights that answer with their effective value.
-        has_branch: Whether a plugin's branch may replace the base class's forward.
-        extended_by: The type of the plugin that has attributes of the class; None if there is none.
-        stored: Attribute names of the weights that are stored.
-        foreign: How another library quantized one of the weights; None if none did.
+    `weights` are the attributes that answer with their effective value, `stored` those in fewer bytes. With
+    `has_branch`, a plugin's branch may replace the forward of the base. `extended_by` is the type of a plugin that has
+    attributes for the class, and `foreign` says how another library has quantized one of the weights.
     """
     name, init = base.__name__, constructor(base)
     if stored:
@@ -218,10 +214,7 @@ def by_position(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a call by position where possible, as plugins may give them other names.
 
-    Args:
-        names: As `positional_names` gives them.
-        args: The arguments by position.
-        kwargs: The arguments by keyword.
+    The names are those that `positional_names` gives.
     """
     given: list[Any] = [*args]
     named = dict(kwargs)

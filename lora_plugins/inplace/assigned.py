@@ -31,12 +31,7 @@ _PARAMETRIZING = {each.__code__: each.__name__ for each in (register_parametriza
 
 
 def guards(base: Any, weights: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the methods for the class of adapted layers that refuse to replace weights.
-
-    Args:
-        base: The class of the untouched layer.
-        weights: Attribute names of the weights that answer with their effective value.
-    """
+    """Returns the methods for the class of adapted layers that refuse to replace its weights."""
     own = [name for name in _SAVING if getattr(base, name) is not getattr(nn.Module, name)]
     return {
         **{name: _on_the_base(name) for name in (*own, "_load_from_state_dict")},

@@ -19,11 +19,7 @@ def check_reads(layer: nn.Module, given: Collection[str], inputs: Collection[Any
     A call that returns an empty tensor or one of its inputs needs no weight: layers for detection return the former for
     an empty input, layers that are skipped at random (stochastic depth) the latter.
 
-    Args:
-        layer: The layer. Once a call has read all weights, its state says so, and no other need be checked.
-        given: The names of the weights that were read.
-        inputs: What the layer was called with.
-        output: What it returned.
+    Once a call has read all weights, the state of the layer says so, and no other need be checked.
 
     Raises:
         StateError: If it has computed without one of the weights.

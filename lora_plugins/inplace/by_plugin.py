@@ -23,16 +23,9 @@ def by_plugin(
     order: Sequence[str] = (),
     shown: Any = None,
 ) -> Any:
-    """Computes the output of a layer.
+    """Computes the output of a layer, as the branch of its active updates says.
 
-    Args:
-        layer: The layer.
-        branch: How its active updates are computed.
-        weights: The weights that they are added to, by attribute name.
-        args: What the layer is called with, by position.
-        kwargs: The rest, by keyword.
-        order: Names of the parameters of its forward, in order.
-        shown: What the plugin sees in place of the layer; by default the layer.
+    `order` has the names of the parameters of its forward, and `shown` is what the plugin sees in place of the layer.
     """
     state, training = layer_state(layer), own_mode(layer)
     what: Any

@@ -72,12 +72,7 @@ def is_call(layer: nn.Module, func: Callable[..., Any]) -> bool:
 
 
 def call(layer: nn.Module, given: Mapping[str, Any]) -> Tensor:
-    """Computes what a layer does, with another bias.
-
-    Args:
-        layer: The layer.
-        given: What its function is called with.
-    """
+    """Computes what a layer does, with another bias, from what its function is called with."""
     branch = layer_state(layer).branch
     assert branch is not None
     shown = _WithBias(layer, given.get("bias"))

@@ -122,17 +122,10 @@ def _is_offloaded(layer: nn.Module, state: LayerState) -> bool:
 def stacked_adapters(
     layer: nn.Module, state: LayerState, rows: tuple[str | None, ...], x: Tensor, *, training: bool
 ) -> StackedAdapters:
-    """Returns the adapters of the rows of a mixed batch.
-
-    Args:
-        layer: An adapted layer.
-        state: Its state.
-        rows: The adapter of each row; None for the base.
-        x: What the layer is called with, the batch first.
-        training: Whether the layer is in training mode.
+    """Returns the adapters of the rows of a mixed batch; `x` is what the layer is called with, the batch first.
 
     Raises:
-        StateError: If it is, or the layer's input has another number of rows.
+        StateError: If the layer is in training mode, or its input has another number of rows.
     """
     if training:
         raise StateError(

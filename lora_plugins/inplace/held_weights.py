@@ -32,12 +32,7 @@ def is_of_torch(base: type[nn.Module]) -> bool:
 
 
 def holding(base: type[nn.Module], weights: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the methods for the class of adapted layers that let a forward read the same tensor each time.
-
-    Args:
-        base: The class of the untouched layer.
-        weights: Attribute names of the weights that answer with their effective value.
-    """
+    """Returns the methods for the class of adapted layers that let a forward read one tensor for each weight."""
     computes = {} if base.train is nn.Module.train else {"train": _train(base)}  # a kernel for forwards of eval mode
     return {"forward": _forward(base), "__setattr__": _set_attribute(base, weights), **computes}
 

@@ -161,11 +161,7 @@ def generated_class(name: str, base: Any, namespace: Mapping[str, Any]) -> type[
 
 
 def constructor(own: Any) -> Callable[..., None]:
-    """Returns the `__init__` of a generated class: what `type(module)(...)` makes anew has nothing of ours.
-
-    Args:
-        own: The class that it is generated from, which the new module gets.
-    """
+    """Returns the `__init__` of a generated class: what `type(module)(...)` makes anew gets the class `own`."""
 
     @functools.wraps(own.__init__)
     def init(module: nn.Module, /, *args: Any, **kwargs: Any) -> None:
@@ -193,13 +189,7 @@ def own_class(cls: Any) -> type[nn.Module]:
 
 @functools.cache
 def remade(cls: Any, generated: Any, own: Any) -> Any:
-    """Returns a class as it would be with another one in the place of a generated one among its bases.
-
-    Args:
-        cls: The class.
-        generated: The generated one.
-        own: What takes its place.
-    """
+    """Returns a class with `own` in the place of `generated` among its bases; the class itself if it is not there."""
     if cls is generated:
         return own
     bases = tuple(remade(base, generated, own) for base in cls.__bases__)

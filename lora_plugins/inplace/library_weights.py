@@ -64,12 +64,9 @@ def as_its_own(layer: nn.Module, base: Any) -> Iterator[None]:
 
 
 def put_dense_foreign(layer: nn.Module, name: str, value: Tensor | None = None) -> None:
-    """Replaces a weight that another library quantized by a parameter.
+    """Replaces a weight that another library quantized by a parameter, with the dense value that it has by default.
 
-    Args:
-        layer: The layer, without adapters or about to lose them.
-        name: Attribute name of the weight.
-        value: Its value from now on; by default the dense one that it has.
+    The layer has no adapters, or is about to lose them.
     """
     weight: Any = layer._parameters[name]
     kind = foreign_kind(weight)

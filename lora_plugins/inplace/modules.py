@@ -96,12 +96,7 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def of_all_modules(model: nn.Module, own: Callable[[nn.Module], Mapping[str, Value]]) -> dict[str, Value]:
-    """Returns by full name what all modules of a model have, each under its first name.
-
-    Args:
-        model: The model.
-        own: Returns what a module has, by attribute name.
-    """
+    """Returns by full name what all modules of a model have as their `own`, each under its first name."""
     return {
         full_name(entry.name, name): value
         for entry in model_modules(model)
@@ -112,11 +107,8 @@ def of_all_modules(model: nn.Module, own: Callable[[nn.Module], Mapping[str, Val
 def named_parameters(module: nn.Module, aliases: bool = False) -> dict[str, nn.Parameter]:
     """Returns all parameters below a module, those of adapters too, by full name without what is inserted.
 
-    The names are torch's own, as those of a state dict are: the module's class may have a method of that name.
-
-    Args:
-        module: The module.
-        aliases: Whether a tied parameter is there under all of its names, and not only under the first.
+    The names are torch's own, as those of a state dict are: the module's class may have a method of that name. With
+    `aliases`, a tied parameter is there under all of its names, and not only under the first.
     """
     named = nn.Module.named_parameters(module, remove_duplicate=not aliases)
     return {plain_name(name): tensor for name, tensor in named}

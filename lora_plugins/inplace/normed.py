@@ -8,12 +8,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 def length_and_direction(layer: nn.Module, weight: str) -> tuple[str, str, int] | None:
     """Returns the names of the two parameters, and the dimension whose entries have lengths of their own.
 
-    Args:
-        layer: The layer.
-        weight: The attribute name of the weight.
-
-    Returns:
-        None if weight norm does not compute the weight, or not it alone.
+    None is for a weight that weight norm does not compute, or not it alone.
     """
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == weight:

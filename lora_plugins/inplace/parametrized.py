@@ -20,12 +20,7 @@ def recompute(layer: nn.Module) -> None:
 
 
 def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
-    """Turns a computed weight of a layer without adapters into a parameter.
-
-    Args:
-        layer: The layer.
-        name: Attribute name of the weight.
-        value: Its value from now on.
+    """Turns a computed weight of a layer without adapters into a parameter of some value.
 
     Raises:
         MergeError: As `remover` does.
@@ -36,11 +31,6 @@ def make_plain(layer: nn.Module, name: str, value: Tensor) -> None:
 
 def remover(layer: nn.Module, name: str, full_name: str) -> Callable[[], object]:
     """Returns a function that removes the parametrization or hook by which a weight is computed.
-
-    Args:
-        layer: A layer.
-        name: Attribute name of the weight.
-        full_name: Its full name, for the message.
 
     Raises:
         MergeError: If it is not known how the weight is computed.

@@ -15,8 +15,7 @@ _PLACING = ("accelerate.utils.modeling", "accelerate.utils.other")
 def is_placed(within: int = 1) -> bool:
     """Whether the attribute that the calling function gives or sets is placed on a device, or tied anew behind that.
 
-    Args:
-        within: How many calls above the calling function accelerate may be.
+    Accelerate may be up to `within` calls above the calling function.
     """
     if "accelerate" not in sys.modules or torch.compiler.is_compiling():
         return False

@@ -43,13 +43,7 @@ class _Twins:
 
 
 def mix_rows(modules: list[NamedModule], rows: Sequence[str | None], values: Mapping[str | None, Values]) -> None:
-    """Gives each row of a batch the values of its adapter in those modules that hold one.
-
-    Args:
-        modules: Those of the model.
-        rows: The adapter of each row.
-        values: The values of each adapter that has some; other rows have those of the base.
-    """
+    """Gives each row of a batch the values of its adapter, or the base's, in those modules that hold one."""
     mixed = holders(modules, values)
     twins = {name: _twins(name, module, rows, values) for name, module in mixed.items()}
     for name, module in mixed.items():

@@ -26,12 +26,7 @@ _AT_REST = "_lora_stored_class"
 
 @functools.cache
 def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """Generates the class of layers with stored weights, once for each base class.
-
-    Args:
-        base: The layer's own class.
-        names: Attribute names of the stored weights.
-    """
+    """Generates the class of layers whose weights of these names are stored, once for each base class."""
     namespace: dict[str, Any] = {name: _dense(name) for name in names}
     namespace |= {"__init__": constructor(base), "__reduce_ex__": _reduce, "extra_repr": _extra_repr}
     namespace["__jit_unused_properties__"] = [*getattr(base, "__jit_unused_properties__", []), *names]

@@ -21,13 +21,9 @@ def put_stored(layer: nn.Module, name: str, stored: StoredWeight) -> None:
 
 
 def replace_stored(layer: nn.Module, name: str, value: Tensor | None = None, *, dequantize: bool) -> None:
-    """Replaces a stored weight by one with a new value; layers that share it share the new one too, also after a stop.
+    """Replaces a stored weight by a parameter, to dequantize it, or by one that is stored as before.
 
-    Args:
-        layer: The layer.
-        name: Attribute name of the weight.
-        value: Its value from now on; by default the dense one that it has.
-        dequantize: Whether it becomes a parameter; else it is stored as before.
+    It gets a value, or keeps the dense one that it has. Layers that share it share the new one too, also after a stop.
     """
     stored = stored_weight(layer, name)
     assert stored is not None

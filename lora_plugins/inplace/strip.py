@@ -21,9 +21,7 @@ from lora_plugins.utils import put_value
 def strip_adapters(layer: nn.Module, *, dequantize: bool = False) -> None:
     """Removes all adapters from a layer, whose merged weights stay; safe to repeat if it is interrupted.
 
-    Args:
-        layer: An adapted layer.
-        dequantize: Whether stored weights with a merged value become dense; else they are stored again.
+    Stored weights with a merged value become dense, or are stored again.
     """
     state, computed = layer_state(layer), {}
     for name, value in state.merged.items():

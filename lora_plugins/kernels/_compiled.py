@@ -26,12 +26,7 @@ def takes_operator(operation: str, x: Tensor, weight: Tensor, bias: Tensor | Non
 
     Not on a GPU, where it was not measured; not where a program is exported, to run without this package.
 
-    Args:
-        operation: Its name. Switching off its kernels switches off the operator.
-        x: The input.
-        weight: Of the layer.
-        bias: Of the layer.
-        update: Of the weight.
+    Switching off the kernels of an operation switches off the operator.
     """
     tensors = (x, weight, bias, update.A, update.B)
     return (

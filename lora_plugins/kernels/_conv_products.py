@@ -91,13 +91,7 @@ def output(
 
 
 def gradients(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
-    """Returns the gradients of x, A and B.
-
-    Args:
-        dy: `(batch, out, *size)`, the gradient of the output.
-        state: What the backward has.
-        needed: Which of the three are.
-    """
+    """Returns the gradients of x, A and B where they are needed, from that of the output, `(batch, out, *size)`."""
     return _GRADIENTS[state.options.path](dy, state, needed)
 
 

@@ -28,11 +28,7 @@ class Kernel:
 
 
 def missing_from_torch(*names: str) -> str:
-    """Says which private name of torch is missing; empty if all are there.
-
-    Args:
-        *names: Paths below `torch`, such as `_C._get_mkldnn_enabled`.
-    """
+    """Says which private name of torch, such as `_C._get_mkldnn_enabled`, is missing; empty if all are there."""
     for name in names:
         try:
             attrgetter(name)(torch)

@@ -55,13 +55,7 @@ def output(
 
 
 def gradients(dy: Tensor, state: State, needed: Sequence[bool]) -> Gradients:
-    """Returns the gradients of rows, A and B.
-
-    Args:
-        dy: `(rows, out)`, the gradient of the output.
-        state: What the backward has.
-        needed: Which of the three are.
-    """
+    """Returns the gradients of rows, A and B where they are needed, from that of the output, `(rows, out)`."""
     return _GRADIENTS[state.options.path](dy, state, needed)
 
 

@@ -109,11 +109,7 @@ class _Switches:
         return dict.fromkeys(known if _ALL in chosen else chosen, by)
 
     def switch(self, disabled: Mapping[str, str]) -> None:
-        """Uses all available kernels but some.
-
-        Args:
-            disabled: By name of a kernel, what switches it off.
-        """
+        """Uses all available kernels but those that something switches off, here by their names."""
         self.disabled = disabled
         self.reasons = {**self.unavailable, **{name: f"switched off by {by}" for name, by in disabled.items()}}
         used = [kernel for kernel in self.kernels if kernel.name not in self.reasons]

@@ -78,21 +78,12 @@ class Dropout:
 
     @classmethod
     def draw(cls, p: float) -> "Dropout":
-        """Takes a seed from torch's global generator, whose state gradient checkpointing and resuming restore.
-
-        Args:
-            p: Probability of dropping an element.
-        """
+        """Takes a seed from torch's global generator, whose state gradient checkpointing and resuming restore."""
         return cls.of(p, int(torch.randint(SEEDS, (), device="cpu")))
 
     @classmethod
     def of(cls, p: float, seed: int) -> "Dropout":
-        """Returns the masks of a seed.
-
-        Args:
-            p: Probability of dropping an element.
-            seed: Below `SEEDS`.
-        """
+        """Returns the masks of a seed below `SEEDS`, for a probability of dropping an element."""
         bits = 8 if abs(round(256 * p) / 256 - p) <= _ROUNDING * p else 16
         threshold = max(1, min(round(2**bits * p), 2**bits - 1))
         return cls(seed, threshold, bits, random_words.pinned())

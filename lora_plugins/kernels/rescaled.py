@@ -16,13 +16,7 @@ from lora_plugins.utils import common_type, in_full
 
 
 def rescaled_weight(weight: Tensor, update: Update, rescaling: Rescaling) -> Tensor:
-    """Returns `f · (W + scaling · B A)` in plain operations, in the wider type of W and A.
-
-    Args:
-        weight: `(out, in)`.
-        update: Of the weight.
-        rescaling: Of its rows.
-    """
+    """Returns `f · (W + scaling · B A)`, `(out, in)` as W is, in plain operations and the wider type of W and A."""
     direction, factors = direction_and_factors(weight, update, rescaling)
     return factors[:, None] * direction
 

@@ -28,13 +28,8 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
     """Writes the updates of all active adapters into the weights and removes all adapters from the model.
 
     One layer after the other, so that the model is not in memory twice, and such that it computes the same between any
-    two steps. Stopped in the middle, it can be called again.
-
-    Args:
-        model: The model.
-        state: Its adapters.
-        max_error: Share of an update that rounding may lose.
-        dequantize: Whether stored weights become dense ones; else the merged values are stored again.
+    two steps. Stopped in the middle, it can be called again. Stored weights become dense ones, or their merged values
+    are stored again.
 
     Raises:
         MergeError: As `merge` does, or if a weight is computed in an unknown way.

@@ -11,11 +11,7 @@ from lora_plugins.plan import Plan
 def check_merge_later(model: nn.Module, *, dequantize: bool, otherwise: str, plan: Plan | None = None) -> list[str]:
     """Checks that layers which are not adapted share no adapted weight, and that merged ones are not stored again.
 
-    Args:
-        model: The adapted model, or one that is about to be.
-        dequantize: Whether the merged model will have dense weights.
-        otherwise: The arguments without which nothing is merged.
-        plan: What is about to be adapted, if it is not yet.
+    `otherwise` names the arguments without which nothing is merged, and `plan` is of what is about to be adapted.
 
     Returns:
         The names of the layers whose weights are stored in fewer bytes, by us or by another library.

@@ -13,11 +13,6 @@ from lora_plugins.merge.weight_delta import place_of, weight_deltas
 def check_storing(layers: Mapping[str, nn.Module], adapters: tuple[str, ...], max_error: float) -> None:
     """Checks that storing merged weights again loses no more of their updates than is allowed.
 
-    Args:
-        layers: Adapted layers by full name.
-        adapters: Names of the adapters that are merged.
-        max_error: Share of an update that may be lost.
-
     Raises:
         MergeError: If more would be lost of one.
     """

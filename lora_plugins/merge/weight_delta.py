@@ -85,11 +85,9 @@ class WeightDelta:
 
 
 def weight_deltas(layers: Mapping[str, nn.Module], adapters: tuple[str, ...]) -> Iterator[WeightDelta]:
-    """Yields what active adapters add to each weight, a tied weight once.
+    """Yields what adapters add to each weight, a tied weight once.
 
-    Args:
-        layers: Adapted layers by full name.
-        adapters: Names of adapters; those that are not active on a layer add nothing there.
+    Adapters that are not active on a layer add nothing there.
     """
     seen: set[object] = set()
     for name, layer in layers.items():

@@ -70,10 +70,8 @@ def group_layers(layers: Sequence[PlannedLayer]) -> list[LayerGroup]:
 def group_tensors(tensors: Sequence[str], modules: Collection[str]) -> dict[str, int]:
     """Returns how many tensors there are by the name of what they belong to.
 
-    Args:
-        tensors: Names of tensors.
-        modules: Names of modules, each as whole components from the end, as in `modules_to_save`. The tensors of a
-            module count under its name; others under their own.
+    Modules are named by whole components from the end, as in `modules_to_save`. Their tensors count under their names,
+    others under their own.
     """
     owners = {name: _owner(name, modules) for name in tensors}
     labels = {name: label for label, names in group_names(dict.fromkeys(owners.values())).items() for name in names}

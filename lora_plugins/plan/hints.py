@@ -28,13 +28,7 @@ _MOST_TARGETS = 8
 
 
 def target_hint(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Site]) -> str:
-    """Returns what to write instead of a pattern of `target_modules` that matches nothing.
-
-    Args:
-        pattern: The pattern.
-        patterns: The whole field.
-        sites: The layers that could be adapted.
-    """
+    """Returns what to write instead of one of the patterns of `target_modules`, which matches no layer."""
     names = [name for site in sites for name in site.names if name]
     return (
         _every_layer(pattern, sites, names)
@@ -50,12 +44,7 @@ def nearest_layer(pattern: str, names: Collection[str]) -> str:
 
 
 def inner_hint(containers: Iterable[str], names: Iterable[str]) -> str:
-    """Returns how to name the layers in modules that were matched and are no layers; empty if there are none.
-
-    Args:
-        containers: The names of the modules.
-        names: The names of the layers that could be adapted.
-    """
+    """Returns how to name the layers inside of matched modules that are no layers; empty if there are none in them."""
     paths = tuple(f"{name}." for name in containers if name)
     ends = list(dict.fromkeys(_last(name) for name in sorted(names) if name.startswith(paths)))
     return f"Name the layers in it by their ends, such as {ends[:_MOST_TARGETS]}." if ends else ""
@@ -64,10 +53,7 @@ def inner_hint(containers: Iterable[str], names: Iterable[str]) -> str:
 def saved_hint(pattern: str, names: Sequence[str], layers: Sequence[str]) -> str:
     """Returns what to write instead of an entry of `modules_to_save` that matches nothing.
 
-    Args:
-        pattern: The entry.
-        names: The names of all modules.
-        layers: Those of the modules that have parameters of their own, in the order of the model.
+    The layers are the modules that have parameters of their own, in the order of the model.
     """
     close = nearest(pattern, names)
     return close if close.startswith("Did") or not layers else f"The last layer of the model is {layers[-1]!r}."

@@ -21,10 +21,7 @@ def named_plugins(
 ) -> tuple[InitPlugin, VariantPlugin | None, Storage | None]:
     """Returns the init of a config, its variant (None for plain LoRA) and its storage (None if it asks for none).
 
-    Args:
-        config: The configuration of the adapter.
-        registry: The inits, variants and storages there are.
-        restoring: As in `make_plan`; there is no storage then.
+    There is no storage where an adapter is restored.
 
     Raises:
         PluginError: If there is no such init, variant or storage.

@@ -29,12 +29,7 @@ _SAMPLE = 16
 
 
 def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
-    """Returns the names of layers that look new and are neither adapted nor trained.
-
-    Args:
-        target: The adapted model.
-        plan: That of its adapter.
-    """
+    """Returns the names of layers of an adapted model that look new and are neither adapted nor trained."""
     layers = {entry.name: entry.module for entry in model_modules(target) if isinstance(entry.module, _TYPES)}
     adapted = {layer.name for layer in plan.layers}
     known = (layer for name, layer in layers.items() if name in adapted and _own(layer, "weight").numel() >= _FEW)

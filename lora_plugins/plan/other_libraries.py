@@ -23,11 +23,7 @@ _UNUSED = "original_module"
 
 
 def foreign_names(modules: Sequence[NamedModule]) -> set[str]:
-    """Returns the names of the modules that are of other libraries' adapters, or wrap a layer for one.
-
-    Args:
-        modules: The modules of a model, without our own adapters.
-    """
+    """Returns the names of the modules that are of other libraries' adapters, or wrap a layer for one."""
     of_peft = [entry for entry in modules if hasattr(type(entry.module), _CHILDREN)]
     roots = {
         full_name(name, child)

@@ -52,11 +52,7 @@ class PatternMap(Generic[Value]):
         return found
 
     def get(self, names: Sequence[str], default: Value) -> Value:
-        """Returns the value of the most specific pattern that matches a layer.
-
-        Args:
-            names: All names of the layer, which may stand in the model more than once.
-            default: The value of a layer that no pattern matches.
+        """Returns the value of the most specific pattern that matches one of a layer's names, or else the default.
 
         Raises:
             TargetError: If two patterns match equally well.

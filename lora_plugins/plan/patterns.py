@@ -26,10 +26,6 @@ def shortest_ends(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
     """Returns the shortest path ends that match some names and none of the others; none where these do not exist.
 
     None of them begins with a number, but for names that are nothing else.
-
-    Args:
-        wanted: The names to match.
-        names: All names, the wanted ones included.
     """
     every, wanted = list(names), set(wanted)
     others = [name for name in every if name not in wanted]
@@ -87,11 +83,7 @@ def select(
 ) -> dict[str, list[str]]:
     """Returns the names that each pattern of a field matches.
 
-    Args:
-        field: Name of the field, for errors.
-        patterns: The patterns.
-        names: The names there are.
-        hint: Returns what to write instead of a pattern that matches nothing; by default the nearest names.
+    Hints say what to write instead of a pattern that matches nothing; by default they are the nearest names.
 
     Raises:
         TargetError: If a pattern matches none of the names.

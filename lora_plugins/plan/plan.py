@@ -69,11 +69,7 @@ class Plan:
         return self.base_parameters + self.adapter_parameters
 
     def with_ranks(self, ranks: Mapping[str, int]) -> "Plan":
-        """Returns the plan with other ranks, the scaling of each layer as it was; layers of rank 0 are left out.
-
-        Args:
-            ranks: Ranks by layer name; others keep theirs.
-        """
+        """Returns the plan with other ranks by layer name, each scaling as it was; layers of rank 0 are left out."""
         layers = tuple(
             layer.with_settings(r=r, alpha=layer.scaling * rank_divisor(r, use_rslora=self.config.use_rslora))
             if (r := ranks.get(layer.name, layer.r)) != layer.r

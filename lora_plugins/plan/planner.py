@@ -51,12 +51,7 @@ def make_plan(
 
 
 def weights_to_store(model: nn.Module, config: LoraConfig, registry: Registry) -> dict[str, Storage]:
-    """Returns how the weights of a model are to be stored that has no values yet, by full name.
-
-    Args:
-        model: A model, on the meta device or not.
-        config: The configuration of the adapter that is to come.
-        registry: The layer types and storages there are.
+    """Returns by full name how the weights of a model are to be stored that has no values yet, nor an adapter.
 
     Raises:
         TargetError: As `make_plan` does.
@@ -78,16 +73,7 @@ def planned(
     *,
     restoring: bool = False,
 ) -> Plan:
-    """Decides what an adapter would do to a surveyed model.
-
-    Args:
-        survey: The model.
-        config: The configuration of the adapter.
-        registry: The layer types there are, for messages.
-        init: The config's init.
-        variant: The config's variant; None for plain LoRA.
-        storage: How the config stores weights; None if it does not.
-        restoring: As in `make_plan`.
+    """Decides what an adapter would do to a surveyed model, with the plugins that its config names; see `make_plan`.
 
     Raises:
         TargetError: As `make_plan` does.

@@ -14,11 +14,7 @@ from lora_plugins.utils import shape_or_value
 
 
 def slots_of(method: str, given: Any) -> tuple[Slot, ...]:
-    """Returns the slots that a layer type gave.
-
-    Args:
-        method: What gave them, for messages.
-        given: What it gave.
+    """Returns the slots that a method of a layer type gave.
 
     Raises:
         PluginError: If that is no list of slots, or one of them cannot name its A and B or cut a matrix.
@@ -64,10 +60,7 @@ def biases_of(given: Any) -> tuple[str, ...]:
 def check_slots(method: str, slots: Sequence[Slot], rows: Mapping[str, int]) -> None:
     """Refuses slots that would share their A and B, or cover rows that the weight does not have.
 
-    Args:
-        method: What gave them, for messages.
-        slots: The slots of one adapter.
-        rows: How many rows the matrix of each weight has, where that can be told.
+    How many rows the matrix of each weight has is told by `rows`, where that is known.
 
     Raises:
         PluginError: If one of them is wrong.

@@ -24,7 +24,7 @@ class Weight:
         key: Which weight it is.
         shape: `(out, in)` of its matrix view.
         dtype: Its type.
-        computed: Whether a parametrization or a hook computes it.
+        computed: Whether it is no parameter of the layer: a buffer, or what a parametrization or a hook computes.
         on_meta: Whether it has no values yet.
         problem: Why an update cannot be added to it.
         stored: How it is stored; None if it is dense.

@@ -42,12 +42,7 @@ from lora_plugins.plugins import LayerPlugin, Registry, Slot, class_path, comput
 
 
 def survey(model: nn.Module, registry: Registry) -> Survey:
-    """Walks a model once; touches nothing.
-
-    Args:
-        model: Any module, adapted already or not.
-        registry: The layer types there are.
-    """
+    """Walks a model once, adapted already or not; touches nothing."""
     modules = model_modules(model)
     parameters = own_parameters(modules)
     aliases: dict[int, list[str]] = {}

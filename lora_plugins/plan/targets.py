@@ -126,11 +126,7 @@ def _of_others(matches: Sequence[str], free: Sequence[Site]) -> str:
 def left_out(config: LoraConfig, survey: Survey, saved: set[str], failed: str = "") -> tuple[LeftOut, ...]:
     """Returns what "all" leaves out though it has weights of two dimensions or more; nothing for other targets.
 
-    Args:
-        config: The configuration.
-        survey: The model.
-        saved: The modules that are trained in full.
-        failed: What to say of plugins that failed, one of which may be missing here.
+    What is said of plugins that `failed` is told as well: one of them may be missing here.
     """
     if config.target_modules not in (None, "all") or config.layers_to_transform is not None:
         return ()

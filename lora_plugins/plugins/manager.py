@@ -31,12 +31,7 @@ TRACE_VARIABLE = "LORA_PLUGINS_TRACE"
 
 @functools.cache
 def default_registry(allow: tuple[str, ...] | None = None, block: tuple[str, ...] = ()) -> Registry:
-    """Returns the registry of all installed plugins, built at the first call of the process.
-
-    Args:
-        allow: As in `build_registry`.
-        block: Likewise.
-    """
+    """Returns the registry of all installed plugins; see `build_registry`. The first call of a process builds it."""
     return build_registry(allow=allow, block=block)
 
 

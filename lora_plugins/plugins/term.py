@@ -162,10 +162,6 @@ def add_updates(y: Tensor, updates: Sequence[Tensor]) -> Tensor:
     Updates are to be computed before the layer's own output. Then the gradient of the layer's own input is the first to
     arrive in the backward, and its layout is that of the sum: torch's normalizations (2.13, on a CPU) are silently
     wrong for some others.
-
-    Args:
-        y: The output of the layer itself.
-        updates: What is added to it.
     """
     for update in updates:
         y = laid_out_like(y, y + update.to(y.dtype))

@@ -192,13 +192,7 @@ def moved(model: Holder) -> Holder:
 
 
 def mapped(inputs: Sequence[Any], function: Callable[[Tensor], Tensor], which: Iterable[Any] = ()) -> tuple[Any, ...]:
-    """Applies a function to the dense tensors among the inputs, once to one that stands there twice.
-
-    Args:
-        inputs: What a layer is called with.
-        function: What is applied.
-        which: Whether to apply it, for each of the inputs; to all dense tensors if empty.
-    """
+    """Applies a function to the dense tensors, or `which` of the inputs; once to one that stands there twice."""
     chosen = list(which) or [is_dense(x) for x in inputs]
     results = {id(x): function(x) for x, each in zip(inputs, chosen, strict=True) if each}
     return tuple(results.get(id(x), x) for x in inputs)
@@ -225,10 +219,7 @@ def is_values(x: Any) -> bool:
 def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """Returns what the law says of the weights of an adapted layer, `W + ΔW` by attribute name, from A and B.
 
-    Args:
-        plugin: The plugin.
-        layer: The adapted layer.
-        weights: Which adapters act, by name, and what their update is multiplied by.
+    The adapters that act are in `weights`, each with what its update is multiplied by.
     """
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -253,10 +244,7 @@ def updated(plugin: LayerPlugin[Any], layer: nn.Module, weights: Mapping[str, fl
 def lawful(case: LayerCase, model: Holder, weights: Mapping[str, float] | None = None) -> Holder:
     """Builds the untouched model again with the updated weights of an adapted one, and all else that it has now.
 
-    Args:
-        case: What is checked.
-        model: The adapted model.
-        weights: Which adapters act, as `updated` takes them; `default` if not given, and none if empty.
+    The adapters that act are told as in `updated`: `default` if they are not given, and none if empty.
     """
     layer = model.layer
     dtype = next(p.dtype for p in layer.parameters() if p.is_floating_point())
@@ -279,16 +267,7 @@ def require_lawful(
     tolerance: float = TIGHT,
     run: Callable[..., Any] = call,
 ) -> None:
-    """Raises a `MismatchError` unless an adapted layer computes what the law says.
-
-    Args:
-        what: What its output is, for the message.
-        case: What is checked.
-        model: The adapted model.
-        inputs: What the layer is called with.
-        tolerance: Largest difference, as a share of the largest value.
-        run: Calls the adapted model with the inputs.
-    """
+    """Raises a `MismatchError` unless an adapted layer computes what the law says."""
     reference = lawful(case, model)  # before a call that moves what the layer itself counts or follows
     require_all_close(what, run(model, inputs), call(reference, inputs), tolerance)
 

@@ -164,11 +164,7 @@ def require_unmoved(before: Mapping[str, Any]) -> None:
 
 
 def require_nothing_kept(call: Callable[[int], object]) -> None:
-    """Raises a `MismatchError` if calls leave tensors in memory once their inputs and outputs are gone.
-
-    Args:
-        call: Makes a call; it is handed its number.
-    """
+    """Raises a `MismatchError` if calls, by number, leave tensors in memory once their inputs and outputs are gone."""
     call(0)
     call(1)  # the first calls may fill a cache
     gc.collect()

@@ -6,11 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ending(put_back: Callable[[], object]) -> Iterator[None]:
-    """Runs a cleanup at the end of a block, and once more if the first call was stopped.
-
-    Args:
-        put_back: May be called again from any of its steps.
-    """
+    """Runs a cleanup at the end of a block, and once more if the first call was stopped in any of its steps."""
     try:
         try:
             yield

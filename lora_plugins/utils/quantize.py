@@ -16,11 +16,7 @@ _OUTERMOST_QUANTILE = 0.9677083
 
 
 def levels(bits: int) -> Tensor:
-    """Returns the levels of a quantizer in ascending order, float64, from -1 to 1.
-
-    Args:
-        bits: 2 or 4 for NormalFloat, 8 for the 255 levels of a symmetric integer.
-    """
+    """Returns the levels from -1 to 1, float64, ascending: NormalFloat's of 2 or 4 bits, the 255 of 8-bit integers."""
     if bits == 8:
         return torch.arange(-127, 128, dtype=torch.float64, device="cpu") / 127
     count = 2**bits

@@ -42,14 +42,7 @@ def without_masks(data: Path) -> DataError:
 
 
 def check_are_classes(data: Path, folder: Path, classes: Sequence[str], split: str) -> None:
-    """Refuses folders that are taken for classes and look like something else.
-
-    Args:
-        data: The data.
-        folder: Where they are.
-        classes: Their names.
-        split: The name of their split; empty where there are none.
-    """
+    """Refuses folders that are taken for classes and look like something else."""
     if len(classes) == 1 and holds_folders_alone(inner := folder / classes[0]):
         way = "Move these up" if split else f"Train on {inner}"
         raise DataError(f"{folder} holds one folder, {classes[0]!r}, with folders in it. {way}.")
@@ -110,12 +103,7 @@ def images_elsewhere(data: Path, masks: Path) -> DataError:
 
 
 def images_of_list_elsewhere(data: Path, first: str) -> DataError:
-    """Returns what to say of a list of which no image exists.
-
-    Args:
-        data: The list.
-        first: The first image that it names.
-    """
+    """Returns what to say of a list of which no image exists; `first` is the first that it names."""
     folder, name = data.parent, re.split(r"[\\/]", first)[-1]
     suffixes = IMAGE_SUFFIXES | {""}
     alike = (path for path in folder.rglob(f"{glob.escape(name)}*") if path.suffix.lower() in suffixes)

@@ -51,11 +51,7 @@ def mask_coding(
     Gray masks whose values leave most indices out, such as 0 and 255, or 0, 128 and 255, are gray levels; others hold
     indices.
 
-    Args:
-        paths: The masks, or what else `read` reads; as text, they are named in messages.
-        names: Names of the classes, if they are known.
-        ignored: The value that stands for no class, if it is known.
-        read: Reads a mask as it is stored.
+    Masks are paths, or what else `read` reads as it is stored; as text, they are named in messages.
 
     Raises:
         DataError: As `mask_values` does, or if they hold values without a name, or one value alone.

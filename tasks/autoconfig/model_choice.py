@@ -96,11 +96,8 @@ def checked_weights(weights: str | None) -> str | None:
 def choose_model(task: str, model: str | None, weights: str | None, size: tuple[int, int] | None) -> Choice:
     """Finds the network that a flag names, or the default one.
 
-    Args:
-        task: What it is for.
-        model: LIBRARY/NAME, the name of a timm model, or OWNER/NAME on the hub.
-        weights: A file of weights; None for the pretrained ones.
-        size: Height and width of the images, if they are given.
+    `model` is LIBRARY/NAME, the name of a timm model, or OWNER/NAME on the hub; without `weights`, it has the
+    pretrained ones.
 
     Raises:
         ConfigError: For a name that does not exist, with near matches, or weights that cannot be had.

@@ -25,9 +25,7 @@ LEFT = frozenset({ADAPTER, MERGED, REPORT, "report.json", PICTURE, CONFIG, "logs
 def folders(out: Path | None, data: Path | None) -> Iterator[Path]:
     """Returns the folders that a run may use, of which it takes the first free one.
 
-    Args:
-        out: The one that was named.
-        data: The folder or list of data; None for those that come along.
+    `out` is the one that was named; `data` is None for the images that come along.
 
     Raises:
         ConfigError: If it was named, and has results, or something else, or is inside of the data.

@@ -32,11 +32,8 @@ GROUPS = Path("/sys/fs/cgroup")
 def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] | None, lora: Mapping[str, Any]) -> int:
     """Bytes that a training step keeps for its backward, for each image; measured on random weights, on the CPU.
 
-    Args:
-        task_class: The name of the class of the task.
-        model: Arguments of its `ModelConfig`.
-        size: Height and width of the images; None for those that the model was made for.
-        lora: Fields of the `LoraConfig`.
+    `model` and `lora` are fields of a `ModelConfig` and a `LoraConfig`. Without a size, images are as the model was
+    made for.
 
     Raises:
         ConfigError: If the network does not take images of that size.
@@ -75,10 +72,7 @@ def kept_bytes(task_class: str, model: Mapping[str, Any], size: tuple[int, int] 
 def fitting_batch(wanted: int, per_image: int, free: int | None) -> int:
     """The batch size that was wanted, halved until it fits.
 
-    Args:
-        wanted: A power of two.
-        per_image: Bytes that each image takes.
-        free: Bytes that there are; None if nobody knows.
+    `wanted` is a power of two; `free` is None where it is not known.
 
     Raises:
         ConfigError: If not even one image fits.

@@ -22,10 +22,8 @@ OF_ADDRESSES = re.compile(r"\w{2,}:/")
 def survey(data: Path | str, flags: Flags) -> Survey:
     """Surveys the training data; reads masks, and the headers of images.
 
-    Args:
-        data: A folder with a folder of images for each class, one with images and masks, a list (CSV, JSON lines), or a
-            data set of `datasets`.
-        flags: What is known already.
+    They are a folder with a folder of images for each class, one with images and masks, a list (CSV, JSON lines), or a
+    data set of `datasets`.
 
     Raises:
         DataError: If it cannot be trained on, with the reason, and what to do.

@@ -13,13 +13,7 @@ from torchvision import tv_tensors
 
 
 class TensorSamples(Dataset[dict[str, Any]]):
-    """Samples that are held in memory.
-
-    Args:
-        images: (N, channels, H, W), 8-bit.
-        targets: (N,) class indices or (N, H, W) masks of them.
-        names: A name for each sample.
-    """
+    """Samples in memory: 8-bit images (N, channels, H, W), and class indices (N,) or masks (N, H, W) of them."""
 
     def __init__(self, images: Tensor, targets: Tensor, names: Sequence[str]) -> None:
         self.images, self.targets, self.names = images, targets, names

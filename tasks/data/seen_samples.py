@@ -22,13 +22,7 @@ DARK = 64
 
 @dataclass(frozen=True)
 class Seen:
-    """What is remembered of a sample that was read.
-
-    Attributes:
-        classes: Those that occur in it.
-        pixels: A digest of its image.
-        brightest: The largest value in its image, of 255.
-    """
+    """What is remembered of a sample that was read: classes, a digest of its image, and its largest value, of 255."""
 
     classes: frozenset[int]
     pixels: bytes

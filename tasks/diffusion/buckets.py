@@ -20,12 +20,7 @@ LONGEST = 2
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:
-    """The sizes of buckets: multiples of a step, of at most the area of a square, and as large as they can be.
-
-    Args:
-        resolution: The side of the square.
-        step: What sides are multiples of.
-    """
+    """The sizes of buckets: multiples of a step, of at most the area of a square, and as large as they can be."""
     sizes = {(resolution, resolution)}
     for width in range(step, resolution * LONGEST, step):
         height = resolution * resolution // width // step * step
@@ -66,11 +61,7 @@ def fit(picture: Image.Image, size: Size) -> Fitted:
 class BucketBatchSampler(BatchSampler):
     """Batches of samples of one bucket, in the order in which a sampler fills them; incomplete ones at the end.
 
-    Args:
-        sampler: The sampler.
-        batch_size: Samples per batch.
-        drop_last: Whether incomplete batches are left out.
-        buckets: The bucket of each sample.
+    `buckets` has the bucket of each sample.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, buckets: Sequence[Any]) -> None:

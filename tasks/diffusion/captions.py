@@ -29,13 +29,7 @@ RAW_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf"
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture with its prompt.
-
-    Attributes:
-        path: The picture.
-        prompt: The prompt.
-        size: Height and width of the picture.
-    """
+    """The path of a picture, its prompt, and its height and width."""
 
     path: Path
     prompt: str
@@ -43,11 +37,7 @@ class Captioned:
 
 
 def captioned_folder(folder: Path, prompt: str | None) -> list[Captioned]:
-    """The pictures of a folder.
-
-    Args:
-        folder: The folder.
-        prompt: The prompt of all pictures; None if each has a `.txt` beside it.
+    """The pictures of a folder, with one prompt for all, or each with what a `.txt` beside it says.
 
     Raises:
         DataError: If there is no folder or no picture, one or its caption cannot be read, a caption is missing or

@@ -100,13 +100,9 @@ class FlowMatching:
 
 
 def objective_of(config: Mapping[str, Any], class_name: str, prediction: str, min_snr_gamma: float | None) -> Objective:
-    """The objective that goes with a pipeline's scheduler.
+    """The objective that goes with a scheduler of this configuration and class.
 
-    Args:
-        config: The configuration of the scheduler.
-        class_name: The name of its class.
-        prediction: `auto` for what the scheduler says, or `epsilon` or `v_prediction` where it is wrong.
-        min_snr_gamma: See `NoisePrediction`.
+    `prediction` is `auto` for what the scheduler says, or `epsilon` or `v_prediction` where it is wrong.
 
     Raises:
         ConfigError: For an unknown word, or one that does not go with the scheduler.

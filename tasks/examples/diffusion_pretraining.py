@@ -52,12 +52,7 @@ def digit_prompt(digit: int) -> str:
 
 
 def build_tokenizer(words: Sequence[str], length: int) -> Any:
-    """A CLIP tokenizer that has a token for each of the words, and spells all others by letters.
-
-    Args:
-        words: The words, of lower-case letters.
-        length: The number of tokens of every prompt.
-    """
+    """A CLIP tokenizer that has a token for each lower-case word, spells all others, and gives prompts one length."""
     from transformers import CLIPTokenizer
 
     merges = [(word[:i], _last(word, i)) for word in words for i in range(1, len(word))]
@@ -183,15 +178,7 @@ def _training_data(tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def pretrain_diffusion(folder: Path, steps: int = STEPS) -> Path:
-    """Trains the pipeline and writes it, in float16.
-
-    Args:
-        folder: The folder of the pipeline.
-        steps: The number of training steps.
-
-    Returns:
-        The folder.
-    """
+    """Trains the pipeline, writes it into a folder, in float16, and returns that."""
     seed_everything(SEED)
     pipe = build_pipeline()
     train_autoencoder(pipe.vae, steps=min(steps, 2000))

@@ -22,13 +22,7 @@ MAX_INK = 16
 
 @dataclass(frozen=True)
 class DigitSamples:
-    """Some handwritten digits.
-
-    Attributes:
-        ink: (N, 8, 8), float, from 0 for paper to 1 for ink.
-        labels: (N,), the index of the digit in the requested list of digits.
-        numbers: (N,), the number of each sample in scikit-learn's order.
-    """
+    """Some digits: ink (N, 8, 8) from 0 to 1, their places in the list asked for, and numbers in scikit-learn."""
 
     ink: Tensor
     labels: Tensor

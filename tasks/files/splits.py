@@ -35,18 +35,11 @@ def hold_out(
     name: Callable[[Sample], str],
     stratum: Callable[[Sample], Hashable],
 ) -> dict[str, list[Sample]]:
-    """Takes missing splits out of the train split, stratified.
+    """Takes missing splits out of the train split, stratified; `shares` are parts of it.
 
     Each stratum (each class, say) gives its share, rounded, to every missing split. Within a stratum, samples are drawn
     in the order of a hash of their names and the seed, so a split is the same on every machine. Samples of one name, as
     an image that is listed twice, stay together.
-
-    Args:
-        samples: Samples by split.
-        shares: The share of the train split that each missing split takes.
-        seed: Selects one of the many possible splits.
-        name: The name of a sample.
-        stratum: The stratum of a sample.
     """
     missing = {split: share for split, share in shares.items() if share > 0 and split not in samples}
     strata: dict[Hashable, list[Sample]] = defaultdict(list)

@@ -17,12 +17,7 @@ from lora_plugins.tasks.files import IMAGE_SUFFIXES, NO_IMAGE, image_files, name
 def given_images(
     images: str | Path | Sequence[str | Path], on_problem: str, resized_to: Size | None = None
 ) -> dict[str, Path]:
-    """Finds images and reads each once.
-
-    Args:
-        images: An image, a folder of images, or a pattern of paths, or several of these.
-        on_problem: What happens to images that cannot be read, as in `predict_folder`.
-        resized_to: As in `read_image`.
+    """Finds images, of which paths, folders and patterns are given, and reads each once.
 
     Returns:
         Those that can be read, by their paths below the folder that all of them are in.

@@ -58,10 +58,6 @@ def class_dependent_modules(build: Callable[[int], nn.Module], classes: int) -> 
     """Names of the modules with a parameter whose shape depends on the number of classes.
 
     They are found by building the network for one class more, on the meta device.
-
-    Args:
-        build: Builds the network for a number of classes, without weights.
-        classes: The number of classes.
     """
     with torch.device("meta"):
         one, other = (dict(build(number).named_parameters()) for number in (classes, classes + 1))

@@ -20,11 +20,6 @@ def refusing_small_images(network: nn.Module, name: str, made_for: tuple[int, in
 
     Such a network computes, and is trained without an error; what it learns has next to nothing to do with the images.
 
-    Args:
-        network: The network that the block calls.
-        name: What it is called.
-        made_for: Height and width of the images that it was made for, if that is known.
-
     Raises:
         ConfigError: If a layer with a stride is given a map of one pixel, or the first one leaves a single patch.
     """

@@ -33,13 +33,7 @@ TASK_PREFIX = "network."
 
 @dataclass(frozen=True)
 class Difference:
-    """How a state dict differs from the network that should load it.
-
-    Attributes:
-        missing: Keys of the network that the file lacks.
-        unexpected: Keys of the file that the network lacks.
-        mismatched: Key, shape in the file and shape in the network, if the two shapes differ.
-    """
+    """How a file of weights differs from the network that should load it: keys, and shapes in file and network."""
 
     missing: frozenset[str]
     unexpected: frozenset[str]
@@ -64,13 +58,6 @@ def new_modules(
     A head is new if the file has none of it, or if shapes in it differ; then the modules that hold those tensors are
     new. A file written for another task may have that task's head: its keys lie outside `base`, and are ignored if a
     head of ours is new.
-
-    Args:
-        difference: How the file differs from the network.
-        keys: All keys of the network.
-        heads: Names of the modules that may be new.
-        base: Name of the module that is no head, for networks that have one.
-        where: The file's name, for the error.
 
     Raises:
         WeightsError: With every key that is missing, unexpected or mismatched without being part of a new head.

@@ -66,13 +66,7 @@ class Example:
 
 
 def render_report(run: RunRecord, examples: Sequence[Example], void: str | None = None) -> str:
-    """The report of a run.
-
-    Args:
-        run: The run.
-        examples: Samples to show, worst first.
-        void: The color of ignored pixels; None if there are none.
-    """
+    """The report of a run, with samples to show, worst first, and the color of ignored pixels, if there are some."""
     shown = [name for name in ("loss", run.main_metric) if _lines(run, name)]
     return _render(
         "report.html",
@@ -87,12 +81,7 @@ def render_report(run: RunRecord, examples: Sequence[Example], void: str | None 
 
 
 def render_comparison(runs: Mapping[str, RunRecord], notes: Sequence[str] = ()) -> str:
-    """Several runs of one task side by side.
-
-    Args:
-        runs: The runs, by what they are called.
-        notes: What keeps them from being comparable.
-    """
+    """Several runs of one task side by side, with notes on what keeps them from being comparable."""
     first = next(iter(runs.values()))
     name = first.main_metric
     lines = [

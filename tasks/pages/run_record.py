@@ -133,10 +133,7 @@ def run_as_json(run: RunRecord) -> str:
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Reads a run.
-
-    Args:
-        path: The folder that its report is in, its HTML file, or the JSON file beside that.
+    """Reads a run from the folder that its report is in, its HTML file, or the JSON file beside that.
 
     Raises:
         ReportError: If there is no report, or the file is none.

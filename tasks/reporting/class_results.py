@@ -16,12 +16,8 @@ def class_results(
 ) -> tuple[ClassResult, ...]:
     """The results of each class: its IoU if a label is predicted for each pixel, else its recall.
 
-    Args:
-        names: Names of the classes.
-        after: The confusion matrix (true, predicted) of the val split after training.
-        before: Likewise, before training; None if it was not measured.
-        train: How often each class was trained on, (classes,); None if that was not counted.
-        per_pixel: Whether there is a label for each pixel.
+    `after` and `before` are confusion matrices (true, predicted) of the val split after and before training, `train`
+    (classes,) is how often each class was trained on; None if it was not measured or counted.
     """
     scores = [None if matrix is None else _scores(matrix, per_pixel) for matrix in (before, after)]
     precision = _shares(after.diagonal(), after.sum(0))

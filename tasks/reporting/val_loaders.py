@@ -30,12 +30,7 @@ def has_places(loader: object) -> bool:
 
 
 def has_validated(trainer: Trainer, what: str) -> bool:
-    """Whether a fit has validated; warns if it has not, as when it was over already.
-
-    Args:
-        trainer: The trainer.
-        what: What is left out then.
-    """
+    """Whether a fit has validated; warns that there is none of `what` if not, as when it was over already."""
     validated = any(trainer.num_val_batches)
     if not validated:
         rank_zero_warn(f"There is no {what}: this fit validated nothing. It was over already, or has no val batches.")

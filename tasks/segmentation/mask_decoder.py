@@ -67,10 +67,6 @@ class MaskDecoder:
     def decode(self, mask: Image.Image, name: str) -> Labels:
         """The classes of a mask, (H, W), in 8 bits where these suffice, as photos are large, or else in 64.
 
-        Args:
-            mask: The image.
-            name: Its name in error messages.
-
         Raises:
             DataError: If the image is of another kind, or holds an unknown class.
         """

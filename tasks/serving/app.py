@@ -71,10 +71,7 @@ TRIES = 10
 def make_app(engine: Engine, *, max_bytes: int = 10 * 2**20, max_pixels: int = 50_000_000) -> FastAPI:
     """Makes the application; when its server stops, the engine answers waiting requests and closes.
 
-    Args:
-        engine: What computes.
-        max_bytes: The largest upload.
-        max_pixels: The largest image, decoded.
+    Uploads have at most `max_bytes`, and images, decoded, `max_pixels`.
     """
 
     @asynccontextmanager

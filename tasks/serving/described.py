@@ -61,10 +61,6 @@ def describe_folder(path: Path) -> Described:
 def read_described(folder: Path, described: Described) -> PackedAdapter:
     """Reads the adapter that was described, and no other one.
 
-    Args:
-        folder: The folder that its own one is in.
-        described: What it said.
-
     Raises:
         AdapterFileError: If it is damaged.
         ReplacedError: If another one, or none, is in its place.

@@ -47,11 +47,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, described: Described, image: Tensor) -> "Future[Tensor]":
-        """Hands in an image.
-
-        Args:
-            described: The adapter.
-            image: (channels, H, W) in [0, 1], of the size that the adapter was trained with.
+        """Hands in an image (channels, H, W) in [0, 1], of the size that the adapter was trained with.
 
         Returns:
             What will hold its logits, or the error that its adapter caused.

@@ -95,11 +95,7 @@ class Shelf:
             raise
 
     def load(self, described: Described, needed: Sequence[Described] = ()) -> None:
-        """Loads an adapter, if that version of it is not loaded.
-
-        Args:
-            described: The adapter.
-            needed: Those that may not go to make place for it.
+        """Loads an adapter, if that version of it is not loaded; those that are needed do not go to make place for it.
 
         Raises:
             ReplacedError: If another version, or none, is there now; describe it again.
@@ -121,9 +117,7 @@ class Shelf:
     def logits(self, rows: Sequence[Described], images: Tensor) -> Tensor:
         """The logits of images, each by its adapter: all at once, or where an adapter cannot be mixed, one by one.
 
-        Args:
-            rows: The adapter of each image; all are loaded, and on the same base.
-            images: (N, channels, H, W) in [0, 1].
+        All of these are loaded, and on the same base; images are (N, channels, H, W) in [0, 1].
         """
         lora, keys = LoraModel(self._target(rows[0])), [self._loaded[row.name].key for row in rows]
         task, images = self._bases[rows[0].base], images.to(self._device, self._dtype)

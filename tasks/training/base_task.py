@@ -103,10 +103,7 @@ class BaseTask(LoraCheckpointMixin):
 def task_of_checkpoint(cls: type[Task], checkpoint: dict[str, Any], **changed: Any) -> Task:
     """Builds the task of a checkpoint that was read, as `load_from_checkpoint` does that of a file.
 
-    Args:
-        cls: Its class.
-        checkpoint: The checkpoint, with the provenance of the task.
-        **changed: Arguments in place of those that it says.
+    `changed` are arguments in place of those that it says.
     """
     said, hyperparameters = checkpoint[PROVENANCE_KEY]["arguments"], checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
     arguments = {**said, **hyperparameters, **changed}  # what is said is plain JSON, without tuples

@@ -23,12 +23,6 @@ def check_class_names(names: Sequence[str], num_classes: int) -> None:
 def check_data(data: VisionDataModule, own: Sequence[str] | None, num_classes: int, ignore_index: int) -> None:
     """Checks that data have the classes of a task; tells of those with another name there.
 
-    Args:
-        data: The data.
-        own: Names of the task's classes, if it has some.
-        num_classes: How many it has.
-        ignore_index: The label that it ignores.
-
     Raises:
         ConfigError: If they do not agree, so that a label would be that of another class or of none.
     """

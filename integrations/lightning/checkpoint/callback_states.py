@@ -20,13 +20,9 @@ _SMALLEST = 256
 def without_base_of_callbacks(
     checkpoint: Mapping[str, Any], base: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], list[tuple[list[Any], str]]]:
-    """Returns a checkpoint whose callbacks have nothing of the base, and where they had what of it.
+    """Returns a checkpoint whose callbacks have nothing of `base`, which it leaves out, and where they had what of it.
 
     What they call a tensor is their matter: those are left out that have the very values of one of the base.
-
-    Args:
-        checkpoint: The checkpoint; it is not changed.
-        base: The tensors of the module that the file leaves out, by name.
     """
     states = checkpoint.get(CALLBACKS, {})
     large = [(path, value) for path, value in _tensors(states, ()) if value.numel() >= _SMALLEST]
@@ -41,12 +37,7 @@ def without_base_of_callbacks(
 def with_base_of_callbacks(
     checkpoint: Mapping[str, Any], found: Sequence[tuple[Sequence[Any], Tensor]]
 ) -> dict[str, Any]:
-    """Returns a checkpoint whose callbacks have copies of the base again, into which they may write.
-
-    Args:
-        checkpoint: The checkpoint; it is not changed.
-        found: Where they had a tensor, and that of the module.
-    """
+    """Returns a checkpoint whose callbacks have, where they had it, copies of the base, into which they may write."""
     states = checkpoint.get(CALLBACKS, {})
     present = [(path, tensor) for path, tensor in found if path[0] in states]  # somebody may have removed a state
     for path, tensor in present:

@@ -18,10 +18,7 @@ from lora_plugins.integrations.lightning.module import adapters_by_place
 def check_adapters(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapping[str, Any]) -> None:
     """Checks that a checkpoint has the adapters of a module whose tensors are split over processes.
 
-    Args:
-        module: The module.
-        checkpoint: The checkpoint.
-        whole: The module's state dict as its strategy has it, which knows the whole shapes.
+    `whole` is the module's state dict as its strategy has it, which knows the whole shapes.
 
     Raises:
         AdapterFileError: If the entry is damaged or newer, or the adapters are not the same ones on the same base.
@@ -45,12 +42,7 @@ def check_adapters(module: nn.Module, checkpoint: Mapping[str, Any], whole: Mapp
 def locate_adapter(
     module: nn.Module, adapter: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> tuple[nn.Module, PackedAdapter]:
-    """Returns the target of an adapter of a checkpoint, and the adapter with its tensors collected from the file.
-
-    Args:
-        module: The module.
-        adapter: Its part of the checkpoint's entry.
-        saved: The checkpoint's state dict.
+    """Returns the target of an adapter of an entry, and the adapter with its tensors collected from a saved state dict.
 
     Raises:
         AdapterFileError: If the module has no such target.
@@ -70,11 +62,6 @@ def locate_adapter(
 
 def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> None:
     """Checks that an adapter of a checkpoint is one of the same kind, on the same base, as that of the module.
-
-    Args:
-        name: The adapter's name.
-        own: The adapter of the module.
-        packed: The adapter of the checkpoint.
 
     Raises:
         AdapterFileError: If configuration, tensors or base differ, naming what does.
@@ -103,11 +90,6 @@ def check_same_adapter(name: str, own: PackedAdapter, packed: PackedAdapter) -> 
 def check_same_config(name: str, own: Mapping[str, Any], packed: PackedAdapter) -> None:
     """Checks that an adapter of a checkpoint has the configuration of that of the module.
 
-    Args:
-        name: The adapter's name.
-        own: The configuration of the module's adapter, as a manifest has it.
-        packed: The adapter of the checkpoint.
-
     Raises:
         AdapterFileError: If it differs, naming in what.
     """
@@ -119,11 +101,7 @@ def check_same_config(name: str, own: Mapping[str, Any], packed: PackedAdapter) 
 
 
 def check_no_surplus(places: Iterable[tuple[str, str]], entry: Mapping[str, Any]) -> None:
-    """Checks that the module has no adapter that the checkpoint lacks: it would act with its initial values.
-
-    Args:
-        places: Targets and names of the adapters that the module has, or is about to have.
-        entry: The checkpoint's entry.
+    """Checks that the module has, or gets, no adapter that the checkpoint lacks: it would act with its initial values.
 
     Raises:
         AdapterFileError: If it has some, naming them.

@@ -25,11 +25,7 @@ from lora_plugins.integrations.lightning.module import (
 def put_base(module: nn.Module, entry: Mapping[str, Any], saved: Mapping[str, Tensor], undo: ExitStack) -> None:
     """Puts the weights of a checkpoint that adapters were merged into before into the module.
 
-    Args:
-        module: The module.
-        entry: That of the checkpoint.
-        saved: The tensors of the checkpoint, by name.
-        undo: Gets what puts back what they replace.
+    `undo` gets calls that restore the former weights.
 
     Raises:
         AdapterFileError: If the module has another base.
@@ -81,11 +77,6 @@ def _check_base(
 
 def check_left_out(module: nn.Module, entry: Mapping[str, Any], *, keep_moved: bool) -> None:
     """Checks that what a checkpoint leaves out has the values that it had when the checkpoint was written.
-
-    Args:
-        module: The module.
-        entry: That of the checkpoint.
-        keep_moved: As in `restore`.
 
     Raises:
         AdapterFileError: If it has others.

@@ -53,11 +53,8 @@ def before_hook(
 
     It may also load parts of the adapted module, such as an average, from entries of its own.
 
-    Args:
-        module: The module.
-        checkpoint: The checkpoint.
-        restored: It, complete, with its adapters on the module; None where the module is not yet the one that they
-            belong to.
+    `restored` is the checkpoint, complete, with its adapters on the module; None where the module is not yet the one
+    that they belong to.
 
     Returns:
         The checkpoint for the hook, with the module's frozen base, and what is to be called after it.

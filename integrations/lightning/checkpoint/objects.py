@@ -75,8 +75,7 @@ def need_unpickling(objects: Sequence[str]) -> bool:
 def argument_for_objects(path: object) -> str:
     """Returns the argument that a reader of a checkpoint needs for the objects in it; empty if it needs none.
 
-    Args:
-        path: The file, which this process has written: what it may call is called.
+    What the file may call is called: it is one that this process has written.
     """
     with _nothing_else_allowed():
         objects = not_allowed(path)

@@ -96,11 +96,7 @@ def read_checkpoint(
 ) -> dict[str, Any]:
     """Reads a checkpoint without unpickling objects, but those of harmless types and of types that are allowed.
 
-    Args:
-        path: The file.
-        map_location: As in `torch.load`.
-        allow_globals: Classes and functions that the hyperparameters in the file may be, or their import paths.
-        weights_only: False unpickles whatever the file has, which may run any code.
+    The arguments are those of `load_from_checkpoint`.
 
     Raises:
         AdapterFileError: If it is not a file that `torch.load(weights_only=True)` can read, or it is damaged.
@@ -115,10 +111,8 @@ def read_checkpoint(
 def check_whole(path: object, checkpoint: Any) -> None:
     """Checks the sums of a file that torch wrote, which `torch.load` does not do.
 
-    Args:
-        path: The file, in any file system that Lightning reads; addresses of the web are not read a second time.
-        checkpoint: What was read from it. Of a checkpoint without adapters, which may be large and is not ours, only
-            the record is read that would say if there were some.
+    Addresses of the web are not read a second time. Of a checkpoint without adapters, which may be large and is not
+    ours, only the record is read that would say if there were some.
 
     Raises:
         AdapterFileError: If a part of the file is not what was written, or it is no checkpoint.

@@ -70,9 +70,7 @@ def original(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def rebuilding_line(module: LightningModule, path: str | Path | None) -> str:
     """Returns a line of Python that loads a checkpoint of a module; what the file does not have is a `...` in it.
 
-    Args:
-        module: The module.
-        path: Its checkpoint, which is there; None while it is written.
+    Without a path, the checkpoint is one that is being written.
     """
     cls = type(module)
     name, for_objects = cls.__qualname__, "" if path is None else argument_for_objects(path)

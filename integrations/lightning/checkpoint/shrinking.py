@@ -30,10 +30,8 @@ from lora_plugins.utils import plain_name
 def shrink(checkpoint: Mapping[str, Any], module: LightningModule, *, whole: bool = False) -> dict[str, Any]:
     """Returns a checkpoint without the frozen base, and with what is needed to rebuild the adapters.
 
-    Args:
-        checkpoint: What Lightning would write; it is not changed.
-        module: The module it was made from. Where it has no adapters, for example after a merge, nothing is left out.
-        whole: Whether the frozen base stays in it, since the module may move parts of that before it is read.
+    Of a module without adapters, as after a merge, nothing is left out; nor is the frozen base of a `whole` checkpoint,
+    as the module may move parts of that before it is read.
 
     Raises:
         StateError: If an adapter was merged by hand and not unmerged, or layers that it is on were replaced.

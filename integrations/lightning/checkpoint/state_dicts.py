@@ -30,10 +30,7 @@ def with_hidden(own: StateDict, module: nn.Module) -> StateDict:
 def state_key(path: str, adapter: str, key: str) -> str:
     """Returns the key that a tensor of a packed adapter has in the module's state dict; "" if it is not there.
 
-    Args:
-        path: The adapter's target.
-        adapter: The adapter's name.
-        key: `lora/LAYER/lora_A`, `value/NAME`, or any other.
+    There, `key` is `lora/LAYER/lora_A`, `value/NAME`, or any other.
     """
     kind, _, rest = key.partition("/")
     parts = {"lora": [path, *rest.split("/"), adapter], "value": [path, rest]}.get(kind, [])
@@ -43,12 +40,8 @@ def state_key(path: str, adapter: str, key: str) -> str:
 def as_saved(manifest: Mapping[str, Any], keys: Mapping[str, str], state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a manifest with the types and shapes that tensors have in a state dict, where they are there.
 
-    The module may have a shard of a tensor, and an average of it another type.
-
-    Args:
-        manifest: The manifest of a packed adapter.
-        keys: The keys in the state dict, by those in the manifest.
-        state: The state dict.
+    The module may have a shard of a tensor, and an average of it another type. `keys` are those in the state dict, by
+    those in the manifest.
     """
     saved = {key: state[own] for key, own in keys.items() if own in state}
     about = {

@@ -28,13 +28,7 @@ def closing_lines(
     A module may name the next commands itself, by a method `next_commands(trainer)` that returns them by what they do.
     Otherwise they validate the checkpoint, if the fit validated, inspect the adapter, and load the module.
 
-    Args:
-        trainer: The trainer.
-        module: The module that was fitted.
-        console: What callbacks have written.
-        configs: Paths of the configurations.
-        stopped: Whether Ctrl-C ended the fit.
-        alone: Whether one configuration said everything, and no flag.
+    `stopped` says whether Ctrl-C ended the fit, `alone` whether one configuration said everything, and no flag.
     """
     files = {**console.written, **_files_of_lightning(trainer)}
     whole = Path(str(files.get("Log", ""))) / "config.yaml"  # what Lightning saves, with all that was given

@@ -44,12 +44,7 @@ MISSING = object()
 
 
 def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str) -> dict[str, Any]:
-    """Returns what the arguments give, later ones over earlier ones.
-
-    Args:
-        arguments: Those of `fit` and the like, after the command's name.
-        flags: Short flags, as further near matches.
-        command: The command; a file may hold the configurations of several.
+    """Returns what arguments after a command give, later ones over earlier ones; short flags are further near matches.
 
     Raises:
         ConfigError: Of a flag, a key or a file that does not exist, or cannot be read.

@@ -63,12 +63,7 @@ def try_lock(file: Path) -> FileLock | None:
 
 
 def unlock(lock: FileLock, made: Iterable[Path]) -> None:
-    """Releases a lock, and removes its file.
-
-    Args:
-        lock: The lock, or what `try_lock` returned where nobody is kept out.
-        made: Folders that were made for it, the innermost first; they are removed where nothing is in them.
-    """
+    """Releases a lock, and removes its file, and the folders made for it, innermost first, where nothing is in them."""
     is_ours = lock.is_locked  # else another user's run may hold it
     lock.release()
     with suppress(OSError):

@@ -18,13 +18,10 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Interruption(Callback):
-    """Handles Ctrl-C while it is `listening`.
+    """Handles Ctrl-C while it is `listening`; whether there was one is `asked`.
 
     Processes that train together stop together, which a signal to each of them cannot promise: there Ctrl-C stays
     Lightning's, which saves nothing.
-
-    Attributes:
-        asked: Whether there was a Ctrl-C.
     """
 
     def __init__(self) -> None:

@@ -37,11 +37,8 @@ def check(
 ) -> LoraConfig | None:
     """Checks what can be checked without Lightning.
 
-    Args:
-        arguments: Those of `fit` and the like, after the command's name.
-        flags: Short flags, as further near matches.
-        command: The command; a file may hold the configurations of several.
-        writes: Whether the command writes what the configuration names.
+    `flags` are short ones, as further near matches; `writes` says whether the command writes what a configuration
+    names.
 
     Returns:
         The section `lora:`; None if there is none, or it is to be read elsewhere.

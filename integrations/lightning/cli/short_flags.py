@@ -91,14 +91,7 @@ def seed(text: str) -> int:
 
 @dataclass(frozen=True)
 class ShortFlag:
-    """A short flag, for every command that trains.
-
-    Args:
-        stands_for: The dotted flag of `fit`.
-        takes: Makes its value of the text.
-        metavar: What help calls the value.
-        meaning: What it is.
-    """
+    """A short flag, for every command that trains: the dotted one of `fit`, and what makes its value of the text."""
 
     stands_for: str
     takes: Callable[[str], Any]

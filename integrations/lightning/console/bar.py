@@ -21,13 +21,10 @@ Step = TypeVar("Step")
 
 
 class Bar:
-    """A progress bar of one line.
+    """A progress bar of one line, whose last picture stays as a line if asked.
 
     The display is stopped once and for all: nothing that is printed afterwards is drawn over. Lines of `logging` that
     go to the terminal go above the bar as well.
-
-    Args:
-        stays: Whether its last picture is left as a line.
     """
 
     def __init__(self, *, stays: bool = True) -> None:
@@ -51,16 +48,7 @@ class Bar:
         self._streams.__enter__()
 
     def show(self, text: str, done: float, total: float | None, left: str, metric: str, *, now: bool) -> None:
-        """Shows a state.
-
-        Args:
-            text: What is being done.
-            done: How much of it is done.
-            total: How much there is; None if that is not known.
-            left: The time that is left, in words.
-            metric: The metric to show.
-            now: Whether it is drawn at once, and not at most ten times a second.
-        """
+        """Shows a state; if not `now`, at most ten times a second."""
         self._progress.update(self._task, description=text, completed=done, total=total, left=left, metric=metric)
         if now or time.monotonic() - self._drawn >= SECONDS:
             self._progress.refresh()
@@ -73,13 +61,7 @@ class Bar:
 
 
 def followed(steps: Iterable[Step], text: str, total: int) -> Iterator[Step]:
-    """Yields steps; the first process shows how many of them are done, if its output is a terminal.
-
-    Args:
-        steps: What is being done.
-        text: What that is.
-        total: How many there are.
-    """
+    """Yields steps; the first process shows how many of them are done, if its output is a terminal."""
     if (bar := _passing_bar()) is None:
         yield from steps
         return

@@ -178,13 +178,7 @@ class FitConsole(Callback):
 
 
 def tell_written(trainer: Trainer, files: Mapping[str, Path], to_paste: Sequence[str] = ()) -> None:
-    """Reports the files that a callback wrote: at the end of the run with all others, or else at once.
-
-    Args:
-        trainer: The trainer.
-        files: Paths by what they are, such as `Report`.
-        to_paste: Lines of Python that load them.
-    """
+    """Reports files, by what they are, and lines of Python that load them: at the end of the run, or else at once."""
     console = next((each for each in callbacks_of(trainer) if isinstance(each, FitConsole)), None)
     if console is not None:
         console.written.update(files)

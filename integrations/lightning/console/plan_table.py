@@ -14,12 +14,8 @@ from lora_plugins.errors import listing
 def print_plan(plan: Plan, title: str, forgotten: Sequence[str] = ()) -> None:
     """Prints what is adapted: layer, plugin, rank, parameters and their share of the layer's own weight.
 
-    Layers that differ in the number of their block share a row, such as `blocks.0-11.attn.qkv x12`.
-
-    Args:
-        plan: The plan.
-        title: The title of the table.
-        forgotten: Names of layers that look new and are not trained.
+    Layers that differ in the number of their block share a row, such as `blocks.0-11.attn.qkv x12`. `forgotten` names
+    layers that look new and are not trained.
     """
     table = Table(title=title)
     table.add_column("layer", overflow="fold")

@@ -95,11 +95,7 @@ def check_not_replaced(target: nn.Module, name: str) -> None:
 
 
 def check_not_nested(module: nn.Module, path: str | None) -> None:
-    """Checks that no adapted target lies inside another: a layer would have two sets of adapters.
-
-    Args:
-        module: The module.
-        path: Name of the submodule that is about to be adapted; None for the module itself.
+    """Checks that no adapted target lies in or around the one at `path`: a layer would have two sets of adapters.
 
     Raises:
         StateError: If one does, with the names of the two.

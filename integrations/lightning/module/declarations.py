@@ -24,12 +24,8 @@ from lora_plugins.utils import within
 def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Module, path: str | None) -> LoraConfig:
     """Returns a config that also trains the declared heads, and has the declared targets if it names none.
 
-    Args:
-        config: The adapter's configuration.
-        module: The module; its optional attribute `head_modules` holds names relative to it, and `lora_targets` what
-            stands for `target_modules` in a config that names none.
-        target: What is adapted.
-        path: The target's name in the module; None for the module itself.
+    An optional attribute `head_modules` of the module holds names relative to it, and `lora_targets` what stands for
+    `target_modules` in a config that names none.
 
     Raises:
         ConfigError: If a declared head does not exist, or its name would match other modules as well; or if the
@@ -60,13 +56,9 @@ def with_declarations(config: LoraConfig, module: LightningModule, target: nn.Mo
 
 
 def file_entries(module: nn.Module, path: str) -> Mapping[str, Any]:
-    """Returns what a module adds to the files of its adapter, as JSON by name; empty if it declares nothing.
+    """Returns what a module's own `file_entries` adds to the files of the adapter at `path`, as JSON by name.
 
     It is asked after the training, which an entry shall not cost: a warning names those that are left out.
-
-    Args:
-        module: The module; its optional method `file_entries` takes the name of the target.
-        path: The name of the target; empty for the module itself.
     """
     declared = getattr(module, "file_entries", None)
     said = {} if declared is None else declared(path)

@@ -50,10 +50,7 @@ def note_built(module: nn.Module, names: Collection[str] | None = None) -> None:
     """Records, on the module, the values outside of its targets that it was built with.
 
     What is noted already stays, since the module may have been trained since, unless it was converted to another type.
-
-    Args:
-        module: The module.
-        names: The tensors to note; by default all but those that came with a checkpoint.
+    Without `names`, all are noted but those that came with a checkpoint.
     """
     notes = _notes(module)
     for name, tensor in outside(module).items():

@@ -10,14 +10,7 @@ from lora_plugins.integrations.lightning.module.reversible_merge import Reversib
 
 
 class KeptMerge:
-    """The last merge of an adapter.
-
-    Args:
-        adapter_name: Name of the adapter, for messages.
-
-    Attributes:
-        undone: Whether it was taken back in the present run.
-    """
+    """The last merge of an adapter, and whether it was `undone` in the present run."""
 
     def __init__(self, adapter_name: str) -> None:
         self.undone = False

@@ -31,11 +31,9 @@ MergeMarks = dict[str, dict[str, tuple[Sums, Fingerprint]]]
 
 
 def mark_merged(target: nn.Module, pretrained: Mapping[str, Fingerprint]) -> None:
-    """Marks weights of layers, with their present values, as merged ones.
+    """Marks weights of a module, with their present values, as merged ones.
 
-    Args:
-        target: The module.
-        pretrained: By the name of each, the fingerprint of the pretrained one; empty where it is not known.
+    `pretrained` has, by name, the fingerprint of each before the merge; empty where it is not known.
     """
     for name, values in pretrained.items():
         layer, key = holder_of(target, name)
@@ -85,10 +83,7 @@ def set_merge_marks(target: nn.Module, marks: MergeMarks) -> None:
 def check_merged_base(merged: Collection[str], name: str, files: str | None) -> None:
     """Warns that a new adapter would be one of weights that an earlier one was merged into.
 
-    Args:
-        merged: The names of these weights.
-        name: What messages call the module.
-        files: What makes an adapter that cannot be loaded again without these weights; None if nothing does.
+    `files` is what makes an adapter that cannot be loaded again without these weights; None if nothing does.
 
     Raises:
         StateError: If something does.

@@ -41,10 +41,7 @@ def adapted_layers_moved(module: nn.Module) -> list[str]:
 def mark_moved(module: nn.Module, names: Iterable[str], before: Fingerprints = MappingProxyType({})) -> None:
     """Records on the module that it changes tensors by hand, as those of a teacher: checkpoints hold them from now on.
 
-    Args:
-        module: The module.
-        names: The tensors.
-        before: What `known_fingerprints` returned before; by default those that are known now.
+    `before` is what `known_fingerprints` returned before; by default, what is known now counts.
     """
     moved = moved_by_hand(module) | frozenset(names)
     if moved:

@@ -136,13 +136,9 @@ def merge_reversibly(
 ) -> ReversibleMerge:
     """Merges the active adapters of a module into plain layers with their own classes and keys.
 
-    The raw weights stay in memory, one copy of each that an adapter changes.
-
-    Args:
-        target: The module.
-        max_error: Share of an update that rounding may lose.
-        dequantize: Whether weights that are stored in fewer bytes become dense.
-        base_sums: Check sums of raw weights by full name, as far as they are known.
+    The raw weights stay in memory, one copy of each that an adapter changes. `base_sums` are their checksums by full
+    name, as far as they are known. `max_error` is the share of an update that rounding may lose; with `dequantize`,
+    stored weights become dense.
 
     Raises:
         MergeError: If rounding would lose too much of a delta weight. The module is unchanged.
@@ -191,10 +187,7 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
 def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = None) -> None:
     """Checks that every adapted weight is a parameter of adapted layers alone, or becomes one.
 
-    Args:
-        target: The module, adapted or about to be.
-        dequantize: Whether weights that are stored in fewer bytes become dense.
-        plan: What is about to be adapted, if it is not yet.
+    `plan` is what is about to be adapted, if it is not yet.
 
     Raises:
         StateError: If some are buffers, computed from other tensors, or stored, naming them or their layers.

@@ -31,10 +31,8 @@ class Start:
     def of(cls, module: nn.Module, but: Collection[str] = ()) -> "Start":
         """Records the present state of a module.
 
-        Args:
-            module: The module.
-            but: Tensors that it cannot write, as they are what a checkpoint leaves out: with other values it is of
-                another base.
+        Tensors that `but` names are left out: a checkpoint does not hold them, so the module cannot have written them
+        without being of another base.
         """
         merged = {name: values for name, values in merged_weights(module).items() if values}
         other = frozenset(but)

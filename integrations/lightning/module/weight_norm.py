@@ -13,13 +13,9 @@ from lora_plugins.inplace import full_name, layer_state, length_and_direction, o
 
 @dataclass(frozen=True)
 class NormedWeight:
-    """A weight that weight norm computes.
+    """A weight that weight norm computes, from parameters that hold its lengths and its directions.
 
-    Args:
-        layer: The name of its layer.
-        length: The full name of the parameter with the lengths.
-        direction: The full name of the parameter with the directions.
-        dim: The dimension in which each entry has a length of its own.
+    `dim` is the dimension in which each entry has a length of its own.
     """
 
     layer: str
@@ -61,11 +57,7 @@ def unload_with_norms(
 ) -> None:
     """Removes merged adapters and keeps their weights, without ending weight norm as `merge_and_unload` does.
 
-    Args:
-        lora: The adapted model.
-        effective: The name of the layer and of the attribute of each merged weight, by full name.
-        normed: Those that weight norm computes.
-        in_place: The names of tensors that adapters have trained in place.
+    `effective` has the names of the layer and of the attribute of each merged weight, by full name.
     """
     target = lora.model
     with torch.no_grad():

@@ -68,10 +68,8 @@ class Owner(Protocol):
     def restored(self, trainer: Trainer, changed: bool, whole: bool) -> None:
         """Learns that the module has the adapters of a checkpoint.
 
-        Args:
-            trainer: The trainer.
-            changed: Whether the module had others or none before, or in another order.
-            whole: Whether the base is about to be loaded from the checkpoint as well.
+        `changed` says whether it had others or none before, or in another order; `whole`, whether the base is about to
+        be loaded as well.
         """
 
 

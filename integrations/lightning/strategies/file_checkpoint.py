@@ -14,14 +14,9 @@ from lightning.pytorch.strategies import Strategy
 def save_file(
     trainer: Trainer, checkpoint: dict[str, Any], filepath: Any, write: Callable[..., None], **options: Any
 ) -> None:
-    """Writes a checkpoint under a temporary name and renames it, where the strategy writes one local file.
+    """Writes a checkpoint; where the strategy writes one local file, under a temporary name that is renamed then.
 
-    Args:
-        trainer: The trainer.
-        checkpoint: What to write.
-        filepath: The file.
-        write: The strategy's own method.
-        **options: Its arguments.
+    `write` is the strategy's own method, and `options` are its further arguments.
     """
     if not _is_plain_file(trainer.strategy, filepath):
         write(checkpoint, filepath, **options)

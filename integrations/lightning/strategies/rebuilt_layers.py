@@ -20,14 +20,7 @@ from lora_plugins.integrations.lightning.shims import MethodShims
 
 @dataclass(frozen=True)
 class _Kept:
-    """The adapters of one target, as they were before a hook.
-
-    Args:
-        path: The target's name in the module.
-        target: The target.
-        adapters: Its adapters by name.
-        active: The active ones, with what their updates are multiplied by.
-    """
+    """The adapters of one target before a hook, by name, and the factors of the active ones."""
 
     path: str
     target: nn.Module
@@ -68,12 +61,7 @@ def after_building(
 
 
 def follow_building(shims: MethodShims, module: LightningModule) -> None:
-    """Moves the adapters of a module onto layers that its own hooks rebuild.
-
-    Args:
-        shims: The shims of the module.
-        module: The module, adapted now or later.
-    """
+    """Moves the adapters of a module onto layers that its own hooks rebuild."""
     for hook in BUILDING_HOOKS:
         if is_overridden(hook, module):
             _follow(shims, module, hook)

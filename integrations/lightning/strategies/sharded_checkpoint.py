@@ -42,13 +42,7 @@ Load = Callable[..., dict[str, Any]]
 
 
 def gather_adapter(trainer: Trainer, packed: PackedAdapter, path: str) -> PackedAdapter:
-    """Returns a packed adapter with its shards replaced by whole tensors; all processes have to call this together.
-
-    Args:
-        trainer: The trainer.
-        packed: The adapter, as this process has it.
-        path: Its target.
-    """
+    """Returns a packed adapter with its shards replaced by whole tensors; all processes have to call this together."""
     tensors = _trained_tensors(trainer)
     keys = {key: state_key(path, packed.manifest["adapter_name"], key) for key in packed.tensors}
     whole = {key: tensors.get(keys[key], tensor) for key, tensor in packed.tensors.items()}
@@ -57,16 +51,10 @@ def gather_adapter(trainer: Trainer, packed: PackedAdapter, path: str) -> Packed
 
 
 def save_sharded(trainer: Trainer, checkpoint: dict[str, Any], path: Path, write: Callable[..., None]) -> None:
-    """Writes a checkpoint under a temporary name and renames it.
+    """Writes a file, or the folder of a distributed checkpoint, under a temporary name and renames it.
 
     A new name has nothing or a whole checkpoint, whenever the process is killed. Where a folder replaces another, the
     old one is moved aside first, to `.NAME.old`.
-
-    Args:
-        trainer: The trainer.
-        checkpoint: What to write.
-        path: The file, or the folder of a distributed checkpoint.
-        write: The strategy's own method.
     """
     path = Path(trainer.strategy.broadcast(path))
     partial, old = partial_path(path), path.with_name(f".{path.name}.old")
@@ -87,13 +75,7 @@ def save_sharded(trainer: Trainer, checkpoint: dict[str, Any], path: Path, write
 
 
 def load_sharded(trainer: Trainer, path: Path, read: Load, **options: Any) -> dict[str, Any]:
-    """Loads a checkpoint into the sharded module and its optimizers.
-
-    Args:
-        trainer: The trainer.
-        path: The file, or the folder of a distributed checkpoint.
-        read: The strategy's own method.
-        **options: Its arguments.
+    """Loads a file, or the folder of a distributed checkpoint, into the sharded module and its optimizers.
 
     Returns:
         The rest of the checkpoint, as Lightning's own strategies do.

@@ -37,14 +37,7 @@ def reshard(module: nn.Module) -> None:
 
 
 class AdaptBeforeSharding:
-    """Adapts a module before its own `configure_model`, which may shard it, if that is possible, and else after it.
-
-    Args:
-        module: The module.
-        target: The name of the part of it that is adapted; None for the whole.
-        adapter: The adapter's name.
-        adapt: What adapts it.
-    """
+    """Adapts a module before its own `configure_model`, which may shard it, if that is possible, and else after it."""
 
     def __init__(self, module: nn.Module, target: str | None, adapter: str, adapt: Callable[[], None]) -> None:
         self._module, self._target, self._adapter, self._adapt = module, target, adapter, adapt
@@ -87,10 +80,7 @@ class AdaptBeforeSharding:
 def take_type_of_precision(target: nn.Module, adapter: str, trainer: Trainer) -> None:
     """Casts an adapter as the trainer is about to cast the module, since sharding takes tensors of one type only.
 
-    Args:
-        target: The adapted module.
-        adapter: The adapter's name.
-        trainer: The trainer. A precision like `bf16-true` casts; others leave the adapter alone.
+    A precision like `bf16-true` casts; others leave the adapter alone.
     """
     dtype = _CASTS.get(str(trainer.precision))
     for layer in target.modules() if dtype else ():
@@ -101,10 +91,7 @@ def take_type_of_precision(target: nn.Module, adapter: str, trainer: Trainer) ->
 def start_as_first(target: nn.Module, adapter: str, trainer: Trainer) -> None:
     """Gives all processes the adapter of the first one, since shards of different draws are no start of an init.
 
-    Args:
-        target: The adapted module.
-        adapter: The adapter's name.
-        trainer: The trainer. All processes have to call this together.
+    All processes have to call this together.
     """
     own = [parameter for layer in target.modules() for parameter in adapter_parameters(layer, adapter)]
     first = trainer.strategy.broadcast([parameter.detach().cpu() for parameter in own])
@@ -114,10 +101,6 @@ def start_as_first(target: nn.Module, adapter: str, trainer: Trainer) -> None:
 
 def _check_not_sharded(target: nn.Module, why: object) -> None:
     """Checks that a module which could not be adapted before is not sharded yet.
-
-    Args:
-        target: The module.
-        why: Why it could not be adapted before.
 
     Raises:
         StateError: If it is sharded. Adapters that are added now would differ between processes.
@@ -161,11 +144,6 @@ def _check_none_missed(lora: LoraModel, adapter: str) -> None:
 
 def check_shardable(target: nn.Module, config: LoraConfig, trainer: Trainer) -> None:
     """Checks that a module can be adapted ahead of sharding.
-
-    Args:
-        target: The module.
-        config: The adapter's configuration.
-        trainer: The trainer.
 
     Raises:
         StateError: If a tensor is on the meta device, the init does more than start as an identity, or weights

@@ -42,11 +42,7 @@ def check_callbacks(trainer: Trainer) -> None:
 
 
 def check_strategy(trainer: Trainer, given: Mapping[str, object]) -> None:
-    """Checks that an adapter survives the strategy, and that the strategy can do what is asked for.
-
-    Args:
-        trainer: The trainer.
-        given: The callback's options by name.
+    """Checks that an adapter survives the strategy, and that this can do what the options of a callback ask for.
 
     Raises:
         StateError: If not, naming the strategy.

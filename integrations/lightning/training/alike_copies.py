@@ -33,10 +33,7 @@ class AlikeCopy:
     Equal values are those of the frozen base of an equal copy and of its origin, and of what a copy shares with its
     origin. Of the latter a copy is kept, since it is averaged with itself.
 
-    Args:
-        module: The module.
-        copy: The copy.
-        in_place: The parameters that adapters train in place, by `id`.
+    `in_place` are the parameters that adapters train in place, by `id`.
     """
 
     def __init__(self, module: nn.Module, copy: NetworkCopy, in_place: Set[int]) -> None:

@@ -39,11 +39,7 @@ def keep_base_of_averages(trainer: Trainer, module: LightningModule, note_moved:
     """Restores the frozen base in averages: the average of equal values differs from them by rounding.
 
     Callbacks exchange their average with the module in validation and when training ends, so this is called before.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-        note_moved: Records what of the base the module has moved by hand: these values are averaged like trained ones.
+    `note_moved` records what of the base the module has moved by hand: these values are averaged like trained ones.
     """
     averages = [(average, "") for average in _averages(trainer)] + _of_other_callbacks(trainer, module)
     if not averages:

@@ -76,14 +76,7 @@ def adapt_after_restoring(trainer: Trainer, adapt: Callable[[], None]) -> Method
 def calibrate_on_train_batches(
     trainer: Trainer, module: LightningModule, target: str | None, config: LoraConfig, limit: int
 ) -> Calibration:
-    """Calibrates an init on the first training batches; module, trainer and random numbers stay as they are.
-
-    Args:
-        trainer: The trainer, with its data attached.
-        module: The module, without the adapter in question.
-        target: Name of the submodule that is to be adapted.
-        config: The adapter's configuration.
-        limit: How many batches, at most.
+    """Calibrates an init on the first batches of a trainer; module, trainer and random numbers stay as they are.
 
     Raises:
         ConfigError: If there are no training batches, or `training_step` returns no loss where one is needed.

@@ -29,11 +29,8 @@ from lora_plugins.utils import within
 class ChangesWithinRun:
     """Warns of each change once, and freezes again what was made trainable of the base.
 
-    Args:
-        trainer: The trainer, which has its optimizers.
-        module: Its module, adapted.
-        copies: The copies of adapted networks that are adapted alike.
-        teachers: The names of the tensors of adapters that were frozen when the module was adapted.
+    `copies` are those of adapted networks that are adapted alike, `teachers` the names of the tensors of adapters that
+    were frozen when the module was adapted.
     """
 
     def __init__(

@@ -19,12 +19,7 @@ def frozen_names(module: nn.Module) -> set[str]:
 
 
 def freeze_again(module: nn.Module, frozen: Collection[str]) -> None:
-    """Freezes again what `configure_optimizers` has made trainable of the base, with a warning that names it.
-
-    Args:
-        module: The adapted module, whose optimizers were just made.
-        frozen: What was frozen before that.
-    """
+    """Freezes again what `configure_optimizers` has made trainable of what was frozen, with a warning that names it."""
     base = frozen_tensors(module)
     thawed = {name: base[name] for name in base if name in frozen and base[name].requires_grad}
     for tensor in thawed.values():
@@ -64,11 +59,9 @@ def check_backbone(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_in_no_optimizer(thawed: Mapping[str, nn.Parameter], held: Collection[int]) -> None:
-    """Checks that nobody trains tensors of the base.
+    """Checks that no optimizer has one of `thawed`, tensors of the base that require a gradient.
 
-    Args:
-        thawed: Those that require a gradient, by name.
-        held: The parameters that optimizers have, by `id`.
+    `held` are the parameters that optimizers have, by `id`.
 
     Raises:
         StateError: If some are among them, naming them.
@@ -91,9 +84,6 @@ def changed(before: Mapping[str, int], tensors: Mapping[str, Tensor]) -> list[st
 
 def check_unchanged(moved: Sequence[str]) -> None:
     """Checks that none of the frozen base has changed.
-
-    Args:
-        moved: The names of frozen tensors that have.
 
     Raises:
         StateError: If there are some, naming them.

@@ -78,9 +78,6 @@ class LearningRates:
 
         Its optimizer's state has the parameter groups and the learning rates that these made.
 
-        Args:
-            saved: The ratios of a checkpoint by name, as far as it has them.
-
         Raises:
             StateError: If one differs.
         """
@@ -99,10 +96,6 @@ class LearningRates:
         What has a ratio of 1, as A has, stays in its group; the rest gets new groups after the others, with the same
         options. Whoever sets the rate of the group, a scheduler or a loop over all groups, each step has the multiples.
         An optimizer that was split for an earlier fit is left as it is.
-
-        Args:
-            module: The adapted module.
-            configured: What its `configure_optimizers` returned.
 
         Raises:
             StateError: If an optimizer or a scheduler could not be told of the new groups, or an optimizer has no

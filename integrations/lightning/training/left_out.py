@@ -33,11 +33,6 @@ class LeftOut:
         """Finds what is left out.
 
         A copy of a part, as a teacher, has the new layers of its original: they follow those, where they are trained.
-
-        Args:
-            module: The module, whole.
-            target: The name of the adapted part; None for the whole.
-            plan: That of its adapter.
         """
         forgotten = forgotten_layers(find_target(module, target), plan)
         copies = find_copies(module) if forgotten else []

@@ -32,12 +32,9 @@ def _beside() -> dict[str, Any]:
 
 
 class ResumedState:
-    """What a LoraCallback saved in the checkpoint that a run goes on from, until the first batch.
+    """What `state_dict` of a LoraCallback left in the checkpoint that a run goes on from, until the first batch.
 
     Its random numbers are set wherever those of a run without a break would be the same.
-
-    Args:
-        state: What `state_dict` of the callback returned; empty in a run from the start.
     """
 
     def __init__(self, state: Mapping[str, Any] = MappingProxyType({})) -> None:

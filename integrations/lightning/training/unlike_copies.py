@@ -15,10 +15,7 @@ from lora_plugins.integrations.lightning.training.written_tensors import FIRST_C
 class UnlikeCopy:
     """A copy that is not adapted as its origin is, and so must not be changed.
 
-    Args:
-        module: The module.
-        copy: The copy.
-        in_place: The parameters that adapters train in place, by `id`.
+    `in_place` are the parameters that adapters train in place, by `id`.
     """
 
     def __init__(self, module: nn.Module, copy: NetworkCopy, in_place: Set[int]) -> None:

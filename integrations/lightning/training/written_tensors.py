@@ -11,11 +11,7 @@ FIRST_CHECKS = 6
 
 
 class WrittenTensors:
-    """Tensors of which it is asked whether something has written to them since `note`.
-
-    Args:
-        tensors: The tensors.
-    """
+    """Tensors of which it is asked whether something has written to them since `note`."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = list(tensors)
