@@ -40,7 +40,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+OFTEN = ("all", "blocks", "a changed base", "DoRA", "stored bases")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]
+)
 def test_an_adapter(kind, tmp_path):
     def steps(size):
         model, folder, for_peft = Blocks(size), tmp_path / str(size), tmp_path / f"{size}-peft"

@@ -96,7 +96,12 @@ def walk(surrounding: str, seed: str) -> None:
             compare(found, wanted, step)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+COMPILED = [block for block in BLOCKS if block != "recurrent"]  # torch compiles nothing of a recurrent layer
+
+
+@pytest.mark.parametrize(
+    "block", [name if at % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for at, name in enumerate(COMPILED)]
+)
 def test_an_adapted_block_is_as_many_graphs_as_before(block):
     def graphs() -> int:
         torch.compiler.reset()

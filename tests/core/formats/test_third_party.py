@@ -195,6 +195,7 @@ def test_two_formats_that_know_one_file_are_told(registry, tmp_path):
     assert "default" in model.fc.lora_A
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass_where_it_is_installed(installed):
     site = installed("plugin_format")
     assert f"{len(FORMAT_CHECKS)} passed" in run_tests(site.parent / "source", site)

@@ -189,7 +189,11 @@ def test_another_use_in_training_is_refused_at_the_first_backward(use):
 
 # Compilers look at the gradients of tensors, and make functions of autograd.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.* should not be instantiated")
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize(
+    "use",
+    [use if at % 3 == 0 else pytest.param(use, marks=pytest.mark.slow) for at, use in enumerate(USES.values())],
+    ids=USES,
+)
 def test_another_use_is_refused_when_it_is_compiled(use):
     reads, _ = pair()
     torch.compiler.reset()

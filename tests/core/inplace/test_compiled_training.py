@@ -18,7 +18,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16_autocast"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(None, marks=pytest.mark.slow), torch.bfloat16], ids=["float32", "bf16_autocast"]
+)
 def test_steps_after_the_first_compile_nothing(fields, dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(64, 5))

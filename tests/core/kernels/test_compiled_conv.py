@@ -56,7 +56,11 @@ def test_under_autocast(case, base):
 
 
 @one_of_each_path
-@pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
+@pytest.mark.parametrize(
+    "needed",
+    [at if at in (0, 3) else pytest.param(at, marks=pytest.mark.slow) for at in range(5)],
+    ids=["x", "weight", "bias", "A", "B"],
+)
 def test_one_gradient_alone(case, needed):
     inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(case.tensors())]
     found = both(call(case), inputs, [needed], expected=operators(case))
@@ -95,7 +99,9 @@ unwarned = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor th
 
 @unwarned
 @pytest.mark.parametrize("case", ONE_OF_EACH_PATH, ids=lambda case: case.id)
-@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "last", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["contiguous", "channels_last"]
+)
 def test_the_operator_is_what_torch_expects_of_one(case, last):
     check_operator(case, last, keep=True)
 

@@ -59,7 +59,11 @@ def test_wide_factors_of_a_base_in_half_precision(lead, outputs, r, dropout):
 
 
 @shapes
-@pytest.mark.parametrize("needed", range(5), ids=["x", "weight", "bias", "A", "B"])
+@pytest.mark.parametrize(
+    "needed",
+    [at if at in (0, 3) else pytest.param(at, marks=pytest.mark.slow) for at in range(5)],
+    ids=["x", "weight", "bias", "A", "B"],
+)
 def test_one_gradient_alone(lead, outputs, r, needed):
     inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(tensors(lead, outputs, r))]
     torch.testing.assert_close(*both(call(0.3), inputs, [needed]), **EQUAL)
@@ -98,7 +102,7 @@ def test_one_graph_serves_batches_of_any_size(rows):
 
 @drops
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @INDUCTORS_OWN
 def test_the_backward_has_the_masks_of_the_forward(dropout, checkpointed, backend):
     x, weight, bias, A, B = (tensor.detach() for tensor in tensors(MANY, 9, 1))

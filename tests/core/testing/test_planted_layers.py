@@ -539,6 +539,7 @@ def test_a_misspelt_weight_is_told_with_a_near_one(cls, name):
         check(cls(), name)
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_nothing_is_wrong():
     check(Complete())
 

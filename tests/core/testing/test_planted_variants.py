@@ -243,6 +243,7 @@ PLANTED = {
 """By defect, the check that is about it. More are in `test_variants`."""
 
 
+@pytest.mark.slow
 def test_nothing_is_found_where_nothing_is_wrong():
     check_variant_plugin(Product())
 

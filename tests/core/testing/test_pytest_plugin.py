@@ -94,6 +94,7 @@ def test_each_check_is_a_test_of_its_own(run):
     assert done.returncode == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_device_is_where_it_checks(run, device):
     """On meta tensors nothing passes that compares values, and no adapter is added, but everything is there."""
@@ -117,6 +118,7 @@ def test_a_project_that_does_not_use_it_imports_nothing(run):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off(run):
     done = run(TESTS, "-p", "no:lora_plugins")
     assert "fixture 'layer_check' not found" in done.stdout

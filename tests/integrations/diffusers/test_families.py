@@ -63,7 +63,9 @@ def test_default_layers(name):
         assert all(isinstance(layer, kinds[word]) for layer in layers)
 
 
-@every
+@pytest.mark.parametrize(
+    "name", [name if name in ("PixArt", "Flux") else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
+)
 def test_what_is_not_used_is_not_adapted(name):
     """Every layer that is adapted by default changes a picture."""
     pipe = build(name)

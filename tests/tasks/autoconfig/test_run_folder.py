@@ -88,6 +88,7 @@ def _hold(entered, path):
         signal.pause()
 
 
+@pytest.mark.slow
 def test_a_killed_run_does_not_keep_its_folder(photos):
     context = multiprocessing.get_context("spawn")
     entered = context.Event()

@@ -41,6 +41,7 @@ def _draw_and_be_killed(asked):
     asked.draw_missing(pipe)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_half_picture(tmp_path):
     asked = ClassPictures(str(tmp_path / "class"), ["a dog", "a cat"], count=3, sampling=SAMPLING)
     process = multiprocessing.get_context("spawn").Process(target=_draw_and_be_killed, args=(asked,))

@@ -100,7 +100,7 @@ def test_several_adapters_with_weights(run):
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1  # the sum of three quarters and one
 
 
-@pytest.mark.parametrize("way", ["adapter", "checkpoint"])
+@pytest.mark.parametrize("way", ["adapter", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_a_comparison_sheet(run, way):
     given = {"adapter": ("--adapter", run / "adapter"), "checkpoint": ("--checkpoint", run / "run.ckpt")}[way]
     found = drawn(run, *given, "--compare", "--pictures=1", "--prompt", "a cat")

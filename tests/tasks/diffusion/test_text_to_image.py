@@ -74,7 +74,9 @@ def fit(task, data, *callbacks, lora=True, epochs=1, ckpt_path=None, config=None
 
 
 @families
-@pytest.mark.parametrize("text_encoder", [False, True], ids=["denoiser", "with text encoders"])
+@pytest.mark.parametrize(
+    "text_encoder", [pytest.param(False, marks=pytest.mark.slow), True], ids=["denoiser", "with text encoders"]
+)
 def test_every_family_is_trained_on_two_batches(name, text_encoder, folders, pictures, tmp_path):
     """The audit of LoraCallback holds: every factor has a gradient and moves."""
     task = TextToImageTask(folders(name), train_text_encoder=text_encoder, lr=1e-2)

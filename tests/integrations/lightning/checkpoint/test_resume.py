@@ -188,6 +188,7 @@ def test_resume_with_an_average_in_buffers_that_is_made_before_the_file_is_loade
     assert not differing(values(load_from_checkpoint(Averages, tmp_path / "half.ckpt")), values(half))
 
 
+@pytest.mark.slow
 def test_resume_after_a_crash_in_a_new_process(tmp_path):
     torch.manual_seed(5)
     straight = run(tmp_path, CONFIG, 4)

@@ -98,6 +98,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving_leaves_a_whole_file(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:

@@ -20,6 +20,7 @@ from tests.integrations.lightning.toys import Classifier, differing, loader, lor
 T = TypeVar("T")
 
 
+@pytest.mark.slow
 def test_fresh_process_gives_the_same_predictions(tmp_path):
     run = trainer(tmp_path, [callback()])
     module = Classifier()

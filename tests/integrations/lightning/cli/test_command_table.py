@@ -99,7 +99,7 @@ def test_modules_of_the_current_folder_are_found(tmp_path, monkeypatch, config):
     assert main(["plan", "--config", config(model={"class_path": "users_own.Classifier"})]) == 0
 
 
-@pytest.mark.parametrize("missing", ["lightning", "jsonargparse"])
+@pytest.mark.parametrize("missing", [pytest.param("lightning", marks=pytest.mark.slow), "jsonargparse"])
 def test_missing_package_is_named_with_what_to_install(missing):
     calls = ("assert main(['plugins']) == 0 and main([]) == 0", "sys.exit(main(['fit', '--config', 'x.yaml']))")
     done = without((missing,), *calls)

@@ -90,7 +90,9 @@ class TestFit:
         more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
         assert main(["fit", "--config", path, *more]) == 0
 
-    @pytest.mark.parametrize("command", ["validate", "test", "predict"])
+    @pytest.mark.parametrize(
+        "command", ["validate", *(pytest.param(each, marks=pytest.mark.slow) for each in ("test", "predict"))]
+    )
     def test_model_without_checkpoint_is_said_to_have_no_adapter(self, config, tmp_path, capsys, command):
         path, said = config(), f"Without --ckpt_path, {command} takes the model as it is built, without an adapter."
         assert main(["fit", "--config", path]) == 0
