@@ -79,12 +79,7 @@ def counted(number: int, one: str, several: str = "") -> str:
 
 
 def near(name: str, candidates: Iterable[str]) -> str:
-    """Returns the sentence that offers near matches, or lists what there is.
-
-    Args:
-        name: What was asked for and does not exist.
-        candidates: What exists.
-    """
+    """Returns the sentence that offers near matches, or lists what there is."""
     known = sorted({*candidates} - {""})  # a model itself has no name
     if matches := near_matches(name, known):
         return f"Did you mean {listing(matches[:MOST])}?"
@@ -127,6 +122,8 @@ def _break(path: Path) -> tuple[Path, str]:
 
 
 def _lacking(parent: Path, missing: str, there: Iterable[Path]) -> str:
+    if (link := parent / missing).is_symlink():
+        return f"{link} is a link to {link.readlink()}, where nothing is."
     beside = [each.name for each in there if not each.name.startswith(".")]
     hint = f" {near(missing, beside)}" if beside and len(parent.parts) > 1 else ""
     return f"{parent} has no {missing!r}.{hint}"

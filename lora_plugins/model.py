@@ -505,7 +505,7 @@ class LoraModel(metaclass=Told):
         state = model_state(model)
         if state is not None:
             state.check("add_adapter")
-        check_not_sharded(model, "add_adapter")
+        check_not_sharded(model)
         packed = whole(model, lambda: _read(model, path, registry, format, format_options))
         return cls.load_packed(model, packed, adapter_name, registry=registry)
 
@@ -625,7 +625,7 @@ class LoraModel(metaclass=Told):
         """Checks that an adapter can be added and will act, and restores the base's own values inside the block."""
         state = model_state(self.model)
         check_new(state, adapter_name)
-        check_not_sharded(self.model, "add_adapter")
+        check_not_sharded(self.model)
         with nullcontext() if state is None else base_in_place(self.model, state):
             yield
         check_not_fused(self.model)

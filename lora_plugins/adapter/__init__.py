@@ -9,13 +9,19 @@ from lora_plugins.adapter.attach import adapter_parameters, adapter_tensors
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.calibration import Calibration, InitData, allocated, calibrate, calibration_for
 from lora_plugins.adapter.combine import combine
-from lora_plugins.adapter.content import AdapterContent, SlotTensors, factor_dtype, initialize, slot_matrix
+from lora_plugins.adapter.content import (
+    AdapterContent,
+    NewAdapter,
+    SlotTensors,
+    factor_dtype,
+    initialize,
+    slot_matrix,
+)
 from lora_plugins.adapter.elsewhere import check_here, check_not_fused, check_not_sharded
 from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.mixed_batch import mixed_batch
 from lora_plugins.adapter.moved_base import moved_base
-from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.new_bases import changed_bases, new_stored_weights, to_store
 from lora_plugins.adapter.opening import check_not_nested, close_state
 from lora_plugins.adapter.sharing import by_layer, check_shared

@@ -30,9 +30,7 @@ from lora_plugins.utils import outside_inference, own_randomness, run_seed
 def call(model: nn.Module, batch: Any) -> Any:
     """Calls a model with a batch: with its items by name, with the first of several, or with the batch itself.
 
-    Args:
-        model: The model.
-        batch: Its tensors are moved to the model's device.
+    The tensors of the batch are moved to the model's device.
     """
     device = next(model.parameters()).device
     if isinstance(batch, Mapping):
@@ -198,26 +196,32 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restores the modes, buffers and `requires_grad` of a model after the block."""
+    """Restores the modes, buffers, lookup tables and `requires_grad` of a model after the block."""
     modes = [(module, own_mode(module)) for module in model.modules()]
-    buffers = [
-        (module, key, buffer, buffer.data)
+    written = [
+        (tensors, key, tensor, tensor.data)
         for module in model.modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
+        for tensors in (module._buffers, *_tables_with_max_norm(module))
+        for key, tensor in tensors.items()
+        if tensor is not None
     ]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for buffer, value in {id(buffer): (buffer, value) for _, _, buffer, value in buffers}.values():
-            buffer.data = value.clone()  # what moves is the clone
+        for tensor, value in {id(tensor): (tensor, value) for _, _, tensor, value in written}.values():
+            tensor.data = value.clone()  # what moves is the clone
         yield
     finally:
         for module, mode in modes:
             set_own_mode(module, mode)
-        for module, key, buffer, value in buffers:
-            module._buffers[key], buffer.data = buffer, value
+        for tensors, key, tensor, value in written:
+            tensors[key], tensor.data = tensor, value
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _tables_with_max_norm(module: nn.Module) -> list[dict[str, Any]]:
+    """Returns the parameters of a module with `max_norm`, whose forward writes shortened rows into its table."""
+    return [module._parameters] if getattr(module, "max_norm", None) is not None else []
 
 
 def _without_compilers() -> AbstractContextManager[object]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.adapter.combinations import Update, check_options, combined_update
-from lora_plugins.adapter.content import SlotTensors, factor_dtype
+from lora_plugins.adapter.content import NewAdapter, SlotTensors, factor_dtype
 from lora_plugins.adapter.integrity import check_in_place
-from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.arguments import weighted
 from lora_plugins.config import LoraConfig

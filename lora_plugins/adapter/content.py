@@ -38,6 +38,26 @@ AdapterContent = Mapping[tuple[str, str], SlotTensors]
 """The tensors of an adapter by layer name and slot suffix."""
 
 
+@dataclass(frozen=True)
+class NewAdapter:
+    """An adapter that fits a model, and is not on it yet.
+
+    Args:
+        plan: What it adapts.
+        content: Its tensors by layer name and slot suffix.
+        values: Its heads, biases and statistics by full name, where they were saved.
+        changed: The base weights that its init replaces, by full name; None where they are to be computed.
+        stored: The base weights that are stored in fewer bytes from now on, by full name; None where they are to be
+            made.
+    """
+
+    plan: Plan
+    content: AdapterContent
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    changed: Mapping[str, Tensor] | None = None
+    stored: Mapping[str, StoredWeight] | None = None
+
+
 def factor_dtype(weight: Tensor) -> torch.dtype:
     """Returns the type of A and B: that of the weight, or float32 where the weight has half precision."""
     return single_at_least(weight.dtype)
@@ -55,11 +75,6 @@ def initialize(
 
     Each slot draws from a generator of its own, seeded by the run's seed and the layer's name, so that every process
     of a run and every rerun agree, whatever was drawn before.
-
-    Args:
-        model: The model.
-        plan: What is adapted.
-        calibration: What data showed of each slot, for an init that needs it.
 
     Raises:
         StateError: If new modules are kept empty here.
@@ -147,12 +162,7 @@ def with_own_tensors(
 ) -> AdapterContent:
     """Returns the content of a new adapter with the first values of its variant's own tensors.
 
-    Args:
-        model: The model.
-        plan: What is adapted.
-        content: Its factors.
-        changed: The base weights that the init replaces, by full name.
-        stored: The base weights that are stored in fewer bytes from now on, by full name.
+    The base weights that take the place of others are in `changed` and `stored`, by full name.
 
     Raises:
         PluginError: If the variant does not give the tensors that it says, or wrote into the weight.

@@ -21,11 +21,7 @@ _FUSED = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_p
 
 
 def check_here(model: nn.Module, call: str) -> None:
-    """Refuses a call that needs the tensors of an adapted model while they are offloaded.
-
-    Args:
-        model: The model.
-        call: Name of the call, as `lifecycle.CALLS` has it.
+    """Refuses a call of `lifecycle.CALLS` that needs the tensors of an adapted model while they are offloaded.
 
     Raises:
         StateError: If parameters of the model are split over processes, on the meta device, or on the disk; or if the
@@ -72,17 +68,13 @@ def _is_fused(module: nn.Module) -> bool:
     return hasattr(module, "unfuse_projections") or "Fused" in type(getattr(module, "processor", None)).__name__
 
 
-def check_not_sharded(model: nn.Module, call: str) -> None:
-    """Refuses a call that needs whole tensors where each process holds a part of them.
-
-    Args:
-        model: The model.
-        call: Name of the call, as `lifecycle.CALLS` has it.
+def check_not_sharded(model: nn.Module) -> None:
+    """Refuses to add an adapter where each process holds a part of the tensors, which have to be whole.
 
     Raises:
         StateError: If parameters of the model are split over processes.
     """
-    _check_whole(model, own_parameters(model_modules(model)), call)
+    _check_whole(model, own_parameters(model_modules(model)), "add_adapter")
 
 
 def _check_whole(model: nn.Module, names: Iterable[str], call: str) -> None:

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.adapter.content import SlotTensors
+from lora_plugins.adapter.content import NewAdapter, SlotTensors
 from lora_plugins.adapter.integrity import check_in_place
-from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.state import ModelState
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.inplace import own_tensor, slot_tensors, submodule
@@ -22,13 +21,7 @@ from lora_plugins.utils import in_float64, put_value
 
 
 def swap(model: nn.Module, state: ModelState, adapter: str, other: NewAdapter) -> None:
-    """Gives an adapter the tensors of another one.
-
-    Args:
-        model: The model.
-        state: Its adapters.
-        adapter: The adapter that is there; it keeps its name, its configuration and its ranks.
-        other: The other one.
+    """Gives an adapter, which keeps its name, its configuration and its ranks, the tensors of another one.
 
     Raises:
         AdapterFileError: If the other one does not fit into the shapes that are there. Nothing has changed then.

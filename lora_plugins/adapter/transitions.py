@@ -13,11 +13,10 @@ from torch import nn
 from lora_plugins.adapter.acting import apply_state
 from lora_plugins.adapter.attach import attach, detach
 from lora_plugins.adapter.base_state_dict import accept_base_of_part
-from lora_plugins.adapter.content import trained_values, with_own_tensors
+from lora_plugins.adapter.content import NewAdapter, trained_values, with_own_tensors
 from lora_plugins.adapter.group_offloading import check_no_copies
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.moved_base import base_marks
-from lora_plugins.adapter.new_adapter import NewAdapter
 from lora_plugins.adapter.new_bases import changed_bases, new_stored_weights, to_store
 from lora_plugins.adapter.opening import close_state, open_state
 from lora_plugins.adapter.same_start import check_rounded
@@ -46,11 +45,7 @@ ADAPTER_NAME = re.compile(r"\w[\w-]*")
 
 
 def check_new(state: ModelState | None, adapter: str) -> None:
-    """Checks that an adapter of that name can be added.
-
-    Args:
-        state: The adapters of the model; None if it has none.
-        adapter: The name.
+    """Checks that an adapter of that name can be added to a model, which may have none yet.
 
     Raises:
         ConfigError: If the name is taken, or cannot name an adapter.
@@ -72,11 +67,6 @@ def check_new(state: ModelState | None, adapter: str) -> None:
 
 def check_same(state: ModelState, adapter: str, config: LoraConfig) -> None:
     """Checks that an adapter which is to be trained on has the configuration that is asked for.
-
-    Args:
-        state: The adapters of the model.
-        adapter: The name of one of them.
-        config: The configuration.
 
     Raises:
         StateError: If it has another, naming the fields that differ.
@@ -149,11 +139,7 @@ def add(model: nn.Module, adapter: str, new: NewAdapter) -> None:
 
 
 def check_not_owned(model: nn.Module, weights: Iterable[str]) -> None:
-    """Checks that no adapter has a value of its own of weights that are about to be stored.
-
-    Args:
-        model: The model.
-        weights: Their full names.
+    """Checks that no adapter has a value of its own of weights that are about to be stored, by their full names.
 
     Raises:
         TargetError: If one has, naming both: its float value would have no place any more.
@@ -172,11 +158,7 @@ def check_not_owned(model: nn.Module, weights: Iterable[str]) -> None:
 
 
 def unload(model: nn.Module, dequantize: bool | None) -> None:
-    """Takes all adapters off a model whose weights hold no merged update.
-
-    Args:
-        model: The model.
-        dequantize: Whether stored weights become dense. None leaves them, with a warning.
+    """Takes all adapters off a model whose weights hold no merged update; stored ones stay by default, with a warning.
 
     Raises:
         StateError: If it has none any more, nor stored weights that are to become dense.

@@ -18,39 +18,37 @@ T = TypeVar("T")
 def whole(model: nn.Module, change: Callable[[], T]) -> T:
     """Changes a model; where the change does not come to its end, the model is what it was before.
 
-    Args:
-        model: The model.
-        change: Exchanges values of tensors, and writes into none.
-
-    Returns:
-        What the change returns.
+    The change exchanges values of tensors, and writes into none: references to them are kept, and no copies. What it
+    returns is returned.
 
     Raises:
         StateError: If parameters of the model were made in inference mode.
     """
     with without_collection():
-        before = _Before(model)
+        modules = leave_inference(model)
+        contents = Contents(modules, [model._forward_pre_hooks, *_known(modules)])
+        before = [(tensor, tensor.data, tensor.requires_grad) for tensor in _tensors(modules)]
     try:
         return change()
     except BaseException:
-        before.put_back()
+        contents.put_back()
+        for tensor, value, requires_grad in before:
+            tensor.data = value
+            if tensor.requires_grad != requires_grad:  # torch 2.8 refuses any call on a parameter without a shape
+                tensor.requires_grad_(requires_grad)
         raise
 
 
-def leave_inference(model: nn.Module) -> None:
+def leave_inference(model: nn.Module) -> list[nn.Module]:
     """Prepares a model for exchanging values of its tensors, which breaks tensors of inference mode.
+
+    A forward in inference mode may leave buffers, such as a mask that a module keeps for the next batch: these are
+    replaced by ordinary tensors. Returns the modules of the model.
 
     Raises:
         StateError: If parameters of the model were made in inference mode, naming them.
     """
-    _leave_inference(model, _modules(model))
-
-
-def _leave_inference(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Refuses parameters of inference mode, and replaces such buffers by ordinary tensors.
-
-    A forward in inference mode may leave buffers, such as a mask that the module keeps for the next batch.
-    """
+    modules = _modules(model)
     if any(_is_of_inference(tensor) for module in modules for tensor in _present(module._parameters)):
         names = [name for name, parameter in model.named_parameters() if _is_of_inference(parameter)]
         raise StateError(
@@ -67,30 +65,11 @@ def _leave_inference(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     with torch.inference_mode(False):
         for buffers, name, buffer in kept:
             buffers[name] = renewed.setdefault(buffer, buffer.clone())
+    return modules
 
 
 def _is_of_inference(tensor: Tensor) -> bool:
     return not is_lazy(tensor) and tensor.is_inference()
-
-
-class _Before:
-    """A snapshot of a model: the contents of its modules, the values of its tensors, what we know about it.
-
-    It keeps references, and copies no values.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = _modules(model)
-        _leave_inference(model, modules)
-        self._contents = Contents(modules, [model._forward_pre_hooks, *_known(modules)])
-        self._values = [(tensor, tensor.data, tensor.requires_grad) for tensor in _tensors(modules)]
-
-    def put_back(self) -> None:
-        self._contents.put_back()
-        for tensor, value, requires_grad in self._values:
-            tensor.data = value
-            if tensor.requires_grad != requires_grad:  # torch 2.8 refuses any call on a parameter without a shape
-                tensor.requires_grad_(requires_grad)
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 
 from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, installed_commands
-from lora_plugins.cli.foreign import run_foreign
 from lora_plugins.cli.pipes import exit_on_closed_output, print_any_text
 from lora_plugins.cli.plain_warnings import plain_warnings
 from lora_plugins.cli.starting import keep_freed_memory, share_processors
@@ -84,7 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
     command = _after_options(arguments, commands.table) if name.startswith("-") else commands.table.get(name)
     if command is not None:
         return _run(command, arguments)
-    code = run_foreign()
+    code = _run_foreign()
     if code is not None:
         return code
     _print_problems(commands.problems)
@@ -108,6 +107,19 @@ def _run(command: Command, arguments: list[str]) -> int:
         if missing not in command.needs:
             raise
         return _fail(f"this command needs {missing}. Run: pip install '{command.requirement}'")
+
+
+def _run_foreign() -> int | None:
+    """Runs the script `lightning` of another distribution, such as lightning-sdk; returns its exit code, None without.
+
+    Two distributions may install a script of one name, and the one that was installed last has the file. If that is
+    ours, it hands over the commands that it does not know.
+    """
+    for point in metadata.entry_points(group="console_scripts", name=OF_OTHERS):
+        if point.dist is not None and point.dist.name != DISTRIBUTION:
+            result = point.load()()
+            return result if isinstance(result, int) else 0
+    return None
 
 
 def _after_options(arguments: list[str], commands: Mapping[str, Command]) -> Command | None:

@@ -51,17 +51,9 @@ def _belongs(needed: parser.Requirement, extra: str) -> bool:
 
 
 def _looked_up(needed: parser.Requirement) -> Requirement:
-    installed = _installed(needed.name)
-    if installed is None:
-        trouble = "not installed"
-    else:
-        fits = needed.specifier.contains(installed, prereleases=True)
-        trouble = "" if fits else f"{installed} is installed"
-    return Requirement(needed.name, str(needed.specifier), installed, trouble)
-
-
-def _installed(name: str) -> str | None:
     try:
-        return metadata.version(name)
+        installed = metadata.version(needed.name)
     except metadata.PackageNotFoundError:
-        return None
+        return Requirement(needed.name, str(needed.specifier), None, "not installed")
+    fits = needed.specifier.contains(installed, prereleases=True)
+    return Requirement(needed.name, str(needed.specifier), installed, "" if fits else f"{installed} is installed")

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_plugins.adapter import by_layer, check_shared
+from lora_plugins.adapter import by_layer, check_shared, whole
 from lora_plugins.arguments import with_checked_call
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import ConfigError, counted, listing
-from lora_plugins.inplace import StoredWeight, full_name, model_modules, put_stored
+from lora_plugins.inplace import StoredWeight, full_name, model_modules, of_all_modules, put_stored, stored_weights
 from lora_plugins.plan import weights_to_store
 from lora_plugins.plugins import Registry, Storage, registry_of
 
@@ -46,16 +46,22 @@ def load_quantized(
         device: Where the values go.
 
     Returns:
-        The model.
+        The model. Where the call fails or is interrupted, it is untouched.
 
     Raises:
         MergeError: If a weight would be stored that another layer shares, which keeps it as it is.
         ConfigError: If the config has no `quantize`, the file cannot be read, its keys are not those of the model's
-            state dict, a tensor of the model would stay without values, or one that would be stored has values that
-            are not finite. The model is untouched then.
+            state dict, a tensor of the model would stay without values, a weight that would be stored has values that
+            are not finite, or some weights of the model are stored already.
+        StateError: If parameters of the model were made in inference mode.
     """
     if config.quantize is None:
         raise ConfigError("load_quantized stores weights as the config says, and it has no quantize. Set it, as 'nf4'.")
+    if there := of_all_modules(model, stored_weights):
+        raise ConfigError(
+            f"These weights are stored already: {listing(there)}. load_quantized fills a model that was just built: "
+            "build it on the meta device again."
+        )
     stored = weights_to_store(model, config, registry or registry_of(config))
     files = _files(Path(path))
     places = _places(model)
@@ -66,8 +72,8 @@ def load_quantized(
     for key, file in files.items():
         old = _tensor(places[key])
         made[id(old)] = _made(key, _read(file, key), old, storages.get(id(old)), device)
-    for place, new in {place: made[id(_tensor(place))] for place in places.values()}.items():
-        _put(*place, new)
+    new = {place: made[id(_tensor(place))] for place in places.values()}
+    whole(model, lambda: _put_all(new))
     return model
 
 
@@ -84,13 +90,14 @@ def _made(
     return StoredWeight(storage, value, requires_grad=old.requires_grad)
 
 
-def _put(module: nn.Module, name: str, new: Tensor | StoredWeight) -> None:
-    if isinstance(new, StoredWeight):
-        put_stored(module, name, new)
-    elif isinstance(new, nn.Parameter):
-        module._parameters[name] = new
-    else:
-        module._buffers[name] = new
+def _put_all(tensors: Mapping[tuple[nn.Module, str], Tensor | StoredWeight]) -> None:
+    for (module, name), new in tensors.items():
+        if isinstance(new, StoredWeight):
+            put_stored(module, name, new)
+        elif isinstance(new, nn.Parameter):
+            module._parameters[name] = new
+        else:
+            module._buffers[name] = new
 
 
 def _files(path: Path) -> dict[str, Path]:

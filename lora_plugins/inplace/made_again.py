@@ -11,7 +11,7 @@ values are kept. torch has no public way of asking for hooks; without its privat
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,36 +24,11 @@ from lora_plugins.utils import KeptTensor, saved_tensors_take_hooks, transforms_
 _top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 Make = Callable[[], Tensor]
-"""Makes a dense value."""
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A view of a dense value."""
-
-    make: Make
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int | torch.SymInt
-
-    def again(self) -> Tensor:
-        return self.make().to(self.dtype).as_strided(self.shape, self.stride, self.offset)
-
-
-@dataclass(frozen=True)
-class _Passed:
-    """What surrounding hooks have packed a tensor into."""
-
-    packed: Any
-    unpack: Callable[[Any], Tensor]
-
-    def again(self) -> Tensor:
-        return self.unpack(self.packed)
+"""Makes a dense value, or any saved tensor, again."""
 
 
 class _Pack:
-    """What autograd calls with each tensor that it is about to save.
+    """What autograd calls with each tensor that it is about to save; returns what gives the tensor again.
 
     Args:
         around: The hooks that act around; none if there are none.
@@ -65,20 +40,24 @@ class _Pack:
         if around:
             self.__module__ = around[0].__module__  # by which `kernels.entries.recompute` tells whose hooks act
 
-    def __call__(self, tensor: Tensor) -> KeptTensor | _Made | _Passed:
+    def __call__(self, tensor: Tensor) -> Make:
         has_place = tensor.layout is torch.strided  # a sparse tensor has none, and is no dense value
         found = self.made.get(tensor.untyped_storage().data_ptr()) if self.made and has_place else None
         if found is None or found[1].dtype != tensor.dtype:
             if self._around:
-                return _Passed(self._around[0](tensor), self._around[1])
-            return KeptTensor(tensor)
-        return _Made(found[0], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+                return partial(self._around[1], self._around[0](tensor))
+            return KeptTensor(tensor).again
+        return partial(_view, found[0], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _view(make: Make, dtype: torch.dtype, *place: Any) -> Tensor:
+    return make().to(dtype).as_strided(*place)
 
 
 class _MadeAgain(saved_tensors_hooks):
     def __init__(self, around: Any) -> None:
         self._pack = _Pack(around)
-        super().__init__(self._pack, lambda saved: saved.again())
+        super().__init__(self._pack, lambda again: again())
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -94,12 +73,7 @@ def made_again() -> AbstractContextManager[object]:
 
 
 def note(dense: Tensor, make: Make) -> Tensor:
-    """Records a dense value that is made inside of `made_again`; returns it.
-
-    Args:
-        dense: The value.
-        make: Makes it again.
-    """
+    """Records a dense value that is made inside of `made_again`, and what makes it again; returns the value."""
     if _top is not None and _takes_hooks() and (hooks := _top(True)) and isinstance(hooks[0], _Pack):
         hooks[0].made[dense.untyped_storage().data_ptr()] = make, dense
     return dense

@@ -40,13 +40,7 @@ def reasons(
 ) -> list[str]:
     """Returns why a layer, or one that is tied to it, cannot be adapted; empty if all can.
 
-    Args:
-        target: The layer, and those tied to it.
-        slots: Where updates go.
-        init: The init.
-        variant: The variant; None for plain LoRA.
-        dropout: Probability of dropping an element of the input.
-        restoring: Whether the adapter's tensors are there already, so that the init does not start them.
+    With `restoring`, the adapter's tensors are there already, so that the init does not start them.
     """
     site = target.site
     found = {other.name: _layer_reason(other, slots) for other in target.sites}
@@ -82,9 +76,9 @@ def _weight_reason(site: Site, slots: tuple[Slot, ...], init: InitPlugin, restor
     for slot in slots:
         weight = site.weights[slot.tensor]
         if weight.computed and init.changes_base:
-            return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot replace it"
+            return f"{slot.tensor!r} is a buffer, or computed, so the init {init.name!r} cannot replace it"
         if weight.computed and init.needs == "gradients":
-            return f"{slot.tensor!r} is computed, so the init {init.name!r} cannot observe its gradient"
+            return f"{slot.tensor!r} is a buffer, or computed, so the init {init.name!r} cannot observe its gradient"
         how = weight.foreign and f"quantized by {weight.foreign}"
         how = how if weight.stored is None else f"stored as {weight.stored.plugin.name}"
         if how and not restoring and (init.changes_base or init.needs == "gradients"):

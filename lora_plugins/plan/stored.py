@@ -1,7 +1,7 @@
 """Which weights a config stores in fewer bytes, and how."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import TargetError, counted, listing, quoted
@@ -22,13 +22,7 @@ def stored_weights(
 ) -> dict[str, Storage]:
     """Returns how weights are to be stored, by full name, those that are already stored so included.
 
-    Args:
-        config: The configuration of the adapter.
-        survey: The model.
-        targets: The layers to adapt.
-        saved: What is trained in full.
-        storage: The config's storage; None if it has none.
-        loading: Whether the values of weights without any are about to be loaded.
+    With `loading`, the values of weights without any are about to be loaded.
 
     Raises:
         TargetError: If a weight cannot be stored, or nothing would be.
@@ -90,17 +84,25 @@ def _weights(sites: Sequence[Site]) -> Iterator[tuple[str, Site, Weight]]:
 
 
 def _reason(site: Site, weight: Weight, storage: Storage, loading: bool) -> str:
+    """Returns why a weight cannot be stored; empty where it can."""
     if weight.stored is not None:
         return "" if weight.stored.is_same(storage) else f"it is stored as {weight.stored} already"
-    reasons: Mapping[str, bool] = {
-        f"it is quantized by {weight.foreign} already": bool(weight.foreign),
-        "it is computed from other tensors": weight.computed,
-        f"it has the type {weight.dtype}, not a floating one": not weight.dtype.is_floating_point,
-        f"it has 8 bits already, as {weight.dtype}": weight.dtype.itemsize == 1,
-        f"it {weight.problem}": bool(weight.problem),
-        "it is on the meta device; load its values first": weight.on_meta and not loading,
-        "the layer is a TorchScript module": site.scripted,
-        site.fixed_class: bool(site.fixed_class),
-        "an adapter was trained on its float value; quantize with the first adapter": site.adapted,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    if weight.foreign:
+        return f"it is quantized by {weight.foreign} already"
+    if weight.computed:
+        return "it is a buffer, or computed from other tensors"
+    if not weight.dtype.is_floating_point:
+        return f"it has the type {weight.dtype}, not a floating one"
+    if weight.dtype.itemsize == 1:
+        return f"it has 8 bits already, as {weight.dtype}"
+    if weight.problem:
+        return f"it {weight.problem}"
+    if weight.on_meta and not loading:
+        return "it is on the meta device; load its values first"
+    if site.scripted:
+        return "the layer is a TorchScript module"
+    if site.fixed_class:
+        return site.fixed_class
+    if site.adapted:
+        return "an adapter was trained on its float value; quantize with the first adapter"
+    return ""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_plugins.errors import counted, near, quoted, sentence
+from lora_plugins.errors import counted, near, no_folder, nothing_there, quoted, sentence
 
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "gcvit_tiny", "davit_tiny", "resnet18", "resnet61q"]
 
@@ -38,6 +38,14 @@ def test_what_is_near(name, said):
 @pytest.mark.parametrize("names", [[], [""]], ids=["nothing", "a model without children"])
 def test_nothing_there(names):
     assert near("a", names) == "There are none."
+
+
+@pytest.mark.parametrize("explain", [no_folder, nothing_there])
+def test_a_link_that_leads_nowhere(tmp_path, explain):
+    link = tmp_path / "photos"
+    link.symlink_to("gone")
+    assert explain(link / "cat").endswith(f"{link} is a link to gone, where nothing is.")
+    assert explain(link).endswith(f"{link} is a link to gone, where nothing is.")
 
 
 @pytest.mark.parametrize("said", ["It failed", "It failed.\n", "Did it fail?", "It failed!"])

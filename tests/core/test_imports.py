@@ -94,7 +94,7 @@ def test_names_are_listed_before_they_are_used():
     ("name", "missing", "extra"),
     [
         ("lora_plugins.integrations.lightning.LoraCallback", "lightning", "lightning"),
-        ("lora_plugins.integrations.lightning.LoraCallback", "rich", "lightning"),
+        pytest.param("lora_plugins.integrations.lightning.LoraCallback", "rich", "lightning", marks=pytest.mark.slow),
         ("lora_plugins.integrations.lightning.LoraCLI", "jsonargparse", "lightning"),
         ("lora_plugins.integrations.transformers.LoraTrainer", "transformers", "transformers"),
         ("lora_plugins.integrations.diffusers.contact_sheet", "PIL", "diffusion"),

@@ -234,7 +234,7 @@ class Machine:
         wanted: dict[str, Tensor] = {}
         for name in reference.weights_of(adapter.spec.sites):
             if name not in reference.stored:
-                wanted[name] = reference.base[name].double().clone()
+                wanted[name] = reference.base[name].double().clone(memory_format=torch.contiguous_format)
         for slot in adapter.slots if adapter.spec.init in RESIDUAL else ():
             A, B = (adapter.tensors[slot.key(factor)].double() for factor in "AB")
             slot.matrix(wanted[reference.first[slot.weight]]).sub_(slot.scaling * B @ A)
@@ -255,7 +255,7 @@ class Machine:
     def _changed_base(self, adapter: Adapter, slot: PlannedSlot, product: Tensor) -> None:
         name = self.reference.first[slot.weight]
         original = self.reference.base[name]
-        weight = adapter.values.get(name, original.clone()).clone()
+        weight = adapter.values.get(name, original).clone(memory_format=torch.contiguous_format)  # for a view
         matrix = slot.matrix(original).double()
         if adapter.spec.init == "loftq":
             # One scale for all, as no weight here is larger than a block; ties of rounding are left open.

@@ -246,7 +246,7 @@ class Reference:
         own = {self.first[name] for name in self.first if _within(name, saved)}
         biases = {
             "none": set(),
-            "all": {name for name in self.parameters if name.endswith(("bias", "_bias"))},
+            "all": {name for name in self.parameters if "bias" in name.rpartition(".")[2]},
             "lora_only": {f"{name}.{bias}" for name in spec.sites for bias in self.sites[name].biases},
         }[spec.bias]
         return tuple(name for name in self.parameters if name in own | biases)

@@ -144,6 +144,13 @@ CASES = {
     "N7-dropout-beside-tie-of-one-type": case(
         add("a", tied("b", dropout=1e-9)), add("b", tied("a", "b")), act("a", "b"), TRAIN, blocks=("tied",)
     ),
+    "N8-changed-base-laid-out": case(
+        add("a", Spec(("conv2d.conv",))),
+        Step("lay_out", {"channels_last": True}),
+        Step("merge_and_unload"),
+        add("a", Spec(("conv2d.conv",), init="olora")),
+        blocks=("conv2d",),
+    ),
 }
 
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraError, LoraModel
+from lora_plugins import LoraConfig, LoraError, LoraModel, load_quantized
 from lora_plugins.adapter import InitData
 from lora_plugins.inplace import frozen_statistics
 from lora_plugins.utils import own_randomness, seeded, without_collection
@@ -246,6 +247,29 @@ def test_merging_for_good_goes_on_where_it_was_stopped(name, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_merging_for_good_goes_on_from_every_line(name, tmp_path):
     check_merge_for_good(Scene(name, tmp_path), every_line)
+
+
+def test_a_base_is_loaded_as_a_whole(tmp_path):
+    def build():
+        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def load(model):
+        load_quantized(model, tmp_path / "base.safetensors", config)
+
+    def empty():
+        with torch.device("meta"):
+            return build()
+
+    config = LoraConfig(target_modules="all", quantize="nf4", quantize_options={"min_size": 0})
+    save_file(build().state_dict(), tmp_path / "base.safetensors")
+    load(empty())  # the first call finds the plugins, too
+    lines = passed(lambda: load(empty()))
+    points = [at for at, line in enumerate(lines) if line.startswith(("inplace/storing.py", "files/base_files.py"))]
+    assert any(lines[at].startswith("inplace/storing.py") for at in points)
+    for at in points:
+        model = empty()
+        where, _ = stopped(lambda model=model: load(model), at)
+        assert len({tensor.is_meta for tensor in model.state_dict().values()}) == 1, where
 
 
 ENDINGS = {

@@ -216,6 +216,28 @@ class CrossBlock(Block):
         return self.mha(x.view(-1, 3, 4), other, other, need_weights=False)[0]
 
 
+class RecurrentBlock(Block):
+    """A layer whose kernel reads all of its weights from a list."""
+
+    sites = (
+        Site(
+            "lstm",
+            tensors={part: f"weight_{part}" for part in ("ih_l0", "hh_l0")},
+            biases=("bias_ih_l0", "bias_hh_l0"),
+            mixes=False,
+            drops=False,
+        ),
+    )
+    saves = ("lstm",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self.lstm(x.view(-1, 3, 4))[0]
+
+
 class TiedBlock(Block):
     """Two layers with one weight."""
 
@@ -341,6 +363,7 @@ BLOCKS = {
     "frequency": lambda: EmbeddingBlock(scale_grad_by_freq=True),
     "attention": AttentionBlock,
     "cross": CrossBlock,
+    "recurrent": RecurrentBlock,
     "tied": TiedBlock,
     "tokens": TokensBlock,
     "twice": TwiceBlock,

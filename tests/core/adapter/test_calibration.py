@@ -29,7 +29,7 @@ from tests.core.registries import registry_of
 
 
 class Net(nn.Module):
-    """Everything that a pass could disturb: statistics, dropout, modes, and a spectral norm's power iteration."""
+    """All that a pass could disturb: statistics, dropout, modes, a spectral norm's power iteration, rows of a table."""
 
     def __init__(self):
         super().__init__()
@@ -38,11 +38,12 @@ class Net(nn.Module):
         self.drop = nn.Dropout(0.5)
         self.spectral = nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 1))
         self.head = nn.Linear(8, 4)
+        self.table = nn.Embedding(1, 8, max_norm=0.1)
         self.norm.eval()
 
     def forward(self, x):
         x = self.spectral(self.drop(self.norm(self.conv(x)).relu()))
-        return self.head(x.mean((2, 3)))
+        return self.head(x.mean((2, 3)) + self.table(x.new_zeros(len(x), dtype=torch.long)))
 
 
 def loss(model, batch):
@@ -460,7 +461,8 @@ class TestRefusals:
 
     def test_a_computed_weight_has_no_gradient(self, untouched):
         config = LoraConfig(r=2, target_modules=["spectral"], init="lora_ga")
-        self.refused(config, InitData(batches(), loss), TargetError, "'spectral': 'weight' is computed", untouched)
+        said = "'spectral': 'weight' is a buffer, or computed"
+        self.refused(config, InitData(batches(), loss), TargetError, said, untouched)
 
     @pytest.mark.parametrize("config", [CONFIGS["inputs"], CONFIGS["gradients"]], ids=["inputs", "gradients"])
     def test_what_is_not_finite(self, config, untouched):

@@ -102,6 +102,18 @@ def test_no_gradient_is_lost_where_conversions_swap_tensors(hooked):
         loss.backward()
 
 
+def test_hooks_of_the_user_stay_and_no_others():
+    model, called = net(), []
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"]), "a")
+    factor = model[0].lora_B.a
+    factor.register_hook(called.append)
+    for _ in range(2):
+        lora.set_adapter("a", trainable=False)
+        lora.set_adapter("a")
+    model(X).sum().backward()
+    assert len(called) == len(factor._backward_hooks) == 1
+
+
 def test_a_frozen_base_goes_to_another_process_without_a_warning():
     model = net()
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -129,6 +130,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_touched(tmp_path):
     model = empty()
     model.register_buffer("positions", torch.zeros(3, device="meta"), persistent=False)
     refused("'positions' is on the meta device and in no state dict", model=model)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_model_that_is_loaded_already_is_refused(tmp_path, quantize, untouched):
+    path = written(tmp_path)
+    model = load_quantized(empty(), path, CONFIG)
+    said = r"stored already: 'fc.weight', 'out.weight'\. .* meta device again"
+    with untouched(model), pytest.raises(ConfigError, match=said):
+        load_quantized(model, path, replace(CONFIG, quantize=quantize))
 
 
 def test_buffers_that_are_one_stay_one(tmp_path):

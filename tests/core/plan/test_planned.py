@@ -92,7 +92,10 @@ def test_a_tied_layer_holds_the_same_settings_and_a_branch_of_its_own(about, use
         pytest.param({"weights": {"weight": Weight(1, (8, 4), torch.int8)}}, {}, "torch.int8", id="integers"),
         pytest.param({"weights": {"weight": Weight(1, (8, 4), on_meta=True)}}, {}, "meta device", id="meta"),
         pytest.param(
-            {"weights": {"weight": Weight(1, (8, 4), computed=True)}}, {"init": "pissa"}, "is computed", id="computed"
+            {"weights": {"weight": Weight(1, (8, 4), computed=True)}},
+            {"init": "pissa"},
+            "is a buffer, or computed",
+            id="computed",
         ),
         pytest.param({"computes_as": ("my.Linear",)}, {"dropout": 0.1}, "cannot honor dropout=0.1", id="dropout"),
     ],
