@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,11 +22,7 @@ Recompute = Callable[[], Tensor]
 
 @operation
 def recomputation(x: Tensor) -> Recompute | None:
-    """Returns what computes `x` again in the backward; None if `x` itself has to be saved.
-
-    Args:
-        x: The input of an adapted layer.
-    """
+    """Returns what computes the input of an adapted layer again in the backward; None if it has to be saved itself."""
     return None
 
 
@@ -38,13 +34,27 @@ class Options:
         scaling: Factor of the update.
         dropout: The masks of the branch's input; None without dropout.
         path: How output and gradients are computed.
+        low_memory: Whether nothing is saved that can be computed again.
         recompute_input: Computes the input again, which is then not saved.
     """
 
     scaling: float
     dropout: Dropout | None
     path: Path
-    recompute_input: Recompute | None
+    low_memory: bool = False
+    recompute_input: Recompute | None = None
+
+    @classmethod
+    def of_call(cls, update: Update, x: Tensor, path: Path, **own: Any) -> Self:
+        """Returns the options of a call: draws the masks, and asks whether the input can be computed again."""
+        return cls(
+            scaling=update.scaling,
+            dropout=Dropout.draw(update.dropout) if update.dropout else None,
+            path=path,
+            low_memory=update.low_memory,
+            recompute_input=recomputation(x) if update.low_memory else None,
+            **own,
+        )
 
     @property
     def scale(self) -> float:
@@ -113,11 +123,8 @@ def law_gradients(
 ) -> list[Tensor | None]:
     """Returns the gradients of a law written in ordinary operations, themselves differentiable where they have to be.
 
-    Args:
-        law: Computes the output from `inputs`.
-        inputs: Its tensors, or None where an option is not given.
-        needed: Which of them need a gradient.
-        gradient: Of the output.
+    Of `inputs`, those that are not given, such as a bias, are None; `needed` says which need a gradient, and `gradient`
+    is that of the output.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

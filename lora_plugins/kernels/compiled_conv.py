@@ -112,7 +112,6 @@ def _options(
         scaling=scaling,
         dropout=None if seed is None else Dropout.of(dropout, int(seed)),
         path=choose_path(x, weight, A, dropout, geometry),
-        recompute_input=None,
         geometry=geometry,
     )
 

@@ -83,7 +83,6 @@ def _options(rows: Tensor, weight: Tensor, A: Tensor, seed: Tensor | None, scali
         scaling=scaling,
         dropout=None if seed is None else Dropout.of(dropout, int(seed)),
         path=choose_path(len(rows), weight, A, dropout),
-        recompute_input=None,
     )
 
 

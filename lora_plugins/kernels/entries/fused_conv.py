@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.kernels._autograd import call_under_autocast, law_gradients, recomputation, save, saved
+from lora_plugins.kernels._autograd import call_under_autocast, law_gradients, save, saved
 from lora_plugins.kernels._channels import gradient_of_bias
 from lora_plugins.kernels._conv_products import (
     ConvOptions,
@@ -24,7 +24,6 @@ from lora_plugins.kernels._conv_products import (
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels.conv_geometry import Geometry
-from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.linear import lora_linear
 from lora_plugins.kernels.update import Update
 
@@ -35,13 +34,7 @@ def fused_conv(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, g
     # With few channels, the gradient of the kernel is faster as that of a convolution.
     if path.small_products and is_linear(x, weight, geometry):
         return lora_linear(x, weight.flatten(1), bias, update, axis=1)
-    options = ConvOptions(
-        scaling=update.scaling,
-        dropout=Dropout.draw(update.dropout) if update.dropout else None,
-        path=path,
-        recompute_input=recomputation(x) if update.low_memory else None,
-        geometry=geometry,
-    )
+    options = ConvOptions.of_call(update, x, path, geometry=geometry)
     compute = _plain if _is_plain(x, weight, options) else _lora_conv
     return call_under_autocast(compute, x, weight, bias, update, options)
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
+from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, save, saved
 from lora_plugins.kernels._channels import as_rows, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._products import State, choose_path, gradients, multiplied, output
-from lora_plugins.kernels.dropout import Dropout
 from lora_plugins.kernels.matmul import transposed_product
 from lora_plugins.kernels.update import Update
 
@@ -28,23 +27,15 @@ class LinearOptions(Options):
 
     Args:
         axis: Of the inputs in `x`: the last one, or 1 in images.
-        low_memory: Whether nothing is saved that can be computed again.
     """
 
     axis: int
-    low_memory: bool
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, update: Update, *, axis: int = -1) -> Tensor:
     """Computes `x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`."""
-    options = LinearOptions(
-        scaling=update.scaling,
-        dropout=Dropout.draw(update.dropout) if update.dropout else None,
-        path=choose_path(x.numel() // x.shape[axis], weight, update.A, update.dropout),
-        recompute_input=recomputation(x) if update.low_memory else None,
-        axis=axis,
-        low_memory=update.low_memory,
-    )
+    path = choose_path(x.numel() // x.shape[axis], weight, update.A, update.dropout)
+    options = LinearOptions.of_call(update, x, path, axis=axis)
     return call_under_autocast(_lora_linear, x, weight, bias, update, options)
 
 

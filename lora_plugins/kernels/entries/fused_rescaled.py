@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, recomputation, save, saved
+from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, save, saved
 from lora_plugins.kernels._channels import as_rows, gradient_of_bias, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
@@ -36,12 +36,10 @@ class RescaledOptions(Options):
     Args:
         geometry: How a kernel moves; None in a linear layer.
         factors: What the rows of the weight are multiplied by.
-        low_memory: Whether nothing is saved that can be computed again.
     """
 
     geometry: Geometry | None
     factors: Callable[..., Tensor]
-    low_memory: bool
 
 
 def fused_rescaled(
@@ -53,15 +51,7 @@ def fused_rescaled(
     geometry: Geometry | None,
 ) -> Tensor:
     """Computes with `f · (W + scaling · B A)`; with dropout, only what that adds to `W` sees the dropped `x`."""
-    options = RescaledOptions(
-        scaling=update.scaling,
-        dropout=Dropout.draw(update.dropout) if update.dropout else None,
-        path=_WHOLE,
-        recompute_input=recomputation(x) if update.low_memory else None,
-        geometry=geometry,
-        factors=rescaling.factors,
-        low_memory=update.low_memory,
-    )
+    options = RescaledOptions.of_call(update, x, _WHOLE, geometry=geometry, factors=rescaling.factors)
 
     def compute(*tensors: Any) -> Tensor:
         return _rescaled(*tensors, *rescaling.own)  # type: ignore[no-any-return]
@@ -83,11 +73,13 @@ class _Rescaled(torch.autograd.Function):
     ) -> Tensor:
         direction = _direction(weight, A, B, options)
         ctx.own, ctx.factors = _factors(direction, own, options)
-        matrix, layer = _matrix(direction, ctx.factors.detach(), weight, options, x), _layer(options)
+        factors, layer = ctx.factors.detach(), _layer(options)
         inputs = layer.flat(x)
         if options.dropout is None:
+            matrix = _whole_weight(direction, factors, weight, x.dtype)
             y = layer.apply(inputs, matrix, bias)
         else:
+            matrix = _beyond_weight(direction, factors, weight, x.dtype, options.dropout)
             y = layer.apply(inputs, weight.to(x.dtype), bias)
             for part, some, _ in dropped_parts(inputs, x.dtype, options.dropout, masks=False):
                 part_of(y, part).add_(layer.apply(some, matrix, None))
@@ -107,11 +99,12 @@ class _Rescaled(torch.autograd.Function):
             return (*found[:5], None, *found[5:])
         layer, factors = _layer(options), ctx.factors.detach()
         inputs, dy = layer.flat(x), layer.flat(gradient)
-        if matrix is None:
-            matrix = _matrix(_direction(weight, A, B, options), factors, weight, options, x)
         if options.dropout is None:
+            if matrix is None:
+                matrix = _whole_weight(_direction(weight, A, B, options), factors, weight, x.dtype)
             dx, of_weight = layer.gradients(dy, inputs, matrix, of_x=needed[0])
         else:
+            matrix = _beyond_weight(_direction(weight, A, B, options), factors, weight, x.dtype, options.dropout)
             dx, of_weight = _update_gradients(dy, inputs, weight, matrix, options, needed[0])
         G = of_weight.flatten(1).to(A.dtype)
         if options.dropout is not None:
@@ -217,12 +210,16 @@ def _own_gradients(leaves: Sequence[Tensor], factors: Tensor, gradient: Tensor) 
     return (next(found) if leaf.requires_grad else None for leaf in leaves)
 
 
-def _matrix(direction: Tensor, factors: Tensor, weight: Tensor, options: RescaledOptions, x: Tensor) -> Tensor:
-    """Returns the whole weight, or with dropout what it has beyond W, with what makes up for dropped elements."""
-    rescaled = direction.mul_(factors[:, None])
-    if options.dropout is not None:
-        rescaled.sub_(weight.flatten(1)).mul_(options.dropout.scale)
-    return laid_out_like(weight, rescaled.to(x.dtype).view(weight.shape))
+def _whole_weight(direction: Tensor, factors: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns `f · (W + scaling · B A)`, laid out like W; overwrites `direction`."""
+    whole = direction.mul_(factors[:, None])
+    return laid_out_like(weight, whole.to(dtype).view(weight.shape))
+
+
+def _beyond_weight(direction: Tensor, factors: Tensor, weight: Tensor, dtype: torch.dtype, dropout: Dropout) -> Tensor:
+    """Returns what that has beyond W, with what makes up for dropped elements; overwrites `direction`."""
+    beyond = direction.mul_(factors[:, None]).sub_(weight.flatten(1)).mul_(dropout.scale)
+    return laid_out_like(weight, beyond.to(dtype).view(weight.shape))
 
 
 def _update_gradients(
