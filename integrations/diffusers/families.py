@@ -6,7 +6,6 @@ have no gradient.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -54,72 +53,70 @@ _UNET: Mapping[str, str] = {
     "convolutions": rf"unet\.(.*\.)?({_CONVOLUTIONS})",
 }
 _WHOLE_CLIP = rf"text_encoder\..*\.({_CLIP})"
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        family.name: family
-        for family in (
-            Family(
-                "Stable Diffusion",
-                ("StableDiffusionPipeline",),
-                "unet",
-                "UNet2DConditionModel",
-                _UNET,
-                {"text_encoder": _WHOLE_CLIP},
-            ),
-            Family(
-                "Stable Diffusion XL",
-                ("StableDiffusionXLPipeline",),
-                "unet",
-                "UNet2DConditionModel",
-                _UNET,
-                {  # of the first encoder, the last block but one is what is used
-                    "text_encoder": rf"text_encoder\..*layers\.(?!{{last}}\.)\d+\..*({_CLIP})",
-                    "text_encoder_2": rf"text_encoder_2\..*\.({_CLIP})",
-                },
-            ),
-            Family(
-                "Stable Diffusion 3",
-                ("StableDiffusion3Pipeline",),
-                "transformer",
-                "SD3Transformer2DModel",
-                # `add_q_proj` of the last block has no use.
-                {
-                    "attention": rf"transformer\..*\.attn2?\.({_JOINT})|transformer\.transformer_blocks\."
-                    r"(?!{last}\.)\d+\.attn\.add_q_proj",
-                    "feed_forward": r"transformer\..*\.ff\.net\.(0\.proj|2)",
-                    "convolutions": r"transformer\.pos_embed\.proj",
-                },
-                {
-                    "text_encoder": _WHOLE_CLIP,
-                    "text_encoder_2": rf"text_encoder_2\..*\.({_CLIP})",
-                },
-            ),
-            Family(
-                "Flux",
-                ("FluxPipeline",),
-                "transformer",
-                "FluxTransformer2DModel",
-                {
-                    "attention": rf"transformer\..*\.attn\.({_JOINT}|add_q_proj)",
-                    "feed_forward": r"transformer\..*\.(ff\.net\.(0\.proj|2)|proj_mlp)",
-                },
-                {"text_encoder": _WHOLE_CLIP},
-            ),
-            Family(
-                "PixArt",
-                ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-                "transformer",
-                "PixArtTransformer2DModel",
-                {
-                    "attention": rf"transformer\..*\.attn[12]\.({_PROJECTIONS})",
-                    "feed_forward": r"transformer\..*\.ff\.net\.(0\.proj|2)",
-                    "convolutions": r"transformer\.pos_embed\.proj",
-                },
-                {"text_encoder": rf"text_encoder\..*\.{_T5}"},
-            ),
-        )
-    }
-)
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "Stable Diffusion",
+            ("StableDiffusionPipeline",),
+            "unet",
+            "UNet2DConditionModel",
+            _UNET,
+            {"text_encoder": _WHOLE_CLIP},
+        ),
+        Family(
+            "Stable Diffusion XL",
+            ("StableDiffusionXLPipeline",),
+            "unet",
+            "UNet2DConditionModel",
+            _UNET,
+            {  # of the first encoder, the last block but one is what is used
+                "text_encoder": rf"text_encoder\..*layers\.(?!{{last}}\.)\d+\..*({_CLIP})",
+                "text_encoder_2": rf"text_encoder_2\..*\.({_CLIP})",
+            },
+        ),
+        Family(
+            "Stable Diffusion 3",
+            ("StableDiffusion3Pipeline",),
+            "transformer",
+            "SD3Transformer2DModel",
+            # `add_q_proj` of the last block has no use.
+            {
+                "attention": rf"transformer\..*\.attn2?\.({_JOINT})|transformer\.transformer_blocks\."
+                r"(?!{last}\.)\d+\.attn\.add_q_proj",
+                "feed_forward": r"transformer\..*\.ff\.net\.(0\.proj|2)",
+                "convolutions": r"transformer\.pos_embed\.proj",
+            },
+            {
+                "text_encoder": _WHOLE_CLIP,
+                "text_encoder_2": rf"text_encoder_2\..*\.({_CLIP})",
+            },
+        ),
+        Family(
+            "Flux",
+            ("FluxPipeline",),
+            "transformer",
+            "FluxTransformer2DModel",
+            {
+                "attention": rf"transformer\..*\.attn\.({_JOINT}|add_q_proj)",
+                "feed_forward": r"transformer\..*\.(ff\.net\.(0\.proj|2)|proj_mlp)",
+            },
+            {"text_encoder": _WHOLE_CLIP},
+        ),
+        Family(
+            "PixArt",
+            ("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+            "transformer",
+            "PixArtTransformer2DModel",
+            {
+                "attention": rf"transformer\..*\.attn[12]\.({_PROJECTIONS})",
+                "feed_forward": r"transformer\..*\.ff\.net\.(0\.proj|2)",
+                "convolutions": r"transformer\.pos_embed\.proj",
+            },
+            {"text_encoder": rf"text_encoder\..*\.{_T5}"},
+        ),
+    )
+}
 """By name, the families that are served."""
 
 LAYERS = ("attention", "feed_forward", "convolutions")
@@ -141,11 +138,7 @@ def family_of(pipe: Any) -> Family:
 
 
 def denoising_family(parts: nn.ModuleDict) -> Family | None:
-    """Returns a family whose denoiser is of the class of a pipeline's, such as one that inpaints; None without one.
-
-    Args:
-        parts: The parts of the pipeline.
-    """
+    """Returns a family whose denoiser is of the class of a pipeline's, such as one that inpaints; None without one."""
     for family in FAMILIES.values():
         if family.denoiser in parts and type(parts[family.denoiser]).__name__ == family.denoiser_class:
             return family

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from lora_plugins import ConfigError
 from lora_plugins.errors import counted
 from lora_plugins.field_checks import check_count, finite, optional
 
-_PLAIN: Mapping[str, bool] = MappingProxyType({"use_resolution_binning": False, "clean_caption": False})
+_PLAIN: Mapping[str, bool] = {"use_resolution_binning": False, "clean_caption": False}
 """Arguments that PixArt's pipelines take: the size that was asked for, and the prompt as it was written."""
 
 

@@ -19,6 +19,7 @@ COMPONENTS = (
     "text_encoder",
     "text_encoder_2",
     "text_encoder_3",
+    "text_encoder_4",
     "transformer_ref",
     "connectors",
     "text_conditioner",
@@ -50,10 +51,7 @@ _WORDS: Mapping[str, str] = {
 def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> dict[str, str]:
     """Returns the parts of a file that are read, and where each is in a model; empty for the model itself.
 
-    Args:
-        found: The parts that the file has adapters of.
-        model: The model.
-        asked: The part that was asked for; the others are left out then.
+    A part that is asked for is read alone.
 
     Raises:
         AdapterFileError: If the file has several parts and none was asked for, or not the one that was.
@@ -66,6 +64,9 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
     t5 = next((each for each in ("text_encoder_3", "text_encoder_2", "text_encoder") if each in children), None)
     if t5 is not None and t5 not in found:
         renamed["text_encoder_3"] = t5  # as in Stable Diffusion 3; the second of Flux, and all that PixArt has
+    first = dict(model.named_children()).get("text_encoder")
+    if "text_encoder_4" in found and first is not None and any("Llama" in name for name in class_names(first)):
+        renamed |= {"text_encoder_4": "text_encoder", "text_encoder": "text_encoder_2"}  # HunyuanVideo's Llama and CLIP
     parts = {name: renamed.get(name, name) for name in found}
     if asked is not None and asked not in parts.values():
         raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")
@@ -87,10 +88,8 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
 def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) -> dict[str, tuple[str, str]]:
     """Splits the name of each layer that is written into the part of the pipeline, as files name it, and the rest.
 
-    Args:
-        names: Full names in the model.
-        model: The model; None where a file is converted without one.
-        asked: Which part the model is, or which of its parts is written; the others are left out then.
+    What is asked for is which part the model is, or which of its parts is written alone. Where a file is converted,
+    there is no model.
 
     Raises:
         ConfigError: If the part that the model is can neither be inferred nor was given; if the part that was asked for
@@ -112,9 +111,9 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
     part = asked or part_told(model)
     if part is None:
         raise ConfigError(
-            f"It cannot be told which part of a pipeline the model is. If it is one of {listing(COMPONENTS, 9)}, say "
-            "so: format_options={'component': 'unet'}. Files of pipelines have no other parts: for a model such as a "
-            "VAE or a ControlNet, write format='peft'."
+            "It cannot be told which part of a pipeline the model is. If it is one of "
+            f"{listing(COMPONENTS, len(COMPONENTS))}, say so: format_options={{'component': 'unet'}}. Files of "
+            "pipelines have no other parts: for a model such as a VAE or a ControlNet, write format='peft'."
         )
     return {name: (_in_files(part), name) for name in split}
 
@@ -127,10 +126,7 @@ def denoiser_of(model: nn.Module) -> str:
 def with_conditioner(part: str, name: str, model: nn.Module) -> tuple[str, str]:
     """Returns the part and the name of a layer that the denoiser of a file has; see `_CONDITIONER`.
 
-    Args:
-        part: What the denoiser is called.
-        name: Name in it, with dots or underscores.
-        model: The model that is read into. If it has such a module itself, as the authors do, nothing changes.
+    The name has dots or underscores. If the model has such a module itself, as the authors do, nothing changes.
     """
     if not name.startswith(_CONDITIONER) or any(each.endswith(_CONDITIONER) for each, _ in model.named_modules()):
         return part, name

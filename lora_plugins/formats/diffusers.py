@@ -21,9 +21,8 @@ from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model, present
-from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
+from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
-from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import full_name, model_modules, submodule
 
@@ -36,7 +35,7 @@ _Part = dict[str, dict[str, Tensor]]
 """The tensors of one part of a pipeline in a file, by name of the layer."""
 
 
-class DiffusersFormat(PortableFormat):
+class DiffusersFormat(PipelineFormat):
     """What `save_lora_weights` of diffusers writes, and `save_lora_adapter` of one model: a folder or a file of it.
 
     Options: `component`, which part of a pipeline the model is, such as `unet` or `text_encoder`; where a file has one
@@ -89,10 +88,6 @@ class DiffusersFormat(PortableFormat):
             layers[part] = in_model(within, by_own_names(layers[part], within), configs.get(part))
             beside[part] = present(within, by_own_names(beside[part], within))
         return _adapter(layers, beside, paths, configs)
-
-    def refusals(self, adapter: PortableAdapter) -> list[str]:
-        """Returns what is neither a linear layer nor a convolution."""
-        return refusals_of_pipelines(adapter)
 
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
         """Writes a file; see `PortableFormat`."""

@@ -17,6 +17,8 @@ _ENDINGS: Mapping[str, str] = {
     ".lora.up.weight": "B",
     ".lora_linear_layer.down.weight": "A",
     ".lora_linear_layer.up.weight": "B",
+    ".lora_A": "A",  # of parameters, as loralib has them and the authors of Mochi
+    ".lora_B": "B",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
     ".magnitude": "magnitude",
@@ -35,6 +37,8 @@ _ENCODERS: Mapping[str, str] = {
     "text_encoders.clip_g.transformer.": "text_encoder_2.",
     "text_encoders.clip_h.transformer.": "text_encoder.",
     "text_encoders.t5xxl.transformer.": "text_encoder_3.",
+    "text_encoders.llama.transformer.": "text_encoder_4.",
+    "text_encoders.qwen25_7b.transformer.": "text_encoder.",
     "lora_te.": "text_encoder.",
     "lora_te1.": "text_encoder.",
     "lora_te2.": "text_encoder_2.",

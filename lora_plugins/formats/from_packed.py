@@ -1,7 +1,7 @@
 """Converts one of our adapters to the terms that foreign formats share, and refuses by name what has no such terms."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,15 +54,11 @@ class _Source:
 
 
 def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | None) -> PortableAdapter:
-    """Returns one of our adapters as a portable one.
+    """Returns one of our adapters as a portable one, of a model with the base's own values in place.
 
     An adapter whose init changed the base (`pissa`, `olora`, `lora_ga`) is one of the untouched base here: of rank 2r,
-    with the first A and B subtracted. Parts of a fused weight become one block-diagonal A and B.
-
-    Args:
-        packed: The adapter.
-        model: The model that it is of, with the base's own values in place.
-        registry: The plugins to use; None for those that the adapter's config lets load.
+    with the first A and B subtracted. Parts of a fused weight become one block-diagonal A and B. The plugins are
+    by default those that the adapter's config lets load.
 
     Raises:
         AdapterFileError: If other libraries cannot express it, naming each layer.
@@ -73,7 +69,9 @@ def portable_of(packed: PackedAdapter, model: nn.Module, registry: Registry | No
     # The model may have got layers since, which the config would mean as well.
     plan = replace(plan, layers=tuple(layer for layer in plan.layers if layer.name in manifest["layers"]))
     source = _Source(packed, plan, model, recipes(packed.tensors))
-    check_expressible([text for layer in plan.layers for text in _refusals(source, layer)])
+    check_expressible(
+        [f"{layer.name!r}: {what} has no form there" for layer in plan.layers for what in _without_form(source, layer)]
+    )
     _warn_of_stored(manifest.get("stored") or {})
     places = places_by_name(model)
     adapted = {layer.name: places[layer.name] for layer in plan.layers}
@@ -124,28 +122,28 @@ def check_expressible(refusals: Sequence[str]) -> None:
         raise AdapterFileError("The adapter cannot be written in this format:\n  " + "\n  ".join(refusals))
 
 
-def _refusals(source: _Source, layer: PlannedLayer) -> list[str]:
-    """Returns why a layer has no form in other libraries."""
-    module, plan = submodule(source.model, layer.name), source.plan
-    others = sorted({slot.tensor for slot in layer.slots} - _WEIGHTS)
-    rows = sum(shape[0] for shape in layer.shapes)
-    recipes = [source.recipe(layer, slot).keys() for slot in layer.slots]
-    cases = {
-        f"a layer of type {layer.plugin.name!r}": layer.plugin.name not in LAYER_TYPES,
-        f"a convolution of {getattr(module, 'groups', 1)} groups": getattr(module, "groups", 1) > 1,
-        f"an adapter of {listing(others)}": bool(others),
-        f"the variant {layer.variant and layer.variant.name!r}": layer.variant is not None
-        and layer.variant.name != "dora",
-        "DoRA of some rows of a weight only": layer.variant is not None
-        and any(slot.rows is not None and rows != slot.rows[2] for slot in layer.slots),
-        f"the init {plan.init.name!r}, whose base is no low-rank change": plan.init.changes_base
-        and any(keys != {"A", "B"} for keys in recipes),
-        f"the init {plan.init.name!r} on a base that is stored in fewer bytes": plan.init.changes_base
-        and bool(source.packed.manifest.get("stored")),
-        "a layer that stands in the model more than once": bool(layer.aliases),
-        "a weight that several adapted layers share": bool(layer.ties),
-    }
-    return [f"{layer.name!r}: {what} has no form there" for what, holds in cases.items() if holds]
+def _without_form(source: _Source, layer: PlannedLayer) -> Iterator[str]:
+    """Yields what of a layer has no form in other libraries."""
+    if layer.plugin.name not in LAYER_TYPES:
+        yield f"a layer of type {layer.plugin.name!r}"
+    if (groups := getattr(submodule(source.model, layer.name), "groups", 1)) > 1:
+        yield f"a convolution of {groups} groups"
+    if others := sorted({slot.tensor for slot in layer.slots} - _WEIGHTS):
+        yield f"an adapter of {listing(others)}"
+    variant, rows = layer.variant, sum(shape[0] for shape in layer.shapes)
+    if variant is not None and variant.name != "dora":
+        yield f"the variant {variant.name!r}"
+    if variant is not None and any(slot.rows is not None and rows != slot.rows[2] for slot in layer.slots):
+        yield "DoRA of some rows of a weight only"
+    init = source.plan.init
+    if init.changes_base and any(source.recipe(layer, slot).keys() != {"A", "B"} for slot in layer.slots):
+        yield f"the init {init.name!r}, whose base is no low-rank change"
+    if init.changes_base and source.packed.manifest.get("stored"):
+        yield f"the init {init.name!r} on a base that is stored in fewer bytes"
+    if layer.aliases:
+        yield "a layer that stands in the model more than once"
+    if layer.ties:
+        yield "a weight that several adapted layers share"
 
 
 def _layer(source: _Source, layer: PlannedLayer) -> PortableLayer:

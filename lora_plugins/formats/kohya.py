@@ -25,9 +25,8 @@ from lora_plugins.formats.components import (
 )
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
-from lora_plugins.formats.pipelines import refusals_of_pipelines, refuse_keys, without_rslora
+from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
-from lora_plugins.formats.portable_format import PortableFormat
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import base_class_of, full_name, model_modules, submodule
 from lora_plugins.plan import former_names
@@ -39,6 +38,7 @@ PREFIXES: Mapping[str, str] = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "lora_te3_": "text_encoder_3",
+    "lora_te4_": "text_encoder_4",
     "lora_transformer_": "transformer",
     "lycoris_": "unet",
 }
@@ -85,7 +85,7 @@ These are the denoiser's where a text encoder was trained as well, and the norms
 """
 
 
-class KohyaFormat(PortableFormat):
+class KohyaFormat(PipelineFormat):
     """A `.safetensors` file of kohya's scripts or of LyCORIS' LoCon.
 
     Options: `component`, as the format of diffusers has it.
@@ -121,10 +121,6 @@ class KohyaFormat(PortableFormat):
             placed_beside |= {full_name(path_in_model, name): each for name, each in besides.items()}
         changes, values = changes_and_values(placed_beside)
         return PortableAdapter(placed, values, details=details, changes=changes)
-
-    def refusals(self, adapter: PortableAdapter) -> list[str]:
-        """Returns what is neither a linear layer nor a convolution."""
-        return refusals_of_pipelines(adapter)
 
     def save(self, path: Path, adapter: PortableAdapter, model: nn.Module | None, options: Mapping[str, Any]) -> Path:
         """Writes a file; see `PortableFormat`."""
@@ -290,15 +286,12 @@ def _places(model: nn.Module) -> dict[str, list[Place]]:
             if place not in places:
                 places.append(place)
     original = {name.replace(".", "_"): [place] for name, place in original_places(model).items()}
-    return {**original, **found}
+    # Original names count first, as in keys with dots: `norm3` of Wan's authors is `norm2` in diffusers.
+    return {**found, **original}
 
 
 def _placed(names: Mapping[str, str], model: nn.Module) -> dict[str, Place]:
-    """Returns where each layer of a file is in a part of a pipeline.
-
-    Args:
-        names: By name of a layer, the same without its prefix.
-        model: The part.
+    """Returns where each layer of a file is in a part of a pipeline, from the names without their prefix.
 
     Raises:
         AdapterFileError: If a layer has no place, or more than one.

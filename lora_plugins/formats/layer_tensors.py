@@ -46,20 +46,17 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
 
 
 def magnitude_of(name: str, scale: Tensor, rows: int) -> Tensor:
-    """Returns DoRA's norms of the outputs, which LyCORIS calls `dora_scale`.
-
-    Args:
-        name: Name of the layer.
-        scale: The tensor, with a dimension for each of the weight.
-        rows: The number of outputs.
+    """Returns DoRA's norms of the outputs, from LyCORIS' `dora_scale`, which has as many dimensions as the weight.
 
     Raises:
-        AdapterFileError: If the norms are those of the inputs, as in LyCORIS before 3.1 and with `wd_on_output=False`.
+        AdapterFileError: If the norms are those of the inputs, as in LyCORIS before 3.1 and with `wd_on_output=False`,
+            and by default in OneTrainer.
     """
     if scale.numel() != rows or scale.shape[0] != rows:
         raise AdapterFileError(
-            f"{name!r} has a dora_scale {tuple(scale.shape)}, which is not one of its {rows} outputs: LyCORIS trained "
-            "norms of its inputs (always before 3.1, later with wd_on_output=False), which have no form here."
+            f"{name!r} has a dora_scale {tuple(scale.shape)}, which is not one of its {rows} outputs: LyCORIS (always "
+            "before 3.1, later with wd_on_output=False) and OneTrainer (by default) train norms of the inputs, which "
+            "have no form here. Merge it into the model with the program that made it."
         )
     return scale.flatten()
 

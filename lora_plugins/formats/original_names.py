@@ -48,10 +48,10 @@ _RESNET: Mapping[str, str] = {
 }
 """By what follows the name of a residual block, the same of Stable Diffusion."""
 
-_SWAPPED = frozenset({"AdaLayerNormContinuous", "SwiGLU"})
+_SWAPPED = frozenset({"AdaLayerNormContinuous", "AuraFlowPreFinalBlock", "SwiGLU"})
 """Classes of diffusers whose linear layer has the two halves of its outputs the other way round than the original.
 
-The first has the scale before the shift, the second what is gated before the gate.
+The first two have the scale before the shift, the last what is gated before the gate.
 """
 
 
@@ -105,12 +105,7 @@ def original_places(model: nn.Module) -> dict[str, Place]:
 
 
 def put(layers: Mapping[str, Entry], places: Mapping[str, Place], model: nn.Module) -> dict[str, Entry]:
-    """Returns layers of a file by their names in a model.
-
-    Args:
-        layers: The layers by their names in the file, or what is beside their A and B.
-        places: Where those are that are put; others are left out.
-        model: The model.
+    """Returns layers of a file, or what is beside them, by their names in a model; those without a place are left out.
 
     Raises:
         AdapterFileError: If two layers have one place, or one has other outputs than the model's.

@@ -15,38 +15,51 @@ def _layers_in(modules: Mapping[str, str], layers: Mapping[str, str]) -> Table:
     }
 
 
+def _pair(original: str, ours: str, layers: tuple[str, str] = ("mlp.0", "mlp.2")) -> Table:
+    """Returns the table of a module of two linear layers, such as an embedder of time steps, from its names."""
+    return {f"{original}.{layer}": (f"{ours}.linear_{n}",) for n, layer in enumerate(layers, start=1)}
+
+
+_IN_OUT = ("in_layer", "out_layer")
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
-_FLUX: Table = {
+_QK_NORMS = {"q_norm": "norm_q", "k_norm": "norm_k"}
+
+_FLUX_ATTENTION: Table = {
     "double_blocks.*.img_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
     "double_blocks.*.img_attn.proj": ("transformer_blocks.*.attn.to_out.0",),
     "double_blocks.*.img_attn.norm.query_norm": ("transformer_blocks.*.attn.norm_q",),
     "double_blocks.*.img_attn.norm.key_norm": ("transformer_blocks.*.attn.norm_k",),
-    "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.net.0.proj",),
-    "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.net.2",),
-    "double_blocks.*.img_mod.lin": ("transformer_blocks.*.norm1.linear",),
     "double_blocks.*.txt_attn.qkv": tuple(f"transformer_blocks.*.{name}" for name in _ADDED_QKV),
     "double_blocks.*.txt_attn.proj": ("transformer_blocks.*.attn.to_add_out",),
     "double_blocks.*.txt_attn.norm.query_norm": ("transformer_blocks.*.attn.norm_added_q",),
     "double_blocks.*.txt_attn.norm.key_norm": ("transformer_blocks.*.attn.norm_added_k",),
+    "single_blocks.*.norm.query_norm": ("single_transformer_blocks.*.attn.norm_q",),
+    "single_blocks.*.norm.key_norm": ("single_transformer_blocks.*.attn.norm_k",),
+}
+
+_FLUX_BLOCKS: Table = {
+    **_FLUX_ATTENTION,
+    "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.net.0.proj",),
+    "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.net.2",),
+    "double_blocks.*.img_mod.lin": ("transformer_blocks.*.norm1.linear",),
     "double_blocks.*.txt_mlp.0": ("transformer_blocks.*.ff_context.net.0.proj",),
     "double_blocks.*.txt_mlp.2": ("transformer_blocks.*.ff_context.net.2",),
     "double_blocks.*.txt_mod.lin": ("transformer_blocks.*.norm1_context.linear",),
     "single_blocks.*.linear1": tuple(f"single_transformer_blocks.*.{name}" for name in (*_QKV, "proj_mlp")),
     "single_blocks.*.linear1_qkv": tuple(f"single_transformer_blocks.*.{name}" for name in _QKV),
     "single_blocks.*.linear2": ("single_transformer_blocks.*.proj_out",),
-    "single_blocks.*.norm.query_norm": ("single_transformer_blocks.*.attn.norm_q",),
-    "single_blocks.*.norm.key_norm": ("single_transformer_blocks.*.attn.norm_k",),
     "single_blocks.*.modulation.lin": ("single_transformer_blocks.*.norm.linear",),
+}
+
+_FLUX: Table = {
+    **_FLUX_BLOCKS,
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    **_pair("time_in", "time_text_embed.timestep_embedder", _IN_OUT),
+    **_pair("vector_in", "time_text_embed.text_embedder", _IN_OUT),
+    **_pair("guidance_in", "time_text_embed.guidance_embedder", _IN_OUT),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
@@ -60,6 +73,15 @@ _STABLE_DIFFUSION_3: Table = {
     "joint_blocks.*.x_block.attn.proj": ("transformer_blocks.*.attn.to_out.0",),
     "joint_blocks.*.x_block.attn2.qkv": tuple(f"transformer_blocks.*.attn2.to_{name}" for name in "qkv"),
     "joint_blocks.*.x_block.attn2.proj": ("transformer_blocks.*.attn2.to_out.0",),
+    **{
+        f"joint_blocks.*.{original}.ln_{part}": (f"transformer_blocks.*.{ours}{part}",)
+        for original, ours in {
+            "x_block.attn": "attn.norm_",
+            "x_block.attn2": "attn2.norm_",
+            "context_block.attn": "attn.norm_added_",
+        }.items()
+        for part in "qk"
+    },
     "joint_blocks.*.x_block.mlp.fc1": ("transformer_blocks.*.ff.net.0.proj",),
     "joint_blocks.*.x_block.mlp.fc2": ("transformer_blocks.*.ff.net.2",),
     "joint_blocks.*.x_block.adaLN_modulation.1": ("transformer_blocks.*.norm1.linear",),
@@ -69,10 +91,8 @@ _STABLE_DIFFUSION_3: Table = {
     "joint_blocks.*.context_block.mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
     "joint_blocks.*.context_block.adaLN_modulation.1": ("transformer_blocks.*.norm1_context.linear",),
     "x_embedder.proj": ("pos_embed.proj",),
-    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
-    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
-    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
+    **_pair("t_embedder", "time_text_embed.timestep_embedder"),
+    **_pair("y_embedder", "time_text_embed.text_embedder"),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
@@ -80,12 +100,11 @@ _STABLE_DIFFUSION_3: Table = {
 
 _CHROMA: Table = {
     **_FLUX,
-    "distilled_guidance_layer.layers.*.in_layer": ("distilled_guidance_layer.layers.*.linear_1",),
-    "distilled_guidance_layer.layers.*.out_layer": ("distilled_guidance_layer.layers.*.linear_2",),
+    **_pair("distilled_guidance_layer.layers.*", "distilled_guidance_layer.layers.*", _IN_OUT),
 }
 
 _FLUX_2: Table = {
-    **{name: ours for name, ours in _FLUX.items() if name.startswith("double_blocks.*") and "attn" in name},
+    **_FLUX_ATTENTION,
     "double_blocks.*.img_mlp.0": ("transformer_blocks.*.ff.linear_in",),
     "double_blocks.*.img_mlp.2": ("transformer_blocks.*.ff.linear_out",),
     "double_blocks.*.txt_mlp.0": ("transformer_blocks.*.ff_context.linear_in",),
@@ -97,10 +116,8 @@ _FLUX_2: Table = {
     "single_stream_modulation.lin": ("single_stream_modulation.linear",),
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    **_pair("time_in", "time_guidance_embed.timestep_embedder", _IN_OUT),
+    **_pair("guidance_in", "time_guidance_embed.guidance_embedder", _IN_OUT),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
@@ -124,12 +141,6 @@ _FLUX_3: Table = _layers_in(
 
 _REFINER, _REFINER_BLOCK = "context_embedder", "context_embedder.token_refiner.refiner_blocks.*"
 
-
-def _embedders(names: Mapping[str, str]) -> Table:
-    """Returns the two layers of embedders of numbers, such as time steps, in Hunyuan's models."""
-    return _layers_in(names, {"mlp.0": "linear_1", "mlp.2": "linear_2"})
-
-
 _HUNYUAN: Table = {
     "double_blocks.*.img_attn_qkv": tuple(f"transformer_blocks.*.{name}" for name in _QKV),
     "double_blocks.*.img_attn_proj": ("transformer_blocks.*.attn.to_out.0",),
@@ -142,16 +153,26 @@ _HUNYUAN: Table = {
     "double_blocks.*.txt_mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
     "double_blocks.*.txt_mod.linear": ("transformer_blocks.*.norm1_context.linear",),
     "single_blocks.*.modulation.linear": ("single_transformer_blocks.*.norm.linear",),
-    **{name: ours for name, ours in _FLUX.items() if "_blocks" in name},
+    **{
+        f"{original}{part}_norm": (f"{ours}{part}",)
+        for original, ours in {
+            "double_blocks.*.img_attn_": "transformer_blocks.*.attn.norm_",
+            "double_blocks.*.txt_attn_": "transformer_blocks.*.attn.norm_added_",
+            "single_blocks.*.": "single_transformer_blocks.*.attn.norm_",
+        }.items()
+        for part in "qk"
+    },
+    **_FLUX_BLOCKS,
     "txt_in.input_embedder": (f"{_REFINER}.proj_in",),
-    **_embedders({"txt_in.t_embedder": f"{_REFINER}.time_text_embed.timestep_embedder"}),
-    "txt_in.c_embedder.linear_1": (f"{_REFINER}.time_text_embed.text_embedder.linear_1",),
-    "txt_in.c_embedder.linear_2": (f"{_REFINER}.time_text_embed.text_embedder.linear_2",),
+    **_pair("txt_in.t_embedder", f"{_REFINER}.time_text_embed.timestep_embedder"),
+    **_pair("txt_in.c_embedder", f"{_REFINER}.time_text_embed.text_embedder", ("linear_1", "linear_2")),
     "txt_in.individual_token_refiner.blocks.*.self_attn_qkv": tuple(f"{_REFINER_BLOCK}.{name}" for name in _QKV),
     "txt_in.individual_token_refiner.blocks.*.self_attn_proj": (f"{_REFINER_BLOCK}.attn.to_out.0",),
     "txt_in.individual_token_refiner.blocks.*.mlp.fc1": (f"{_REFINER_BLOCK}.ff.net.0.proj",),
     "txt_in.individual_token_refiner.blocks.*.mlp.fc2": (f"{_REFINER_BLOCK}.ff.net.2",),
     "txt_in.individual_token_refiner.blocks.*.adaLN_modulation.1": (f"{_REFINER_BLOCK}.norm_out.linear",),
+    "txt_in.individual_token_refiner.blocks.*.norm1": (f"{_REFINER_BLOCK}.norm1",),
+    "txt_in.individual_token_refiner.blocks.*.norm2": (f"{_REFINER_BLOCK}.norm2",),
     "img_in.proj": ("x_embedder.proj",),
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
@@ -160,17 +181,15 @@ _HUNYUAN: Table = {
 
 _HUNYUAN_VIDEO: Table = {
     **_HUNYUAN,
-    **_embedders(
-        {
-            "time_in": "time_text_embed.timestep_embedder",
-            "guidance_in": "time_text_embed.guidance_embedder",
-        }
-    ),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    **_pair("time_in", "time_text_embed.timestep_embedder"),
+    **_pair("guidance_in", "time_text_embed.guidance_embedder"),
+    **_pair("vector_in", "time_text_embed.text_embedder", _IN_OUT),
 }
 
-_BYT5 = {f"byt5_in.fc{n}": (f"context_embedder_2.linear_{n}",) for n in (1, 2, 3)}
+_BYT5: Table = {
+    "byt5_in.layernorm": ("context_embedder_2.norm",),
+    **{f"byt5_in.fc{n}": (f"context_embedder_2.linear_{n}",) for n in (1, 2, 3)},
+}
 
 _HUNYUAN_VIDEO_1_5: Table = {
     **_layers_in(
@@ -182,21 +201,19 @@ _HUNYUAN_VIDEO_1_5: Table = {
     ),
     **_HUNYUAN,
     **_BYT5,
-    **_embedders({"time_in": "time_embed.timestep_embedder", "time_r_in": "time_embed.timestep_embedder_r"}),
-    "vision_in.proj.1": ("image_embedder.linear_1",),
-    "vision_in.proj.3": ("image_embedder.linear_2",),
+    **_pair("time_in", "time_embed.timestep_embedder"),
+    **_pair("time_r_in", "time_embed.timestep_embedder_r"),
+    "vision_in.proj.0": ("image_embedder.norm_in",),
+    **_pair("vision_in.proj", "image_embedder", ("1", "3")),
+    "vision_in.proj.4": ("image_embedder.norm_out",),
 }
 
 _HUNYUAN_IMAGE: Table = {
     **_HUNYUAN,
     **_BYT5,
-    **_embedders(
-        {
-            "time_in": "time_guidance_embed.timestep_embedder",
-            "time_r_in": "time_guidance_embed.timestep_embedder_r",
-            "guidance_in": "time_guidance_embed.guidance_embedder",
-        }
-    ),
+    **_pair("time_in", "time_guidance_embed.timestep_embedder"),
+    **_pair("time_r_in", "time_guidance_embed.timestep_embedder_r"),
+    **_pair("guidance_in", "time_guidance_embed.guidance_embedder"),
 }
 
 _WAN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj"}
@@ -220,10 +237,8 @@ _WAN: Table = {
             "after_proj": "proj_out",
         }.items()
     },
-    "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
-    "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
-    "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
-    "time_embedding.2": ("condition_embedder.time_embedder.linear_2",),
+    **_pair("text_embedding", "condition_embedder.text_embedder", ("0", "2")),
+    **_pair("time_embedding", "condition_embedder.time_embedder", ("0", "2")),
     "time_projection.1": ("condition_embedder.time_proj",),
     "img_emb.proj.0": ("condition_embedder.image_embedder.norm1",),
     "img_emb.proj.1": ("condition_embedder.image_embedder.ff.net.0.proj",),
@@ -240,18 +255,23 @@ _LUMINA_2: Table = {
         f"{blocks}.*.{name}": (f"{blocks}.*.{own}",)
         for blocks in _LUMINA_BLOCKS
         for name, own in {
+            "attention.q_norm": "attn.norm_q",
+            "attention.k_norm": "attn.norm_k",
             "attention.out": "attn.to_out.0",
             "feed_forward.w1": "feed_forward.linear_1",
             "feed_forward.w2": "feed_forward.linear_2",
             "feed_forward.w3": "feed_forward.linear_3",
             "adaLN_modulation.1": "norm1.linear",
+            "attention_norm2": "norm2",
         }.items()
     },
+    "layers.*.attention_norm1": ("layers.*.norm1.norm",),
+    "noise_refiner.*.attention_norm1": ("noise_refiner.*.norm1.norm",),
+    "context_refiner.*.attention_norm1": ("context_refiner.*.norm1",),
+    "cap_embedder.0": ("time_caption_embed.caption_embedder.0",),
     "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
-    "t_embedder.mlp.0": ("time_caption_embed.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("time_caption_embed.timestep_embedder.linear_2",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
-    "final_layer.linear": ("norm_out.linear_2",),
+    **_pair("t_embedder", "time_caption_embed.timestep_embedder"),
+    **_pair("final_layer", "norm_out", ("adaLN_modulation.1", "linear")),
 }
 
 _Z_IMAGE: Table = {
@@ -259,7 +279,10 @@ _Z_IMAGE: Table = {
         f"{blocks}.*.attention.qkv": tuple(f"{blocks}.*.attention.to_{name}" for name in "qkv")
         for blocks in _LUMINA_BLOCKS
     },
-    **{f"{blocks}.*.attention.out": (f"{blocks}.*.attention.to_out.0",) for blocks in _LUMINA_BLOCKS},
+    **_layers_in(
+        {f"{blocks}.*.attention": f"{blocks}.*.attention" for blocks in _LUMINA_BLOCKS},
+        {"out": "to_out.0", **_QK_NORMS},
+    ),
     "x_embedder": ("all_x_embedder.2-1",),
     "final_layer.linear": ("all_final_layer.2-1.linear",),
     "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
@@ -272,10 +295,21 @@ def _modulations(names: Mapping[str, str]) -> Table:
     return _layers_in(names, {layer: layer for layer in inner})
 
 
-_LTX: Table = {"patchify_proj": ("proj_in",), **_modulations({"adaln_single": "time_embed"})}
+def _norms(*attentions: str) -> Table:
+    """Returns the norms of queries and keys in attentions, whose own names are the same in both."""
+    names = {f"transformer_blocks.*.{attention}": f"transformer_blocks.*.{attention}" for attention in attentions}
+    return _layers_in(names, _QK_NORMS)
+
+
+_LTX: Table = {
+    "patchify_proj": ("proj_in",),
+    **_modulations({"adaln_single": "time_embed"}),
+    **_norms("attn1", "attn2"),
+}
 
 _LTX_2: Table = {
     **_LTX,
+    **_norms("audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
     "audio_patchify_proj": ("audio_proj_in",),
     **_modulations(
         {
@@ -302,7 +336,13 @@ _COSMOS: Table = {
             "blocks.*.self_attn": "transformer_blocks.*.attn1",
             "blocks.*.cross_attn": "transformer_blocks.*.attn2",
         },
-        {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "output_proj": "to_out.0"},
+        {
+            "q_proj": "to_q",
+            "k_proj": "to_k",
+            "v_proj": "to_v",
+            "output_proj": "to_out.0",
+            **_QK_NORMS,
+        },
     ),
     **{
         f"blocks.*.adaln_modulation_{part}.{n}": (f"transformer_blocks.*.{norm}.linear_{n}",)
@@ -311,11 +351,10 @@ _COSMOS: Table = {
     },
     "blocks.*.mlp.layer1": ("transformer_blocks.*.ff.net.0.proj",),
     "blocks.*.mlp.layer2": ("transformer_blocks.*.ff.net.2",),
-    "final_layer.adaln_modulation.1": ("norm_out.linear_1",),
-    "final_layer.adaln_modulation.2": ("norm_out.linear_2",),
+    **_pair("final_layer.adaln_modulation", "norm_out", ("1", "2")),
     "final_layer.linear": ("proj_out",),
-    "t_embedder.1.linear_1": ("time_embed.t_embedder.linear_1",),
-    "t_embedder.1.linear_2": ("time_embed.t_embedder.linear_2",),
+    "t_embedding_norm": ("time_embed.norm",),
+    **_pair("t_embedder.1", "time_embed.t_embedder", ("linear_1", "linear_2")),
     "x_embedder.proj.1": ("patch_embed.proj",),
 }
 """Names of Cosmos Predict 2, and of Anima, which is made of it."""
@@ -343,11 +382,9 @@ _KREA_2: Table = {
     ),
     "first": ("img_in",),
     "last.linear": ("final_layer.linear",),
-    "tmlp.0": ("time_embed.linear_1",),
-    "tmlp.2": ("time_embed.linear_2",),
+    **_pair("tmlp", "time_embed", ("0", "2")),
     "tproj.1": ("time_mod_proj",),
-    "txtmlp.1": ("txt_in.linear_1",),
-    "txtmlp.3": ("txt_in.linear_2",),
+    **_pair("txtmlp", "txt_in", ("1", "3")),
     "txtfusion.projector": ("text_fusion.projector",),
 }
 
@@ -369,17 +406,12 @@ _PIXART: Table = {
             "mlp.fc2": "ff.net.2",
         },
     ),
-    **_embedders(
-        {
-            "t_embedder": "adaln_single.emb.timestep_embedder",
-            "csize_embedder": "adaln_single.emb.resolution_embedder",
-            "ar_embedder": "adaln_single.emb.aspect_ratio_embedder",
-        }
-    ),
+    **_pair("t_embedder", "adaln_single.emb.timestep_embedder"),
+    **_pair("csize_embedder", "adaln_single.emb.resolution_embedder"),
+    **_pair("ar_embedder", "adaln_single.emb.aspect_ratio_embedder"),
     "t_block.1": ("adaln_single.linear",),
     "x_embedder.proj": ("pos_embed.proj",),
-    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
-    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    **_pair("y_embedder.y_proj", "caption_projection", ("fc1", "fc2")),
     "final_layer.linear": ("proj_out",),
 }
 
@@ -392,21 +424,94 @@ _MINIMAX_H3: Table = {
     },
     **_layers_in(
         _MINIMAX_H3_BLOCKS,
-        {"attn.out_proj": "attn.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"},
+        {
+            "attn.q_norm": "attn.norm_q",
+            "attn.k_norm": "attn.norm_k",
+            "attn.out_proj": "attn.to_out.0",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+            "norm1": "norm1",
+            "norm2": "norm2",
+        },
     ),
     "video_patch_proj": ("proj_in",),
     "audio_patch_proj": ("audio_proj_in",),
     "condition_proj": ("context_embedder",),
-    "time_embedder.proj_in": ("time_embedder.linear_1",),
-    "time_embedder.proj_out": ("time_embedder.linear_2",),
+    **_pair("time_embedder", "time_embedder", ("proj_in", "proj_out")),
     "blocks.*.adaln_proj.linear": ("transformer_blocks.*.adaln_proj.linear",),
+    "final_layer.norm": ("norm_out.norm",),
     "final_layer.adaln_proj.linear": ("norm_out.linear",),
     "final_layer.video_out": ("proj_out",),
     "final_layer.audio_out": ("audio_proj_out",),
 }
 
+_MOCHI: Table = {
+    **{
+        f"blocks.*.attn.qkv_{stream}": tuple(f"transformer_blocks.*.{name.replace('attn', 'attn1')}" for name in parts)
+        for stream, parts in (("x", _QKV), ("y", _ADDED_QKV))
+    },
+    **_layers_in(
+        {"blocks.*": "transformer_blocks.*"},
+        {
+            "attn.q_norm_x": "attn1.norm_q",
+            "attn.k_norm_x": "attn1.norm_k",
+            "attn.q_norm_y": "attn1.norm_added_q",
+            "attn.k_norm_y": "attn1.norm_added_k",
+            "attn.proj_x": "attn1.to_out.0",
+            "attn.proj_y": "attn1.to_add_out",
+            "mlp_x.w1": "ff.net.0.proj",
+            "mlp_x.w2": "ff.net.2",
+            "mlp_y.w1": "ff_context.net.0.proj",
+            "mlp_y.w2": "ff_context.net.2",
+            "mod_x": "norm1.linear",
+            "mod_y": "norm1_context.linear",
+        },
+    ),
+    **_pair("t_embedder", "time_embed.timestep_embedder"),
+    **_layers_in({"t5_y_embedder": "time_embed.pooler"}, {name: name for name in ("to_kv", "to_q", "to_out")}),
+    "t5_yproj": ("time_embed.caption_proj",),
+    "x_embedder.proj": ("patch_embed.proj",),
+    "final_layer.mod": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+    "blocks.47.mod_y": ("transformer_blocks.47.norm1_context.linear_1",),  # of the last block
+}
+
+_AURA_FLOW: Table = {
+    **_layers_in(
+        {
+            "double_layers.*.mlpX": "joint_transformer_blocks.*.ff",
+            "double_layers.*.mlpC": "joint_transformer_blocks.*.ff_context",
+            "single_layers.*.mlp": "single_transformer_blocks.*.ff",
+        },
+        {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"},
+    ),
+    **_layers_in(
+        {"double_layers.*.attn": "joint_transformer_blocks.*.attn"},
+        {
+            **{f"w2{part}": f"to_{part}" for part in "qkv"},
+            **{f"w1{part}": f"add_{part}_proj" for part in "qkv"},
+            "w2o": "to_out.0",
+            "w1o": "to_add_out",
+        },
+    ),
+    **_layers_in(
+        {"single_layers.*.attn": "single_transformer_blocks.*.attn"},
+        {**{f"w1{part}": f"to_{part}" for part in "qkv"}, "w1o": "to_out.0"},
+    ),
+    "double_layers.*.modX.1": ("joint_transformer_blocks.*.norm1.linear",),
+    "double_layers.*.modC.1": ("joint_transformer_blocks.*.norm1_context.linear",),
+    "single_layers.*.modCX.1": ("single_transformer_blocks.*.norm1.linear",),
+    **_pair("t_embedder", "time_step_proj"),
+    "cond_seq_linear": ("context_embedder",),
+    "init_x_linear": ("pos_embed.proj",),
+    "modF.1": ("norm_out.linear",),
+    "final_linear": ("proj_out",),
+}
+"""Names of AuraFlow, and of Pony V7, which is made of it."""
+
 TRANSFORMERS: Mapping[str, Table] = {
     "AnyFlowTransformer3DModel": _WAN,
+    "AuraFlowTransformer2DModel": _AURA_FLOW,
     "ChromaTransformer2DModel": _CHROMA,
     "ChronoEditTransformer3DModel": _WAN,
     "CosmosTransformer3DModel": _COSMOS_IN_NET,
@@ -425,6 +530,7 @@ TRANSFORMERS: Mapping[str, Table] = {
     "LTXVideoTransformer3DModel": _LTX,
     "Lumina2Transformer2DModel": _LUMINA_2,
     "MiniMaxH3Transformer3DModel": _MINIMAX_H3,
+    "MochiTransformer3DModel": _MOCHI,
     "PixArtTransformer2DModel": _PIXART,
     "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
     "SkyReelsV2Transformer3DModel": _WAN,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lora_plugins.errors import AdapterFileError, counted, listing
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
+from lora_plugins.formats.portable_format import PortableFormat
 
 _LAYER_TYPES = frozenset({"", "linear", "conv1d", "conv2d", "conv3d"})
 
@@ -21,21 +22,24 @@ _OTHER_METHODS: Mapping[str, str] = {
 """What the tensors of other methods than LoRA are called, or begin with, and the names of the methods."""
 
 
-def refusals_of_pipelines(adapter: PortableAdapter) -> list[str]:
-    """Returns what such files have no form for."""
-    return [
-        *(
-            f"{name!r}: a layer of type {layer.layer_type!r} has no form there"
-            for name, layer in adapter.layers.items()
-            if layer.layer_type not in _LAYER_TYPES
-        ),
-        *(
-            f"{name!r}: the output projection of an attention, which no library calls by itself, has no form there"
-            for name, layer in adapter.layers.items()
-            if layer.in_attention
-        ),
-        *(f"{name!r}: what is trained in full has no form there" for name in adapter.values),
-    ]
+class PipelineFormat(PortableFormat):
+    """A format of such files, which hold linear layers and convolutions, and nothing that is trained in full."""
+
+    def refusals(self, adapter: PortableAdapter) -> list[str]:
+        """Returns what such files have no form for."""
+        return [
+            *(
+                f"{name!r}: a layer of type {layer.layer_type!r} has no form there"
+                for name, layer in adapter.layers.items()
+                if layer.layer_type not in _LAYER_TYPES
+            ),
+            *(
+                f"{name!r}: the output projection of an attention, which no library calls by itself, has no form there"
+                for name, layer in adapter.layers.items()
+                if layer.in_attention
+            ),
+            *(f"{name!r}: what is trained in full has no form there" for name in adapter.values),
+        ]
 
 
 def without_rslora(adapter: PortableAdapter) -> Mapping[str, PortableLayer]:

@@ -16,13 +16,7 @@ _METHODS = ("forward", "_conv_forward")
 
 
 def warn_of_second_paths(model: nn.Module, modules: Mapping[str, NamedModule], outcome: str) -> None:
-    """Warns of the layers that PEFT and similar libraries compute differently until the adapter is merged.
-
-    Args:
-        model: The model.
-        modules: The adapted layers by name.
-        outcome: What that means for who reads the warning.
-    """
+    """Warns of layers that PEFT and similar libraries compute differently until merged, and of the outcome of that."""
     in_lists, readers = _names_in_lists(model), weights_read(model)
     found: dict[str, list[str]] = {}
     for name, entry in modules.items():
@@ -52,10 +46,7 @@ def _names_in_lists(model: nn.Module) -> dict[int, list[str]]:
 def _left_out(module: nn.Module, others: Sequence[str], reader: str | None) -> str:
     """Returns what a second path leaves out of a layer; empty where it is the layer's own computation.
 
-    Args:
-        module: The layer.
-        others: Further names by which it is called.
-        reader: The class that computes with its weight itself, if there is one.
+    The layer may be called by `others`, further names of it, and its weight may be computed with by a class, `reader`.
     """
     if others:
         return f"what calls the layer as {listing(others)}"
@@ -65,13 +56,11 @@ def _left_out(module: nn.Module, others: Sequence[str], reader: str | None) -> s
     known = next((layer for layer in LAYERS if issubclass(cls, layer)), None)
     if known is None:
         return ""
-    cases: dict[str, bool] = {
-        f"the forward of {cls.__name__}": any(getattr(cls, m, None) is not getattr(known, m, None) for m in _METHODS),
-        "the padding mode": getattr(module, "padding_mode", "zeros") != "zeros",
-        "the dilation": any(
-            step > 1 and size > 1
-            for step, size in zip(getattr(module, "dilation", ()), getattr(module, "kernel_size", ()), strict=True)
-        ),
-        "max_norm": getattr(module, "max_norm", None) is not None,
-    }
-    return next((text for text, holds in cases.items() if holds), "")
+    if any(getattr(cls, m, None) is not getattr(known, m, None) for m in _METHODS):
+        return f"the forward of {cls.__name__}"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return "the padding mode"
+    steps = zip(getattr(module, "dilation", ()), getattr(module, "kernel_size", ()), strict=True)
+    if any(step > 1 and size > 1 for step, size in steps):
+        return "the dilation"
+    return "" if getattr(module, "max_norm", None) is None else "max_norm"

@@ -76,6 +76,9 @@ CONVERTERS = {
     sd15: "convert_ldm_unet_checkpoint",
     flux: "convert_flux_transformer_checkpoint_to_diffusers",
     sd35: "convert_sd3_transformer_checkpoint_to_diffusers",
+    published("AuraFlowTransformer2DModel", num_mmdit_layers=2, num_single_dit_layers=2): (
+        "convert_auraflow_transformer_checkpoint_to_diffusers"
+    ),
     published("ChromaTransformer2DModel", num_layers=2, num_single_layers=2): (
         "convert_chroma_transformer_checkpoint_to_diffusers"
     ),
@@ -91,6 +94,7 @@ CONVERTERS = {
     published("LTXVideoTransformer3DModel", num_layers=2): "convert_ltx_transformer_checkpoint_to_diffusers",
     published("Lumina2Transformer2DModel", num_layers=2): "convert_lumina2_to_diffusers",
     published("MiniMaxH3Transformer3DModel", num_layers=2): "convert_minimax_h3_transformer_checkpoint_to_diffusers",
+    published("MochiTransformer3DModel"): "convert_mochi_transformer_checkpoint_to_diffusers",
     published("WanTransformer3DModel", num_layers=2, image_dim=1280, added_kv_proj_dim=5120): (
         "convert_wan_transformer_to_diffusers"
     ),
@@ -114,6 +118,12 @@ def weights_of(model):
     return {name: len(module.weight) for name, module in model.named_modules() if is_layer(module)}
 
 
+def norms_of(model):
+    """The norms with weights, and how many each has."""
+    named = {name: module for name, module in model.named_modules() if "Norm" in type(module).__name__}
+    return {name: len(module.weight) for name, module in named.items() if getattr(module, "weight", None) is not None}
+
+
 def factors_of(model, outputs):
     """A random B for the first original name of each layer, with the rows of all layers that are in it."""
     factors, seen = {}, set()
@@ -134,26 +144,33 @@ def test_every_layer_has_its_rows_of_what_the_converter_of_checkpoints_takes(bui
     utilities = pytest.importorskip("diffusers.loaders.single_file_utils")
     with torch.device("meta"):
         model = build()
-    outputs = weights_of(model)
+    norms = norms_of(model)
+    outputs = weights_of(model) | norms
     factors = factors_of(model, outputs)
+    of_norms = {name for name, place in original_places(model).items() if norms.keys() >= {*place.names}}
     file = {
         f"lora_unet_{name.replace('.', '_')}.{key}": value
         for name, B in factors.items()
-        for key, value in {"lora_down.weight": torch.ones(1, 1), "lora_up.weight": B}.items()
+        for key, value in (
+            {"w_norm": B} if name in of_norms else {"lora_down.weight": torch.ones(1, 1), "lora_up.weight": B}
+        ).items()
     }
     save_file(file, tmp_path / "adapter.safetensors")
-    found = KohyaFormat().load(tmp_path / "adapter.safetensors", model, {"component": None}).layers
+    adapter = KohyaFormat().load(tmp_path / "adapter.safetensors", model, {"component": None})
+    found = {name: layer.B for name, layer in adapter.layers.items()}
+    found |= {name.removesuffix(".weight"): change for name, change in adapter.changes.items()}
 
     start = "model.diffusion_model." if "unet" in CONVERTERS[build] else ""
     names = [f"{name}.{kind}" for name in original_places(model) for kind in ("weight", "bias")]
     checkpoint = Checkpoint({start + name: torch.zeros(1) for name in names if start})
-    checkpoint |= {f"{start}{name}.weight": B for name, B in factors.items()}
+    checkpoint |= {f"{start}{name}.{kind}": B for name, B in factors.items() for kind in ("weight", "scale")}
     same_in_both = {} if start else {name: torch.randn(size, 1) for name, size in outputs.items() if name not in found}
-    checkpoint |= {f"{name}.weight": B for name, B in same_in_both.items()}
+    checkpoint |= {f"{name}.{kind}": B for name, B in same_in_both.items() for kind in ("weight", "scale")}
     converted = getattr(utilities, CONVERTERS[build])(checkpoint, config=model.config)
 
-    rows = {name: layer.B for name, layer in found.items()} | same_in_both
+    rows = found | same_in_both
     assert rows.keys() == outputs.keys()
+    assert not [name for name in same_in_both if name.endswith(("norm_q", "norm_k"))]
     for name, B in rows.items():
         assert torch.equal(B, converted[f"{name}.weight"]), name
 
@@ -266,7 +283,9 @@ class TestMiniMaxH3:
             num_layers=1, num_refiner_layers=1, num_attention_heads=2, attention_head_dim=128, hidden_size=8, ffn_dim=8
         )
 
-    @pytest.mark.parametrize("derived", [False, True], ids=["its class", "a class of it"])
+    @pytest.mark.parametrize(
+        "derived", [pytest.param(False, marks=pytest.mark.slow), True], ids=["its class", "a class of it"]
+    )
     @pytest.mark.parametrize("key", ["blocks.0.attn.qkv_proj", "token_refiner.blocks.0.attn.qkv_proj"])
     def test_rows_that_alternate_by_head_are_refused(self, key, derived, model, tmp_path, untouched):
         """diffusers, which knows them by the name of PEFT's adapter too, puts them in order."""
@@ -425,14 +444,15 @@ def test_the_outputs_are_those_of_diffusers(part, names, tmp_path):
 @pytest.mark.parametrize(
     ("start", "down", "up"),
     [
-        ("diffusion_model.", "lora_A", "lora_B"),
-        ("diffusion_model.", "lora_down", "lora_up"),
+        ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+        ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
+        ("", "lora_A.weight", "lora_B.weight"),
+        ("", "lora_down.weight", "lora_up.weight"),
+        ("", "lora_A.default.weight", "lora_B.default.weight"),
+        ("base_model.model.", "lora_A.weight", "lora_B.weight"),
+        ("{part}.", "lora_A.weight", "lora_B.weight"),
+        ("{part}._orig_mod.", "lora_A.weight", "lora_B.weight"),
         ("", "lora_A", "lora_B"),
-        ("", "lora_down", "lora_up"),
-        ("", "lora_A.default", "lora_B.default"),
-        ("base_model.model.", "lora_A", "lora_B"),
-        ("{part}.", "lora_A", "lora_B"),
-        ("{part}._orig_mod.", "lora_A", "lora_B"),
     ],
     ids=[
         "A and B",
@@ -443,6 +463,7 @@ def test_the_outputs_are_those_of_diffusers(part, names, tmp_path):
         "PEFT's",
         "the part",
         "a compiled part",
+        "parameters",
     ],
 )
 @pytest.mark.parametrize(
@@ -453,12 +474,11 @@ def test_keys_with_dots_are_those_layers(part, names, start, down, up, tmp_path)
     tensors = tensors_for(part, names)
     save_file(tensors, tmp_path / "kohya.safetensors")
     dotted = {name.replace(".", "_"): name for name in original_places(part.build())}
-    ends = {"lora_down": down, "lora_up": up, "alpha": "alpha"}
+    ends = {"lora_down.weight": down, "lora_up.weight": up, "alpha": "alpha"}
     renamed = {}
     for key, tensor in tensors.items():
         name, _, end = key.removeprefix("lora_unet_").partition(".")
-        kind, _, rest = end.partition(".")
-        renamed[f"{start.format(part=part.name)}{dotted[name]}.{ends[kind]}{rest and '.'}{rest}"] = tensor
+        renamed[f"{start.format(part=part.name)}{dotted[name]}.{ends[end]}"] = tensor
     save_file(renamed, tmp_path / "comfy.safetensors")
     theirs, alone, pipeline = part.build(), part.build(), nn.ModuleDict({part.name: part.build()})
     LoraModel.load_adapter(theirs, tmp_path / "kohya.safetensors")
@@ -563,6 +583,55 @@ def test_a_t5_is_the_one_text_encoder_of_a_pipeline(tmp_path):
     save_file(tensors, tmp_path / "adapter.safetensors")
     lora = LoraModel.load_adapter(nn.ModuleDict({"text_encoder": t5()}), tmp_path / "adapter.safetensors")
     assert [each.name for each in lora.plans["default"].layers] == [f"text_encoder.{layer}"]
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        ("text_encoders.llama.transformer.", "text_encoder_4"),
+        ("text_encoder_4.", "text_encoder_4"),
+        ("lora_te4_", "text_encoder_4"),
+        ("text_encoders.qwen25_7b.transformer.", "text_encoder"),
+    ],
+    ids=["ComfyUI's Llama of HiDream", "diffusers'", "kohya's", "ComfyUI's Qwen of Qwen-Image"],
+)
+def test_a_language_model_is_a_text_encoder_of_a_pipeline(start, part, tmp_path):
+    """As OneTrainer writes them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=5
+    )
+    layer = "model.layers.0.mlp.up_proj"
+    key = start + (layer if start.endswith(".") else layer.replace(".", "_"))
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 16), f"{key}.lora_up.weight": torch.ones(16, 2)}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    parts = nn.ModuleDict({part: transformers.LlamaForCausalLM(config)})
+    lora = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors")
+    assert [each.name for each in lora.plans["default"].layers] == [f"{part}.{layer}"]
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["Llama alone", "both"])
+def test_llama_is_the_first_text_encoder_of_hunyuan_video(clip, tmp_path):
+    """As OneTrainer writes them for ComfyUI."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = nn.ModuleDict(
+        {
+            "text_encoder": transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=5)),
+            "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, vocab_size=5)),
+        }
+    )
+    fc1 = next(name for name, _ in parts.text_encoder_2.named_modules() if name.endswith("fc1"))
+    layers = {"llama": "layers.0.mlp.up_proj", **({"clip_l": fc1} if clip else {})}
+    tensors = {
+        f"text_encoders.{own}.transformer.{layer}.{key}.weight": torch.ones(*shape)
+        for own, layer in layers.items()
+        for key, shape in {"lora_down": (2, 16), "lora_up": (24, 2)}.items()
+    }
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    lora = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors")
+    found = {each.name for each in lora.plans["default"].layers}
+    assert found == {f"{part}.{layer}" for part, layer in zip(parts, layers.values(), strict=False)}
 
 
 def anima():

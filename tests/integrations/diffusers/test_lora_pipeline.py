@@ -54,7 +54,13 @@ def same_bits(pipe, before):
     return now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("Stable Diffusion 2", "PixArt") else name
+        for name in PIPELINES
+    ],
+)
 @pytest.mark.parametrize("format", ["lora_plugins", "diffusers", "kohya"])
 def test_an_adapter_over_all_parts_comes_back_in_every_format(name, format, tmp_path):
     pipe = build(name)
@@ -119,13 +125,13 @@ def chroma():
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # which diffusers' Chroma uses
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make", "part", "layers"),
     [
         (lambda: build("Stable Diffusion"), "text_encoder", "mlp.fc1"),
         (lambda: build("Stable Diffusion XL"), "text_encoder_2", "text_projection"),
-        (chroma, "text_encoder", "SelfAttention.q"),
+        pytest.param(chroma, "text_encoder", "SelfAttention.q", marks=pytest.mark.slow),
     ],
     ids=["CLIP without attention", "CLIP's projection", "T5"],
 )
@@ -320,7 +326,18 @@ def test_a_part_that_is_replaced_under_adapters_is_refused():
     LoraPipeline(pipe).unload()
 
 
-@pytest.mark.parametrize("format", ["lora_plugins", "diffusers", pytest.param("kohya", marks=pytest.mark.slow)])
+def test_a_compiled_part_has_the_names_and_adapters_of_what_it_compiles():
+    pipe = build("Stable Diffusion")
+    part, lora = pipe.unet, LoraPipeline(pipe, config(pipe))
+    pipe.unet = torch.compile(part, backend="eager")
+    assert parts_of(pipe)["unet"] is part
+    assert LoraPipeline(pipe).adapters == lora.adapters
+    LoraPipeline(pipe).unload()
+    assert not any("lora_" in name for name in part.state_dict())
+
+
+@pytest.mark.slow  # by torch, which traces a whole denoiser each time
+@pytest.mark.parametrize("format", ["lora_plugins", "diffusers", "kohya"])
 def test_a_compiled_part_is_the_part_that_it_compiles(format, tmp_path):
     pipe, other = build("Stable Diffusion"), build("Stable Diffusion")
     lora = moved(LoraPipeline(pipe, config(pipe)))
@@ -350,7 +367,7 @@ def test_projections_are_fused_when_adapters_are_merged(name):
 parts_or_one = pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "part"])
 
 
-@pytest.mark.parametrize("name", ["Stable Diffusion", "Flux"])
+@pytest.mark.parametrize("name", ["Stable Diffusion", pytest.param("Flux", marks=pytest.mark.slow)])
 class TestFusedProjections:
     """`fuse_qkv_projections` computes with copies of the weights, which were made when it was called."""
 
