@@ -32,7 +32,7 @@ PATTERNS: Sequence[Mapping[str, Any]] = (
 class Block(nn.Module):
     """Two layers with names of several components, and one that no adapter touches."""
 
-    def __init__(self, width: int = 4) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.attn = nn.ModuleDict({"to_q": nn.Linear(width, 6), "to_out": nn.Linear(6, 3)})
         self.last = nn.Linear(3, 2)
@@ -100,6 +100,8 @@ class FormatCase:
         file_name: Name of the file or folder to write.
         options: The options that the format is given.
         patterns: How the layers differ.
+        width: Inputs of the model.
+        seed: Of the values that its adapters have.
     """
 
     plugin: AdapterFormat
@@ -107,6 +109,8 @@ class FormatCase:
     file_name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     patterns: Mapping[str, Any] = field(default_factory=lambda: PATTERNS[0])
+    width: int = 4
+    seed: int = 1
 
     def varied(self) -> "FormatCase":
         """Returns this case with layers that differ as much as the format can write."""
@@ -129,10 +133,10 @@ class FormatCase:
         """
         return registry_with(FORMATS, self.plugin)
 
-    def model(self, width: int = 4) -> nn.Module:
+    def model(self) -> nn.Module:
         """Builds the model, with the same values each time."""
         with own_randomness(0):
-            return Block(width).double().eval()
+            return Block(self.width).double().eval()
 
     def trained(self, **fields: Any) -> LoraModel:
         """Returns an adapted model, its layers of different ranks and scalings, that computes something of its own."""
@@ -142,7 +146,7 @@ class FormatCase:
         """Adapts a model so that it computes something of its own."""
         config = LoraConfig(**{"r": 2, "alpha": ALPHAS[0], **fields})
         lora = LoraModel(model, config, registry=self.registry())
-        with torch.no_grad(), own_randomness(1):
+        with torch.no_grad(), own_randomness(self.seed):
             for parameter in lora.model.parameters():
                 if parameter.requires_grad:
                     parameter.copy_(torch.randn_like(parameter))
@@ -167,4 +171,4 @@ class FormatCase:
     def run(self, model: nn.Module) -> Tensor:
         """Returns the output for one batch."""
         with own_randomness(2):
-            return torch.as_tensor(model(torch.randn(5, 4, dtype=torch.float64)))
+            return torch.as_tensor(model(torch.randn(5, self.width, dtype=torch.float64)))

@@ -90,23 +90,21 @@ def _replaced(case: FormatCase) -> None:
 def _full_disk(case: FormatCase) -> None:
     apart = "rank_pattern" in case.patterns
     ranks = [{"rank_pattern": {name: 5}} for name in ("to_q", "to_out")] if apart else [{"r": 5}]
-    for larger in ranks:  # whichever of two files is written first is the smaller one once
-        new = case.trained(**larger)
+    # Whichever of two files is written first is the smaller one once, of layers or of factors.
+    for width, fields in ((4, {}), (1, {}), *((4, larger) for larger in ranks)):
+        sized = replace(case, width=width)
+        new = replace(sized, seed=2).trained(**fields)
         with tempfile.TemporaryDirectory() as folder:
             case.write(new, Path(folder))
             sizes = {file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()}
-        for size, old in product(sorted(sizes), (case.trained(), None)):
-            _stopped_write(case, new, size - 1, old)
+        for size, old in product(sorted(sizes), (sized.trained(), None)):
+            _stopped_write(sized, new, size - 1, old)
 
 
 def _stopped_write(case: FormatCase, new: LoraModel, size: int, old: LoraModel | None) -> None:
     """Requires that a write which fails for a full disk leaves one adapter, or what is refused.
 
-    Args:
-        case: What is checked.
-        new: What is written.
-        size: The size beyond which no file can grow.
-        old: What was written to the same path before; None for nothing.
+    No file can grow beyond the size. What is `old` was written to the same path before; it is None for nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / case.file_name if old is None else case.write(old, Path(folder))
@@ -145,13 +143,7 @@ def _layers(case: FormatCase) -> None:
 
 
 def _travels(case: FormatCase, what: str, lora: LoraModel, model: nn.Module) -> bool:
-    """Loads the adapter of one model into another, and returns whether the format can write it.
-
-    Args:
-        case: What is checked.
-        what: What adapter it is, for messages.
-        lora: The adapted model.
-        model: Its base.
+    """Loads the adapter of one model into another, its base, and returns whether the format can write it.
 
     Raises:
         MismatchError: If it was refused, and something was written.
@@ -200,7 +192,7 @@ def _refused(case: FormatCase, path: Path, model: nn.Module, why: str) -> None:
 
 def _other_model(case: FormatCase) -> None:
     with case.written() as (_, path):
-        _refused(case, path, case.model(width=5), "an adapter for layers of another shape")
+        _refused(case, path, replace(case, width=5).model(), "an adapter for layers of another shape")
         smaller = case.model()
         del smaller.attn["to_out"]  # type: ignore[union-attr, operator]
         _refused(case, path, smaller, "an adapter with layers that the model does not have")

@@ -112,7 +112,7 @@ def _identity(case: InitCase, **fields: Any) -> None:
 def require_near_start(
     lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor], slack: float = 0.0
 ) -> None:
-    """Requires that the factors make up for the changed base, at least in part.
+    """Requires that W + ΔW is no farther off than the changed base alone, nor than zeros would be.
 
     Args:
         lora: The started model.
@@ -126,6 +126,8 @@ def require_near_start(
             left <= lost * (1 + slack) + TIGHT,
             f"W + ΔW of {name!r} is off by {left:.3g}, and the changed base alone by {lost:.3g}",
         )
+        zeros = float(weight.norm())
+        require(left <= zeros + TIGHT, f"W + ΔW of {name!r} is off by {left:.3g}, and zeros would be by {zeros:.3g}")
 
 
 def _makes_up(lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor]) -> None:
@@ -243,8 +245,8 @@ START_CHECKS: tuple[Check[InitCase], ...] = (
         _identity,
         "the adapted model starts as the untouched one, or, where the base changes, as near to it as its ranks allow; "
         "with identity=False it does not",
-        "no factor is zero and nothing makes up for it, changed_base takes out another product than that of A and B, "
-        "or identity is declared wrongly.",
+        "no factor is zero and nothing makes up for it, changed_base takes out another product than that of A and B or "
+        "puts another weight in the place of the model's, or identity is declared wrongly.",
     ),
     Check(
         "scaling",

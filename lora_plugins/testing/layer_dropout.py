@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ _Mask = Callable[[Tensor], Tensor]
 
 _DRAWS, _AT_ONCE, _OFF = 300, 50, 0.25
 """Of dropout: draws at most, how many before their mean is looked at, and by what share of a branch it may be off."""
+
+
+class _Pair(NamedTuple):
+    """Two elements of one floating input of a layer, at positions that differ in the dimension `axis` alone."""
+
+    input: int
+    axis: int
+    positions: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _dropout(case: LayerCase) -> None:
@@ -183,32 +191,26 @@ def _drops_single_elements(case: LayerCase, model: Holder, slot: Slot, inputs: S
 def _drops_each(
     case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any], rest: _Mask, axes: Collection[int] | None
 ) -> bool:
-    """Requires it of all pairs of elements that can be judged, and returns whether there was one.
+    """Requires that the elements of each pair that can be judged are dropped each by itself; returns if there was one.
 
-    Args:
-        case: The layer.
-        model: The adapted layer.
-        slot: The slot whose branch drops.
-        inputs: What the layer is called with.
-        rest: What is kept of the other inputs.
-        axes: The dimensions in which the elements of a pair may differ; None for all.
+    The elements of a pair may differ in the dimensions `axes`, or in all, and `rest` says what is kept of other inputs.
     """
-    told = False
+    judged_one = False
     pairs = [*_pairs(inputs)]
-    fed = {
-        at
-        for at, _, *two in pairs
-        if _reach_others(case, model, slot, [_only(inputs, at, [place], rest) for place in two])
+    feeding_inputs = {
+        pair.input
+        for pair in pairs
+        if _reach_others(case, model, slot, [_only(inputs, pair.input, [each], rest) for each in pair.positions])
     }
-    for at, axis, first, second in pairs:
-        if at not in fed or (axes is not None and axis not in axes):
+    for pair in pairs:
+        if pair.input not in feeding_inputs or (axes is not None and pair.axis not in axes):
             continue  # the branch's input is computed from this one, as between the two layers of a perceptron
-        both = _only(inputs, at, (first, second), rest)
-        one, other = (_update(case, model, _only(inputs, at, (each,), rest)) for each in (first, second))
+        both = _only(inputs, pair.input, pair.positions, rest)
+        one, other = (_update(case, model, _only(inputs, pair.input, [each], rest)) for each in pair.positions)
         if _add_up(_update(case, model, both), one, other):  # else the update is no sum over these two
             _drops_apart(case, model, both, one, other)
-            told = True
-    return told
+            judged_one = True
+    return judged_one
 
 
 def _drops_apart(case: LayerCase, model: Holder, both: Sequence[Any], one: Tensor, other: Tensor) -> None:
@@ -242,13 +244,14 @@ def _reach_others(case: LayerCase, model: Holder, slot: Slot, each: Sequence[Seq
     return all(entries.any() for entries in reached) and not (reached[0] & reached[1]).any()
 
 
-def _pairs(inputs: Sequence[Any]) -> Iterator[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
-    """Yields the place of each floating input, a dimension, and two positions in it that differ in that dimension."""
+def _pairs(inputs: Sequence[Any]) -> Iterator[_Pair]:
+    """Yields a pair for each dimension of each floating input: the first element, and the last one of its line."""
     for at, x in enumerate(inputs):
         shape = x.shape if is_values(x) else ()
         for axis, size in enumerate(shape):
             if size > 1:
-                yield at, axis, (0,) * len(shape), tuple(size - 1 if each == axis else 0 for each in range(len(shape)))
+                last = tuple(size - 1 if each == axis else 0 for each in range(len(shape)))
+                yield _Pair(at, axis, ((0,) * len(shape), last))
 
 
 def _only(inputs: Sequence[Any], at: int, positions: Sequence[tuple[int, ...]], rest: _Mask) -> tuple[Any, ...]:

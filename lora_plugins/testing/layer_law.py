@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import listing, near
+from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot, class_path
@@ -60,10 +60,12 @@ def _registration(case: LayerCase) -> None:
 def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Tensor]]:
     """Yields the slots of a layer and of its parts, each with its weight."""
     named = {"slots": case.plugin.slots(layer), "parts": case.plugin.parts(layer).values()}
+    biases = case.plugin.biases(layer)
+    weights = [name for name, weight in layer._parameters.items() if weight is not None and name not in biases]
     for method, slots in named.items():
         for slot in slots:
             has_it = isinstance(getattr(layer, slot.tensor, None), Tensor)
-            known = near(slot.tensor, [name for name, weight in layer._parameters.items() if weight is not None])
+            known = near(slot.tensor, weights)
             require(has_it, f"{method}() names the weight {slot.tensor!r}, which the layer does not have. {known}")
             require(
                 slot.tensor not in layer._buffers,
@@ -72,8 +74,8 @@ def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Te
             )
             require(
                 not isinstance(getattr(type(layer), slot.tensor, None), property),
-                f"{method}() names {slot.tensor!r}, a property that no update can be merged into. Name the parameters "
-                f"that it is computed from, a slot for each: {listing(layer._parameters)}",
+                f"{method}() names {slot.tensor!r}, a property that no update can be merged into for good. Name the "
+                f"parameters that it is computed from, a slot for each. {known}",
             )
             yield slot, detached_weight(layer, slot.tensor)
 

@@ -122,8 +122,22 @@ def test_every_built_in_plugin_is_checked():
     assert set(INITS) == {name for info in ours for name in info.names(kinds.INITS)}
 
 
-@pytest.mark.parametrize("check", LAYER_CHECKS)
-@pytest.mark.parametrize("name", LAYERS)
+LONG = {
+    "multihead_attention": {"compile", "dropout", "law", "mixed", "pure", "variant"},
+    **{name: {"compile", "mixed", "pure"} for name in ("deform_conv2d", "recurrent", "recurrent_cell")},
+    **{f"conv_transpose{n}d": {"compile", "dropout", "mixed", "pure", "variant"} for n in (1, 2, 3)},
+}
+"""What takes seconds, by layer type, is in the slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        pytest.param(name, check, marks=pytest.mark.slow if check in LONG.get(name, ()) else ())
+        for name in LAYERS
+        for check in LAYER_CHECKS
+    ],
+)
 def test_layer(name, check, device):
     build, inputs, options = LAYERS[name]
     plugin = default_registry().get(kinds.LAYERS, name)

@@ -244,6 +244,28 @@ class AlphasLast(PortableFormat):
             file.write_bytes(data)
 
 
+class FactorsApart(AlphasLast):
+    """A folder with a file for all A, one for all B, each replaced by itself, and the alphas."""
+
+    name = "factors_apart"
+
+    def load(self, path, model, options):
+        alphas = json.loads((path / "alphas.json").read_text())
+        try:
+            A, B = (load_file(path / f"{factor}.safetensors") for factor in "AB")
+        except Exception as error:
+            raise AdapterFileError(f"{path} is damaged: {error}") from error
+        return PortableAdapter({name: PortableLayer(A[name], B[name], alpha) for name, alpha in alphas.items()})
+
+    def save(self, path, adapter, model, options):
+        path.mkdir(exist_ok=True)
+        for factor in "AB":
+            tensors = {name: getattr(each, factor) for name, each in adapter.layers.items()}
+            replace_files({path / f"{factor}.safetensors": save(tensors)})
+        self.put({path / "alphas.json": json.dumps({name: e.alpha for name, e in adapter.layers.items()}).encode()})
+        return path
+
+
 class AllOrNone(AlphasLast):
     def put(self, files):
         replace_files(files)
@@ -425,7 +447,7 @@ VIOLATIONS = {
     "output": [OneAlpha, KeepsAlphas, WholeAlphas, AlphasAsText],
     "bits": [Scaled],
     "replaced": [WhateverLiesThere, KeepsWhatItRead],
-    "full disk": [WhateverLiesThere, AlphasLast],
+    "full disk": [WhateverLiesThere, AlphasLast, FactorsApart],
     "whole": [LeavesOut, WritesFirst],
     "layers": [TurnsKernels, Squeezes, ByLastName, InSmallLetters],
     "untouched": [InPlace, LeavesEvalMode, NotesWhatItRead, DrawsNumbers],

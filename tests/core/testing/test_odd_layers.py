@@ -71,6 +71,28 @@ class BufferedPlugin(ComputedPlugin):
     module_type = Buffered
 
 
+class Coded(nn.Module):
+    """Computes its weight from codes alone."""
+
+    kernel = property(lambda layer: layer.codes / 2)
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.randint(-9, 9, (4, 5)))
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, batch):
+        return F.linear(batch["x"], self.kernel, self.bias)
+
+
+class CodedPlugin(RowMajorPlugin):
+    name = "coded"
+    module_type = Coded
+
+    def slots(self, layer):
+        return [Slot("kernel")]
+
+
 class OfAChild(nn.Module):
     """Finds the weight of a child as its own."""
 
@@ -118,12 +140,13 @@ def test_what_a_dataclass_holds_is_compared():
         (OddPlugin(), {"answer": SimpleNamespace}, "the layer gives a SimpleNamespace, and the kit looks for tensors"),
         (OddPlugin(), {"dtype": torch.cfloat}, r"'weight' has the type torch.complex64, not a floating one"),
         (SlotsOfOneName(), {}, r"slots\(\) gives 'weight' and 'weight' the part ''"),
-        (ComputedPlugin(), {}, r"slots\(\) names 'kernel', a property .* a slot for each: 'weight'"),
+        (ComputedPlugin(), {}, r"slots\(\) names 'kernel', a property .* a slot for each\. There is 'weight'\."),
+        (CodedPlugin(), {}, r"slots\(\) names 'kernel', a property .* a slot for each\. There are none\."),
         (OfAChildPlugin(), {}, "names the weight 'kernel', which is none .* belongs to their layer types"),
         (BufferedPlugin(), {}, r"slots\(\) names 'kernel', a buffer .* A weight is a parameter of the layer"),
         (OddPlugin(), {"answer": no_numbers}, "the untouched layer gives no finite number"),
     ],
-    ids=["no tensors", "complex", "one part", "computed", "of a child", "a buffer", "no numbers"],
+    ids=["no tensors", "complex", "one part", "computed", "coded", "of a child", "a buffer", "no numbers"],
 )
 def test_what_cannot_be_checked_is_told_first(plugin, options, message):
     with pytest.raises(CheckError, match=message) as caught:
@@ -171,6 +194,7 @@ class SpectrumPlugin(RowMajorPlugin):
     module_type = Spectrum
 
 
+@pytest.mark.slow
 def test_a_layer_of_complex_outputs_passes():
     check_layer_plugin(SpectrumPlugin(), Spectrum, lambda layer: torch.randn(3, 5))
 
@@ -276,6 +300,7 @@ class KeywordsThatNeedNotBe(HalfByKeyword):
         return super().forward(x, scale=scale, shift=shift)
 
 
+@pytest.mark.slow
 def test_a_layer_whose_keywords_have_defaults_takes_inputs_without_names():
     class OfDefaults(ByKeywordPlugin):
         name = "of_defaults"
@@ -318,6 +343,7 @@ class CountingPlugin(RowMajorPlugin):
         return x.argmax(-1), x.sum(-1), layer.norm(y)
 
 
+@pytest.mark.slow
 def test_a_layer_that_counts_its_calls_and_has_a_norm_passes():
     check_layer_plugin(CountingPlugin(), Counting, lambda layer: torch.randn(5, 4))
 
@@ -340,6 +366,7 @@ class AlwaysCountingPlugin(RowMajorPlugin):
     module_type = AlwaysCounting
 
 
+@pytest.mark.slow
 def test_a_layer_that_counts_its_calls_in_evaluation_passes():
     check_layer_plugin(AlwaysCountingPlugin(), AlwaysCounting, lambda layer: torch.randn(5, 4))
 
@@ -406,6 +433,7 @@ class DropsTheMiddle(GluPlugin):
         return term.drop(F.linear(x.to(term.A.dtype), term.A))
 
 
+@pytest.mark.slow
 def test_a_layer_of_two_weights_inside_a_curve_passes():
     check_layer_plugin(GluPlugin(), Glu, lambda layer: torch.randn(5, 4), [{}, {"bias": False}])
 
@@ -452,6 +480,7 @@ class DropsTheMiddleOfTheFirst(MlpPlugin):
         return term.drop(low) if term.slot.tensor == "down" else super().low(term, x)
 
 
+@pytest.mark.slow
 def test_a_layer_whose_weights_feed_each_other_passes():
     check_layer_plugin(MlpPlugin(), Mlp, lambda layer: torch.randn(5, 4))
 
@@ -549,6 +578,7 @@ class ForgetsTheFactor(EqualizedPlugin):
         return x
 
 
+@pytest.mark.slow
 def test_a_layer_that_scales_its_bias_apart_passes():
     check_layer_plugin(EqualizedPlugin(), Equalized, lambda layer: torch.randn(7, 4))
 
@@ -574,6 +604,7 @@ class RarelyInItsOwnType(RarelyPlugin):
         return super().branch(layer, base, terms, x).to(x.dtype)
 
 
+@pytest.mark.slow
 def test_a_branch_for_dropout_alone_passes():
     check_layer_plugin(RarelyPlugin(), Glu, lambda layer: torch.randn(5, 4))
 
@@ -603,7 +634,7 @@ class BagPlugin(ColumnMajorPlugin):
         return []
 
 
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True], ids=["dense", "sparse"])
 def test_a_layer_of_sparse_gradients_passes(sparse):
     def bags(layer):
         return torch.tensor([[0, 1, 1], [6, 4, 2]])
@@ -750,6 +781,7 @@ class MaskedWrongly(MaskedPlugin):
         return y.masked_fill(x[..., :1] > 0, torch.inf), y.mean()
 
 
+@pytest.mark.slow
 def test_a_layer_that_gives_nan_and_infinities_and_says_none_for_its_bias_passes():
     check_layer_plugin(MaskedPlugin(), Masked, lambda layer: torch.randn(5, 4), [{}, {"bias": False}])
 

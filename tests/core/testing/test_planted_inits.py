@@ -61,6 +61,15 @@ class TakesHalf(Changing):
         return super().changed_base(weight, recipe, scaling / 2, options)
 
 
+class Triples(Plain):
+    """Puts another base in the place of the model's, which no few ranks could make up for."""
+
+    changes_base = True
+
+    def changed_base(self, weight, recipe, scaling, options):
+        return 3 * weight
+
+
 class TakesWhatItDoesNotGive(Plain):
     """Out of the base, and starts as others do."""
 
@@ -271,6 +280,7 @@ class LikeRowsOfLikeColumns(Plain):
 
 PLANTED = {
     TakesHalf: "identity",
+    Triples: "identity",
     TakesWhatItDoesNotGive: "identity",
     FourRanks: "ranks",
     TakesFourRanks: "ranks",

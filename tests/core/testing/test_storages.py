@@ -100,6 +100,14 @@ class ChangesOptions(NF4Storage):
         return super().store(weight, options)
 
 
+class SetsAnOption(NF4Storage):
+    options: ClassVar = {**NF4Storage.options, "blocks": 0}
+
+    def store(self, weight, options):
+        options["blocks"] = weight.numel() // options["block_size"]
+        return super().store(weight, options)
+
+
 class TransposedSquare(NF4Storage):
     """Takes the columns of a square weight for its rows, consistently."""
 
@@ -320,7 +328,7 @@ VIOLATIONS = {
     "zeros": [Shift],
     "outliers": [HalfScales, HalfMaxima],
     "bits": [Noisy, LearnsItsRange, StoresMeans, OtherInInference, ScalesOfDefaultType, DenseOfDefaultType],
-    "untouched": [InPlace, View, ChangesOptions],
+    "untouched": [InPlace, View, ChangesOptions, SetsAnOption],
     "stateless": [KeepsTheDenseWeight, KeepsRows],
     "rows": [WrongRows],
     "device": [TableOnDefaultDevice, TableOfTheCpu, StoredOnDefaultDevice, RowsOnDefaultDevice],
