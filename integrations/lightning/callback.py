@@ -44,7 +44,7 @@ from lora_plugins.integrations.lightning.module import (
     check_merged_base,
     check_not_nested,
     check_not_replaced,
-    check_only_tensors,
+    checked_state_dict,
     find_target,
     freeze_alike,
     frozen_by_others,
@@ -278,7 +278,7 @@ class LoraCallback(Callback):
         check_backbone(trainer, pl_module)
         self._check_mergeable(trainer, target)
         if self.export_to is not None:
-            check_only_tensors(target)
+            checked_state_dict(target)
         check_expressible(self.adapter_files, target, self.adapter_name)
         plan = LoraModel(target).plans[self.adapter_name]
         check_by_writer(trainer, lambda: check_room(self.adapter_files, self.export_to, plan))
@@ -385,19 +385,18 @@ class LoraCallback(Callback):
         elif self.merge_source == "best":
             start_averages_from(trainer, pl_module)
         group = self._group(trainer)
+        is_last_of_target = group[-1] is self
         is_trial = is_fast_dev_run(trainer)
         leaves_files = bool(places_of_results(trainer)) and not is_trial
-        held = self._run.held(pl_module, self.target or "", leaves_files) if group[-1] is self else {}
-        written = [] if is_trial else group[: group.index(self) + 1]  # those behind write theirs later
-        with explaining_merges([file for callback in written for file in callback.adapter_files]):
+        must_stay = self._run.held(pl_module, self.target or "", leaves_files) if is_last_of_target else {}
+        callbacks_so_far = [] if is_trial else group[: group.index(self) + 1]  # those behind write their files later
+        with explaining_merges([file for callback in callbacks_so_far for file in callback.adapter_files]):
             files = {} if is_trial else self._results().write(trainer, pl_module, self._run.written)
             is_first = self._is_first(trainer)  # later, networks that the line names are merged
             lines = loading_lines(trainer, pl_module) if is_first and writes_files(trainer) else []
-            if self.merge_on_fit_end and group[-1] is self:  # the others have written their files
+            if self.merge_on_fit_end and is_last_of_target:  # the others have written their files
                 self._merge_adapters(trainer, pl_module)
-                for callback in group:
-                    callback._remove_names()
-        self._run.late_changes = LateChanges(held)
+        self._run.late_changes = LateChanges(must_stay)
         if writes_files(trainer):
             tell_written(trainer, files, lines)
 
@@ -426,7 +425,7 @@ class LoraCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restores the module's own methods; the trainer can still save its checkpoints."""
-        self._run.explain(exception, merged=self.merge_on_fit_end)
+        self._run.explain(trainer, exception, merged=self.merge_on_fit_end)
         self._end_run(trainer)
         end_run(trainer, "fit")  # a run inside of it ends it as well
 
@@ -599,7 +598,7 @@ class LoraCallback(Callback):
         copy_into_averages(trainer, module)
 
     def _merge_adapters(self, trainer: Trainer, module: LightningModule) -> None:
-        """Merges all adapters of the target; a process that was started for the run hands the merge on."""
+        """Merges all adapters of the target and takes their names back; a process started for the run hands it on."""
         # A debugging run of a few batches is not stopped by what they did not learn.
         max_error = math.inf if is_fast_dev_run(trainer) else self.max_error
         prefix = f"{self.target}." if self.target else ""
@@ -608,6 +607,8 @@ class LoraCallback(Callback):
         self._merge.keep(merge)
         if starts_by_multiprocessing(trainer) and not (merge.stored or merge.foreign):
             carry(trainer, self.state_key, merge_as_bytes(merge))
+        for callback in self._group(trainer):
+            callback._remove_names()
 
     def _check_mergeable(self, trainer: Trainer, target: nn.Module, planned: LoraConfig | None = None) -> None:
         if trainer.state.fn == "fit" and (self.merge_on_fit_end or self.export_to is not None):

@@ -30,6 +30,7 @@ from lora_plugins.integrations.lightning.training import (
     ResumedState,
     explain_computed_weight,
     explain_merged_module,
+    explain_plain_network,
     keep_base_of_averages,
     parameters_of,
     put_back_statistics,
@@ -89,15 +90,7 @@ class Run:
     def adapt_when_built(
         self, shims: MethodShims, module: LightningModule, target: str | None, adapter: str, adapt: Callable[[], None]
     ) -> None:
-        """Adapts the module after the last hook in which it may build layers.
-
-        Args:
-            shims: The shims of the module.
-            module: The module.
-            target: The name of the part of it that is adapted; None for the whole.
-            adapter: The adapter's name.
-            adapt: What adapts it.
-        """
+        """Adapts the module after the last hook in which it may build layers."""
         after_building(shims, module, adapt)
 
     def check_addable(self, trainer: Trainer, target: nn.Module, config: LoraConfig) -> None:
@@ -133,12 +126,6 @@ class Run:
     def before_batch(self, trainer: Trainer, module: LightningModule, number: int, start: Start) -> None:
         """Starts the audit ahead of the first batch of all.
 
-        Args:
-            trainer: The trainer.
-            module: The module.
-            number: Of the batch in its epoch.
-            start: The module as it was adapted.
-
         Raises:
             StateError: If layers that were built since have to be adapted, or adapters are merged.
         """
@@ -173,23 +160,12 @@ class Run:
         return set() if self.audit is None else self.audit.written
 
     def held(self, module: LightningModule, target: str, leaves_files: bool) -> dict[str, Tensor]:
-        """Returns what of a target is not to change after its results, by name: the base where files leave it out.
-
-        Args:
-            module: The module.
-            target: The name of the target; empty for the whole.
-            leaves_files: Whether there are such files.
-        """
+        """Returns what of a target is not to change after its results, by name: the base where files leave it out."""
         tensors = tensors_beside_merges(module) if leaves_files else trained_parameters(module)
         return {name: tensor for name, tensor in tensors.items() if within(name, [target])}
 
-    def explain(self, error: BaseException, *, merged: bool) -> None:
-        """Adds to an error what may have caused it.
-
-        Args:
-            error: The error.
-            merged: Whether the adapter is merged when fit ends.
-        """
+    def explain(self, trainer: Trainer, error: BaseException, *, merged: bool) -> None:
+        """Adds to an error what may have caused it."""
         explain_computed_weight(error)
         if self.late_changes is not None:  # fit has ended
             if merged:
@@ -198,3 +174,5 @@ class Run:
             self.audit.explain(error)
             with suppress(StateError):  # the exception that there is says more
                 self.audit.note_moved()  # takes rounding out of copies that the last batch has moved
+        elif trainer.state.fn == "fit":  # training has not started: in the sanity check of the validation, say
+            explain_plain_network(error)

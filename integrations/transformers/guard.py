@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import adapter_tensors, check_in_place, model_state
@@ -61,20 +61,14 @@ def check_active(model: nn.Module, adapter_name: str) -> None:
 
 
 class TrainingGuard(TrainerCallback):
-    """Checks the first steps of a run, each epoch and each save, and writes the adapter where a push takes it from.
-
-    Args:
-        adapter_name: The adapter that is trained.
-    """
+    """Checks the first steps of a run, each epoch and each save, and writes the adapter where a push takes it from."""
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
         self._seen = False
         self._buffers: dict[str, str] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Prints what is trained, once it is known to be in the optimizer and in the checkpoints.
 
         Raises:
@@ -93,9 +87,7 @@ class TrainingGuard(TrainerCallback):
                 stacklevel=2,
             )
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *_: Any, **kwargs: Any) -> None:
         """Checks that no other callback has merged or switched the adapter, or unfrozen something else.
 
         Raises:
@@ -106,9 +98,7 @@ class TrainingGuard(TrainerCallback):
 
     on_save = on_epoch_begin  # an epoch can be the whole run
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         """Checks buffers once more, unless another callback has merged the adapter by now.
 
         Raises:
@@ -147,9 +137,7 @@ class TrainingGuard(TrainerCallback):
                 "buffer again with persistent=False before the trainer is made."
             )
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         """Checks the gradients of the first step, and what its forward has changed.
 
         Raises:
@@ -171,9 +159,7 @@ class TrainingGuard(TrainerCallback):
         if without:
             warnings.warn(f"{listing(without)} got no gradient in the first step, and stay as they are.", stacklevel=2)
 
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_push_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         """Writes the adapter into the output folder, which is what the Trainer pushes."""
         model = kwargs["model"]
         if args.should_save and model_state(model) is not None:

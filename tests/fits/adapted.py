@@ -83,7 +83,8 @@ class Adapted:
         if self.fit.second == "none":
             return [first]
         config = LoraConfig(r=4, alpha=3, init=self.fit.second, target_modules=first.config.target_modules)
-        options = {key: getattr(first, key) for key in ("target", "merge_on_fit_end", "dequantize", "merge_source")}
+        shared = ("target", "merge_on_fit_end", "dequantize", "merge_source", "train_mode")
+        options = {key: getattr(first, key) for key in shared}
         rates = {"loraplus_lr_ratio": self.fit.b_ratio, "heads_lr_ratio": self.fit.head_ratio}
         files = {"adapter_name": "second", "save_adapter_to": folder / "second", "print_plan": False}
         return [first, LoraCallback(config, **options, **rates, **files)]
@@ -111,6 +112,7 @@ class Adapted:
             merge_on_fit_end=self.fit.merge,
             dequantize=self.fit.storage != "none",
             merge_source="best" if self.fit.best else "last",
+            train_mode=not self.fit.resting,
             save_adapter_to=folder / "adapter",
             export_to=folder / "merged.safetensors",
             print_plan=False,

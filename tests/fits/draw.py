@@ -36,6 +36,7 @@ class Fit:
         head_ratio: `heads_lr_ratio`.
         memory: What is kept for the backward.
         norm: What running statistics do.
+        resting: Whether the towers arrive in eval mode, and stay in it.
         copies: What the module has beside what it trains: nothing, an `average` of a tower that it moves by hand, a
             frozen `teacher`, or a `center` of its outputs that it moves by hand, an `inner center` in a tower.
         moved_in: The hook in which the module moves what it moves by hand.
@@ -96,6 +97,7 @@ class Fit:
     head_ratio: float = 1.0
     memory: str = "normal"
     norm: str = "freeze"
+    resting: bool = False
     copies: str = "none"
     moved_in: str = "on_train_batch_end"
     order: str = "first"
@@ -178,6 +180,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "b_ratio": (1.0, 1.0, 2.0, 4.0),
     "head_ratio": (1.0, 1.0, 0.5, 3.0),
     "memory": ("normal", "normal", "low"),
+    "resting": (False, False, False, True),
     "norm": ("freeze", "freeze", "track"),
     "copies": ("none", "none", "average", "teacher", "center", "inner center"),
     "order": ("first", "first", "last"),
@@ -296,6 +299,8 @@ LIMITS = (
     Limit(lambda fit: fit.groups == 2 and fit.heads == "none" and fit.variant == "lora", {"groups": 1}),
     # An exception leaves the parameters of the other optimizer frozen, as `toggle_optimizer` has set them.
     Limit(lambda fit: fit.loop == "two optimizers" and fit.goes_on == "again", {"goes_on": "resume"}),
+    # One in the middle of a validation leaves all of the module frozen, as it has set itself.
+    Limit(lambda fit: fit.toggles and "validation" in fit.stop_in and fit.goes_on == "again", {"goes_on": "resume"}),
     # Nothing to resume from, to look for the best among, or to write at an exception.
     Limit(lambda fit: fit.checkpoints == "none", {"best": False, "on_exception": False, "weights_only": False}),
     Limit(lambda fit: fit.checkpoints == "none" and fit.goes_on == "resume", {"goes_on": "none"}),

@@ -74,7 +74,8 @@ class FitModule(LightningModule):
         if hasattr(self, "net"):
             return
         for seed, name in enumerate(TOWERS[: self.setting.towers]):
-            setattr(self, name, build(self.setting.network, seed, DTYPES[self.setting.precision]))
+            tower = build(self.setting.network, seed, DTYPES[self.setting.precision])
+            setattr(self, name, tower.train(not self.setting.resting))
         if "center" in self.setting.copies:
             place = self.net if self.setting.copies == "inner center" else self
             center = torch.zeros(CLASSES, dtype=DTYPES[self.setting.precision])

@@ -129,7 +129,7 @@ class PlainRules(Rules):
 
 
 class Modes(Callback):
-    """What a plain module has to be told of modes: it is trained, and its running statistics are frozen.
+    """What a plain module has to be told of modes: its mode, and that running statistics are frozen.
 
     Args:
         fit: The settings.
@@ -140,7 +140,7 @@ class Modes(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: FitModule) -> None:
         for tower in module.towers.values():
-            tower.train()
+            tower.train(not self.fit.resting)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
         for part in module.modules():

@@ -31,7 +31,7 @@ WARNINGS = [
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 
-RUNS = 19
+RUNS = [*range(12), *(pytest.param(run, marks=pytest.mark.slow) for run in range(12, 19))]
 
 FOUND = {
     "average moved by hand in a finder's trials": Fit(
@@ -72,7 +72,7 @@ class NeverMoves(Adapted):
         return self.module()
 
 
-@pytest.mark.parametrize("run", range(RUNS))
+@pytest.mark.parametrize("run", RUNS)
 def test_random_fits(run):
     fit = draw_fit(f"fast.{run}")
     verdict = judge(fit)

@@ -6,9 +6,10 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from types import FrameType
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -47,12 +48,7 @@ _OF_THE_CPU = "DefaultCPUAllocator: "
 
 
 def explained(message: str, flags: Iterable[str] = ()) -> str:
-    """Returns what is wrong with an argument, where, and what is near it.
-
-    Args:
-        message: What jsonargparse says.
-        flags: The parser's flags.
-    """
+    """Returns what is wrong with an argument, where, and what is near it, by jsonargparse's message and the flags."""
     where = ".".join(_KEY.findall(message))
     classes = _CLASS.findall(message)
     for key in re.findall(r"'([\w-]+)'", message):
@@ -110,12 +106,7 @@ def explained_building() -> Iterator[None]:
 
 
 def _refused(error: BaseException, message: str) -> str | None:
-    """What a constructor says of its arguments; None for other errors.
-
-    Args:
-        error: What was raised in a constructor, or at its call.
-        message: What jsonargparse makes of it.
-    """
+    """What a constructor says of its arguments in an error, of which jsonargparse makes a message; None for others."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
     if packages[-1:] == ["jsonargparse"] and "argument after ** must be a mapping" in str(error):
@@ -124,11 +115,20 @@ def _refused(error: BaseException, message: str) -> str | None:
         return f"{' or '.join(tables) or 'A field of a table'} is no table, such as {{a: 1}}, and has to be one."
     if not isinstance(error, ImportError | MisconfigurationException | TypeError | ValueError):
         return None
-    inits = (n for n, frame in enumerate(frames) if frame.f_code.co_name == "__init__" and "self" in frame.f_locals)
-    first = next(inits, len(frames))
-    if first == len(frames) or not (_PARSERS.issuperset(packages[:first]) and _LIBRARIES.issuperset(packages[first:])):
-        return None
-    return f"{type(frames[first].f_locals['self']).__name__}: {' '.join(str(error).split())}"
+    refusing = _refusing_constructor(frames, packages)
+    return None if refusing is None else f"{type(refusing).__name__}: {' '.join(str(error).split())}"
+
+
+def _refusing_constructor(frames: Sequence[FrameType], packages: Sequence[str]) -> object | None:
+    """Returns the object in whose `__init__` a library raised, by the packages of the frames; None for other errors.
+
+    What called that constructor are parsers alone, and what it called are libraries: no code of the user is between.
+    """
+    for at, frame in enumerate(frames):
+        if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
+            is_given = _PARSERS.issuperset(packages[:at]) and _LIBRARIES.issuperset(packages[at:])
+            return frame.f_locals["self"] if is_given else None
+    return None
 
 
 def _tried(message: str) -> list[str]:

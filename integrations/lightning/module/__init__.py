@@ -31,7 +31,7 @@ from lora_plugins.integrations.lightning.module.bitwise import checksum, checksu
 from lora_plugins.integrations.lightning.module.built_layers import BUILDING_HOOKS, with_built_layers
 from lora_plugins.integrations.lightning.module.carried_merge import merge_as_bytes, merge_from_bytes
 from lora_plugins.integrations.lightning.module.compiled_names import name_mapper
-from lora_plugins.integrations.lightning.module.copies import NetworkCopy, find_copies
+from lora_plugins.integrations.lightning.module.copies import find_copies
 from lora_plugins.integrations.lightning.module.copies_of_weights import kept_copies
 from lora_plugins.integrations.lightning.module.declarations import file_entries, with_declarations
 from lora_plugins.integrations.lightning.module.frozen_parts import (
@@ -61,8 +61,9 @@ from lora_plugins.integrations.lightning.module.moved_tensors import (
     put_back_known_bases,
     take_fingerprints,
 )
+from lora_plugins.integrations.lightning.module.network_copy import NetworkCopy
 from lora_plugins.integrations.lightning.module.plain_file import (
-    check_only_tensors,
+    checked_state_dict,
     plain_state_dict,
     whole_state_dict,
     write_safetensors,
@@ -104,7 +105,7 @@ __all__ = [
     "check_merged_base",
     "check_not_nested",
     "check_not_replaced",
-    "check_only_tensors",
+    "checked_state_dict",
     "checksum",
     "checksums",
     "copy_factors",

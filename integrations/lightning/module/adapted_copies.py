@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora_plugins.adapter import adapter_tensors
 from lora_plugins.inplace import full_name, model_modules, named_parameters, own_parameters, submodule
 from lora_plugins.integrations.lightning.module.adapted_parts import adapters_by_place, trained_in_place
-from lora_plugins.integrations.lightning.module.copies import NetworkCopy
+from lora_plugins.integrations.lightning.module.network_copy import NetworkCopy
 from lora_plugins.utils import plain_name
 
 
@@ -48,14 +48,7 @@ def derives_from_base(module: nn.Module, adapter: str) -> bool:
 
 
 def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:
-    """Gives a copy that is adapted alike the A and B of its origin.
-
-    Args:
-        module: The module.
-        copy: The copy.
-        adapter: Name of the adapter.
-        but: The factor that the copy keeps, such as "lora_B".
-    """
+    """Gives a copy that is adapted alike the A and B of its origin, but for a factor that it keeps: `lora_B`, say."""
     own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
     with torch.no_grad():
         for name, tensor in own.items():
@@ -96,13 +89,7 @@ def ids_in_place(module: nn.Module) -> set[int]:
 
 
 def base_pairs(module: nn.Module, copy: NetworkCopy, in_place: Set[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yields what neither a copy nor its origin trains: the full name, the parameter, and that of the origin.
-
-    Args:
-        module: The module.
-        copy: The copy.
-        in_place: What `ids_in_place` says of the module.
-    """
+    """Yields what neither a copy nor its origin trains: the full name, the parameter, and that of the origin."""
     own, origin = (own_parameters(model_modules(submodule(module, p))) for p in (copy.name, copy.origin))
     for name, tensor in own.items():
         if in_place.isdisjoint((id(tensor), id(origin[name]))):

@@ -14,14 +14,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, combinations, islice, takewhile
+from itertools import chain, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_plugins.adapter import adapter_tensors, present_state
-from lora_plugins.inplace import full_name, model_modules, own_parameters, state_of, submodule
+from lora_plugins.inplace import full_name, model_modules, own_parameters, state_of
 from lora_plugins.integrations.lightning.module.adapted_parts import (
     adapted_targets,
     adapters_by_place,
@@ -30,38 +31,9 @@ from lora_plugins.integrations.lightning.module.adapted_parts import (
 from lora_plugins.integrations.lightning.module.bitwise import checksum, is_constant
 from lora_plugins.integrations.lightning.module.frozen_parts import Fingerprint
 from lora_plugins.integrations.lightning.module.merged_base import merged_weights
+from lora_plugins.integrations.lightning.module.network_copy import NetworkCopy, are_repeated
+from lora_plugins.integrations.lightning.module.sharing_copies import sharing_copies
 from lora_plugins.utils import path_starts, within
-
-
-@dataclass(frozen=True)
-class NetworkCopy:
-    """A part of a module that has the parameters of another part, some layers of which are adapted.
-
-    Args:
-        origin: The name of the other part.
-        name: The name of the copy, which follows the origin.
-        equal: Whether the values of what neither trains are the same, bit for bit.
-        began_equal: Whether they are, or were it before earlier fits merged adapters into them.
-        frozen: Whether the author froze the copy, and not the origin.
-        shares: Whether it has some of the origin's own modules.
-    """
-
-    origin: str
-    name: str
-    equal: bool
-    began_equal: bool
-    frozen: bool
-    shares: bool = False
-
-    @property
-    def is_directed(self) -> bool:
-        """Whether it is known which part follows the other; for two equal trainable ones it is not."""
-        return self.frozen or self.shares or not self.equal
-
-    @property
-    def followers(self) -> tuple[str, ...]:
-        """The names of the parts of which one follows the other."""
-        return (self.name,) if self.is_directed else (self.name, self.origin)
 
 
 @dataclass(frozen=True)
@@ -70,10 +42,10 @@ class _Part:
     layout: tuple[tuple[str, torch.Size, torch.dtype], ...]
     tensors: tuple[Tensor, ...]
     trained: tuple[bool, ...]
-    required: bool
+    needs_gradient: bool
 
     @cached_property
-    def mark(self) -> int | None:
+    def first_checksum(self) -> int | None:
         """The checksum of the first matrix that counts for `equals`, by which parts trained alike are found."""
         counted = (t for t, moves in zip(self.tensors, self.trained, strict=True) if not moves or all(self.trained))
         return next((checksum(tensor) for tensor in counted if tensor.dim() > 1), None)
@@ -94,13 +66,17 @@ class _Part:
         return all(checksum(own) == checksum(its) for own, its in pairs)
 
 
+class _Pair(NamedTuple):
+    origin: _Part
+    part: _Part
+    equal: bool
+
+
 def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[NetworkCopy]:
     """Finds the copies of adapted networks in a module, the largest that there are.
 
-    Args:
-        module: The module.
-        held: The parameters that optimizers have, by `id`, once there are optimizers. A part that is adapted and of
-            which they have nothing counts as frozen.
+    `held` are the parameters that optimizers have, by `id`, once there are optimizers. A part that is adapted and of
+    which they have nothing counts as frozen.
     """
     layers = [entry.name for entry in model_modules(module) if state_of(entry.module) is not None]
     layers += [name.rpartition(".")[0] for name in trained_in_place(module)]
@@ -109,7 +85,7 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
     required = _required_by_author(module)
     for part in _parts(module, held, required):
         alike.setdefault(part.layout, []).append(part)
-    found = [copy for copy in _sharing(module, required) if copy.origin in around]
+    found = [copy for copy in sharing_copies(module, required) if copy.origin in around]
     pretrained = _of_pretrained(module)
     for parts in alike.values():  # in the order of the module: outer parts first
         copied = {copy.name for copy in found}
@@ -117,41 +93,40 @@ def find_copies(module: nn.Module, held: Collection[int] | None = None) -> list[
         adapted = [part for part in free if part.name in around]
         if len(free) < 2 or not adapted:
             continue
-        origins = [part for part in adapted if part.required] or adapted[:1]
-        copies = (_copy_of(*pair, module, pretrained) for pair in _pairs(origins, free))
+        origins = [part for part in adapted if part.needs_gradient] or adapted[:1]
+        copies = (_copy_of(pair, module, pretrained) for pair in _pairs(origins, free))
         found += [copy for copy in copies if copy is not None]
     return found
 
 
-def _pairs(origins: list[_Part], parts: list[_Part]) -> Iterator[tuple[_Part, _Part, bool]]:
-    """Yields origin, part and whether they are equal: the first origin that a part equals, as a target has its critic.
+def _pairs(origins: list[_Part], parts: list[_Part]) -> Iterator[_Pair]:
+    """Yields each part with the first origin that it equals, as a target has its critic.
 
-    Where it equals none, the first of all. Of an origin itself, those before it count. Equal marks are looked up, as
-    thousands of layers may have one layout.
+    Where it equals none, with the first of all. Of an origin itself, those before it count. Equal checksums are looked
+    up, as thousands of layers may have one layout.
     """
     place = {origin.name: at for at, origin in enumerate(origins)}
-    marked: dict[tuple[bool, ...], dict[int | None, list[_Part]]] = defaultdict(lambda: defaultdict(list))
+    by_checksum: dict[tuple[bool, ...], dict[int | None, list[_Part]]] = defaultdict(lambda: defaultdict(list))
     for origin in origins:
-        marked[origin.trained][origin.mark].append(origin)
+        by_checksum[origin.trained][origin.first_checksum].append(origin)
     for part in parts:
         end = place.get(part.name, len(origins))
-        near = list(marked[part.trained][part.mark])
-        for trained, marks in marked.items():
-            if trained != part.trained:  # whose marks are of other tensors
-                near += chain(*marks.values())
+        near = list(by_checksum[part.trained][part.first_checksum])
+        for trained, by_sum in by_checksum.items():
+            if trained != part.trained:  # whose checksums are of other tensors
+                near += chain(*by_sum.values())
         near.sort(key=lambda origin: place[origin.name])
         equal = next((o for o in near if place[o.name] < end and part.is_disjoint_from(o) and part.equals(o)), None)
         disjoint = (origin for origin in islice(origins, end) if part.is_disjoint_from(origin))
         if (found := equal or next(disjoint, None)) is not None:
-            yield found, part, equal is not None
+            yield _Pair(found, part, equal is not None)
 
 
-def _copy_of(
-    origin: _Part, part: _Part, equal: bool, module: nn.Module, pretrained: Mapping[str, Fingerprint]
-) -> NetworkCopy | None:
+def _copy_of(pair: _Pair, module: nn.Module, pretrained: Mapping[str, Fingerprint]) -> NetworkCopy | None:
     """Returns a part as a copy of another one of its layout; None if it is none."""
-    frozen = origin.required and not part.required
-    if not frozen and (not equal or _are_repeated(module, origin.name, part.name)):
+    origin, part, equal = pair
+    frozen = origin.needs_gradient and not part.needs_gradient
+    if not frozen and (not equal or are_repeated(module, origin.name, part.name)):
         return None
     began = equal or _began_equal(origin.name, part.name, pretrained)
     return NetworkCopy(origin.name, part.name, equal, began, frozen)
@@ -174,59 +149,6 @@ def _began_equal(first: str, second: str, pretrained: Mapping[str, Fingerprint])
         for part in (first, second)
     )
     return own == its and bool(own) and all(own.values())
-
-
-def _are_repeated(module: nn.Module, first: str, second: str) -> bool:
-    """Whether two parts belong to members of one list, as the layers that `nn.TransformerEncoder` clones."""
-    shared = list(takewhile(lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False)))
-    return isinstance(submodule(module, ".".join(name for name, _ in shared)), nn.ModuleList | nn.Sequential)
-
-
-def _sharing(module: nn.Module, required: Mapping[str, bool]) -> list[NetworkCopy]:
-    """Finds copies that have modules of their origin, and others of their own, by the second names of modules."""
-    found: dict[str, NetworkCopy] = {}
-    modules = model_modules(module)
-    needed = {id(tensor): required[name] for name, tensor in own_parameters(modules).items()}
-    pairs = (pair for entry in modules for names in combinations(entry.names, 2) for pair in _owners(*names))
-    for first, second in dict.fromkeys(pairs):  # all layers of a part that has two names lead to one pair
-        if second in found or _are_repeated(module, first, second):
-            continue
-        copy = _sharing_copy(module, first, second, needed)
-        if copy is not None:
-            found[second] = copy
-    return [*found.values()]
-
-
-def _owners(first: str, second: str) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of parents of two names of one module, as long as it has the same name below them."""
-    while True:
-        (first, _, own), (second, _, other) = first.rpartition("."), second.rpartition(".")
-        if own != other or not first or not second or first == second:
-            return
-        yield first, second
-
-
-def _sharing_copy(module: nn.Module, first: str, second: str, needed: Mapping[int, bool]) -> NetworkCopy | None:
-    """Returns the second part as a copy of the first, or the reverse if the author froze that of the first.
-
-    Args:
-        module: The module.
-        first: The name of the first part.
-        second: The name of the second part.
-        needed: Which parameters required a gradient before there were adapters, by `id`.
-    """
-    tensors = [own_parameters(model_modules(submodule(module, part))) for part in (first, second)]
-    if any(is_lazy(tensor) for own in tensors for tensor in own.values()):
-        return None
-    layouts = [[(name, t.shape, t.dtype) for name, t in own.items()] for own in tensors]
-    pairs = [(own, its) for own, its in zip(*(own.values() for own in tensors), strict=False) if own is not its]
-    if layouts[0] != layouts[1] or not 0 < len(pairs) < len(layouts[0]):
-        return None
-    learns = [any(needed[id(pair[part])] for pair in pairs) for part in (0, 1)]
-    if learns[1] and not learns[0]:
-        first, second = second, first
-    equal = all(checksum(own) == checksum(its) for own, its in pairs)
-    return NetworkCopy(first, second, equal, equal, frozen=learns[0] != learns[1], shares=True)
 
 
 def _parts(module: nn.Module, held: Collection[int] | None, required: Mapping[str, bool]) -> list[_Part]:

@@ -14,15 +14,13 @@ from lora_plugins.utils import path_starts, plain_name, within
 def set_training_mode(target: nn.Module, averages: Collection[nn.Module]) -> None:
     """Puts an adapted module into training mode, and reports which parts of it changed.
 
-    Frozen normalization layers stay in eval mode, and so does what its author froze and put into eval mode: a teacher,
-    say. A part counts as frozen if it has parameters, none of which required a gradient before there were adapters.
-
-    Args:
-        target: The module.
-        averages: Parts of it that are copies of others: those that are in eval mode stay so as well.
+    Frozen normalization layers stay in eval mode, and so do parts that their author froze and put into eval mode, such
+    as a teacher. A part counts as frozen if none of its parameters required a gradient before there were adapters. One
+    that has buffers and no parameters, such as a loss network, counts as frozen if the module around it is in training
+    mode. Copies of other parts (`averages`) that are in eval mode stay so as well.
     """
     modes = {child: own_mode(child) for child in target.modules()}
-    kept = _kept_in_eval_mode(target, averages)
+    kept = _kept_in_eval_mode(target, averages, modes)
     target.train(True)  # by place: a `train` that its author has replaced may have no default, or another name
     named = [(plain_name(n), child) for n, child in target.named_modules() if not isinstance(child, AdapterTensors)]
     for name, child in named:  # outer ones first, since `train` goes down
@@ -61,17 +59,25 @@ def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> N
             entry.module.train(modes[entry.name])
 
 
-def _kept_in_eval_mode(target: nn.Module, averages: Collection[nn.Module]) -> dict[str, nn.Module]:
+def _kept_in_eval_mode(
+    target: nn.Module, averages: Collection[nn.Module], modes: Mapping[nn.Module, bool]
+) -> dict[str, nn.Module]:
     """Returns by name the parts below the target that their author put into eval mode permanently."""
     required: dict[str, list[bool]] = {}
     for name, value in present_state(target).requires_grad.items():
         for start in path_starts(name):
             required.setdefault(start, []).append(value)
+    entries = model_modules(target)
+    by_name = {entry.name: entry.module for entry in entries}
     parts: dict[str, nn.Module] = {}
-    for entry in model_modules(target)[1:]:
-        if own_mode(entry.module) or within(entry.name, parts):
+    for entry in entries[1:]:
+        if modes[entry.module] or within(entry.name, parts):
             continue
-        own = required.get(entry.name, ())
-        if own and (not any(own) or entry.module in averages):
+        own, around = required.get(entry.name, ()), by_name[entry.name.rpartition(".")[0]]
+        if own:
+            keeps = not any(own) or entry.module in averages
+        else:
+            keeps = modes[around] and next(entry.module.buffers(), None) is not None
+        if keeps:
             parts[entry.name] = entry.module
     return parts

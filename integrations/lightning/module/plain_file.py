@@ -19,19 +19,15 @@ def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
     Raises:
         StateError: If it holds something else than tensors.
     """
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _only_tensors(target).items()}
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in checked_state_dict(target).items()}
 
 
-def check_only_tensors(target: nn.Module) -> None:
-    """Checks that a `.safetensors` file can hold the state dict of a module.
+def checked_state_dict(target: nn.Module) -> dict[str, Tensor]:
+    """Returns the state dict of a module, once it is known that a `.safetensors` file can hold it.
 
     Raises:
         StateError: If it holds something else than tensors, naming the keys.
     """
-    _only_tensors(target)
-
-
-def _only_tensors(target: nn.Module) -> dict[str, Tensor]:
     state = whole_state_dict(target)
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
@@ -56,10 +52,7 @@ def _memory(state: Mapping[str, Any]) -> set[int]:
 def write_safetensors(path: Path, tensors: dict[str, Tensor], entries: Mapping[str, Any]) -> Path:
     """Writes tensors so that a killed process leaves the old file or the new one; returns the path.
 
-    Args:
-        path: The file.
-        tensors: By key.
-        entries: What the metadata of the file says beside, as JSON under the name `lora_plugins.NAME`.
+    The entries go into the metadata, as JSON under the name `lora_plugins.NAME`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     said = {f"lora_plugins.{name}": json.dumps(entry) for name, entry in entries.items()}

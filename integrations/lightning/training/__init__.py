@@ -18,15 +18,19 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     needs_data,
     stores_changed_base,
 )
+from lora_plugins.integrations.lightning.training.explained_errors import (
+    explain_computed_weight,
+    explain_merged_module,
+    explain_plain_network,
+)
 from lora_plugins.integrations.lightning.training.frozen_base import check_backbone, freeze_again, frozen_names
 from lora_plugins.integrations.lightning.training.hidden_factors import retry_without_factors
-from lora_plugins.integrations.lightning.training.late_changes import LateChanges, explain_merged_module
+from lora_plugins.integrations.lightning.training.late_changes import LateChanges
 from lora_plugins.integrations.lightning.training.learning_rates import LearningRates, parameter_groups
 from lora_plugins.integrations.lightning.training.left_out import LeftOut
 from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.optimizer_groups import (
     complete_optimizers,
-    explain_computed_weight,
     parameters_of,
 )
 from lora_plugins.integrations.lightning.training.random_state import ResumedState, random_numbers
@@ -49,6 +53,7 @@ __all__ = [
     "drop_averages",
     "explain_computed_weight",
     "explain_merged_module",
+    "explain_plain_network",
     "freeze_again",
     "frozen_names",
     "keep_base_of_averages",

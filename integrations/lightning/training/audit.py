@@ -25,35 +25,13 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.integrations.lightning.strategies import reshard
 from lora_plugins.integrations.lightning.training.averages import renews_statistics
 from lora_plugins.integrations.lightning.training.changes_within_run import ChangesWithinRun
+from lora_plugins.integrations.lightning.training.explained_errors import explain_error_of_torch
 from lora_plugins.integrations.lightning.training.first_steps import FirstSteps
 from lora_plugins.integrations.lightning.training.frozen_base import changed, check_unchanged
 from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
 from lora_plugins.utils import within
-
-_NOTES = {
-    # A gradient with respect to a tensor that is frozen, or on no way to the loss.
-    "differentiated Tensor": (
-        "If the gradient is one with respect to the weight of a layer, as in the adaptive weight of an adversarial "
-        "loss (VQGAN): an adapted layer computes its weight anew at each reading, and that of a layer left out is "
-        "frozen. Name that layer in modules_to_save, so that its weight is trained in full. If it is one with respect "
-        "to all parameters of a block, as in the gradient checkpointing of ldm and guided-diffusion: turn that off, or "
-        "hand it only the parameters that require a gradient."
-    ),
-    "does not require grad and does not have a grad_fn": (
-        "Nothing that this loss depends on is trained. A head, or a network with a loss of its own, such as a "
-        "discriminator, is frozen unless target_modules or modules_to_save name it. If the loss depends on adapters: "
-        "the module may compute them under torch.no_grad(), or detach what they give; and gradient checkpointing that "
-        "is reentrant drops their gradients where its input needs none: pass use_reentrant=False to "
-        "torch.utils.checkpoint."
-    ),
-    "in more than one parameter group": (
-        "If the module gives its optimizer a part that it has kept frozen so far: A and B of it are there from the "
-        "start, and the base stays frozen. Leave that step out."
-    ),
-}
-"""What may have caused an error of torch, by words of it."""
 
 
 class Audit:
@@ -89,16 +67,12 @@ class Audit:
         self._note_written(moved_by_hand(module) - frozen_by_author(module))
         self._fingerprints = start.fingerprints
         trained, held = trained_parameters(module), parameters_of(trainer.optimizers)
-        self._copies = [copy for copy in copies if is_adapted_alike(module, copy)]
+        self._alike_copies = [copy for copy in copies if is_adapted_alike(module, copy)]
         self._by_hand = MovedByHand(module, copies)
-        watched = {name: p for name, p in trained.items() if id(p) in held}
-        alike = [copy.followers for copy in self._copies]
-        lookalikes = [name for copy in copies if not copy.began_equal for name in copy.followers]
-        unheld = {name: p for name, p in trained.items() if id(p) not in held and within(name, lookalikes)}
-        self._first: FirstSteps | None = FirstSteps(watched or trained, alike, unheld)
+        self._first: FirstSteps | None = FirstSteps(trained, held, copies, self._alike_copies)
         self._lost_writes = lost_writes
         lost_writes.start(module)  # with layers that a hook has adapted since
-        self._changes = ChangesWithinRun(trainer, module, self._copies, teachers)
+        self._changes = ChangesWithinRun(trainer, module, self._alike_copies, teachers)
         self._objects = self._still()  # no weak references, with which `nn.Module.to` cannot swap a tensor
         self._frozen = checksums(self._objects)
         self._stepped = False
@@ -150,9 +124,6 @@ class Audit:
     def after_batch(self, outputs: Any) -> None:
         """Checks in the first steps that everything trainable gets a gradient and changes, and nothing else does.
 
-        Args:
-            outputs: What Lightning has of the module's `training_step`.
-
         Raises:
             StateError: If nothing trainable does, or something frozen.
         """
@@ -194,8 +165,8 @@ class Audit:
 
     def _may_be_moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns those of a teacher, of a copy, or new ones: what the author may change without the optimizer."""
-        own, copies = frozen_by_author(self._module), [name for copy in self._copies for name in copy.followers]
-        new = self._put_in_place(tensors)
+        own, new = frozen_by_author(self._module), self._put_in_place(tensors)
+        copies = [name for copy in self._alike_copies for name in copy.followers]
         return {n: t for n, t in tensors.items() if n in own or n in new or within(n, copies)}
 
     def _put_in_place(self, tensors: Mapping[str, Tensor]) -> set[str]:
@@ -215,10 +186,7 @@ class Audit:
         """Adds to an error what may have caused it."""
         self._lost_writes.stop()
         self._by_hand.explain(error)
-        said = f"{error} {error.__context__}"  # which the module may have caught
-        for words, note in _NOTES.items():
-            if words in said:
-                error.add_note(note)
+        explain_error_of_torch(error)
 
     def _check_unchanged(self) -> None:
         tensors = self._still()

@@ -1,8 +1,8 @@
 """Checks in the first steps that every trainable tensor gets a gradient and changes."""
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import counted, listing
-from lora_plugins.integrations.lightning.module import local
+from lora_plugins.integrations.lightning.module import NetworkCopy, local
 from lora_plugins.utils import within
 
 STEPS = 2
@@ -25,48 +25,65 @@ _NO_GRADIENT = (
 )
 
 
+@dataclass(eq=False)
+class _Watched:
+    """A trainable parameter, and what the steps so far have done to it.
+
+    Args:
+        parameter: The parameter.
+        start: What it was, as far as it is on this process.
+        steps: How many steps its optimizer has made.
+        lacks_gradient: Whether it has had none. From the check on, only where it should have had one by then.
+        lacks_rate: Whether the learning rate of its group was 0 in all steps.
+        may_stay: Whether it is of a teacher or an average, which gets no gradient at all.
+    """
+
+    parameter: nn.Parameter
+    start: Tensor
+    steps: int = 0
+    lacks_gradient: bool = True
+    lacks_rate: bool = True
+    may_stay: bool = False
+
+
 class FirstSteps:
     """Watches parameters until each has had a gradient and has changed.
 
     Args:
-        trained: The parameters by name.
-        copies: Names of equal networks: one of them that has no gradient at all is a teacher or an average.
-        unheld: Trainable parameters that no optimizer has, by name, of what has the layout of a trained part and other
-            values: it may be a teacher, or be no copy at all.
+        trained: The trainable parameters by name. Those that no optimizer has are watched where none has any.
+        held: What optimizers have, by `id`.
+        copies: The copies of adapted networks in the module.
+        alike: Those that are adapted as their origins are: one that has no gradient at all is a teacher or an average.
     """
 
     def __init__(
         self,
         trained: Mapping[str, nn.Parameter],
-        copies: Sequence[tuple[str, ...]],
-        unheld: Mapping[str, nn.Parameter],
+        held: Collection[int],
+        copies: Sequence[NetworkCopy],
+        alike: Sequence[NetworkCopy],
     ) -> None:
-        self._trained, self._copies, self._unheld = trained, copies, unheld
-        self._without = set(trained)
-        self._start = {name: local(p).clone() for name, p in trained.items()}
+        watched = {name: p for name, p in trained.items() if id(p) in held} or trained
+        self._trained = {name: _Watched(p, local(p).clone()) for name, p in watched.items()}
+        self._alike = [copy.followers for copy in alike]
+        # What has the layout of a trained part and other values may be a teacher, or be no copy at all.
+        lookalikes = [name for copy in copies if not copy.began_equal for name in copy.followers]
+        self._unheld = {name: p for name, p in trained.items() if id(p) not in held and within(name, lookalikes)}
         self._reached: dict[str, Tensor] = {}  # what no optimizer has and got a gradient, as it was then
         self._batches = self._steps = 0
         self._checked = False
-        self._without_rate = set(trained)
-        self._made: Counter[str] = Counter()  # the steps that the optimizer of each has made
 
     def before_step(self, learning_rates: Mapping[int, float], waiting: Collection[int]) -> None:
         """Notes which parameters have a gradient, ahead of a step of an optimizer.
 
-        A hook on each parameter would see less: FSDP sets gradients without letting them accumulate.
-
-        Args:
-            learning_rates: Of each parameter that an optimizer has, by its `id`.
-            waiting: The `id` of each that this optimizer does not have, and another one has.
+        A hook on each parameter would see less: FSDP sets gradients without letting them accumulate. Both arguments are
+        by `id`: the learning rate of each parameter that the optimizer has, and what only other optimizers have.
         """
-        self._made.update(name for name, parameter in self._trained.items() if id(parameter) not in waiting)
-        ids = {name: id(self._trained[name]) for name in self._without_rate}
-        self._without_rate -= {name for name, key in ids.items() if learning_rates.get(key, math.inf) > 0}
-        self._without -= {
-            name
-            for name in self._without
-            if self._trained[name].grad is not None or not self._start[name].numel()  # none of it is on this process
-        }
+        for each in self._trained.values():
+            each.steps += id(each.parameter) not in waiting
+            each.lacks_rate &= not learning_rates.get(id(each.parameter), math.inf) > 0
+            # Where none of it is on this process, there is no gradient to miss.
+            each.lacks_gradient &= each.parameter.grad is None and each.start.numel() > 0
         reached = {name: p for name, p in self._unheld.items() if p.grad is not None and name not in self._reached}
         self._reached |= {name: local(p).clone() for name, p in reached.items()}
 
@@ -74,19 +91,17 @@ class FirstSteps:
         """Checks what a batch with a step has changed; returns whether there is more to watch.
 
         An optimizer that steps seldom is waited for, as that of a generator whose critic makes several steps before.
-
-        Args:
-            learning_rates: Of all parameter groups, as the batch found them.
+        The learning rates are those of all parameter groups, as the batch found them.
 
         Raises:
             StateError: If no trainable tensor got a gradient.
         """
         self._batches += 1
-        if self._trained and not self._made:
+        if self._trained and not self._any_steps():
             return True
         self._steps += min(learning_rates, default=0.0) > 0
         is_patient = self._steps < PATIENCE
-        fewest = min((self._made[name] for name in self._trained), default=STEPS)
+        fewest = min((each.steps for each in self._trained.values()), default=STEPS)
         if fewest or not is_patient:
             self._check_gradients()
         if self._steps < STEPS:
@@ -105,52 +120,63 @@ class FirstSteps:
         if self._steps >= STEPS:
             self._name_unmoved(self._unmoved())
             self._name_unheld()
-        if not self._made and self._batches >= PATIENCE:
+        if not self._any_steps() and self._batches >= PATIENCE:
             self._name_idle()
-        if self._without_rate and self._batches >= STEPS:
+        without_rate = sorted(name for name, each in self._trained.items() if each.lacks_rate)
+        if without_rate and self._batches >= STEPS:
             rank_zero_warn(
-                f"{len(self._without_rate)} of {len(self._trained)} trainable tensors were not trained: the learning "
-                f"rate of their parameter groups was 0 in all steps: {listing(sorted(self._without_rate))}. Set it in "
+                f"{len(without_rate)} of {len(self._trained)} trainable tensors were not trained: the learning "
+                f"rate of their parameter groups was 0 in all steps: {listing(without_rate)}. Set it in "
                 "configure_optimizers, by a scheduler or by the callback that the package has for it; if they are not "
                 "to be trained, leave them out of the adapter with exclude_modules."
             )
+
+    def _any_steps(self) -> bool:
+        return any(each.steps for each in self._trained.values())
+
+    def _to_change(self) -> dict[str, _Watched]:
+        """Returns those that have to get a gradient and change."""
+        return {name: each for name, each in self._trained.items() if not each.may_stay}
 
     def _check_gradients(self) -> None:
         if self._checked:
             return
         self._checked = True
-        self._without = {n for n in self._without if self._made[n] and self._trained[n].requires_grad}
-        for parts in self._copies:
-            insides = [{name for name in self._trained if within(name, [part])} for part in parts]
-            inside = next((inside for inside in insides if inside <= self._without), set())
-            self._start = {name: start for name, start in self._start.items() if name not in inside}
-            self._without -= inside
-        if self._without and len(self._without) == len(self._start):
-            raise StateError(f"No trainable tensor got a gradient: {listing(self._start)}. {_NO_GRADIENT}")
-        if self._without:
+        for each in self._trained.values():
+            each.lacks_gradient &= each.steps > 0 and each.parameter.requires_grad
+        for parts in self._alike:
+            insides = [[each for name, each in self._trained.items() if within(name, [part])] for part in parts]
+            still = (inside for inside in insides if all(each.lacks_gradient and not each.may_stay for each in inside))
+            for each in next(still, ()):
+                each.may_stay = True
+        to_change = self._to_change()
+        without = sorted(name for name, each in to_change.items() if each.lacks_gradient)
+        if without and len(without) == len(to_change):
+            raise StateError(f"No trainable tensor got a gradient: {listing(to_change)}. {_NO_GRADIENT}")
+        if without:
             rank_zero_warn(
-                f"{len(self._without)} of {len(self._start)} trainable tensors got no gradient in the first step: "
-                f"{listing(sorted(self._without))}. {_NO_GRADIENT} If that is meant, leave them out of the "
+                f"{len(without)} of {len(to_change)} trainable tensors got no gradient in the first step: "
+                f"{listing(without)}. {_NO_GRADIENT} If that is meant, leave them out of the "
                 "adapter with exclude_modules."
             )
 
     def _unmoved(self, least: int = STEPS) -> list[str]:
         return [
             name
-            for name, start in self._start.items()
-            if name not in self._without
-            and self._made[name] >= least
-            and start.numel()
-            and self._trained[name].requires_grad
-            and torch.equal(local(self._trained[name]), start)
+            for name, each in self._to_change().items()
+            if not each.lacks_gradient
+            and each.steps >= least
+            and each.start.numel()
+            and each.parameter.requires_grad
+            and torch.equal(local(each.parameter), each.start)
         ]
 
     def _name_unmoved(self, unmoved: Sequence[str]) -> None:
         if unmoved:
             rank_zero_warn(
-                f"{len(unmoved)} of {len(self._start)} trainable tensors did not move in {self._steps} steps although "
-                f"they have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their type, or "
-                "gradients that are exactly zero."
+                f"{len(unmoved)} of {len(self._to_change())} trainable tensors did not move in {self._steps} steps "
+                f"although they have gradients: {listing(unmoved)}. Likely causes: a learning rate too small for their "
+                "type, or gradients that are exactly zero."
             )
 
     def _name_unheld(self) -> None:

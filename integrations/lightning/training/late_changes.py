@@ -10,20 +10,9 @@ from lora_plugins.errors import counted, listing
 from lora_plugins.integrations.lightning.module import checksums
 from lora_plugins.integrations.lightning.training.frozen_base import changed
 
-_MERGED = (
-    "The adapter was saved and merged before this, in on_fit_end of the LoraCallback, and the module has no A and B "
-    "any more. A callback behind it, as every ModelCheckpoint is, loads values of the training there: let it do so in "
-    "on_train_end, which comes before; or give the LoraCallback merge_on_fit_end=False, and merge after fit, by "
-    "LoraModel(module).merge_and_unload()."
-)
-
 
 class LateChanges:
-    """What a module holds when it is saved and merged.
-
-    Args:
-        tensors: Its tensors by name.
-    """
+    """What a module holds when it is saved and merged: its tensors by name."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors, self._sums = tensors, checksums(tensors)
@@ -39,12 +28,6 @@ class LateChanges:
                 "callback behind the LoraCallback, does that, as to take the averages of a schedule-free optimizer. "
                 "Do it in on_train_end, which comes before."
             )
-
-
-def explain_merged_module(error: BaseException) -> None:
-    """Adds a note, once, to an error about keys of an adapter, which a merged module does not have any more."""
-    if ".lora_" in str(error) and _MERGED not in getattr(error, "__notes__", ()):
-        error.add_note(_MERGED)
 
 
 def _kind(tensor: Tensor) -> tuple[torch.dtype, torch.Size]:

@@ -10,22 +10,15 @@ from torch import nn
 
 from lora_plugins.integrations.lightning.module import NetworkCopy, ids_in_place, is_adapted_alike
 from lora_plugins.integrations.lightning.training.alike_copies import AlikeCopy
+from lora_plugins.integrations.lightning.training.explained_errors import explain_plain_network
 from lora_plugins.integrations.lightning.training.unlike_copies import UnlikeCopy
 
 _OF_PAIRS = ("size", "shape", "same number", "key")
 """Words of the errors that torch raises for pairs which do not belong together."""
 
-_OF_PLAIN_NETWORKS = ("Unexpected key(s)", ".lora_A")
-"""Words of the error that torch raises where a network that is not adapted is to take the state of one that is."""
-
 
 class MovedByHand:
-    """Watches the copies of a module from one batch to the next.
-
-    Args:
-        module: The module, adapted.
-        copies: Its copies of adapted networks.
-    """
+    """Watches the copies of adapted networks in a module from one batch to the next."""
 
     def __init__(self, module: nn.Module, copies: Sequence[NetworkCopy]) -> None:
         in_place = ids_in_place(module)
@@ -79,13 +72,5 @@ class MovedByHand:
         )
         if self._unlike and of_pairs:
             error.add_note(f"It may come of this: {self._unlike[0].message('If the module moves it by hand')}")
-        elif all(word in str(error) for word in _OF_PLAIN_NETWORKS):  # one that began with other values is no copy
-            error.add_note(
-                "If a network takes the state of an adapted one, as the target network of a DQN does, it has to be "
-                "adapted as that one is: name the layers of both in target_modules."
-            )
-        elif isinstance(error, KeyError) and ".lora_" in str(error):
-            error.add_note(
-                "A table by the names of parameters, as an average of the module keeps one, has no A and B if it was "
-                "made before there were adapters. Make it in on_fit_start."
-            )
+        else:
+            explain_plain_network(error)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import counted, listing
+from lora_plugins.field_checks import shown
 from lora_plugins.inplace import layer_state
 from lora_plugins.integrations.lightning.module import (
     find_copies,
@@ -23,9 +24,6 @@ _ADVICE = (
     "Build the optimizer in configure_optimizers, from the parameters that require a gradient: "
     "[p for p in self.parameters() if p.requires_grad]."
 )
-
-_OF_A_COMPUTED_WEIGHT = "non-leaf Tensor"
-"""What optimizers of torch say of a tensor that is computed."""
 
 NAMES = "param_names"
 """The entry of a group that was made of `named_parameters()`: the names of its parameters, in their order."""
@@ -48,16 +46,6 @@ def parameters_of(optimizers: Iterable[Optimizable]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
-def explain_computed_weight(error: BaseException) -> None:
-    """Adds a note to an optimizer's error about a tensor that is computed, as the weight of an adapted layer is."""
-    if _OF_A_COMPUTED_WEIGHT in str(error):
-        error.add_note(
-            "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the "
-            "adapter. Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in "
-            "full."
-        )
-
-
 def complete_optimizers(module: nn.Module, configured: Any) -> None:
     """Adds adapters to an optimizer that was built before they existed, in place, and warns.
 
@@ -66,12 +54,8 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     Adding to a group keeps schedulers and their state valid. An optimizer with some adapters was built by somebody who
     chose them, so nothing is added.
 
-    Args:
-        module: The adapted module.
-        configured: What its `configure_optimizers` returned.
-
     Raises:
-        StateError: If it is not clear where the missing tensors belong.
+        StateError: If there is no optimizer, or it is not clear where the missing tensors belong.
     """
     # Wrappers of an optimizer need be no subclass of torch's; whether it takes one is for Lightning to say.
     optimizers = [leaf for leaf in flatten(configured) if hasattr(leaf, "param_groups")]
@@ -81,6 +65,12 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     layers = layers_of_factors(module)
     factors = trained.keys() & layers.keys()
     if missing and factors and factors <= missing.keys():
+        if not optimizers:
+            given = configured.get("optimizer", configured) if isinstance(configured, Mapping) else configured
+            raise StateError(
+                f"configure_optimizers returned no optimizer, but {shown(given)}, and {listing(missing, 3)} would "
+                f"never move. {_ADVICE} Return it, as an object and not as its class or a partial."
+            )
         missing = _add_to_groups(missing, layers, groups)
     if missing:
         teachers = [copy.name for copy in find_copies(module, held) if copy.frozen]  # which the module moves by hand

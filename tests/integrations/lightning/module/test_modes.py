@@ -68,6 +68,32 @@ class Distilled(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+class OfBuffers(Distilled):
+    """As Distilled, with buffers for the parameters of the teacher: nothing of it can require a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        for part in self.teacher:
+            for name, value in dict(part.named_parameters()).items():
+                delattr(part, name)
+                part.register_buffer(name, torch.rand_like(value), persistent=False)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
+def test_a_part_of_buffers_alone_stays_in_eval_mode(tmp_path):
+    module = OfBuffers()
+    trainer(tmp_path, [LoraCallback(LoraConfig(r=2, target_modules=["net.0"]))]).fit(module, loader(), loader())
+    assert module.modes == {(True, *[False] * 5)}
+    assert not any(child.training for child in module.teacher.modules())
+
+
+def test_a_norm_of_buffers_alone_is_put_into_training_mode_with_the_network_around_it(tmp_path):
+    module = ArrivesInEvalMode()
+    module.net[1] = nn.BatchNorm1d(16, affine=False).eval()
+    trainer(tmp_path, [LoraCallback(LoraConfig(r=2, target_modules=["net.0"], norm="track"))]).fit(module, loader())
+    assert set(module.modes) == {(True, True)}
+
+
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
 @pytest.mark.filterwarnings("ignore:.*trainable tensors got no gradient:UserWarning")  # of the adapted teacher
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "adapted"])

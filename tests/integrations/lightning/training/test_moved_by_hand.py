@@ -383,9 +383,8 @@ class Target(Classifier):
         super().__init__()
         self.target = Classifier(base_seed=1).net
 
-    def training_step(self, batch, batch_idx):
+    def follow(self):
         self.target.load_state_dict(self.net.state_dict())
-        return super().training_step(batch, batch_idx)
 
 
 class TestStops:
@@ -411,10 +410,23 @@ class TestStops:
         said = " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
         assert "In target_modules and exclude_modules, leave 'teacher.3' out; a `target`" in said
 
-    def test_a_network_with_other_values_that_takes_the_state(self, tmp_path):
+    @pytest.mark.parametrize("hook", ["on_validation_start", "on_train_start", "on_train_epoch_end"])
+    def test_a_network_with_other_values_that_takes_the_state(self, tmp_path, hook):
+        """Also in the sanity check of the validation, ahead of all training."""
+        module = Target()
+        setattr(module, hook, module.follow)
         with pytest.raises(RuntimeError, match="Unexpected key") as raised:
-            fit(tmp_path, Target(), ALONE)
+            fit(tmp_path, module, ALONE, num_sanity_val_steps=1)
         assert "name the layers of both in target_modules" in "".join(raised.value.__notes__)
+
+    def test_a_state_that_does_not_fit_outside_of_a_fit_gets_no_note(self, tmp_path):
+        """There, target_modules adapt nothing."""
+        adapted, module = Classifier(), Classifier()
+        LoraModel(adapted, ALONE)
+        module.on_validation_start = lambda: module.load_state_dict(adapted.state_dict())
+        with pytest.raises(RuntimeError, match="Unexpected key") as raised:
+            trainer(tmp_path, [lora(ALONE)]).validate(module, loader(), verbose=False)
+        assert not hasattr(raised.value, "__notes__")
 
     def test_a_table_of_parameters_that_is_older_than_the_adapters(self, tmp_path):
         class Averages(Classifier):

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -134,6 +135,24 @@ def test_optimizer_that_lightning_refuses_is_left_to_it(tmp_path, wrapper):
             return wrapper(torch.optim.SGD(self.parameters(), lr=0.1))
 
     with pytest.raises(MisconfigurationException, match="Unknown configuration for model optimizers"):
+        fit(tmp_path, Module())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        pytest.param(None, "None", id="nothing"),
+        pytest.param([], r"\[\]", id="empty list"),
+        pytest.param(torch.optim.SGD, r"<class .*SGD'>", id="class"),
+        pytest.param({"optimizer": partial(torch.optim.SGD, lr=0.1)}, "functools.* of the class partial", id="partial"),
+    ],
+)
+def test_what_is_returned_in_place_of_an_optimizer_is_named(tmp_path, given, named):
+    class Module(Classifier):
+        def configure_optimizers(self):
+            return given
+
+    with pytest.raises(StateError, match=rf"^configure_optimizers returned no optimizer, but {named}, and 'net\.0"):
         fit(tmp_path, Module())
 
 
@@ -389,6 +408,7 @@ class Shared(Classifier):
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module:UserWarning")  # the frozen norm of the one that is adapted by hand
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")  # LBFGS of torch 2.8, once
 def test_optimizers_that_share_tensors_each_train_them(tmp_path):
     by_hand, module = Shared(), Shared()
     LoraModel(by_hand, CONFIG)

@@ -1,0 +1,75 @@
+"""Notes on errors of a run that say what about adapters may have caused them."""
+
+_OF_A_COMPUTED_WEIGHT = "non-leaf Tensor"
+"""What optimizers of torch say of a tensor that is computed."""
+
+_MERGED = (
+    "The adapter was saved and merged before this, in on_fit_end of the LoraCallback, and the module has no A and B "
+    "any more. A callback behind it, as every ModelCheckpoint is, loads values of the training there: let it do so in "
+    "on_train_end, which comes before; or give the LoraCallback merge_on_fit_end=False, and merge after fit, by "
+    "LoraModel(module).merge_and_unload()."
+)
+
+_OF_PLAIN_NETWORKS = ("Unexpected key(s)", ".lora_A")
+"""Words of the error that torch raises where a network that is not adapted is to take the state of one that is."""
+
+_OF_TORCH = {
+    # A gradient with respect to a tensor that is frozen, or on no way to the loss.
+    "differentiated Tensor": (
+        "If the gradient is one with respect to the weight of a layer, as in the adaptive weight of an adversarial "
+        "loss (VQGAN): an adapted layer computes its weight anew at each reading, and that of a layer left out is "
+        "frozen. Name that layer in modules_to_save, so that its weight is trained in full. If it is one with respect "
+        "to all parameters of a block, as in the gradient checkpointing of ldm and guided-diffusion: turn that off, or "
+        "hand it only the parameters that require a gradient."
+    ),
+    "does not require grad and does not have a grad_fn": (
+        "Nothing that this loss depends on is trained. A head, or a network with a loss of its own, such as a "
+        "discriminator, is frozen unless target_modules or modules_to_save name it. If the loss depends on adapters: "
+        "the module may compute them under torch.no_grad(), or detach what they give; and gradient checkpointing that "
+        "is reentrant drops their gradients where its input needs none: pass use_reentrant=False to "
+        "torch.utils.checkpoint."
+    ),
+    "in more than one parameter group": (
+        "If the module gives its optimizer a part that it has kept frozen so far: A and B of it are there from the "
+        "start, and the base stays frozen. Leave that step out."
+    ),
+}
+"""What may have caused an error of torch, by words of it."""
+
+
+def explain_computed_weight(error: BaseException) -> None:
+    """Adds a note to an optimizer's error about a tensor that is computed, as the weight of an adapted layer is."""
+    if _OF_A_COMPUTED_WEIGHT in str(error):
+        error.add_note(
+            "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the "
+            "adapter. Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in "
+            "full."
+        )
+
+
+def explain_merged_module(error: BaseException) -> None:
+    """Adds a note, once, to an error about keys of an adapter, which a merged module does not have any more."""
+    if ".lora_" in str(error) and _MERGED not in getattr(error, "__notes__", ()):
+        error.add_note(_MERGED)
+
+
+def explain_plain_network(error: BaseException) -> None:
+    """Adds a note to an error of a network or a table without A and B that was handed those of an adapted one."""
+    if all(word in str(error) for word in _OF_PLAIN_NETWORKS):
+        error.add_note(
+            "If an adapted network gives its state to another one, such as the target network of a DQN or an average, "
+            "adapt that one too: let `target` hold both, and name the layers of both in target_modules."
+        )
+    elif isinstance(error, KeyError) and ".lora_" in str(error):
+        error.add_note(
+            "A table by the names of parameters, as an average of the module keeps one, has no A and B if it was made "
+            "before there were adapters. Make it in on_fit_start."
+        )
+
+
+def explain_error_of_torch(error: BaseException) -> None:
+    """Adds notes to an error of torch about a gradient that there is not, or a parameter that a group has already."""
+    said = f"{error} {error.__context__}"  # which the module may have caught
+    for words, note in _OF_TORCH.items():
+        if words in said:
+            error.add_note(note)
