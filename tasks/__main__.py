@@ -3,18 +3,15 @@
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from types import MappingProxyType
 
 from lora_plugins.errors import near
 
-COMMANDS: Mapping[str, tuple[str, str, str]] = MappingProxyType(
-    {
-        "compare": ("examples", "compare_main", "frozen backbone, LoRA and full fine-tuning on the embedded data"),
-        "compare-dreambooth": ("examples", "compare_dreambooth_main", "the same for Dreambooth, with three seeds"),
-        "pretrain": ("examples", "pretrain_main", "train the small backbones that are shipped"),
-        "pretrain-diffusion": ("examples", "pretrain_diffusion_main", "train the text-to-image model that is shipped"),
-    }
-)
+COMMANDS: Mapping[str, tuple[str, str, str]] = {
+    "compare": ("examples", "compare_main", "frozen backbone, LoRA and full fine-tuning on the embedded data"),
+    "compare-dreambooth": ("examples", "compare_dreambooth_main", "the same for Dreambooth, with three seeds"),
+    "pretrain": ("examples", "pretrain_main", "train the small backbones that are shipped"),
+    "pretrain-diffusion": ("examples", "pretrain_diffusion_main", "train the text-to-image model that is shipped"),
+}
 """By command: the room and the function that runs it, which is imported when it is asked for, and what it does."""
 
 

@@ -11,7 +11,7 @@ from lora_plugins.tasks.autoconfig.found import LABELS, MASKS, Survey
 from lora_plugins.tasks.autoconfig.mask_coding import MaskCoding
 from lora_plugins.tasks.autoconfig.model_choice import Choice
 from lora_plugins.tasks.autoconfig.recommended import RECIPES, Recipe
-from lora_plugins.tasks.files import TRAIN, VAL, leaves_one, why_left_out
+from lora_plugins.tasks.files import TRAIN, VAL, leaves_one, one_left_out
 
 TASKS: Mapping[str, str] = {LABELS: "ImageClassificationTask", MASKS: "SemanticSegmentationTask"}
 STEPS = 4
@@ -36,14 +36,7 @@ class Settings:
 
 
 def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) -> dict[str, Any]:
-    """Makes the configuration.
-
-    Args:
-        found: The data.
-        choice: The model.
-        settings: What flags say.
-        out: The folder that a run writes into.
-    """
+    """Makes the configuration of a run that writes into the folder `out`."""
     size = settings.image_size or found.size
     is_masks, settled = found.task == MASKS, RECIPES[settings.recipe][found.task]
     return {
@@ -131,7 +124,7 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
 
 def _left(paths: Sequence[Path]) -> str:
     """Tells how much is not read, with an example."""
-    return f"; {len(paths)} left out, such as {paths[0]}, which {why_left_out(paths[0])}" if paths else ""
+    return f"; {len(paths)} left out, such as {one_left_out(paths)}" if paths else ""
 
 
 def _ignored(coding: MaskCoding) -> str:

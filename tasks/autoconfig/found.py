@@ -33,7 +33,7 @@ class Source:
 
     Attributes:
         module: The class of the data module, in `lora_plugins.tasks`.
-        arguments: Its arguments, but for how masks are read and the share to validate on.
+        arguments: Its arguments.
         found: In words, what the task was told from.
         left_out: What lies among the images, or beside their folders, and is not read.
     """
@@ -44,32 +44,24 @@ class Source:
     left_out: Sequence[Path] = ()
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What was found.
+@dataclass(frozen=True, kw_only=True)
+class Survey(Source):
+    """Where images were found, and what they are; the arguments say how masks are read, too, and what is validated on.
 
     Attributes:
         task: `LABELS` or `MASKS`.
-        module: The class of the data module, in `lora_plugins.tasks`.
-        arguments: Its arguments.
         classes: Names of the classes.
         counts: Images by split.
-        found: In words, what the task was told from.
         size: Height and width for images with masks.
         coding: How masks are read.
-        left_out: What lies among the images, or beside their folders, and is not read.
         unmeasured: The classes of which no image is validated on.
     """
 
     task: str
-    module: str
-    arguments: Mapping[str, Any]
     classes: tuple[str, ...]
     counts: Mapping[str, int]
-    found: str
     size: tuple[int, int] | None = None
     coding: MaskCoding | None = None
-    left_out: Sequence[Path] = ()
     unmeasured: Sequence[str] = ()
 
     @property
@@ -83,11 +75,7 @@ def labels_survey(
 ) -> Survey:
     """Returns what was found of images with labels.
 
-    Args:
-        source: Where they are.
-        labels: Images by split and class.
-        classes: Names of the classes.
-        flags: What flags say about the data.
+    `labels` are numbers of images, by split and class.
 
     Raises:
         DataError: If there are too few to validate on some.
@@ -96,13 +84,13 @@ def labels_survey(
     totals = {split: sum(members.values()) for split, members in labels.items()}
     share, counts = _shared(totals, [*train.values()], flags)
     return Survey(
-        LABELS,
         source.module,
         {**source.arguments, **share},
-        tuple(classes),
-        counts,
         source.found,
-        left_out=source.left_out,
+        source.left_out,
+        task=LABELS,
+        classes=tuple(classes),
+        counts=counts,
         unmeasured=_unmeasured(train, labels.get(VAL), share.get("val_share", 0.0)),
     )
 
@@ -112,27 +100,22 @@ def masks_survey(
 ) -> Survey:
     """Returns what was found of images with masks.
 
-    Args:
-        source: Where they are.
-        counts: Images by split.
-        sizes: Widths and heights of the images.
-        coding: How the masks are read.
-        flags: What flags say about the data.
+    `counts` are numbers of images by split, `sizes` their widths and heights.
 
     Raises:
         DataError: If there are too few to validate on some.
     """
     share, counts = _shared(counts, [counts[TRAIN]], flags)
     return Survey(
-        MASKS,
         source.module,
         {**source.arguments, **coding.arguments(), **share},
-        coding.classes,
-        counts,
         source.found,
-        _common_size(sizes),
-        coding,
         source.left_out,
+        task=MASKS,
+        classes=coding.classes,
+        counts=counts,
+        size=_common_size(sizes),
+        coding=coding,
     )
 
 
@@ -157,10 +140,7 @@ def _shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> t
 def _unmeasured(train: Mapping[str, int], val: Mapping[str, int] | None, share: float) -> tuple[str, ...]:
     """The classes of which no image is validated on.
 
-    Args:
-        train: The images to train on by class, those that are to be held out among them.
-        val: Those to validate on; None where they are held out.
-        share: The share of each class that is held out then.
+    Without `val`, the `share` of each class of `train` is held out for that.
     """
     held = {name: round(share * count) for name, count in train.items()} if val is None else val
     return tuple(name for name in train if not held.get(name))

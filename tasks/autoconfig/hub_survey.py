@@ -118,14 +118,10 @@ def _of_masks(found: "HubDataset", image: str, column: str, flags: Flags) -> Sur
     from lora_plugins.tasks.data import HubDataset
 
     data = HubDataset(found.name, None, None, (image, column))
-    counts = _counts(data)
+    counts = {split: len(table) for split, table in data.tables.items()}
     cells = [_Cell(data, split, row, column) for split, count in counts.items() for row in range(count)]
     coding = mask_coding(cells, flags.classes, flags.ignore_index, _Cell.read)
     sizes = [_Cell(data, TRAIN, row, image).read().size for row in range(min(MEASURED, counts[TRAIN]))]
     arguments = {"name": found.name, "image_column": image, "mask_column": column, "check_files": True}
     source = Source("HubMaskDataModule", arguments, f"a data set with masks in {column!r}")
     return masks_survey(source, counts, sizes, coding, flags)
-
-
-def _counts(found: "HubDataset") -> Mapping[str, int]:
-    return {split: len(table) for split, table in found.tables.items()}

@@ -1,5 +1,6 @@
 """The values of masks as they are stored, read from every one of them: gray values, indices of palettes, or colors."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,11 +45,7 @@ class MaskValues:
 
 
 def mask_values(masks: Sequence[Any], read: Callable[[Any], Image.Image]) -> MaskValues:
-    """Reads what occurs in masks.
-
-    Args:
-        masks: The masks; as text, they are named in messages.
-        read: Reads one as it is stored.
+    """Reads what occurs in masks, which as text are named in messages.
 
     Raises:
         DataError: If masks cannot be read, or are of several kinds, or hold too many colors.
@@ -83,16 +80,21 @@ def _check_palettes(shown: Mapping[Shown, object]) -> None:
     """Refuses palettes by which indices have several colors, and colors several indices.
 
     Programs that make files smaller leave them so, as each file has a palette of its own: only the colors mean classes.
+    Where each color has one index, they may have done so to masks of few classes, or several programs drew the same
+    indices: a warning says what is taken for one class.
     """
-    indices, colors = ({pair[side] for pair in shown} for side in (0, 1))
-    if len(shown) in (len(indices), len(colors)):
+    indices, colors = (Counter(pair[side] for pair in shown) for side in (0, 1))
+    index = next((index for index in sorted(indices) if indices[index] > 1), None)
+    if index is None:
         return
-    index = next(index for index in sorted(indices) if sum(index == each for each, _ in shown) > 1)
     where = [f"#{bytes(color).hex()} in {path}" for (each, color), path in shown.items() if each == index]
-    raise DataError(
-        f"The value {index} is {' and '.join(where[:2])}, and one color has several values: these are no "
-        "indices of classes. Write the masks in color (RGB), or all with one palette."
-    )
+    said = f"The value {index} is {' and '.join(where[:2])}, and"
+    if len(colors) < len(shown):
+        raise DataError(
+            f"{said} one color has several values: these are no indices of classes. Write the masks in color (RGB), "
+            "or all with one palette."
+        )
+    warnings.warn(f"{said} is taken for one class. If it is not, write the masks in color (RGB).", stacklevel=2)
 
 
 def _values(path: Any, read: Callable[[Any], Image.Image]) -> MaskValues:

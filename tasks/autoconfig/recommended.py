@@ -5,7 +5,6 @@ docs/settings.md has the runs that those of `auto` rest on.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from lora_plugins.tasks.autoconfig.found import LABELS, MASKS
@@ -60,20 +59,18 @@ _TRIED = Recipe(
 _BY_ITSELF = replace(_TRIED, lr=1e-3, loraplus_lr_ratio=1.0, clip=None, scheduler=None, schedule="constant")
 """What `LoraConfig`, the tasks and the Trainer do by themselves."""
 
-RECIPES: Mapping[str, Mapping[str, Recipe]] = MappingProxyType(
-    {
-        AUTO: {
-            LABELS: _TRIED,
-            MASKS: replace(
-                _TRIED,
-                adapted="every layer and all biases",
-                # What a layer sees lies in its kernels, and statistics of normalization follow the pictures.
-                lora={"r": 8, "target_modules": "all", "bias": "all", "norm": "track"},
-                heads_lr_ratio=3.0,
-                largest_batch=8,
-            ),
-        },
-        PLAIN: {LABELS: _BY_ITSELF, MASKS: replace(_BY_ITSELF, largest_batch=8)},
-    }
-)
+RECIPES: Mapping[str, Mapping[str, Recipe]] = {
+    AUTO: {
+        LABELS: _TRIED,
+        MASKS: replace(
+            _TRIED,
+            adapted="every layer and all biases",
+            # What a layer sees lies in its kernels, and statistics of normalization follow the pictures.
+            lora={"r": 8, "target_modules": "all", "bias": "all", "norm": "track"},
+            heads_lr_ratio=3.0,
+            largest_batch=8,
+        ),
+    },
+    PLAIN: {LABELS: _BY_ITSELF, MASKS: replace(_BY_ITSELF, largest_batch=8)},
+}
 """By the name of the recipe and the task. Epochs and batches are no settings of LoRA, and alike in all."""

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lora_plugins.errors import no_folder
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import TEST, TRAIN, VAL, image_files, read_image, subfolders, without_images
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, image_files, subfolders, without_images
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -46,10 +44,6 @@ class ImageFolderDataModule(ImageDataModule):
             splits += [TEST] if (self.root / TEST).is_dir() else []
         problems: list[str] = []
         return {split: self._items(split, problems) for split in splits}, problems
-
-    def read(self, item: Item) -> tuple[Image.Image, int]:
-        """Reads an image; its class is known from its folder."""
-        return read_image(item.image, self.resized_to), item.target
 
     def _folder(self, split: str) -> Path:
         if (self.root / TRAIN).is_dir():

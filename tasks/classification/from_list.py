@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from lora_plugins.field_checks import check_names, optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import MAX_LISTED, unknown
-from lora_plugins.tasks.files import path_key, read_image, read_list, row_split
+from lora_plugins.tasks.files import path_key, read_list, row_split
 
 
 class ImageListDataModule(ImageDataModule):
@@ -78,7 +76,3 @@ class ImageListDataModule(ImageDataModule):
             item = Item(path, targets[name], str(path), path_key(row[image], self.root))
             items.setdefault(row_split(row, split, where), []).append(item)
         return items, problems
-
-    def read(self, item: Item) -> tuple[Image.Image, int]:
-        """Reads an image; its class is known from its row."""
-        return read_image(item.image, self.resized_to), item.target

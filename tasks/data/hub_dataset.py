@@ -4,7 +4,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -16,13 +15,13 @@ from lora_plugins.tasks.data.transforms import Size
 from lora_plugins.tasks.errors import DataError, unknown
 from lora_plugins.tasks.files import TEST, TRAIN, VAL, decode_image
 
-USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {TRAIN: (TRAIN,), VAL: ("validation", "val", "valid"), TEST: (TEST,)}
-)
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = {TRAIN: (TRAIN,), VAL: ("validation", "val", "valid"), TEST: (TEST,)}
 
-HUB_CHECKS: Mapping[str, Check] = MappingProxyType(
-    {"name": check_name, "subset": optional(check_name), "splits": optional(map_of(check_name))}
-)
+HUB_CHECKS: Mapping[str, Check] = {
+    "name": check_name,
+    "subset": optional(check_name),
+    "splits": optional(map_of(check_name)),
+}
 """What the arguments of a `HubDataset` can be but its columns, which are names."""
 
 
@@ -80,11 +79,6 @@ class HubDataset:
 
     def image(self, item: Item, column: str, resized_to: Size | None = None) -> Image.Image:
         """Decodes an image of a row.
-
-        Args:
-            item: The row.
-            column: The column with the image.
-            resized_to: As in `decode_image`.
 
         Raises:
             DataError: If it cannot be decoded.

@@ -29,7 +29,7 @@ from lora_plugins.tasks.data.seen_samples import Seen, warn_of_darkness, warn_of
 from lora_plugins.tasks.data.transforms import Size, image_transform
 from lora_plugins.tasks.data.vision_module import VisionDataModule
 from lora_plugins.tasks.errors import DataError, listed
-from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, read_all
+from lora_plugins.tasks.files import TEST, TRAIN, VAL, check_shares, hold_out, read_all, read_image
 
 ERROR, SKIP = "error", "skip"
 PROBLEM_POLICIES = (ERROR, SKIP)
@@ -98,13 +98,13 @@ class ImageDataModule(VisionDataModule):
     def find(self) -> tuple[dict[str, list[Item]], list[str]]:
         """The samples by split, and a list of problems with the samples that were left out."""
 
-    @abstractmethod
     def read(self, item: Item) -> tuple[Image.Image, Any]:
-        """Reads a sample: its image, and its class index or mask (H, W).
+        """Reads a sample: its image, by default a file, and its class index or mask (H, W), by default its target.
 
         Raises:
             DataError: If it cannot be used.
         """
+        return read_image(item.image, self.resized_to), item.target
 
     def targets(self, split: str) -> Iterator[Tensor]:
         """The targets of a split, sample by sample, flattened; masks are read as they are on disk."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,15 +15,13 @@ from lora_plugins.tasks.errors import unknown
 
 Size = tuple[int, int]
 
-INTERPOLATIONS: Mapping[str, InterpolationMode] = MappingProxyType(
-    {
-        "bilinear": InterpolationMode.BILINEAR,
-        "bicubic": InterpolationMode.BICUBIC,
-        "nearest": InterpolationMode.NEAREST_EXACT,
-        "lanczos": InterpolationMode.BICUBIC,  # the nearest that tensors have
-        "random": InterpolationMode.BILINEAR,  # timm's name for a random choice of two
-    }
-)
+INTERPOLATIONS: Mapping[str, InterpolationMode] = {
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+    "nearest": InterpolationMode.NEAREST_EXACT,
+    "lanczos": InterpolationMode.BICUBIC,  # the nearest that tensors have
+    "random": InterpolationMode.BILINEAR,  # timm's name for a random choice of two
+}
 
 
 class _Resize(v2.Resize):  # type: ignore[misc]  # torchvision has no types
@@ -73,16 +70,14 @@ def _color_jitter() -> Any:
     return v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05)
 
 
-AUGMENTATIONS: Mapping[str, Callable[[Resizing], list[Any]]] = MappingProxyType(
-    {
-        "none": lambda to: [to.resize()],
-        "flip": lambda to: [to.resize(), v2.RandomHorizontalFlip()],
-        "crop_flip": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip()],
-        "crop_flip_color": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip(), _color_jitter()],
-        "strong": lambda to: [to.random_crop(0.3), v2.RandomHorizontalFlip(), to.rotate(10), _color_jitter()],
-        "trivial": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()],
-    }
-)
+AUGMENTATIONS: Mapping[str, Callable[[Resizing], list[Any]]] = {
+    "none": lambda to: [to.resize()],
+    "flip": lambda to: [to.resize(), v2.RandomHorizontalFlip()],
+    "crop_flip": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip()],
+    "crop_flip_color": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip(), _color_jitter()],
+    "strong": lambda to: [to.random_crop(0.3), v2.RandomHorizontalFlip(), to.rotate(10), _color_jitter()],
+    "trivial": lambda to: [to.random_crop(0.5), v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()],
+}
 """`strong` rotates by up to ten degrees and jitters colors; `trivial` is TrivialAugment (arXiv 2103.10158)."""
 
 IMAGES_ONLY = frozenset({"trivial"})
@@ -98,12 +93,7 @@ def image_transform(
 ) -> v2.Compose:
     """A transform to float images in [0, 1] of one size; masks move with their images, without blending labels.
 
-    Args:
-        size: Height and width.
-        augmentation: A name in `AUGMENTATIONS`.
-        interpolation: A name in `INTERPOLATIONS`.
-        masks: Whether masks come with the images.
-        ignore_index: Fills a mask where a rotated image has no pixel; by default 255.
+    `ignore_index` fills a mask where a rotated image has no pixel; by default 255.
 
     Raises:
         ConfigError: For an unknown name, or a policy that cannot transform masks.

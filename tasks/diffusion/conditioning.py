@@ -5,7 +5,6 @@ Prompts are encoded by the pipelines themselves, so that training and sampling s
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -118,13 +117,11 @@ def _denoise_pixart(pipe: Any, noisy: Tensor, times: Tensor, condition: Conditio
     return predicted[:, : noisy.shape[1]]  # the other half is a variance, which is not trained
 
 
-CONDITIONING: Mapping[str, Conditioning] = MappingProxyType(
-    {
-        "Stable Diffusion": Conditioning(_encode_sd, _denoise_sd, _unet_multiple),
-        "Stable Diffusion XL": Conditioning(_encode_sdxl, _denoise_sdxl, _unet_multiple),
-        "Stable Diffusion 3": Conditioning(_encode_sd3, _denoise_sd3, _patch),
-        "Flux": Conditioning(_encode_flux, _denoise_flux, _packed),
-        "PixArt": Conditioning(_encode_pixart, _denoise_pixart, _patch),
-    }
-)
+CONDITIONING: Mapping[str, Conditioning] = {
+    "Stable Diffusion": Conditioning(_encode_sd, _denoise_sd, _unet_multiple),
+    "Stable Diffusion XL": Conditioning(_encode_sdxl, _denoise_sdxl, _unet_multiple),
+    "Stable Diffusion 3": Conditioning(_encode_sd3, _denoise_sd3, _patch),
+    "Flux": Conditioning(_encode_flux, _denoise_flux, _packed),
+    "PixArt": Conditioning(_encode_pixart, _denoise_pixart, _patch),
+}
 """By the name of a family."""

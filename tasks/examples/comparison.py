@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -40,13 +39,7 @@ LORA_WITHOUT_FILES = (
 
 @dataclass(frozen=True)
 class Method:
-    """A method of fine-tuning.
-
-    Attributes:
-        arguments: Command-line arguments that it adds to the configuration.
-        prepare: Called on the task before training.
-        rates: The learning rate for each configuration.
-    """
+    """A method of fine-tuning: arguments that it adds to a command, what prepares its task, and learning rates."""
 
     arguments: tuple[str, ...]
     prepare: Callable[[VisionTask], None]
@@ -75,13 +68,11 @@ def freeze_backbone(task: VisionTask) -> None:
         parameter.requires_grad_(any(name.startswith(f"{head}.") for head in task.head_modules))
 
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "frozen backbone": Method(NO_LORA, freeze_backbone, {"cls": 0.3, "seg": 0.1}),
-        "LoRA": Method(LORA_WITHOUT_FILES, unchanged, {"cls": 0.005, "seg": 0.005}),
-        "full fine-tuning": Method(NO_LORA, unchanged, {"cls": 0.0005, "seg": 0.002}),
-    }
-)
+METHODS: Mapping[str, Method] = {
+    "frozen backbone": Method(NO_LORA, freeze_backbone, {"cls": 0.3, "seg": 0.1}),
+    "LoRA": Method(LORA_WITHOUT_FILES, unchanged, {"cls": 0.005, "seg": 0.005}),
+    "full fine-tuning": Method(NO_LORA, unchanged, {"cls": 0.0005, "seg": 0.002}),
+}
 
 
 class CountTrained(Callback):
@@ -96,13 +87,7 @@ class CountTrained(Callback):
 
 
 def run(configuration: str, method: Method, *more: str) -> Outcome:
-    """Trains once.
-
-    Args:
-        configuration: `cls` or `seg`, the shipped YAML file of that name.
-        method: The method of fine-tuning.
-        *more: Further command-line arguments, to change the configuration.
-    """
+    """Trains `cls` or `seg`, the shipped YAML file of that name, once, with further arguments of the command line."""
     path = str(files("lora_plugins.tasks") / f"{configuration}.yaml")
     rate = f"--model.init_args.lr={method.rates[configuration]}"
     cli = LoraCLI(args=["--config", path, *QUIET, *method.arguments, rate, *more], run=False)

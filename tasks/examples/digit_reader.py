@@ -27,7 +27,3 @@ class DigitReader:
         """The digit that is seen in each picture."""
         small = [np.asarray(picture.convert("L").resize((SIDE, SIDE)), dtype=np.float32) / 255 for picture in pictures]
         return [int(digit) for digit in self.classifier.predict(np.stack(small).reshape(len(small), -1))]
-
-    def share(self, pictures: Sequence[Image], digits: Sequence[int]) -> float:
-        """The share of pictures in which the digit is seen that should be."""
-        return float(np.mean([seen == digit for seen, digit in zip(self.read(pictures), digits, strict=True)]))

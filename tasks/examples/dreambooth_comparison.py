@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -25,18 +24,16 @@ from lora_plugins.tasks.examples.read_digits import AFTER, BEFORE, ReadDigits
 
 NO_PRIOR = ("--data.init_args.class_pictures=null",)
 FULL = ("--lora=null", "--optimizer.init_args.lr=0.0003")
-RUNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "LoRA": (),
-        "LoRA, attention of the UNet alone": (
-            "--model.init_args.layers=[attention]",
-            "--model.init_args.train_text_encoder=false",
-        ),
-        "LoRA without prior preservation": NO_PRIOR,
-        "full fine-tuning": FULL,
-        "full fine-tuning without prior preservation": (*FULL, *NO_PRIOR),
-    }
-)
+RUNS: Mapping[str, tuple[str, ...]] = {
+    "LoRA": (),
+    "LoRA, attention of the UNet alone": (
+        "--model.init_args.layers=[attention]",
+        "--model.init_args.train_text_encoder=false",
+    ),
+    "LoRA without prior preservation": NO_PRIOR,
+    "full fine-tuning": FULL,
+    "full fine-tuning without prior preservation": (*FULL, *NO_PRIOR),
+}
 """By the name of a row, the arguments that it adds to `dreambooth.yaml`."""
 
 SEEDS = (0, 1, 2)
@@ -75,13 +72,7 @@ class _Clock(Callback):
 
 
 def run_dreambooth(seed: int, folder: str, *more: str) -> DreamboothOutcome:
-    """Trains once.
-
-    Args:
-        seed: The seed.
-        folder: Where pictures, adapter and grids are written.
-        *more: Arguments that change `dreambooth.yaml`.
-    """
+    """Trains once; pictures, adapter and grids go into a folder, further arguments change `dreambooth.yaml`."""
     path = str(files("lora_plugins.tasks") / "dreambooth.yaml")
     arguments = [
         *("--config", path, "--trainer.logger=false", "--trainer.enable_checkpointing=false"),

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import yaml
@@ -49,20 +48,18 @@ class Recipe:
     lr: float
 
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
-    {
-        "digits_classifier": Recipe(
-            "cls.yaml", ImageClassificationTask, lambda: DigitsDataModule(DIGITS), epochs=40, lr=1e-3
-        ),
-        "scenes_segformer": Recipe(
-            "seg.yaml",
-            SemanticSegmentationTask,
-            lambda: DigitScenesDataModule(DIGITS, train_scenes=1024),
-            epochs=30,
-            lr=3e-3,
-        ),
-    }
-)
+RECIPES: Mapping[str, Recipe] = {
+    "digits_classifier": Recipe(
+        "cls.yaml", ImageClassificationTask, lambda: DigitsDataModule(DIGITS), epochs=40, lr=1e-3
+    ),
+    "scenes_segformer": Recipe(
+        "seg.yaml",
+        SemanticSegmentationTask,
+        lambda: DigitScenesDataModule(DIGITS, train_scenes=1024),
+        epochs=30,
+        lr=3e-3,
+    ),
+}
 
 
 def architecture(configuration: str, *, num_classes: int, weights: str) -> ModelConfig:
@@ -73,16 +70,7 @@ def architecture(configuration: str, *, num_classes: int, weights: str) -> Model
 
 
 def pretrain(name: str, folder: Path, epochs: int | None = None) -> Path:
-    """Trains one backbone and writes it.
-
-    Args:
-        name: A name in `RECIPES`.
-        folder: Where `NAME.safetensors` is written.
-        epochs: The number of epochs, if not that of the recipe.
-
-    Returns:
-        The file.
-    """
+    """Trains one backbone of `RECIPES`, writes `NAME.safetensors` into a folder, and returns that file."""
     recipe = RECIPES[name]
     seed_everything(SEED)
     data = recipe.data()

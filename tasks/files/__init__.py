@@ -13,9 +13,9 @@ from lora_plugins.tasks.files.image_folders import (
     is_hidden,
     left_out,
     named_by_text,
+    one_left_out,
     paired,
     subfolders,
-    why_left_out,
     without_images,
 )
 from lora_plugins.tasks.files.image_io import (
@@ -50,6 +50,7 @@ __all__ = [
     "leaves_one",
     "left_out",
     "named_by_text",
+    "one_left_out",
     "open_image",
     "paired",
     "path_key",
@@ -60,6 +61,5 @@ __all__ = [
     "row_split",
     "shown_size",
     "subfolders",
-    "why_left_out",
     "without_images",
 ]

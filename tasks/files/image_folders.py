@@ -69,11 +69,14 @@ def left_out(folders: Iterable[Path]) -> list[Path]:
     return [path for path in found if path.is_dir() or path.suffix.lower() not in IMAGE_SUFFIXES]
 
 
-def why_left_out(path: Path) -> str:
-    """Says what something is that is not read."""
+def one_left_out(paths: Sequence[Path]) -> str:
+    """Names one of the files that are not read, of their most frequent kind, and says what it is."""
+    kinds = Counter(path.suffix.lower() for path in paths)
+    path = max(paths, key=lambda path: kinds[path.suffix.lower()])
     if path.is_dir():
-        return "is a folder"
-    return "lies beside the folders" if path.suffix.lower() in IMAGE_SUFFIXES else "is no image file here"
+        return f"{path}, which is a folder"
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    return f"{path}, which {'lies beside the folders' if is_image else 'is no image file here'}"
 
 
 def without_images(folder: Path) -> str:
@@ -86,12 +89,7 @@ def without_images(folder: Path) -> str:
 
 
 def paired(images: Path, masks: Path, problems: list[str]) -> list[tuple[Path, Path]]:
-    """Pairs the images of a folder with the masks of the same names in another one.
-
-    Args:
-        images: The folder of images.
-        masks: The folder of masks, PNG files.
-        problems: What cannot be paired is added, with the reason.
+    """Pairs images with the masks, PNG files, of the same names; adds to `problems` what cannot be paired, and why.
 
     Raises:
         DataError: If a folder is missing, or the name of a file is no text.

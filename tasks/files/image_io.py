@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, TypeVar
 
 from PIL import Image, UnidentifiedImageError
@@ -18,17 +17,15 @@ OPEN_MODES = frozenset({"I", "F"})
 ORIENTATION = 0x0112
 """Where EXIF says how an image is turned."""
 
-TO_UPRIGHT: Mapping[int, Image.Transpose] = MappingProxyType(
-    {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-)
+TO_UPRIGHT: Mapping[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 """What makes an image upright, by its orientation."""
 
 SIDEWAYS = frozenset(TO_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
@@ -44,11 +41,7 @@ Found = TypeVar("Found")
 
 
 def read_image(path: Path, resized_to: Sequence[int] | None = None) -> Image.Image:
-    """Reads an image file as RGB.
-
-    Args:
-        path: The file.
-        resized_to: As in `decode_image`.
+    """Reads an image file as RGB; `resized_to` is as in `decode_image`.
 
     Raises:
         DataError: If it cannot be read, with its path.
@@ -58,10 +51,6 @@ def read_image(path: Path, resized_to: Sequence[int] | None = None) -> Image.Ima
 
 def as_rgb(image: Image.Image, name: object) -> Image.Image:
     """Converts an image to RGB. Of 16 bits, the upper 8 are taken; Pillow by itself makes white of all above 255.
-
-    Args:
-        image: The image.
-        name: Its name in error messages.
 
     Raises:
         DataError: If its values have no range of which white is the end.
@@ -81,11 +70,7 @@ def as_rgb(image: Image.Image, name: object) -> Image.Image:
 
 
 def open_image(path: Path, resized_to: Sequence[int] | None = None) -> Image.Image:
-    """Reads an image file in the mode in which it is stored.
-
-    Args:
-        path: The file.
-        resized_to: As in `decode_image`.
+    """Reads an image file in the mode in which it is stored; `resized_to` is as in `decode_image`.
 
     Raises:
         DataError: If it cannot be read, with its path.
@@ -97,12 +82,9 @@ def open_image(path: Path, resized_to: Sequence[int] | None = None) -> Image.Ima
 def decode_image(source: str | Path | IO[bytes], name: str, resized_to: Sequence[int] | None = None) -> Image.Image:
     """Decodes an image and rotates it as its EXIF orientation says, whatever else is wrong in its EXIF.
 
-    Args:
-        source: The encoded image.
-        name: Its name in error messages.
-        resized_to: Height and width that the image is resized to then, or a crop of it. A JPEG that is much larger is
-            decoded at a half, a quarter or an eighth of its size, in a third of the time; both sides stay `ROOM` times
-            as long as they will be, or longer. None for its own size.
+    A JPEG that is much larger than `resized_to`, height and width that it or a crop of it gets then, is decoded at a
+    half, a quarter or an eighth of its size, in a third of the time; both sides stay `ROOM` times as long as they will
+    be, or longer.
 
     Raises:
         DataError: If it cannot be decoded.

@@ -7,16 +7,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from lora_plugins.errors import listing, near
+from lora_plugins.errors import listing, near, nothing_there
 from lora_plugins.field_checks import shown
 from lora_plugins.tasks.errors import DataError, unknown
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL
 
 Row = Mapping[str, Any]
-SPLIT_NAMES = MappingProxyType({TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST})
+SPLIT_NAMES: Mapping[str, str] = {TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST}
 
 _NO_COMMAS = ";\t|"
 """What else separates columns, as in what spreadsheets save where the comma is that of numbers."""
@@ -54,9 +53,11 @@ def _json_rows(text: str, path: Path) -> list[Row]:
     return rows
 
 
-READERS: Mapping[str, Callable[[str, Path], list[Row]]] = MappingProxyType(
-    {".csv": _csv_rows, ".jsonl": _json_rows, ".ndjson": _json_rows}
-)
+READERS: Mapping[str, Callable[[str, Path], list[Row]]] = {
+    ".csv": _csv_rows,
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+}
 
 
 def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
@@ -95,21 +96,18 @@ def read_text(path: Path) -> str:
     """Reads a text in UTF-8, with or without a byte order mark.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If it is missing, or cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"There is no file {path}: {nothing_there(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}. It has to be a text in UTF-8.") from error
 
 
 def row_split(row: Row, column: str, where: str) -> str:
     """The split of a row: the value of its split column, or train if there is none.
-
-    Args:
-        row: The row.
-        column: The name of the split column.
-        where: The row's name in error messages.
 
     Raises:
         DataError: For another value than train, val, valid, validation and test.

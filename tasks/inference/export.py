@@ -13,7 +13,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from lora_plugins.integrations.lightning.module import plain_state_dict, write_s
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.tasks.argument_checks import check_path, check_size, instance_of
 from lora_plugins.tasks.command_lines import ONNX, check_ending, check_runtime
-from lora_plugins.tasks.data import Size
+from lora_plugins.tasks.data import INTERPOLATIONS, Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.inference.loading import load_task, merged_task
@@ -34,7 +33,7 @@ from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask, eval_mode
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_file
 
-CLASS_NAMES, BATCH = "class_names", "batch"
+CLASS_NAMES, INTERPOLATION, BATCH = "class_names", "interpolation", "batch"
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
 
@@ -47,11 +46,7 @@ _CHECKS: Mapping[str, Check] = {
 
 
 class _ExportedNetwork(nn.Module):
-    """A task's network from images in [0, 1] to logits, without the task.
-
-    Args:
-        task: The task, with plain layers only.
-    """
+    """The network of a task with plain layers only, from images in [0, 1] to logits, without the task."""
 
     mean: Tensor
     std: Tensor
@@ -123,7 +118,8 @@ def _write_program(task: VisionTask, path: Path, size: Size | None) -> float:
         expected = _logits(network, images, task.image_size)
         shapes = {"images": {0: torch.export.Dim(BATCH, min=1)}}
         program = torch.export.export(network, (images,), dynamic_shapes=shapes)
-        written, exported = FORMATS[path.suffix](program, {CLASS_NAMES: json.dumps([*task.class_labels])})
+        said = {CLASS_NAMES: json.dumps([*task.class_labels]), INTERPOLATION: _resizing(task)}
+        written, exported = FORMATS[path.suffix](program, said)
         cases = ((images, expected), (images[:1], expected[:1]))  # two batch sizes
         scale = expected.abs().max()
         difference = max(float((exported(batch) - logits).abs().max() / scale) for batch, logits in cases)
@@ -145,7 +141,15 @@ def main(given: Namespace) -> int:
     task = merged_task(given.model, given.weights, max_error=max_error)
     difference = export_task(task, given.out, given.size)
     print(f"{given.out}: logits as the task's, within {difference:.1e} of the largest")
+    if Path(given.out).suffix != SAFETENSORS:
+        shape = ", ".join(str(each) for each in (len(task.mean), *(given.size or task.image_size or ())))
+        print(f"It takes images (N, {shape}) in [0, 1], resized ({_resizing(task)}), and normalizes them itself.")
     return 0
+
+
+def _resizing(task: VisionTask) -> str:
+    """Returns how the images of a task are resized, as torch says it: some names of timm stand for another."""
+    return str(INTERPOLATIONS[task.interpolation].value)
 
 
 def _checked(path: str | Path) -> Path:
@@ -219,4 +223,4 @@ _Exported = tuple[bytes, Callable[[Tensor], Tensor]]
 """The content of a file, and its network."""
 
 _Write = Callable[[ExportedProgram, Mapping[str, str]], _Exported]
-FORMATS: Mapping[str, _Write] = MappingProxyType({".pt2": _to_pt2, ONNX: _to_onnx})
+FORMATS: Mapping[str, _Write] = {".pt2": _to_pt2, ONNX: _to_onnx}

@@ -89,12 +89,7 @@ def _load(path: Path, weights: str | Path | None) -> VisionTask:
 
 @dataclass(frozen=True)
 class AdapterTask:
-    """The task that an adapter folder is of.
-
-    Args:
-        path: The folder.
-        manifest: Its manifest.
-    """
+    """The task that an adapter folder is of."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -117,16 +112,12 @@ class AdapterTask:
     def build(self, weights: str | Path | None = None) -> VisionTask:
         """Builds the task with its base, without the adapter; `weights` is where those of the base are now."""
         with _building(self.path):
-            return self._build(weights)
-
-    def _build(self, weights: str | Path | None) -> VisionTask:
-        if weights is None and self.provenance["arguments"]["model"]["weights"] == NONE:
-            raise WeightsError(
-                f"The base of {self.path} was random (weights: none) and is in no file. The merged file of its run, "
-                "export_to of the LoraCallback, would hold all; or train on weights that are in a file."
-            )
-        task: VisionTask = _task_class(self.provenance, self.path)(**_arguments(self.provenance, weights))
-        return task
+            if weights is None and self.provenance["arguments"]["model"]["weights"] == NONE:
+                raise WeightsError(
+                    f"The base of {self.path} was random (weights: none) and is in no file. The merged file of its "
+                    "run, export_to of the LoraCallback, would hold all; or train on weights that are in a file."
+                )
+            return _task_class(self.provenance, self.path)(**_arguments(self.provenance, weights))
 
 
 def task_of_adapter(path: Path) -> AdapterTask:

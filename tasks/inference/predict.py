@@ -26,7 +26,7 @@ from lora_plugins.field_checks import Check, check_fields, check_flag, choice_of
 from lora_plugins.tasks.argument_checks import check_path, check_paths, check_size, instance_of
 from lora_plugins.tasks.data import ERROR, PROBLEM_POLICIES, SKIP, Size
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import as_png, left_out, read_image, why_left_out
+from lora_plugins.tasks.files import as_png, left_out, one_left_out, read_image
 from lora_plugins.tasks.inference.given_images import given_images
 from lora_plugins.tasks.inference.loading import load_task
 from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_labels
@@ -114,7 +114,7 @@ def main(given: Namespace) -> int:
     print(_told(files, given.out))
     unread = left_out(folder for folder in map(Path, given.images) if folder.is_dir())
     if unread:
-        print(f"Left out: {len(unread)}, such as {unread[0]}, which {why_left_out(unread[0])}")
+        print(f"Left out: {len(unread)}, such as {one_left_out(unread)}")
     return 0
 
 

@@ -20,13 +20,10 @@ WINDOWS_PER_BATCH = 4
 def label_probabilities(task: VisionTask, image: Tensor, *, flips: bool = False) -> Tensor:
     """The probability of each class, (classes,).
 
-    Args:
-        task: The task, in eval mode.
-        image: (channels, H, W), 8-bit or in [0, 1], of any size; it is resized to the size that the task was trained
-            with.
-        flips: Whether to average over the image and its mirror image.
+    The image (channels, H, W), 8-bit or in [0, 1], is resized to the size that the task, in eval mode, was trained
+    with; with `flips`, its mirror image counts as much.
     """
-    return _probabilities(task, _resized(task, image)[None], flips)[0]
+    return _probabilities(task, resized(image, task.image_size, task.interpolation)[None], flips)[0]
 
 
 def mask_probabilities(
@@ -66,12 +63,7 @@ def mask_labels(
 ) -> Tensor:
     """The most probable class at each pixel, (H, W), 8-bit; probabilities of a large image would fill the memory.
 
-    Args:
-        task: The task, in eval mode, of at most 256 classes.
-        image: As in `mask_probabilities`.
-        window: Likewise.
-        overlap: Likewise.
-        flips: Likewise.
+    The arguments are those of `mask_probabilities`; the task has at most 256 classes.
 
     Raises:
         ConfigError: As `mask_probabilities` does.
@@ -83,12 +75,7 @@ def mask_labels(
 
 
 def most_probable(probabilities: Tensor, size: Sequence[int]) -> Tensor:
-    """The most probable class at each pixel of a larger image, (H, W), 8-bit.
-
-    Args:
-        probabilities: (classes, h, w), of at most 256 classes.
-        size: Height and width of the image.
-    """
+    """The most probable of at most 256 classes (classes, h, w) at each pixel of a larger image, (H, W), 8-bit."""
     return _first_of_the_largest(_enlarged(each[None], size)[0] for each in probabilities)
 
 
@@ -162,16 +149,7 @@ def _probabilities(task: VisionTask, images: Tensor, flips: bool) -> Tensor:
 
 
 def resized(image: Tensor, size: Sequence[int] | None, interpolation: str) -> Tensor:
-    """Resizes an image as the data of a task were: in 8 bits.
-
-    Args:
-        image: (channels, H, W), 8-bit or in [0, 1].
-        size: Height and width; None leaves it as it is.
-        interpolation: How.
-
-    Returns:
-        The image in [0, 1].
-    """
+    """Resizes an image (channels, H, W), 8-bit or in [0, 1], as data of a task were, in 8 bits, to one in [0, 1]."""
     if size is None:
         return _unit(image)
     stored = functional.to_dtype(image, torch.uint8, scale=True)
@@ -183,10 +161,6 @@ def resized(image: Tensor, size: Sequence[int] | None, interpolation: str) -> Te
 def _unit(image: Tensor) -> Tensor:
     """An image in [0, 1]."""
     return image.float() / 255 if image.dtype == torch.uint8 else image
-
-
-def _resized(task: VisionTask, image: Tensor) -> Tensor:
-    return resized(image, task.image_size, task.interpolation)
 
 
 def _windows(height: int, width: int, window: Size, overlap: float) -> Iterator[tuple[slice, slice]]:

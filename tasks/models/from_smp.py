@@ -35,11 +35,6 @@ def build_segmenter(config: ModelConfig) -> Network:
     return Network(module.train(), heads, *_own_normalization(config))
 
 
-def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Calls the network: images (N, channels, H, W) to logits (N, classes, H, W)."""
-    return cast(Tensor, network(images))
-
-
 def _of_encoder(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file under the network's names, where the file is of the encoder alone, or of a timm classifier.
 

@@ -1,8 +1,6 @@
 """Classifiers of timm (https://github.com/huggingface/pytorch-image-models)."""
 
-from typing import Any, cast
-
-from torch import Tensor, nn
+from typing import Any
 
 from lora_plugins.tasks.errors import unfetched, unknown
 from lora_plugins.tasks.models.model_config import ModelConfig, building
@@ -22,11 +20,6 @@ def build_classifier(config: ModelConfig) -> Network:
     else:
         module, new = _from_file(config)
     return Network(module.train(), new, **_preprocessing(module, config))
-
-
-def logits(network: nn.Module, images: Tensor) -> Tensor:
-    """Calls the network: images (N, channels, H, W) to logits (N, classes)."""
-    return cast(Tensor, network(images))
 
 
 def check_name(name: str) -> None:

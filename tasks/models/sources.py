@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -17,32 +18,36 @@ from lora_plugins.tasks.models.new_head import with_head
 from lora_plugins.tasks.models.weights import PRETRAINED
 
 
+def _answer(network: nn.Module, images: Tensor) -> Tensor:
+    return cast(Tensor, network(images))
+
+
 @dataclass(frozen=True)
 class Source:
     """What a task needs from a library.
 
     Attributes:
         build: Builds the network that a configuration describes.
-        logits: Calls such a network on a batch of images and returns its logits.
+        logits: Calls such a network on a batch of images and returns its logits; by default, they are its answer.
     """
 
     build: Callable[[ModelConfig], Network]
-    logits: Callable[[nn.Module, Tensor], Tensor]
+    logits: Callable[[nn.Module, Tensor], Tensor] = _answer
 
 
-CLASSIFIERS: Mapping[str, Source] = MappingProxyType(
-    {
-        "timm": Source(from_timm.build_classifier, from_timm.logits),
-        "transformers": Source(from_transformers.build_classifier, from_transformers.logits),
-    }
-)
-SEGMENTERS: Mapping[str, Source] = MappingProxyType(
-    {
-        "smp": Source(from_smp.build_segmenter, from_smp.logits),
-        "torchvision": Source(from_torchvision.build_segmenter, from_torchvision.logits),
-        "transformers": Source(from_transformers.build_segmenter, from_transformers.logits),
-    }
-)
+CLASSIFIERS: Mapping[str, Source] = {
+    "timm": Source(from_timm.build_classifier),
+    "transformers": Source(
+        partial(from_transformers.build, "AutoModelForImageClassification"), from_transformers.logits
+    ),
+}
+SEGMENTERS: Mapping[str, Source] = {
+    "smp": Source(from_smp.build_segmenter),
+    "torchvision": Source(from_torchvision.build_segmenter, from_torchvision.logits),
+    "transformers": Source(
+        partial(from_transformers.build, "AutoModelForSemanticSegmentation"), from_transformers.logits
+    ),
+}
 
 
 def build_network(config: ModelConfig, sources: Mapping[str, Source]) -> Network:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 BLANK = "-"
 TINY = 1e-4
@@ -44,21 +43,19 @@ class MetricKind:
         return "better" if (after > before) != self.lower_is_better else "worse"
 
 
-KINDS: Mapping[str, MetricKind] = MappingProxyType(
-    {
-        "loss": MetricKind("Loss", lower_is_better=True),
-        "accuracy": MetricKind("Accuracy", is_share=True),
-        "top5": MetricKind("Top-5 accuracy", is_share=True),
-        "f1": MetricKind("F1, mean of classes", is_share=True),
-        "auroc": MetricKind("AUROC", is_share=True),
-        "calibration_error": MetricKind("Calibration error", is_share=True, lower_is_better=True),
-        "mean_iou": MetricKind("Mean IoU", is_share=True),
-        "dice": MetricKind("Dice", is_share=True),
-        "pixel_accuracy": MetricKind("Pixel accuracy", is_share=True),
-        "recall": MetricKind("Recall", is_share=True),
-        "iou": MetricKind("IoU", is_share=True),
-    }
-)
+KINDS: Mapping[str, MetricKind] = {
+    "loss": MetricKind("Loss", lower_is_better=True),
+    "accuracy": MetricKind("Accuracy", is_share=True),
+    "top5": MetricKind("Top-5 accuracy", is_share=True),
+    "f1": MetricKind("F1, mean of classes", is_share=True),
+    "auroc": MetricKind("AUROC", is_share=True),
+    "calibration_error": MetricKind("Calibration error", is_share=True, lower_is_better=True),
+    "mean_iou": MetricKind("Mean IoU", is_share=True),
+    "dice": MetricKind("Dice", is_share=True),
+    "pixel_accuracy": MetricKind("Pixel accuracy", is_share=True),
+    "recall": MetricKind("Recall", is_share=True),
+    "iou": MetricKind("IoU", is_share=True),
+}
 """By the name under which a task logs it, without its split."""
 
 

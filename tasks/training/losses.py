@@ -1,8 +1,8 @@
 """Losses by name, alone or as a weighted sum: `cross_entropy`, `cross_entropy + dice`, `focal + 0.5 * lovasz`."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,27 +20,21 @@ TERM = re.compile(r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE]-?\d+)?)\s*\*)?\s*(\w+)\s*"
 TINY = torch.finfo(torch.float32).tiny
 
 
-def _focal(ignore_index: int) -> Any:
-    from segmentation_models_pytorch.losses import FocalLoss
-
-    return FocalLoss("multiclass", ignore_index=ignore_index)
-
-
-def _dice(ignore_index: int) -> Any:
-    from segmentation_models_pytorch.losses import DiceLoss
-
-    return DiceLoss("multiclass", ignore_index=ignore_index)
-
-
-def _lovasz(ignore_index: int) -> Any:
-    from segmentation_models_pytorch.losses import LovaszLoss
-
-    loss: Any = LovaszLoss("multiclass", ignore_index=ignore_index)
-    return lambda logits, targets: loss(logits.float(), targets)  # it knows single precision only
-
-
-SMP_LOSSES: Mapping[str, Callable[[int], Any]] = MappingProxyType({"focal": _focal, "dice": _dice, "lovasz": _lovasz})
+SMP_LOSSES: Mapping[str, str] = {"focal": "FocalLoss", "dice": "DiceLoss", "lovasz": "LovaszLoss"}
 """Of segmentation-models-pytorch: focal (arXiv 1708.02002), Dice (arXiv 1606.04797), Lovász (arXiv 1705.08790)."""
+
+
+def _smp_loss(name: str, ignore_index: int) -> Any:
+    from segmentation_models_pytorch import losses
+
+    loss = getattr(losses, SMP_LOSSES[name])("multiclass", ignore_index=ignore_index)
+    if name != "lovasz":
+        return loss
+    return partial(_in_single_precision, loss)  # it knows no other
+
+
+def _in_single_precision(loss: Any, logits: Tensor, targets: Tensor) -> Any:
+    return loss(logits.float(), targets)
 
 
 class Objective:
@@ -66,7 +60,7 @@ class Objective:
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         if label_smoothing and CROSS_ENTROPY not in self.factors:
             raise ConfigError(f"label_smoothing is for cross_entropy, which the loss {text!r} does not hold.")
-        self._terms = {name: SMP_LOSSES[name](ignore_index) for name in self.factors if name != CROSS_ENTROPY}
+        self._terms = {name: _smp_loss(name, ignore_index) for name in self.factors if name != CROSS_ENTROPY}
 
     @property
     def takes_class_weights(self) -> bool:
@@ -81,10 +75,7 @@ class Objective:
     def __call__(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of logits (N, classes, ...) for labels (N, ...), or for soft targets (N, classes).
 
-        Args:
-            logits: The logits.
-            targets: The labels or soft targets.
-            weights: A weight for each class, (classes,), for cross entropy.
+        Cross entropy takes a weight for each class, (classes,).
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weights = None if weights is None else weights.to(logits)
@@ -103,10 +94,6 @@ class Objective:
         """The weight of the loss of a batch in a mean over batches: the share of its labels that count, in samples.
 
         So the mean of cross entropy over a split is the same in any batches. It is above 0: a mean of nothing is 0.
-
-        Args:
-            targets: The labels or soft targets.
-            weights: The weight of each class in cross entropy.
         """
         if targets.is_floating_point():
             total = targets.new_tensor(len(targets)) if weights is None else (targets @ weights.to(targets)).sum()
@@ -132,11 +119,7 @@ class Objective:
 
 
 def balanced_weights(counts: Tensor) -> Tensor:
-    """Class weights inverse to frequency: `total / (classes * count)`, or 1 for a class that never occurs.
-
-    Args:
-        counts: How often each class occurs, (classes,).
-    """
+    """Class weights by counts (classes,): `total / (classes * count)`, or 1 for a class that never occurs."""
     occurs = counts > 0
     weights = counts.sum() / (occurs.sum() * counts.clamp(min=1))
     return torch.where(occurs, weights, 1.0)

@@ -286,7 +286,10 @@ def test_the_default_model_needs_no_hub(kind, folders, tmp_path, monkeypatch, ca
     assert main(["predict", "runs/photos/adapter", "photos/**/*.jpg"]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", ["timm/tf_efficientnet_lite0", "smp/Unet:tu-tf_efficientnet_lite0", None])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param("timm/tf_efficientnet_lite0", marks=pytest.mark.slow), "smp/Unet:tu-tf_efficientnet_lite0", None],
+)
 def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
     folders("masks")
     named = [] if model is None else ["--model", model]
@@ -330,6 +333,15 @@ def test_files_that_are_not_read_are_counted(folders, tmp_path, capsys, name, wh
     assert main(["train", *given, "--plan"]) == 0, capsys.readouterr().err
     left = f"photos/{name}, which {why}" if why else "photos/dog/more, which is a folder"
     assert f"(0.2 of all); 1 left out, such as {left}" in capsys.readouterr().out
+
+
+def test_the_most_frequent_kind_of_what_is_not_read_is_named(folders, tmp_path, capsys):
+    given = folders("labels")
+    for name in ("Thumbs.db", "one.heic", "two.heic"):
+        (tmp_path / "photos" / "cat" / name).touch()
+    assert main(["train", *given, "--plan"]) == 0, capsys.readouterr().err
+    assert "3 left out, such as" in (out := capsys.readouterr().out)
+    assert "one.heic, which is no image file here" in out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from operator import eq
 from pathlib import Path
 
 import pytest
@@ -94,13 +95,13 @@ def test_the_shipped_model_draws_what_it_knows_and_is_small():
     digits = [digit for digit in KNOWN_DIGITS for _ in range(4)]
     prompts = [digit_prompt(digit) for digit in digits]
     drawn = sample(load_pipeline(folder), prompts, range(len(prompts)), Sampling(steps=10, guidance=2.0, batch_size=32))
-    assert DigitReader().share(drawn, digits) >= 0.9
+    assert sum(map(eq, DigitReader().read(drawn), digits)) >= 0.9 * len(digits)
 
 
 def test_the_reader_reads():
     test = load_digit_splits(range(10))["test"]
     pictures = [Image.fromarray((ink * 255).byte().numpy()) for ink in test.ink]
-    assert DigitReader().share(pictures, test.labels.tolist()) > 0.98
+    assert sum(map(eq, DigitReader().read(pictures), test.labels.tolist())) > 0.98 * len(pictures)
 
 
 def test_the_shipped_model_can_be_trained_again(tmp_path):

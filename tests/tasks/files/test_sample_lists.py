@@ -69,6 +69,12 @@ def test_a_row_that_lacks_a_column_is_named(tmp_path):
         read_list(tmp_path / "list.jsonl", ("image", "label"))
 
 
+def test_a_list_that_is_not_there(tmp_path):
+    (tmp_path / "list.csv").touch()
+    with pytest.raises(DataError, match=r"There is no file .*lits\.csv: .*\. Did you mean 'list\.csv'\?$"):
+        read_list(tmp_path / "lits.csv", ("image",))
+
+
 @pytest.mark.parametrize("split", [["train"], {}, 1, "Train"], ids=["list", "table", "number", "case"])
 def test_splits_that_are_none_are_refused(split):
     with pytest.raises(DataError, match="Row 1: Unknown split"):

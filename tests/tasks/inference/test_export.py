@@ -27,15 +27,18 @@ def export(arguments):
 
 
 class TestExport:
-    @pytest.mark.parametrize(("kind", "size"), [("labels", (16, 16)), ("masks", (64, 64))])
-    def test_torch_export(self, fitted, tmp_path, kind, size):
+    @pytest.mark.parametrize(
+        ("kind", "size", "resized"), [("labels", (16, 16), "bicubic"), ("masks", (64, 64), "bilinear")]
+    )
+    def test_torch_export(self, fitted, tmp_path, kind, size, resized):
         """At the size of the data, embedded or not, which the files know."""
         task = merged_task(fitted[kind][1]["adapter"])
         assert export_task(task, tmp_path / "m.pt2") < 1e-5
         images = torch.rand(3, 3, *size)
-        said = {"class_names": ""}
+        said = {"class_names": "", "interpolation": ""}
         found = torch.export.load(tmp_path / "m.pt2", extra_files=said).module()(images)
         assert json.loads(said["class_names"]) == task.class_names
+        assert said["interpolation"] == resized
         torch.testing.assert_close(found, task(images), atol=1e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("suffix", [".pt2", ".safetensors"])
@@ -75,7 +78,9 @@ class TestExport:
     def test_another_size(self, fitted, tmp_path, capsys):
         files = [str(fitted["masks"][1]["merged"]), str(tmp_path / "m.pt2")]
         assert export([*files, "--size", "32", "96"]) == 0
-        assert "logits as the task's, within" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "logits as the task's, within" in printed
+        assert "takes images (N, 3, 32, 96) in [0, 1], resized (bilinear), and normalizes them itself" in printed
         found = torch.export.load(files[1]).module()(torch.rand(1, 3, 32, 96))
         assert found.shape == (1, 4, 32, 96)
 
@@ -160,13 +165,14 @@ class TestExport:
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of onnxscript
     @pytest.mark.filterwarnings("ignore::FutureWarning")
     @pytest.mark.filterwarnings("ignore::UserWarning")
-    @pytest.mark.parametrize("kind", ["labels", "masks"])
-    def test_onnx(self, fitted, tmp_path, kind):
+    @pytest.mark.parametrize(("kind", "resized"), [("labels", "bicubic"), ("masks", "bilinear")])
+    def test_onnx(self, fitted, tmp_path, kind, resized):
         runtime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
         assert export_task(merged_task(fitted[kind][1]["adapter"]), tmp_path / "m.onnx") < 1e-4
         session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
         assert [each.shape[0] for each in (*session.get_inputs(), *session.get_outputs())] == ["batch", "batch"]
-        names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-        assert names == load_task(fitted[kind][1]["adapter"]).class_names
+        said, task = session.get_modelmeta().custom_metadata_map, load_task(fitted[kind][1]["adapter"])
+        assert json.loads(said["class_names"]) == task.class_names
+        assert said["interpolation"] == resized
         assert [each.name for each in session.get_outputs()] == ["logits"]

@@ -1,5 +1,7 @@
 """Losses by name, their sums, and class weights."""
 
+import pickle
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
@@ -47,6 +49,12 @@ def test_every_loss_falls_to_nothing_when_all_is_right(name):
     _, masks = maps()
     right = 200 * (torch.nn.functional.one_hot(masks.clamp(max=2), 3) - 0.5).permute(0, 3, 1, 2).float()
     assert objective(name)(right, masks) < 1e-3 < objective(name)(-right, masks)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_loss_goes_to_processes_that_are_spawned(name):
+    there = pickle.loads(pickle.dumps(objective(name)))
+    assert there(*maps()) == objective(name)(*maps())
 
 
 def test_a_sum_adds_up_with_its_factors():
