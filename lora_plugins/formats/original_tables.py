@@ -73,15 +73,15 @@ _STABLE_DIFFUSION_3: Table = {
     "joint_blocks.*.x_block.attn.proj": ("transformer_blocks.*.attn.to_out.0",),
     "joint_blocks.*.x_block.attn2.qkv": tuple(f"transformer_blocks.*.attn2.to_{name}" for name in "qkv"),
     "joint_blocks.*.x_block.attn2.proj": ("transformer_blocks.*.attn2.to_out.0",),
-    **{
-        f"joint_blocks.*.{original}.ln_{part}": (f"transformer_blocks.*.{ours}{part}",)
-        for original, ours in {
-            "x_block.attn": "attn.norm_",
-            "x_block.attn2": "attn2.norm_",
-            "context_block.attn": "attn.norm_added_",
-        }.items()
-        for part in "qk"
-    },
+    **_layers_in(
+        {
+            "joint_blocks.*.x_block.attn": "transformer_blocks.*.attn",
+            "joint_blocks.*.x_block.attn2": "transformer_blocks.*.attn2",
+        },
+        {"ln_q": "norm_q", "ln_k": "norm_k"},
+    ),
+    "joint_blocks.*.context_block.attn.ln_q": ("transformer_blocks.*.attn.norm_added_q",),
+    "joint_blocks.*.context_block.attn.ln_k": ("transformer_blocks.*.attn.norm_added_k",),
     "joint_blocks.*.x_block.mlp.fc1": ("transformer_blocks.*.ff.net.0.proj",),
     "joint_blocks.*.x_block.mlp.fc2": ("transformer_blocks.*.ff.net.2",),
     "joint_blocks.*.x_block.adaLN_modulation.1": ("transformer_blocks.*.norm1.linear",),
@@ -153,15 +153,16 @@ _HUNYUAN: Table = {
     "double_blocks.*.txt_mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
     "double_blocks.*.txt_mod.linear": ("transformer_blocks.*.norm1_context.linear",),
     "single_blocks.*.modulation.linear": ("single_transformer_blocks.*.norm.linear",),
-    **{
-        f"{original}{part}_norm": (f"{ours}{part}",)
-        for original, ours in {
-            "double_blocks.*.img_attn_": "transformer_blocks.*.attn.norm_",
-            "double_blocks.*.txt_attn_": "transformer_blocks.*.attn.norm_added_",
-            "single_blocks.*.": "single_transformer_blocks.*.attn.norm_",
-        }.items()
-        for part in "qk"
-    },
+    **_layers_in(
+        {"double_blocks.*": "transformer_blocks.*.attn"},
+        {
+            "img_attn_q_norm": "norm_q",
+            "img_attn_k_norm": "norm_k",
+            "txt_attn_q_norm": "norm_added_q",
+            "txt_attn_k_norm": "norm_added_k",
+        },
+    ),
+    **_layers_in({"single_blocks.*": "single_transformer_blocks.*.attn"}, _QK_NORMS),
     **_FLUX_BLOCKS,
     "txt_in.input_embedder": (f"{_REFINER}.proj_in",),
     **_pair("txt_in.t_embedder", f"{_REFINER}.time_text_embed.timestep_embedder"),
@@ -188,7 +189,9 @@ _HUNYUAN_VIDEO: Table = {
 
 _BYT5: Table = {
     "byt5_in.layernorm": ("context_embedder_2.norm",),
-    **{f"byt5_in.fc{n}": (f"context_embedder_2.linear_{n}",) for n in (1, 2, 3)},
+    "byt5_in.fc1": ("context_embedder_2.linear_1",),
+    "byt5_in.fc2": ("context_embedder_2.linear_2",),
+    "byt5_in.fc3": ("context_embedder_2.linear_3",),
 }
 
 _HUNYUAN_VIDEO_1_5: Table = {
@@ -216,27 +219,38 @@ _HUNYUAN_IMAGE: Table = {
     **_pair("guidance_in", "time_guidance_embed.guidance_embedder"),
 }
 
-_WAN_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj"}
-_WAN_NORMS = {"norm_q": "norm_q", "norm_k": "norm_k", "norm_k_img": "norm_added_k"}
+_WAN_ATTENTION = {
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
+    "k_img": "add_k_proj",
+    "v_img": "add_v_proj",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+    "norm_k_img": "norm_added_k",
+}
 
 _WAN: Table = {
-    **{
-        f"{blocks}.*.{attention}.{name}": (f"{blocks}.*.{ours}.{own}",)
-        for blocks in ("blocks", "vace_blocks")
-        for attention, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for name, own in (_WAN_ATTENTION | _WAN_NORMS).items()
-    },
-    **{
-        f"{blocks}.*.{name}": (f"{blocks}.*.{own}",)
-        for blocks in ("blocks", "vace_blocks")
-        for name, own in {
+    **_layers_in(
+        {
+            "blocks.*.self_attn": "blocks.*.attn1",
+            "blocks.*.cross_attn": "blocks.*.attn2",
+            "vace_blocks.*.self_attn": "vace_blocks.*.attn1",
+            "vace_blocks.*.cross_attn": "vace_blocks.*.attn2",
+        },
+        _WAN_ATTENTION,
+    ),
+    **_layers_in(
+        {"blocks.*": "blocks.*", "vace_blocks.*": "vace_blocks.*"},
+        {
             "ffn.0": "ffn.net.0.proj",
             "ffn.2": "ffn.net.2",
             "norm3": "norm2",
             "before_proj": "proj_in",
             "after_proj": "proj_out",
-        }.items()
-    },
+        },
+    ),
     **_pair("text_embedding", "condition_embedder.text_embedder", ("0", "2")),
     **_pair("time_embedding", "condition_embedder.time_embedder", ("0", "2")),
     "time_projection.1": ("condition_embedder.time_proj",),
@@ -251,10 +265,9 @@ _LUMINA_BLOCKS = ("layers", "noise_refiner", "context_refiner")
 
 _LUMINA_2: Table = {
     **{f"{blocks}.*.attention.qkv": tuple(f"{blocks}.*.{name}" for name in _QKV) for blocks in _LUMINA_BLOCKS},
-    **{
-        f"{blocks}.*.{name}": (f"{blocks}.*.{own}",)
-        for blocks in _LUMINA_BLOCKS
-        for name, own in {
+    **_layers_in(
+        {f"{blocks}.*": f"{blocks}.*" for blocks in _LUMINA_BLOCKS},
+        {
             "attention.q_norm": "attn.norm_q",
             "attention.k_norm": "attn.norm_k",
             "attention.out": "attn.to_out.0",
@@ -263,8 +276,8 @@ _LUMINA_2: Table = {
             "feed_forward.w3": "feed_forward.linear_3",
             "adaLN_modulation.1": "norm1.linear",
             "attention_norm2": "norm2",
-        }.items()
-    },
+        },
+    ),
     "layers.*.attention_norm1": ("layers.*.norm1.norm",),
     "noise_refiner.*.attention_norm1": ("noise_refiner.*.norm1.norm",),
     "context_refiner.*.attention_norm1": ("context_refiner.*.norm1",),
@@ -344,11 +357,9 @@ _COSMOS: Table = {
             **_QK_NORMS,
         },
     ),
-    **{
-        f"blocks.*.adaln_modulation_{part}.{n}": (f"transformer_blocks.*.{norm}.linear_{n}",)
-        for part, norm in (("self_attn", "norm1"), ("cross_attn", "norm2"), ("mlp", "norm3"))
-        for n in (1, 2)
-    },
+    **_pair("blocks.*.adaln_modulation_self_attn", "transformer_blocks.*.norm1", ("1", "2")),
+    **_pair("blocks.*.adaln_modulation_cross_attn", "transformer_blocks.*.norm2", ("1", "2")),
+    **_pair("blocks.*.adaln_modulation_mlp", "transformer_blocks.*.norm3", ("1", "2")),
     "blocks.*.mlp.layer1": ("transformer_blocks.*.ff.net.0.proj",),
     "blocks.*.mlp.layer2": ("transformer_blocks.*.ff.net.2",),
     **_pair("final_layer.adaln_modulation", "norm_out", ("1", "2")),
