@@ -7,6 +7,7 @@ import torch
 
 from lora_plugins import LoraConfig, LoraModel
 from tests.growth import EACH_BLOCK, Blocks, assert_linear
+from tests.slow import slow_but
 
 
 def paths(size, step=1, start=0):
@@ -43,9 +44,7 @@ CONFIGS = {
 OFTEN = ("all", "blocks", "a changed base", "DoRA", "stored bases")
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in CONFIGS]
-)
+@pytest.mark.parametrize("kind", slow_but(CONFIGS, OFTEN))
 def test_an_adapter(kind, tmp_path):
     def steps(size):
         model, folder, for_peft = Blocks(size), tmp_path / str(size), tmp_path / f"{size}-peft"

@@ -8,6 +8,7 @@ from tests.fits.adapted import Adapted
 from tests.fits.compare import judge
 from tests.fits.draw import Fit, draw_fit, limited
 from tests.integrations.lightning.conftest import LIGHTNING_WARNINGS
+from tests.slow import slow_but
 
 WARNINGS = [
     *LIGHTNING_WARNINGS,
@@ -31,7 +32,7 @@ WARNINGS = [
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in WARNINGS]
 
-RUNS = [*range(12), *(pytest.param(run, marks=pytest.mark.slow) for run in range(12, 19))]
+RUNS = slow_but(range(19), range(12))
 
 FOUND = {
     "average moved by hand in a finder's trials": Fit(

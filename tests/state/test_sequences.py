@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from tests.slow import slow_but
 from tests.state.machine import NoHandleError, opened
 from tests.state.rules import Step
 from tests.state.spec import Spec
@@ -65,9 +66,7 @@ def carry_out(*names):
         assert "copy" in names  # of a model without adapters, to which no handle exists
 
 
-@pytest.mark.parametrize(
-    "first", [name if at % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for at, name in enumerate(CALLS)]
-)
+@pytest.mark.parametrize("first", slow_but(CALLS, [*CALLS][::3]))
 def test_every_pair(first):
     carry_out(first)
     for second in CALLS:

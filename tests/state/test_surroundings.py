@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lora_plugins import LoraConfig, LoraModel, StateError
+from tests.slow import slow_but
 from tests.state.checks import drops, tolerance
 from tests.state.draw import draw_blocks, draw_step
 from tests.state.machine import opened
@@ -99,9 +100,7 @@ def walk(surrounding: str, seed: str) -> None:
 COMPILED = [block for block in BLOCKS if block != "recurrent"]  # torch compiles nothing of a recurrent layer
 
 
-@pytest.mark.parametrize(
-    "block", [name if at % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for at, name in enumerate(COMPILED)]
-)
+@pytest.mark.parametrize("block", slow_but(COMPILED, COMPILED[::3]))
 def test_an_adapted_block_is_as_many_graphs_as_before(block):
     def graphs() -> int:
         torch.compiler.reset()

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_plugins.cli.main import main
+from tests.slow import slow_but
 
 TASKS = Path(str(files("lora_plugins.tasks")))
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.accelerator=cpu"]
@@ -146,9 +147,7 @@ def number_in(metric, printed):
     return float(re.findall(r"\d+\.\d+", row)[-1])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in FOLDERS]
-)
+@pytest.mark.parametrize("name", slow_but(FOLDERS, FOLDERS.keys() - MORE))
 def test_data_on_disk(name, request, capsys):
     data, changes = FOLDERS[name]
     root = f"--data.init_args.root={request.getfixturevalue(data)}"
@@ -156,9 +155,7 @@ def test_data_on_disk(name, request, capsys):
     check_outcome(name, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "scene_parse_segformer" else pytest.param(name, marks=pytest.mark.slow) for name in HUB]
-)
+@pytest.mark.parametrize("name", slow_but(HUB, ["scene_parse_segformer"]))
 def test_data_of_the_hub(name, request, capsys):
     pytest.importorskip("datasets")
     data, changes = HUB[name]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 from tests.core.libraries import create_model
+from tests.slow import slow_but
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -189,11 +190,7 @@ def test_another_use_in_training_is_refused_at_the_first_backward(use):
 
 # Compilers look at the gradients of tensors, and make functions of autograd.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.* should not be instantiated")
-@pytest.mark.parametrize(
-    "use",
-    [use if at % 3 == 0 else pytest.param(use, marks=pytest.mark.slow) for at, use in enumerate(USES.values())],
-    ids=USES,
-)
+@pytest.mark.parametrize("use", slow_but(USES.values(), [*USES.values()][::3]), ids=USES)
 def test_another_use_is_refused_when_it_is_compiled(use):
     reads, _ = pair()
     torch.compiler.reset()

@@ -8,17 +8,14 @@ from lora_plugins.kernels import disabled_kernels
 from tests.core.kernels.conv_cases import CASES, ONE_OF_EACH_PATH, WITHOUT_DROPOUT, Case, conv, in_both_formats
 from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.needs import needs
+from tests.slow import slow_but
 
 pytestmark = [
     needs("fused_conv", "fused_linear"),  # eager mode computes pointwise ones as linear layers
     pytest.mark.usefixtures("compiler_as_new"),
 ]
 
-one_of_each_path = pytest.mark.parametrize(
-    "case",
-    [case if case in ONE_OF_EACH_PATH else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-    ids=lambda case: case.id,
-)
+one_of_each_path = pytest.mark.parametrize("case", slow_but(CASES, ONE_OF_EACH_PATH), ids=lambda case: case.id)
 """All are in the slow tests."""
 
 formats = in_both_formats(CASES, fast=ONE_OF_EACH_PATH)
@@ -56,11 +53,7 @@ def test_under_autocast(case, base):
 
 
 @one_of_each_path
-@pytest.mark.parametrize(
-    "needed",
-    [at if at in (0, 3) else pytest.param(at, marks=pytest.mark.slow) for at in range(5)],
-    ids=["x", "weight", "bias", "A", "B"],
-)
+@pytest.mark.parametrize("needed", slow_but(range(5), [0, 3]), ids=["x", "weight", "bias", "A", "B"])
 def test_one_gradient_alone(case, needed):
     inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(case.tensors())]
     found = both(call(case), inputs, [needed], expected=operators(case))

@@ -10,6 +10,7 @@ from lora_plugins.kernels import disabled_kernels
 from tests.core.kernels.graphs import EQUAL, both, compiled
 from tests.core.kernels.linear_cases import MANY, UNUSUAL, drops, law, linear, seeded, shapes, tensors
 from tests.core.kernels.needs import needs
+from tests.slow import slow_but
 
 pytestmark = [needs("fused_linear"), pytest.mark.usefixtures("compiler_as_new")]
 INDUCTORS_OWN = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -59,11 +60,7 @@ def test_wide_factors_of_a_base_in_half_precision(lead, outputs, r, dropout):
 
 
 @shapes
-@pytest.mark.parametrize(
-    "needed",
-    [at if at in (0, 3) else pytest.param(at, marks=pytest.mark.slow) for at in range(5)],
-    ids=["x", "weight", "bias", "A", "B"],
-)
+@pytest.mark.parametrize("needed", slow_but(range(5), [0, 3]), ids=["x", "weight", "bias", "A", "B"])
 def test_one_gradient_alone(lead, outputs, r, needed):
     inputs = [tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate(tensors(lead, outputs, r))]
     torch.testing.assert_close(*both(call(0.3), inputs, [needed]), **EQUAL)

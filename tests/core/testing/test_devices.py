@@ -10,6 +10,7 @@ from lora_plugins.storages.nf4 import NF4Storage
 from lora_plugins.testing import check_layer_plugin, check_storage_plugin, check_variant_plugin
 from lora_plugins.variants.dora import DoraVariant
 from tests.core.processes import run_python
+from tests.slow import slow_but
 
 NOWHERE = ["cuda:99", "cpuu", ""]
 """Devices that no machine of ours has."""
@@ -30,9 +31,7 @@ def test_a_check_refuses_it(kind, device):
         CHECKS[kind](device=device, only=["registration"])
 
 
-@pytest.mark.parametrize(
-    "device", ["cuda:99", *(pytest.param(each, marks=pytest.mark.slow) for each in ("cpuu", "", "meta"))]
-)
+@pytest.mark.parametrize("device", slow_but(["cuda:99", "cpuu", "", "meta"], ["cuda:99"]))
 def test_our_own_tests_refuse_it(device):
     done = run_python("-m", "pytest", "-p", "no:cacheprovider", "--collect-only", __file__, "--device", device)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

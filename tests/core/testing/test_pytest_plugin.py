@@ -3,6 +3,7 @@
 import pytest
 
 from tests.core.processes import run_python
+from tests.slow import slow_but
 
 TESTS = """
 import torch
@@ -105,7 +106,7 @@ def test_the_device_is_where_it_checks(run, device):
     assert ("'weight' is on the meta device" in said) == (device == "meta")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", *(pytest.param(each, marks=pytest.mark.slow) for each in ("cpuu", ""))])
+@pytest.mark.parametrize("device", slow_but(["cuda:99", "cpuu", ""], ["cuda:99"]))
 def test_a_device_that_torch_cannot_use_is_an_error_at_the_start(run, device):
     done = run(TESTS, "--lora-device", device)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

@@ -19,6 +19,7 @@ from lora_plugins.integrations.diffusers import (
     sample,
 )
 from tests.integrations.diffusers.pipelines import PIPELINES, build
+from tests.slow import slow_but
 
 every = pytest.mark.parametrize("name", PIPELINES)
 ADAPTED = {  # kinds of layers: how many of them in the tiny pipelines, text encoders included
@@ -63,9 +64,7 @@ def test_default_layers(name):
         assert all(isinstance(layer, kinds[word]) for layer in layers)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in ("PixArt", "Flux") else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
-)
+@pytest.mark.parametrize("name", slow_but(PIPELINES, ["PixArt", "Flux"]))
 def test_what_is_not_used_is_not_adapted(name):
     """Every layer that is adapted by default changes a picture."""
     pipe = build(name)

@@ -14,6 +14,7 @@ from torch import nn
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, TargetError
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, default_targets, family_of, parts_of
 from tests.integrations.diffusers.pipelines import PIPELINES, build, t5
+from tests.slow import slow_but
 
 SAMPLING = Sampling(steps=2, guidance=3.0, height=16, width=16)
 TOLERANCE = 1e-5
@@ -54,13 +55,7 @@ def same_bits(pipe, before):
     return now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("Stable Diffusion 2", "PixArt") else name
-        for name in PIPELINES
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(PIPELINES, PIPELINES.keys() - {"Stable Diffusion 2", "PixArt"}))
 @pytest.mark.parametrize("format", ["lora_plugins", "diffusers", "kohya"])
 def test_an_adapter_over_all_parts_comes_back_in_every_format(name, format, tmp_path):
     pipe = build(name)

@@ -15,8 +15,9 @@ from tests.fits.compare import differences
 from tests.fits.reference import Start, Update
 from tests.fits.weights import effective
 from tests.integrations.transformers.toys import SEGFORMER, VIT, arguments, images, scenes, segformer, vit
+from tests.slow import slow_but
 
-RUNS = [*range(2), *(pytest.param(run, marks=pytest.mark.slow) for run in range(2, 10))]
+RUNS = slow_but(range(10), range(2))
 TOLERANCE = 1e-6
 """By what share of the largest value a result may be off: Adam divides by small gradients, which magnifies rounding."""
 

@@ -17,15 +17,14 @@ from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, load_pip
 from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
 from lora_plugins.tasks import ClassPictures, PicturesDataModule, SamplePictures, SavePipeline, TextToImageTask
 from tests.integrations.diffusers.pipelines import PIPELINES, build
+from tests.slow import slow_but
 
 from ..conftest import noise, write_image
 
 SAMPLING = Sampling(steps=1, guidance=2.0, height=16, width=16)
 
 FAST = ("Stable Diffusion", "Flux")
-families = pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PIPELINES]
-)
+families = pytest.mark.parametrize("name", slow_but(PIPELINES, FAST))
 
 
 @pytest.fixture(scope="module")

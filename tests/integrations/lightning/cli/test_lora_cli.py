@@ -24,6 +24,7 @@ from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, load_from
 from lora_plugins.integrations.lightning.cli.held_places import held
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, values
+from tests.slow import slow_but
 
 pytestmark = [
     # The point of the section `optimizer:`.
@@ -90,9 +91,7 @@ class TestFit:
         more = ["--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)]
         assert main(["fit", "--config", path, *more]) == 0
 
-    @pytest.mark.parametrize(
-        "command", ["validate", *(pytest.param(each, marks=pytest.mark.slow) for each in ("test", "predict"))]
-    )
+    @pytest.mark.parametrize("command", slow_but(["validate", "test", "predict"], ["validate"]))
     def test_model_without_checkpoint_is_said_to_have_no_adapter(self, config, tmp_path, capsys, command):
         path, said = config(), f"Without --ckpt_path, {command} takes the model as it is built, without an adapter."
         assert main(["fit", "--config", path]) == 0
