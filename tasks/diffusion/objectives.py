@@ -99,14 +99,15 @@ class FlowMatching:
         )
 
 
-def objective_of(config: Mapping[str, Any], class_name: str, prediction: str, min_snr_gamma: float | None) -> Objective:
-    """The objective that goes with a scheduler of this configuration and class.
+def objective_of(scheduler: Any, prediction: str, min_snr_gamma: float | None) -> Objective:
+    """The objective that goes with a scheduler of diffusers.
 
     `prediction` is `auto` for what the scheduler says, or `epsilon` or `v_prediction` where it is wrong.
 
     Raises:
         ConfigError: For an unknown word, or one that does not go with the scheduler.
     """
+    config, class_name = scheduler.config, type(scheduler).__name__
     if prediction not in PREDICTIONS:
         raise unknown("prediction", prediction, PREDICTIONS)
     if min_snr_gamma is not None and not min_snr_gamma > 0:

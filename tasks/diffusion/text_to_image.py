@@ -145,7 +145,7 @@ class TextToImageTask(BaseTask):
 
     def _objective(self, prediction: str, min_snr_gamma: float | None) -> Objective:
         scheduler = self.pipe.scheduler
-        objective = objective_of(scheduler.config, type(scheduler).__name__, prediction, min_snr_gamma)
+        objective = objective_of(scheduler, prediction, min_snr_gamma)
         if prediction in (EPSILON, VELOCITY):  # so that pictures are sampled as the denoiser is trained
             self.pipe.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction)
         return objective

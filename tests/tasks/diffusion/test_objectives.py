@@ -11,7 +11,7 @@ SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 
 
 def objective(scheduler, prediction="auto", gamma=None):
-    return objective_of(scheduler.config, type(scheduler).__name__, prediction, gamma)
+    return objective_of(scheduler, prediction, gamma)
 
 
 def latents(seed=0):
