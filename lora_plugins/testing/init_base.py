@@ -83,7 +83,7 @@ def _stored(case: InitCase) -> None:
         return
     if case.init.identity and case.init.changes_base:
         # Rounding is another one than that of the untouched weight, and may be larger than what was taken out.
-        require_near_start(lora, untouched, layer_weights(model, case.layers), slack=0.1)
+        require_near_start(lora, untouched, slack=0.1)
     _load_again(case, lora, case.model(), "the loaded model with stored weights")
 
 

@@ -105,23 +105,20 @@ def _identity(case: InitCase, **fields: Any) -> None:
     elif not case.init.changes_base:
         require_close("the output", after, before)
     else:
-        require_near_start(lora, weights, layer_weights(model, case.layers))
-        _makes_up(lora, weights, layer_weights(model, case.layers))
+        require_near_start(lora, weights)
+        _makes_up(lora, weights)
 
 
-def require_near_start(
-    lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor], slack: float = 0.0
-) -> None:
+def require_near_start(lora: LoraModel, untouched: Mapping[str, Tensor], slack: float = 0.0) -> None:
     """Requires that W + ΔW is no farther off than the changed base alone, nor than zeros would be.
 
     Args:
         lora: The started model.
         untouched: The weights before, by name.
-        effective: The weights as they are read now.
         slack: What may come on top, as a share of what the changed base is off by.
     """
     for name, weight in untouched.items():
-        lost, left = (float(each.norm()) for each in _off(lora, name, weight, effective))
+        lost, left = (float(each.norm()) for each in _off(lora, name, weight))
         require(
             left <= lost * (1 + slack) + TIGHT,
             f"W + ΔW of {name!r} is off by {left:.3g}, and the changed base alone by {lost:.3g}",
@@ -130,13 +127,13 @@ def require_near_start(
         require(left <= zeros + TIGHT, f"W + ΔW of {name!r} is off by {left:.3g}, and zeros would be by {zeros:.3g}")
 
 
-def _makes_up(lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mapping[str, Tensor]) -> None:
+def _makes_up(lora: LoraModel, untouched: Mapping[str, Tensor]) -> None:
     """Requires that the factors make up for what the base has lost about as well as any factors of their rank can.
 
     Of a product that was taken out, that is all; of what was rounded off, what few ranks have.
     """
     for layer in lora.plans["default"].layers:
-        lost, left = _off(lora, layer.name, untouched[layer.name], effective)
+        lost, left = _off(lora, layer.name, untouched[layer.name])
         least = float(torch.linalg.svdvals(lost.flatten(1))[layer.r :].norm())
         many = 2 * layer.r > min(lost.flatten(1).shape)  # which could make up for most rounding, and need not
         require(
@@ -145,9 +142,10 @@ def _makes_up(lora: LoraModel, untouched: Mapping[str, Tensor], effective: Mappi
         )
 
 
-def _off(lora: LoraModel, name: str, weight: Tensor, effective: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _off(lora: LoraModel, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns by what the changed base of a layer is off, and by what its weight with the update."""
-    return weight - detached_weight(lora.model.get_submodule(name), "weight"), weight - effective[name]
+    base = detached_weight(lora.model.get_submodule(name), "weight")
+    return weight - base, weight - layer_weights(lora.model, [name])[name]
 
 
 def _scaling(case: InitCase) -> None:
