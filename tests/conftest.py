@@ -83,6 +83,14 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture
+def swapped_by_conversions():
+    """Lets conversions swap tensors, as they always do for those of a class of its own, such as quantized ones."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Starts every test from the same random state and environment, whichever tests ran before it."""

@@ -18,14 +18,6 @@ def net():
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()
 
 
-@pytest.fixture
-def swapped():
-    """Lets conversions swap tensors, as they always do for those of a class of its own, such as quantized ones."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(False)
-
-
 def test_no_gradient_of_a_frozen_base_is_lost():
     model = net()
     loss = model(X).sum()
@@ -69,7 +61,7 @@ def test_what_the_user_has_unfrozen_gets_its_gradient():
         torch.testing.assert_close(model.get_submodule(name[0])._parameters[name[2:]].grad, parameter.grad)
 
 
-@pytest.mark.usefixtures("swapped")
+@pytest.mark.usefixtures("swapped_by_conversions")
 def test_a_frozen_base_is_cast_and_loaded_by_swapping():
     model, plain = net(), net()
     lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none"))
@@ -85,7 +77,7 @@ def test_a_frozen_base_is_cast_and_loaded_by_swapping():
     }
 
 
-@pytest.mark.usefixtures("swapped")
+@pytest.mark.usefixtures("swapped_by_conversions")
 @pytest.mark.parametrize("hooked", [False, True], ids=["plain", "with a hook of the user"])
 def test_no_gradient_is_lost_where_conversions_swap_tensors(hooked):
     model = net()

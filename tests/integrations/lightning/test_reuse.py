@@ -556,19 +556,11 @@ def test_fit_after_a_run_in_inference_mode(tmp_path, stage):
     assert not differing(fit(tmp_path, module, callback), expected)
 
 
-@pytest.fixture
-def swapping():
-    """Modules are moved by swapping what parameters hold, which torch does for types of tensors that need it."""
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(False)
-
-
 @CONFIGS
 def test_parameters_that_are_swapped_when_a_module_is_moved(tmp_path, config, request):
     """As every fit moves its module to the CPU at its end, and a user the fitted one where it is needed."""
     expected, _ = fitted_and_moved(tmp_path / "expected", config)
-    request.getfixturevalue("swapping")
+    request.getfixturevalue("swapped_by_conversions")
     found, module = fitted_and_moved(tmp_path / "found", config)
     assert not differing(found, expected)
     module.double().float()
