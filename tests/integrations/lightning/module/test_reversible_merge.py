@@ -19,7 +19,7 @@ from lora_plugins.inplace import unwrapped
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.checkpoint import KEY
 from lora_plugins.integrations.lightning.module import merge_reversibly, plain_state_dict, temporarily_merged
-from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+from tests.integrations.lightning.toys import CONFIG, Classifier, Renames, differing, load, loader, trainer, values
 from tests.state.interrupted import differences, every_line, passed, picture, stopped
 
 
@@ -166,17 +166,6 @@ class TestTwoTargets:
             ConfigError, match=r"one moment, and merge_source differs: 'last' of 'default', 'best' of 'default'"
         ):
             self.fit(tmp_path, sources=("last", "best"))
-
-
-class Renames(Classifier):
-    """Has keys of its own in files."""
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["state_dict"] = {f"saved.{key}": value for key, value in checkpoint["state_dict"].items()}
-
-    def on_load_checkpoint(self, checkpoint):
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key.removeprefix("saved."): value for key, value in state.items()}
 
 
 class LeavesOut(Classifier):
