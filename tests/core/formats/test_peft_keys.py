@@ -16,6 +16,7 @@ from tests.core.formats.peft_cases import (
     LINEAR,
     TOLERANCE,
     Case,
+    Repeated,
     Twice,
     edit_tensors,
     moved,
@@ -362,11 +363,10 @@ class TestKeys:
         refused(ATTENTION, tmp_path, untouched, "are not in this model: 'fc'")
 
     def test_other_shapes_are_refused(self, tmp_path, untouched):
-        class Wide(nn.Module):
+        class Wide(Repeated):
             def __init__(self):
                 super().__init__()
                 self.fc = nn.Linear(7, 6)
-                self.inner = nn.ModuleDict({"fc": nn.Linear(6, 6), "more": nn.ModuleDict({"fc": nn.Linear(6, 3)})})
 
         with_peft(LINEAR).save_pretrained(tmp_path)
         refused(
