@@ -337,15 +337,12 @@ def test_own_tensors_have_the_order_of_shapes_as_loaded_ones_have(tmp_path):
     assert [name for name, _ in lora.model.named_parameters()] == [name for name, _ in model.named_parameters()]
 
 
-def test_an_update_of_another_shape_is_not_broadcast():
-    lora, _ = adapted(OneRowOfUpdate())
-    with pytest.raises(PluginError, match=r"variant 'gate' gives \(1, 4\) for '0', where the weight is \(3, 4\)"):
-        lora.model(torch.randn(2, 4))
-
-
-def test_an_update_that_is_no_tensor_is_told():
-    lora, _ = adapted(NoUpdate())
-    with pytest.raises(PluginError, match=r"variant 'gate' gives None for '0', where the weight is \(3, 4\)"):
+@pytest.mark.parametrize(
+    ("cls", "given"), [(OneRowOfUpdate, r"\(1, 4\)"), (NoUpdate, "None")], ids=["another shape", "no tensor"]
+)
+def test_an_update_that_is_not_of_the_weight_is_refused(cls, given):
+    lora, _ = adapted(cls())
+    with pytest.raises(PluginError, match=rf"variant 'gate' gives {given} for '0', where the weight is \(3, 4\)"):
         lora.model(torch.randn(2, 4))
 
 
