@@ -36,7 +36,7 @@ def _build(name, arguments):
     return getattr(models, name)(**{**none, **made})
 
 
-def _batches(size: int, batch_size: int):
+def _batches(size: int, batch_size: int = 2):
     def collate(images):
         from anomalib.data import ImageBatch
 
@@ -96,14 +96,12 @@ def _one_by_one():
     return Data()
 
 
-def _case(name, size=64, batch_size=2, expected=None, config=None, **arguments):
+def _case(name, size, **arguments):
     return Case(
         "anomalib",
         name,
         partial(_build, name, arguments),
-        partial(_batches, size, batch_size),
-        expected=expected or {},
-        config=config or {},
+        partial(_batches, size),
         objects=True,
         around=_random_weights,
     )

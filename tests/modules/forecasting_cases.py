@@ -9,7 +9,7 @@ from tests.modules.case import Case
 
 
 @functools.cache
-def _series(known: bool = False):
+def _series(known):
     import pandas as pd
     from pytorch_forecasting import TimeSeriesDataSet
 

@@ -10,13 +10,13 @@ def _batches(key, make):
     return lambda: loader(lambda at: {"image": image(size=64), key: make(at)})
 
 
-def _case(name, what, batches, model, expected=None, **arguments):
+def _case(name, what, batches, model, **arguments):
     def build():
         from terratorch import tasks
 
         return getattr(tasks, name)(model_factory="EncoderDecoderFactory", model_args=dict(model), **arguments)
 
-    return Case("terratorch", f"{name}-{what}", build, batches, expected=expected or {})
+    return Case("terratorch", f"{name}-{what}", build, batches)
 
 
 def _model(backbone, decoder, **more):
