@@ -401,7 +401,7 @@ FLUX_NAMES = [
 """But for `linear1`, which diffusers splits in Flux of the published size alone."""
 
 
-def tensors_for(part, names, *, dora=False, r=2):
+def tensors_for(part, names, *, dora=False):
     """The tensors of an adapter on layers of a part that are given by their original names without dots."""
     torch.manual_seed(3)
     model = part.build()
@@ -413,8 +413,8 @@ def tensors_for(part, names, *, dora=False, r=2):
         rows = sum(len(layer.weight) for layer in layers)
         key = f"lora_unet_{name}"
         tensors |= {
-            f"{key}.lora_down.weight": torch.randn(r, *weight.shape[1:]).double(),
-            f"{key}.lora_up.weight": torch.randn(rows, r, *([1] * (weight.dim() - 2))).double(),
+            f"{key}.lora_down.weight": torch.randn(2, *weight.shape[1:]).double(),
+            f"{key}.lora_up.weight": torch.randn(rows, 2, *([1] * (weight.dim() - 2))).double(),
             f"{key}.alpha": torch.tensor(3.0),
         }
         if dora:

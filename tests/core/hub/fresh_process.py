@@ -21,14 +21,14 @@ class Done:
     stderr: str
 
 
-def run_fresh(code: str, folder: Path, environment: Mapping[str, str], timeout: float = 200.0) -> Done:
+def run_fresh(code: str, folder: Path, environment: Mapping[str, str]) -> Done:
     """Runs a script in a folder, with further variables and warnings as errors.
 
     What reads a variable when it is imported sees these, as nothing but torch and the core has been imported.
     """
     process = _CONTEXT.Process(target=_run, args=(code, folder, dict(environment)))
     process.start()
-    process.join(timeout)
+    process.join(200)  # seconds
     process.kill()
     process.join()
     return Done(process.exitcode, *((folder / name).read_text() for name in ("stdout", "stderr")))

@@ -45,10 +45,10 @@ def fill(init: str, layer: nn.Linear, r: int, scaling: float, **options) -> tupl
     return plugin, context, dict(plugin.fill(context))
 
 
-def peft_layer(layer: nn.Linear, init, r: int, alpha: int, **fields):
+def peft_layer(layer: nn.Linear, r: int, alpha: int):
     """PEFT's layer around a copy of ours."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=init, **fields)
+    config = peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=["layer"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(nn.ModuleDict({"layer": copy.deepcopy(layer)}), config).base_model.model["layer"]
@@ -63,7 +63,7 @@ class TestAgainstPeft:
     def test_factors_and_base(self, shape, r, alpha, init, options):
         torch.manual_seed(3)
         layer = nn.Linear(*shape)
-        theirs = peft_layer(layer, True, r, alpha)
+        theirs = peft_layer(layer, r, alpha)
         torch.manual_seed(0)
         if init == "olora":
             theirs.olora_init("default")
@@ -79,7 +79,7 @@ class TestAgainstPeft:
     @pytest.mark.parametrize("r", [2, 8])
     def test_orthogonal(self, r):
         layer = nn.Linear(24, 16)
-        theirs = peft_layer(layer, True, r, r)
+        theirs = peft_layer(layer, r, r)
         torch.manual_seed(0)
         theirs.orthogonal_init("default")
         _, context, _ = fill("orthogonal", layer, r, 1.0)

@@ -18,8 +18,8 @@ TINY_HF_VIT = {
 }
 
 
-def hf_vit(num_classes=3, weights="none", name="vit"):
-    return ModelConfig("transformers", name, num_classes, weights, TINY_HF_VIT, HALF, HALF)
+def hf_vit(weights="none"):
+    return ModelConfig("transformers", "vit", 3, weights, TINY_HF_VIT, HALF, HALF)
 
 
 CLASSIFICATION = {"timm-vit": (tiny_vit(), "head"), "transformers-vit": (hf_vit(), "classifier")}

@@ -36,11 +36,11 @@ def five(adapters):
     return adapters.parent / "five"
 
 
-def during(action, body=None):
+def during(action):
     """The parts of an image; between them, when its adapter is known already, something happens."""
 
     async def parts():
-        whole = body or encoded(picture())
+        whole = encoded(picture())
         yield whole[:50]
         await asyncio.to_thread(action)
         yield whole[50:]
