@@ -46,7 +46,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
             "accelerator": settings.device,
             "precision": _precision(settings.device),
             "num_sanity_val_steps": -1,
-            **({} if settled.clip is None else {"gradient_clip_val": settled.clip}),
+            **_given(gradient_clip_val=settled.clip),
             "log_every_n_steps": 1,
             "default_root_dir": str(out),
             "logger": _object("lightning.pytorch.loggers.TensorBoardLogger", save_dir=str(out), name="logs"),
@@ -59,14 +59,14 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
         "model": _object(
             f"lora_plugins.tasks.{TASKS[found.task]}",
             model={**choice.arguments, "num_classes": len(found.classes)},
-            **({} if found.coding is None else {"ignore_index": found.coding.ignore_index}),
+            **_given(ignore_index=found.coding and found.coding.ignore_index),
             lr=settings.lr or settled.lr,
-            **({} if settled.scheduler is None else {"lr_scheduler": settled.scheduler}),
+            **_given(lr_scheduler=settled.scheduler),
         ),
         "data": _object(
             f"lora_plugins.tasks.{found.module}",
             **found.arguments,
-            **({} if size is None else {"image_size": [*size]}),
+            **_given(image_size=size and [*size]),
             augmentation="crop_flip",
             batch_size=settings.batch_size,
         ),
@@ -83,7 +83,7 @@ def configuration(found: Survey, choice: Choice, settings: Settings, out: Path) 
 
 def lora_fields(recipe: Recipe, rank: int | None) -> dict[str, Any]:
     """Returns the fields of the `LoraConfig` of a recipe, with the rank of a flag if there is one."""
-    return {**recipe.lora, **({} if rank is None else {"r": rank})}
+    return {**recipe.lora, **_given(r=rank)}
 
 
 def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -131,6 +131,11 @@ def _ignored(coding: MaskCoding) -> str:
     if coding.colors is not None:
         return ""
     return f", {0 if coding.reduce_labels else coding.ignore_index} is ignored"
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Leaves out what is None, so that its default holds."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _object(class_path: str, **arguments: Any) -> dict[str, Any]:
