@@ -70,21 +70,8 @@ def _last(word: str, i: int) -> str:
 
 def build_pipeline() -> Any:
     """The pipeline with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     tokenizer = build_tokenizer(("a", "digit", *WORDS, RARE_WORD), length=8)
     diffusers: Any = import_module("diffusers")  # whose constructors have no types
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         in_channels=1,
@@ -117,7 +104,7 @@ def build_pipeline() -> Any:
     )
     return diffusers.StableDiffusionPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(text),
+        text_encoder=_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
@@ -125,6 +112,23 @@ def build_pipeline() -> Any:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def _text_encoder(tokenizer: Any) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
 
 
 def train_autoencoder(vae: Any, steps: int) -> None:
