@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     measured: dict[str, Costs] = {}
     if options.layers:
-        measured["layers"] = dict(over_layers(tuple(options.layers)))
+        measured["layers"] = dict(over_layers(options.layers))
     if options.sizes:
         measured["megabytes"] = dict(over_memory(options.sizes))
     for what, costs in measured.items():
