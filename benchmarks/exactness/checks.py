@@ -152,21 +152,25 @@ def check(case: Case, library: Library) -> Result:
     return result
 
 
+@dataclass
 class _Run:
     """The checks of one case, in order; later ones use what earlier ones computed."""
 
-    def __init__(
-        self, case: Case, library: Library, result: Result, before: Snapshot, base: list[Tensor], folder: Path
-    ) -> None:
-        self.case = case
-        self.library = library
-        self.result = result
-        self.before = before
-        self.base = base
-        self.folder = folder
+    case: Case
+    library: Library
+    result: Result
+    before: Snapshot
+    base: list[Tensor]
+    folder: Path
 
     def all(self, model: nn.Module) -> None:
         """Runs every check; those after a failed adaptation or forward have nothing to check."""
+        self._adapt(model)
+        if "forward" not in self.result.failures:
+            self._load()
+
+    def _adapt(self, model: nn.Module) -> None:
+        """Runs the checks of an adapter on the model, and saves it."""
         with self._checking("forward"):
             covered = self._weights(model)
             adapted = self.library.adapt(model)
@@ -188,7 +192,9 @@ class _Run:
         with self._checking("unmerged"):
             adapted.unmerge()
             self._restored(self.before, adapted.unload())
-        del adapted, model
+
+    def _load(self) -> None:
+        """Runs the checks of the saved adapter on fresh models."""
         again = _base(self.case, self.library)
         with torch.no_grad():
             outputs(self.case, again)  # some models add hooks to themselves at their first call
@@ -202,8 +208,7 @@ class _Run:
             unloaded = loaded.unload()
             self._restored(before, unloaded)
         with self._checking("residue"):
-            text = residue(before, snapshot(unloaded))
-            if text:
+            if text := residue(before, snapshot(unloaded)):
                 raise CheckFailedError(text)
         with self._checking("folded"):
             self._same("folded", self.library.load(_base(self.case, self.library), self.folder).fold())
@@ -290,8 +295,7 @@ class _Run:
             raise CheckFailedError(f"the output is off by {error:.1e}")
 
     def _restored(self, before: Snapshot, model: nn.Module) -> None:
-        text = difference(before, snapshot(model))
-        if text:
+        if text := difference(before, snapshot(model)):
             raise CheckFailedError(text)
         with torch.no_grad():
             error = relative_error(outputs(self.case, model), self.base)
@@ -317,9 +321,8 @@ def _base_outputs(case: Case, model: nn.Module) -> list[Tensor]:
 
 
 def _bare(model: nn.Module) -> list[str]:
-    owned = {
-        id(parameter) for _, layer in expected_layers(model) for parameter in layer.parameters(recurse=True)
-    }  # recurse: the weight of a parametrized layer belongs to a child
+    # The weight of a parametrized layer belongs to a child.
+    owned = {id(parameter) for _, layer in expected_layers(model) for parameter in layer.parameters()}
     return [name for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in owned]
 
 
