@@ -82,7 +82,7 @@ def export_checkpoint(
         ConfigError: If the name ends otherwise, nothing can be written there, or the adapters have several targets.
         MergeError: If rounding would lose more of an update.
     """
-    output = _with_suffix(output, ".safetensors")
+    output = _checked_output(output, ".safetensors")
     module = load_from_checkpoint(
         module_class, checkpoint, allow_globals=allow_globals, weights_only=weights_only, **kwargs
     )
@@ -124,7 +124,7 @@ def merge_checkpoint(
         ConfigError: If the name ends otherwise, or nothing can be written there.
         MergeError: If rounding would lose more of an update.
     """
-    output = _with_suffix(output, ".ckpt")
+    output = _checked_output(output, ".ckpt")
     module = load_from_checkpoint(
         module_class, checkpoint, allow_globals=allow_globals, weights_only=weights_only, **kwargs
     )
@@ -146,7 +146,7 @@ def _argument(given: str) -> tuple[str, Any]:
     return name, parsed_yaml(value)
 
 
-def _with_suffix(path: str | Path, suffix: str) -> Path:
+def _checked_output(path: str | Path, suffix: str) -> Path:
     if Path(path).suffix != suffix:
         raise ConfigError(f"The output is {str(path)!r}. It names a file that ends in {suffix}.")
     check_writable_file(Path(path), "The output")
