@@ -33,7 +33,7 @@ class LostWrites:
         """Watches what is adapted of a module by now."""
         self._layers = adapted_layers(module)
         for path, layer in self._layers.items():
-            self._tell(layer, partial(self._note, path))
+            _watch(layer, partial(self._note, path))
 
     def check(self) -> None:
         """Forgets what was read so far.
@@ -57,11 +57,7 @@ class LostWrites:
         """Watches no longer."""
         self._last.clear()
         for layer in self._layers.values():
-            self._tell(layer, None)
-
-    def _tell(self, layer: nn.Module, on_read: Callable[[str, Tensor], None] | None) -> None:
-        if (state := state_of(layer)) is not None:  # else it was unloaded meanwhile
-            state.on_read = on_read
+            _watch(layer, None)
 
     def _note(self, path: str, name: str, weight: Tensor) -> None:
         # A parameter is the base's own, which is watched apart. Tensors of other types may have no values.
@@ -77,3 +73,8 @@ class LostWrites:
             weight, before = readings.popleft()
             if checksum(weight.detach()) != before:
                 self._written.add(name)
+
+
+def _watch(layer: nn.Module, on_read: Callable[[str, Tensor], None] | None) -> None:
+    if (state := state_of(layer)) is not None:  # else it was unloaded meanwhile
+        state.on_read = on_read
