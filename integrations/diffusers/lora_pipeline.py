@@ -159,9 +159,10 @@ def _naming_other_parts(pipe: Any, parts: nn.ModuleDict, config: LoraConfig) -> 
     try:
         yield
     except TargetError as error:
-        patterns, beside = config.target_modules, parts_beside(pipe)
+        patterns = config.target_modules
         lost = _unmatched(patterns, _layers(parts))
-        having = [name for name in beside if lost - _unmatched(patterns, _layers({name: beside[name]}))]
+        beside = parts_beside(pipe).items()
+        having = [name for name, part in beside if lost - _unmatched(patterns, _layers({name: part}))]
         if not having:
             raise
         raise TargetError(f"{error} {_by_itself(having)}") from error
