@@ -171,9 +171,7 @@ class HtmlReport(Callback):
 
         Every callback has ended the fit by now, whatever their order: weights and files are those that it leaves.
         """
-        if stage != "fit" or not writes_files(trainer):
-            return
-        if not has_validated(trainer, "report"):
+        if stage != "fit" or not writes_files(trainer) or not has_validated(trainer, "report"):
             return
         if self._is_behind(trainer):
             rank_zero_warn(
