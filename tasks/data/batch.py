@@ -41,9 +41,9 @@ class Batch:
                 return cls(images, batch.get("target"), batch.get("name"))
             case [Tensor() as images, Tensor() as targets]:
                 return cls(images, targets, None)
-        shape = f"with the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
+        shape = f" with the keys {sorted(batch)}" if isinstance(batch, Mapping) else ""
         raise DataError(
-            f"The data loader gave a {type(batch).__name__} {shape}; a task needs a dict with `image` and `target`, a "
+            f"The data loader gave a {type(batch).__name__}{shape}; a task needs a dict with `image` and `target`, a "
             "pair (image, target), or a tensor of images."
         )
 

@@ -15,6 +15,14 @@ def test_only_what_holds_a_wrong_label_is_named(shape):
         check_targets(Batch(torch.zeros(3, 3, 2, 2), targets, ["a.png", "b.png", "c.png"]), 3, 255)
 
 
+@pytest.mark.parametrize(
+    ("batch", "kind"), [([1, 2], "list"), ({"pixels": 1}, r"dict with the keys \['pixels'\]")], ids=["list", "dict"]
+)
+def test_what_is_no_batch_is_described(batch, kind):
+    with pytest.raises(DataError, match=rf"^The data loader gave a {kind}; a task needs a dict with `image` and"):
+        Batch.read(batch)
+
+
 def test_images_alone_have_no_targets_to_check():
     with pytest.raises(DataError, match="only prediction works without"):
         check_targets(Batch.read(torch.zeros(3, 3, 2, 2)), 3, 255)
