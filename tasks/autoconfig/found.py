@@ -123,7 +123,7 @@ def _shared(counts: Mapping[str, int], strata: Sequence[int], flags: Flags) -> t
     """The argument `val_share`, if there is no val split, and the images by split."""
     if VAL in counts:
         if flags.val_share is not None:
-            raise DataError("--val-share makes a val split where there is none, and there is one.")
+            raise DataError("--val-share makes a val split of data without one, and these have one.")
         return {}, dict(counts)
     share = VAL_SHARE if flags.val_share is None else flags.val_share
     held = sum(round(share * count) for count in strata)

@@ -71,7 +71,9 @@ class SamplePictures(Callback):
             ConfigError: For another module, or a folder that cannot be written.
         """
         if not isinstance(pl_module, TextToImageTask):
-            raise ConfigError(f"SamplePictures needs a TextToImageTask; {type(pl_module).__name__} is none.")
+            raise ConfigError(
+                f"SamplePictures needs a TextToImageTask, and the module is of the class {type(pl_module).__name__}."
+            )
         if stage == "fit":
             check_by_writer(trainer, lambda: check_writable_folder(self.folder, "folder of SamplePictures"))
         self._reset()

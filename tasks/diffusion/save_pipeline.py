@@ -41,7 +41,9 @@ class SavePipeline(Callback):
             ConfigError: For another module, adapters that stay, or a folder that cannot be written, or is the base's.
         """
         if not isinstance(pl_module, TextToImageTask):
-            raise ConfigError(f"SavePipeline needs a TextToImageTask; {type(pl_module).__name__} is none.")
+            raise ConfigError(
+                f"SavePipeline needs a TextToImageTask, and the module is of the class {type(pl_module).__name__}."
+            )
         if stage != "fit":
             return
         if not all(each.merge_on_fit_end for each in lora_callbacks(trainer)):

@@ -346,7 +346,7 @@ def test_bad_input_is_named_before_anything_is_trained(folders, pictures, tmp_pa
     with pytest.raises(ConfigError, match="at least one text, and no empty one"):
         SamplePictures("out", ["a dog", ""])
     for callback in (SamplePictures("out", ["a dog"]), SavePipeline("out")):
-        with pytest.raises(ConfigError, match="needs a TextToImageTask; Other is none"):
+        with pytest.raises(ConfigError, match="needs a TextToImageTask, and the module is of the class Other"):
             callback.setup(Trainer(logger=False, accelerator="cpu", enable_checkpointing=False), Other(), "fit")
 
 
