@@ -16,6 +16,7 @@ from lora_plugins.testing.layer_case import (
     VARIANT,
     Holder,
     LayerCase,
+    add_second,
     batched,
     call,
     config_like,
@@ -148,8 +149,7 @@ def _base(case: LayerCase) -> None:
     for tensor in {slot.tensor: None for slot in case.slots()}:
         prune.identity(model.layer, tensor)  # type: ignore[no-untyped-call]
     lora = case.adapt(model)
-    lora.add_adapter("second", config_like(lora, r=2, alpha=1.0))
-    lora.set_adapter(["default", "second"])
+    add_second(lora)
     inputs, reference = case.arguments(model.layer), lawful(case, model, {"default": 1.0, "second": 1.0})
     require_all_close("the output of a pruned layer", call(model, inputs), call(reference, inputs))
     lora.merge_adapter("default")

@@ -183,6 +183,12 @@ def config_like(lora: LoraModel, **fields: Any) -> LoraConfig:
     return LoraConfig(**{**lora.adapters["default"].to_dict(), **fields})
 
 
+def add_second(lora: LoraModel, **fields: Any) -> None:
+    """Adds an adapter `second` like `default`, of another rank and scaling, and activates both."""
+    lora.add_adapter("second", config_like(lora, r=2, alpha=1.0, **fields))
+    lora.set_adapter(["default", "second"])
+
+
 def moved(model: Holder) -> Holder:
     """Moves all tensors of the adapters, a variant's own too, as training would."""
     with torch.no_grad():

@@ -17,8 +17,8 @@ from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
     adapter_leaves,
+    add_second,
     call,
-    config_like,
     is_values,
     lawful,
     mapped,
@@ -95,8 +95,7 @@ def _drops_of_its_own(case: LayerCase, first: float, second: float) -> None:
     """Requires that one adapter, whose update is zero, drops nothing of the input of another one without dropout."""
     model = case.model().train()
     lora = case.adapt(model, dropout=first)
-    lora.add_adapter("second", config_like(lora, r=2, alpha=1.0, dropout=second))
-    lora.set_adapter(["default", "second"])
+    add_second(lora, dropout=second)
     drops, other = ("default", "second") if first else ("second", "default")
     with torch.no_grad():
         for name, parameter in named_leaves(model.layer).items():
@@ -302,8 +301,7 @@ def _beside_another(case: LayerCase, first: str, second: str) -> None:
     """Requires that a variant's update and a plain one add up, whichever comes first."""
     model = case.model()
     lora = case.adapt(model, variant=first)
-    lora.add_adapter("second", config_like(lora, r=2, alpha=1.0, variant=second))
-    lora.set_adapter(["default", "second"])
+    add_second(lora, variant=second)
     inputs, reference = case.arguments(model.layer), lawful(case, moved(model), {"default": 1.0, "second": 1.0})
     require_all_close(f"the output with {first} and {second}", call(model, inputs), call(reference, inputs))
 

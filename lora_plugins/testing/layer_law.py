@@ -16,6 +16,7 @@ from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
+    add_second,
     call,
     config_like,
     is_values,
@@ -207,8 +208,7 @@ def _several_parts(case: LayerCase) -> None:
     for first, second in combinations(parts, 2):
         model = case.model()
         lora = case.adapt(model, fused_parts=first)
-        lora.add_adapter("second", config_like(lora, r=2, alpha=1.0, fused_parts=second))
-        lora.set_adapter(["default", "second"])
+        add_second(lora, fused_parts=second)
         inputs, reference = case.arguments(model.layer), lawful(case, model, {"default": 1.0, "second": 1.0})
         require_all_close(f"the output with {first} and {second}", call(model, inputs), call(reference, inputs))
 
