@@ -325,8 +325,8 @@ class LoraModel(metaclass=Told):
     def merge_and_unload(self, *, max_error: float = DEFAULT_MAX_ERROR, dequantize: bool = False) -> nn.Module:
         """Writes the updates of all active adapters into the weights permanently, and removes the adapters.
 
-        Trained heads and biases stay. The model has its own classes and state-dict keys again, but for weights that a
-        parametrization or a hook computed, such as weight norm: those are plain parameters from now on. Everything is
+        Trained heads and biases stay. The model has its own classes and state-dict keys again, except for weights that
+        a parametrization or a hook computed, such as weight norm: those are plain parameters from now on. Everything is
         checked before the first weight changes; then it goes layer by layer, so that the model is never in memory
         twice. If it is stopped in the middle, the model computes what it did, and another call merges the rest.
 

@@ -37,7 +37,7 @@ def costs(model: nn.Module) -> dict[str, float]:
     """Returns the processor seconds of each call.
 
     Args:
-        model: An untouched model; it is as before afterwards, but for what merging for good wrote.
+        model: An untouched model; it is as before afterwards, except for what merging for good wrote.
     """
     found: dict[str, float] = {}
 

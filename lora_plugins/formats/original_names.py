@@ -36,7 +36,7 @@ _UNET: Mapping[str, str] = {
     "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
 }
-"""By names in a UNet of diffusers, those of Stable Diffusion, but for the blocks on the way down and up."""
+"""By names in a UNet of diffusers, those of Stable Diffusion, except for the blocks on the way down and up."""
 
 _RESNET: Mapping[str, str] = {
     ".norm1": ".in_layers.0",

@@ -317,7 +317,7 @@ def _single(key: str, value: Any) -> Any:
 def config_fields(layers: Mapping[str, PortableLayer], **given: Any) -> dict[str, Any]:
     """Returns the content of an `adapter_config.json`, with further fields that are given.
 
-    It names the layers in full, but for output projections of attentions: PEFT adapts those with the attention.
+    It names the layers in full, except for output projections of attentions: PEFT adapts those with the attention.
     """
     r, alpha = commonest(each.r for each in layers.values()), commonest(each.alpha for each in layers.values())
     named = {name: layer for name, layer in layers.items() if not layer.in_attention}

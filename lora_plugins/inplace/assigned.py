@@ -112,7 +112,7 @@ def refuse_assignment(layer: nn.Module, name: str) -> NoReturn:
 def refuse_while_merged(layer: nn.Module, name: str, value: Tensor | None) -> None:
     """Refuses another value of a weight that is no parameter, while the layer answers with what was merged into it.
 
-    Hooks and forwards that compute a weight from parameters assign the same one each time, but for rounding once the
+    Hooks and forwards that compute a weight from parameters assign the same one each time, except for rounding once the
     model was cast or moved.
 
     Raises:

@@ -22,7 +22,7 @@ class NamedModule:
     """One module of a model.
 
     Args:
-        name: Its first name, as `named_modules` gives it, but for what `torch.compile` and its like insert.
+        name: Its first name, as `named_modules` gives it, except for what `torch.compile` and its like insert.
         module: The module.
         aliases: Its other names, where it stands in the model more than once.
     """

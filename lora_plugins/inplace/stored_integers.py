@@ -45,7 +45,7 @@ def rounded(values: Mapping[str, Any], parameters: Mapping[str, nn.Parameter | N
     """Returns floating values that integers are to be loaded from as integers, by name.
 
     Raises:
-        ValueError: If some are no integers but for rounding, naming the first.
+        ValueError: If some are no integers, rounding apart, naming the first.
     """
     found = {}
     for name, parameter in parameters.items():

@@ -25,7 +25,7 @@ def ends_with(pattern: str, name: str) -> bool:
 def shortest_ends(wanted: Iterable[str], names: Iterable[str]) -> list[str]:
     """Returns the shortest path ends that match some names and none of the others; none where these do not exist.
 
-    None of them begins with a number, but for names that are nothing else.
+    None of them begins with a number, except for names that are nothing else.
     """
     every, wanted = list(names), set(wanted)
     others = [name for name in every if name not in wanted]

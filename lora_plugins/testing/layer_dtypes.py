@@ -19,7 +19,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def cancelling(case: LayerCase, dtype: torch.dtype, rounded: str) -> Holder:
-    """Builds a model whose two ranks cancel each other but for an eighth of the rounding of a half precision.
+    """Builds a model whose two ranks cancel each other except for an eighth of the rounding of a half precision.
 
     The scaling makes that difference the update. Factors in float32 have it to four digits; of factors, or of A(x), in
     half precision it is nothing but rounding.

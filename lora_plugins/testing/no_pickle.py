@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 _READERS = ("load", "loads", "Unpickler")
-"""What reads pickles, as torch.load does but for its `weights_only=True`, and NumPy where arrays hold objects."""
+"""What reads pickles, as torch.load does except for its `weights_only=True`, and NumPy where arrays hold objects."""
 
 
 @contextmanager

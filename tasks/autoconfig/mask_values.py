@@ -158,7 +158,7 @@ def _are_smoothed(colors: Counter[tuple[int, ...]]) -> bool:
 
 
 def _is_between(color: Sequence[int], first: Sequence[int], last: Sequence[int]) -> bool:
-    """Whether a color is a mixture of two others, but for rounding."""
+    """Whether a color is a mixture of two others, except for rounding."""
     widest = max(range(3), key=lambda channel: abs(last[channel] - first[channel]))
     share = (color[widest] - first[widest]) / (last[widest] - first[widest])
     mixture = [start + share * (end - start) for start, end in zip(first, last, strict=True)]

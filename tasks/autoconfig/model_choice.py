@@ -39,7 +39,7 @@ class Choice:
 
     Attributes:
         name: What a user calls it.
-        arguments: Those of a `ModelConfig`, but for `num_classes`.
+        arguments: Those of a `ModelConfig`, except for `num_classes`.
         size: Height and width of its images, if it says.
         weights: Where its weights come from, in words.
     """

@@ -595,7 +595,7 @@ class Machine:
             raise DivergenceError(f"{divergence.check} after a change", divergence.detail) from divergence
 
     def _is_as_at(self, pending: Pending) -> bool:
-        """Whether the backward has to be right: the state is that of the forward, but for blocks that have ended."""
+        """Whether the backward has to be right: the state is that of the forward, except for blocks that have ended."""
         return not pending.changes - READS - (BLOCKS if pending.outside and not self.reference.contexts else set())
 
     # Files, state dicts and copies

@@ -409,7 +409,7 @@ class Reference:
         weights = dict(raw)
         for adapter in acting:
             for slot in self.adapters[adapter].slots:
-                # What is merged is in the parameter already, but for weights that are computed.
+                # What is merged is in the parameter already, except for weights that are computed.
                 if adapter in self.merged and not self.is_computed(slot.site):
                     continue
                 for target in slot.targets:

@@ -48,7 +48,7 @@ def derives_from_base(module: nn.Module, adapter: str) -> bool:
 
 
 def copy_factors(module: nn.Module, copy: NetworkCopy, adapter: str, *, but: str | None = None) -> None:
-    """Gives a copy that is adapted alike the A and B of its origin, but for a factor that it keeps: `lora_B`, say."""
+    """Gives a copy that is adapted alike the A and B of its origin, except for the factor `but`, such as `lora_B`."""
     own, origin = (adapter_tensors(submodule(module, part)) for part in (copy.name, copy.origin))
     with torch.no_grad():
         for name, tensor in own.items():

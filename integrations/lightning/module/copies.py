@@ -54,7 +54,7 @@ class _Part:
         return not within(self.name, [other.name]) and not within(other.name, [self.name])
 
     def equals(self, other: "_Part") -> bool:
-        """Whether the values are the same, but for what is trained in place, and more than constants."""
+        """Whether the values are the same, except for what is trained in place, and more than constants."""
         trained = [own or its for own, its in zip(self.trained, other.trained, strict=True)]
         pairs = [
             (own, its)

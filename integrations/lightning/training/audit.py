@@ -47,7 +47,7 @@ class Audit:
         teachers: The names of the tensors of adapters that were frozen when the module was adapted.
 
     Attributes:
-        written: The names of what it has written so, or moves by hand in the training, but for teachers and averages.
+        written: The names of what it has written so, or moves by hand in training, except for teachers and averages.
     """
 
     def __init__(

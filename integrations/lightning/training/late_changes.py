@@ -19,7 +19,7 @@ class LateChanges:
         self._kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
 
     def tell(self) -> None:
-        """Names what has changed since, but for what was converted to another type, or freed."""
+        """Names what has changed since, except for what was converted to another type, or freed."""
         same = {name: tensor for name, tensor in self._tensors.items() if _kind(tensor) == self._kinds[name]}
         if late := changed(self._sums, same):
             rank_zero_warn(

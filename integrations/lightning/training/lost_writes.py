@@ -67,7 +67,7 @@ class LostWrites:
             self._last[full].append((weight, checksum(weight.detach())))
 
     def _forget(self, name: str, kept: int) -> None:
-        """Drops the oldest readings of a weight but for some: a loop may read it a thousand times."""
+        """Drops the oldest readings of a weight except for some: a loop may read it a thousand times."""
         readings = self._last[name]
         while len(readings) > kept:
             weight, before = readings.popleft()

@@ -70,5 +70,5 @@ class ResumedState:
             set_random_numbers(self._after_data)
 
     def forget(self) -> None:
-        """Forgets the state, but for what was noted."""
+        """Forgets the state, except for what was noted."""
         self._state = {}

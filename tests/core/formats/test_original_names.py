@@ -62,7 +62,7 @@ def sd35():
 
 
 def published(name, **fields):
-    """A function that makes a model of a published size, but for the number of its blocks."""
+    """A function that makes a model of a published size, except for the number of its blocks."""
 
     def build():
         return getattr(pytest.importorskip("diffusers"), name)(**fields)

@@ -87,7 +87,7 @@ def peft_eva(model, data, r=3, **options):
 
 
 class TestEvaAgainstPeft:
-    """One batch, in which PEFT's running decomposition is exact but for its randomized steps."""
+    """One batch, in which PEFT's running decomposition is exact except for its randomized steps."""
 
     @pytest.mark.parametrize("whiten", [False, True], ids=["plain", "whiten"])
     def test_directions(self, whiten):

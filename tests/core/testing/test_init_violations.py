@@ -14,7 +14,7 @@ class NoName(Plain):
 
 
 class LeavesARow(Plain):
-    """Fills A but for its last row, whatever that holds."""
+    """Fills A except for its last row, whatever that holds."""
 
     def fill(self, context):
         nn.init.normal_(context.A[:-1], generator=context.generator)

@@ -109,7 +109,7 @@ def test_convolutions_too_in_diffusers_file(tmp_path):
 
 
 def chroma():
-    """A pipeline whose only text encoder is a T5, but for what it draws with."""
+    """A pipeline whose only text encoder is a T5, except for what it draws with."""
     return diffusers.ChromaPipeline(
         scheduler=None,
         vae=None,
@@ -529,7 +529,7 @@ def test_adapters_by_rows_with_guidance():
 
 
 def wan():
-    """A pipeline of Wan 2.2, but for what it draws with: two transformers, of which each has a part of the steps."""
+    """A pipeline of Wan 2.2, except for what it draws with: two transformers, of which each has a part of the steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         transformers = [

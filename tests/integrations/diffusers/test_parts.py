@@ -12,7 +12,7 @@ from tests.integrations.diffusers.pipelines import build, clip
 
 
 def stable_cascade():
-    """The prior of Stable Cascade, whose denoiser is called like that, but for what it draws with."""
+    """The prior of Stable Cascade, whose denoiser is called like that, except for what it draws with."""
     prior = diffusers.PriorTransformer(num_layers=1, num_attention_heads=2, attention_head_dim=8, embedding_dim=16)
     return diffusers.StableCascadePriorPipeline(
         tokenizer=None, text_encoder=clip(projection=16), prior=prior, scheduler=None

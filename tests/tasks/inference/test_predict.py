@@ -105,7 +105,7 @@ class TestPredict:
             with Image.open(tmp_path / "out" / "masks" / f"{name}.png") as mask:
                 assert (mask.mode, mask.size) == ("P", (width, height))
                 assert len(np.unique(expected)) > 1
-                assert (np.asarray(mask) == expected).mean() > 0.999  # but for ties that a merge decides otherwise
+                assert (np.asarray(mask) == expected).mean() > 0.999  # except for ties that a merge decides otherwise
                 assert mask.getpalette()[: 3 * len(task.class_names)] == class_colors(4).ravel().tolist()
             with Image.open(tmp_path / "out" / "overlays" / f"{name}.png") as picture:
                 assert (picture.mode, picture.size) == ("RGB", (width, height))
