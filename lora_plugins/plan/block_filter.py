@@ -36,6 +36,10 @@ class BlockFilter:
         self._paths = {each for block in chosen if isinstance(block, str) for each in spellings(block)}
         self._containers = [containers] if isinstance(containers, str) else containers
         names = list(names)
+        self._check_containers(names)
+        self._check_blocks(chosen, names)
+
+    def _check_containers(self, names: list[str]) -> None:
         numbered = {path for name in names for path, _ in _numbered(name)}
         for container in self._containers or ():
             if not any(container in path_ends(path) for path in numbered):
@@ -43,6 +47,8 @@ class BlockFilter:
                 raise TargetError(
                     f"layers_pattern: {container!r} holds no numbered block with a target. {near(container, held)}"
                 )
+
+    def _check_blocks(self, chosen: list[int | str], names: list[str]) -> None:
         found = {block for name in names for block in self._blocks_of(name)}
         for block in chosen:
             if found.isdisjoint({block} if isinstance(block, int) else spellings(block)):
