@@ -67,22 +67,25 @@ def _check(own: Plan, other: Plan, values: Mapping[str, Tensor]) -> None:
             f"a variant has to be on all layers, and {listing(there.keys() - {x.name for x in other.layers})} lack it"
         )
     for layer in other.layers:
-        present = there[layer.name]
-        if layer.slots != present.slots:
-            raise _unfit(f"it adapts other parts of {layer.name!r}")
-        if layer.ties != present.ties:
-            shared = sorted({tie.layer for tie in (*layer.ties, *present.ties)})
-            raise _unfit(f"only one of the two adapts {listing(shared)} with {layer.name!r}, whose weight they share")
-        if layer.r > present.r:
-            raise _unfit(f"its rank on {layer.name!r} is {layer.r}, and that of the one that is there {present.r}")
-        resized = (layer.r, layer.scaling) != (present.r, present.scaling)
-        if resized and present.variant is not None and not present.variant.rescales_rows:
-            raise _unfit(
-                f"its rank or scaling on {layer.name!r} differs, on which the variant {present.variant.name!r} may "
-                "depend in other ways than by scaling · B·A"
-            )
+        _check_layer(there[layer.name], layer)
     if differing := values.keys() ^ own.saved_in_place:
         raise _unfit(f"only one of the two has values of {listing(differing)}")
+
+
+def _check_layer(own: PlannedLayer, other: PlannedLayer) -> None:
+    if other.slots != own.slots:
+        raise _unfit(f"it adapts other parts of {other.name!r}")
+    if other.ties != own.ties:
+        shared = sorted({tie.layer for tie in (*other.ties, *own.ties)})
+        raise _unfit(f"only one of the two adapts {listing(shared)} with {other.name!r}, whose weight they share")
+    if other.r > own.r:
+        raise _unfit(f"its rank on {other.name!r} is {other.r}, and that of the one that is there {own.r}")
+    resized = (other.r, other.scaling) != (own.r, own.scaling)
+    if resized and own.variant is not None and not own.variant.rescales_rows:
+        raise _unfit(
+            f"its rank or scaling on {other.name!r} differs, on which the variant {own.variant.name!r} may depend in "
+            "other ways than by scaling · B·A"
+        )
 
 
 def _unfit(reason: str) -> AdapterFileError:
