@@ -57,16 +57,7 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
         AdapterFileError: If the file has several parts and none was asked for, or not the one that was.
     """
     check_name(asked)
-    children = _children(model)
-    alone = [each for each in OTHER_TRANSFORMERS if each in children and _DENOISER not in children]
-    other = asked if asked in OTHER_TRANSFORMERS else next(iter(alone), None)
-    renamed = {_DENOISER: other} if other is not None and other not in found else {}
-    t5 = next((each for each in ("text_encoder_3", "text_encoder_2", "text_encoder") if each in children), None)
-    if t5 is not None and t5 not in found:
-        renamed["text_encoder_3"] = t5  # as in Stable Diffusion 3; the second of Flux, and all that PixArt has
-    first = dict(model.named_children()).get("text_encoder")
-    if "text_encoder_4" in found and first is not None and any("Llama" in name for name in class_names(first)):
-        renamed |= {"text_encoder_4": "text_encoder", "text_encoder": "text_encoder_2"}  # HunyuanVideo's Llama and CLIP
+    children, renamed = _children(model), _named_otherwise(found, model, asked)
     parts = {name: renamed.get(name, name) for name in found}
     if asked is not None and asked not in parts.values():
         raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")
@@ -83,6 +74,21 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
             f"format_options={{'component': {likely!r}}}; the others are left out then."
         )
     return {name: part if part in children else "" for name, part in parts.items() if asked in (None, part)}
+
+
+def _named_otherwise(found: Collection[str], model: nn.Module, asked: str | None) -> dict[str, str]:
+    """Returns what a model calls parts that files name after another pipeline's, by their names in the file."""
+    children = _children(model)
+    alone = [each for each in OTHER_TRANSFORMERS if each in children and _DENOISER not in children]
+    other = asked if asked in OTHER_TRANSFORMERS else next(iter(alone), None)
+    renamed = {_DENOISER: other} if other is not None and other not in found else {}
+    t5 = next((each for each in ("text_encoder_3", "text_encoder_2", "text_encoder") if each in children), None)
+    if t5 is not None and t5 not in found:
+        renamed["text_encoder_3"] = t5  # as in Stable Diffusion 3; the second of Flux, and all that PixArt has
+    first = dict(model.named_children()).get("text_encoder")
+    if "text_encoder_4" in found and first is not None and any("Llama" in name for name in class_names(first)):
+        renamed |= {"text_encoder_4": "text_encoder", "text_encoder": "text_encoder_2"}  # HunyuanVideo's Llama and CLIP
+    return renamed
 
 
 def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) -> dict[str, tuple[str, str]]:
