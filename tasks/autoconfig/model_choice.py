@@ -103,16 +103,7 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
         ConfigError: For a name that does not exist, with near matches, or weights that cannot be had.
     """
     name = DEFAULT if model is None else model
-    library, _, rest = name.partition("/")
-    if library not in LIBRARIES[task] and "/" not in name:
-        library, rest = "timm", name
-    elif library in _OF_LIBRARY and library not in LIBRARIES[task]:
-        raise ConfigError(
-            f"--model is {name}, and models of {library} are not for {task} here. Write "
-            f"{' or '.join(f'{each}/NAME' for each in LIBRARIES[task])}, or leave it out for {DEFAULT}."
-        )
-    elif library not in LIBRARIES[task]:
-        library, rest = "transformers", name
+    library, rest = _split(task, name)
     # timm fits pretrained position embeddings to a size when it loads them; those of a file are fitted in each step.
     resized = {} if size is None else {"img_size": [*size]} if weights is None else {"dynamic_img_size": True}
     found = _OF_LIBRARY[library](task, rest, resized)
@@ -120,15 +111,23 @@ def choose_model(task: str, model: str | None, weights: str | None, size: tuple[
     options = {"options": dict(found.options)} if found.options else {}
     # The default model has a classifier of ImageNet's 1,000 classes, which would be kept for 1,000 others.
     head = {"head": "new"} if task == LABELS and model is None and weights is None else {}
-    arguments = {
-        "source": found.source,
-        "name": found.name,
-        "weights": source,
-        **head,
-        **options,
-        **found.further,
-    }
+    arguments = {"source": found.source, "name": found.name, "weights": source, **head, **options, **found.further}
     return Choice(f"{name} (the default)" if model is None else name, arguments, found.size, words)
+
+
+def _split(task: str, name: str) -> tuple[str, str]:
+    """The library of a network, which a name need not begin with, and what the library calls the network."""
+    library, slash, rest = name.partition("/")
+    if library in LIBRARIES[task]:
+        return library, rest
+    if not slash:
+        return "timm", name
+    if library not in _OF_LIBRARY:
+        return "transformers", name
+    raise ConfigError(
+        f"--model is {name}, and models of {library} are not for {task} here. Write "
+        f"{' or '.join(f'{each}/NAME' for each in LIBRARIES[task])}, or leave it out for {DEFAULT}."
+    )
 
 
 def _weights_of(name: str, found: _Found, weights: str | None) -> tuple[str, str]:
