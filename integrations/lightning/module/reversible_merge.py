@@ -165,11 +165,9 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     changed = sorted((weights | set(state.values.base)) - stored.keys() - foreign.keys())
     with base_in_place(target, state):
         base = {name: own_tensor(target, name).data for name in changed}
-        earlier = merged_weights(target)
-    known = [values for each in adapters.values() for values in (each.packed.manifest["base"], each.kept)]
-    pretrained = {name: values for own in known for name, values in own.items()}
-    pretrained |= {source: fingerprint(base[source]) for name in normed for source in sources(name, normed)}
-    pretrained |= earlier  # to which the adapters belong
+        pretrained = _pretrained(
+            target, adapters, {name: base[name] for each in normed for name in sources(each, normed)}
+        )
     before = {name: base_sums[name] if name in base_sums else checksum(value) for name, value in base.items()}
     before |= {name: checksum(weight.dense()) for kind in (stored, foreign) for name, weight in kind.items()}
     lora.merge_adapter(max_error=max_error)
@@ -182,6 +180,16 @@ def _merge(target: nn.Module, max_error: float, dequantize: bool, base_sums: Map
     return ReversibleMerge(
         base, stored, foreign, quantizers, adapters, active, merged, weakref.ref(target), marks, parameters
     )
+
+
+def _pretrained(
+    target: nn.Module, adapters: Mapping[str, MergedAdapter], normed: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Returns the fingerprints of pretrained weights, by name; those of `normed` are taken now."""
+    known = [values for each in adapters.values() for values in (each.packed.manifest["base"], each.kept)]
+    found = {name: values for own in known for name, values in own.items()}
+    found |= {name: fingerprint(tensor) for name, tensor in normed.items()}
+    return found | merged_weights(target)  # an earlier merge has them from before it
 
 
 def check_mergeable(target: nn.Module, *, dequantize: bool, plan: Plan | None = None) -> None:
