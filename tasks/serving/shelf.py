@@ -119,8 +119,8 @@ class Shelf:
 
         All of these are loaded, and on the same base; images are (N, channels, H, W) in [0, 1].
         """
-        lora, keys = LoraModel(self._target(rows[0])), [self._loaded[row.name].key for row in rows]
         task, images = self._bases[rows[0].base], images.to(self._device, self._dtype)
+        lora, keys = LoraModel(_target(task, rows[0])), [self._loaded[row.name].key for row in rows]
         try:
             with lora.mixed_batch(keys):
                 mixed: Tensor = task(images)
@@ -145,11 +145,11 @@ class Shelf:
 
     def _with_adapter(self, described: Described, packed: PackedAdapter) -> tuple[VisionTask, str]:
         """The base with the adapter, and its name there; a base that is already there is untouched by an error."""
-        task, provenance = self._bases.get(described.base), described.provenance
+        task = self._bases.get(described.base)
         if task is None:
             task = described.task.build()
         key = f"adapter{next(self._numbers)}"
-        lora = LoraModel.load_packed(task.get_submodule(provenance.get("target") or ""), packed, key)
+        lora = LoraModel.load_packed(_target(task, described), packed, key)
         try:
             task.eval().to(self._device, self._dtype)  # only now: the adapter was made on the base in its own type
         except Exception:  # there was no memory left
@@ -161,11 +161,13 @@ class Shelf:
         while len(self._loaded) > self.limit and (old := next((n for n in self._loaded if n not in keep), None)):
             self._remove(old)
 
-    def _target(self, described: Described) -> nn.Module:
-        return self._bases[described.base].get_submodule(described.provenance.get("target") or "")
-
     def _remove(self, name: str) -> None:
         gone = self._loaded.pop(name)
-        LoraModel(self._target(gone.described)).delete_adapter(gone.key)
+        LoraModel(_target(self._bases[gone.described.base], gone.described)).delete_adapter(gone.key)
         if all(each.described.base != gone.described.base for each in self._loaded.values()):
             del self._bases[gone.described.base]
+
+
+def _target(task: VisionTask, described: Described) -> nn.Module:
+    """The part of a task that an adapter is for."""
+    return task.get_submodule(described.provenance.get("target") or "")
