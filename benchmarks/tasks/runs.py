@@ -163,7 +163,7 @@ class Watch(Callback):
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Starts the clock."""
         self._start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
