@@ -34,6 +34,7 @@ from lora_plugins.testing.required import (
     require,
     require_all_close,
     require_nothing_kept,
+    tensors_left,
     tensors_of,
 )
 
@@ -45,13 +46,13 @@ def _calls(case: LayerCase) -> None:
     model = case.adapted()
     for training in (False, True):
         untouched, reference = case.model().train(training), lawful(case, model.train(training))
-        for what, inputs, named in _ways(model.layer, case.arguments(model.layer)):
+        for what, inputs, named in _ways(model, case.arguments(model.layer)):
             if runs(untouched, inputs, **named):
                 got = call(model, inputs, **named)
                 require_all_close(f"the output {what}", got, call(reference, inputs, **named))
 
 
-def _ways(layer: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Call]:
+def _ways(model: Holder, inputs: tuple[Any, ...]) -> Iterator[Call]:
     """Yields ways to call a layer; not every layer can be called in all of them."""
     rows, tensors = batched(inputs), [is_dense(x) and x.dim() > 1 for x in inputs]
     if any(rows):
@@ -73,7 +74,7 @@ def _ways(layer: nn.Module, inputs: tuple[Any, ...]) -> Iterator[Call]:
             mapped(inputs, lambda x: x.contiguous(memory_format=torch.channels_last), pictures),
             {},
         )
-    names = _names(layer, len(inputs))
+    names = _names(model.layer, len(inputs)) if model.form is None else []
     if names:
         yield "called with keywords", (), dict(zip(names, inputs, strict=True))
         yield "called with one keyword", inputs[:-1], {names[-1]: inputs[-1]}
@@ -91,8 +92,18 @@ def _pure(case: LayerCase) -> None:
         model = case.adapted().train(training)
         _leaves_alone(case, model)
         _sees_what_changes(case, model)
-    model.eval()
-    require_nothing_kept(lambda seed: call(model, case.arguments(model.layer, seed)))
+    _keeps_nothing(case, model.eval())
+
+
+def _keeps_nothing(case: LayerCase, model: Holder) -> None:
+    """Requires that a call keeps no more tensors than one of the untouched layer does."""
+    untouched = case.model().eval()
+
+    def its_own() -> int:
+        return tensors_left(lambda seed: call(untouched, case.arguments(untouched.layer, seed)))
+
+    with torch.set_grad_enabled(not its_own()):  # of an output that a layer keeps, an update makes the graph larger
+        require_nothing_kept(lambda seed: call(model, case.arguments(model.layer, seed)), besides=its_own())
 
 
 def _sees_what_changes(case: LayerCase, model: Holder) -> None:
@@ -179,7 +190,7 @@ def _mixed_rows(case: LayerCase, model: Holder, lora: LoraModel) -> None:
     """Requires of every way to call a layer that each row of a batch gets the update of its own adapter."""
     references = _references(case, model, ("default", "second", "third"))
     arguments = case.arguments(model.layer)
-    for what, inputs, named in [("of rows", arguments, {}), *_ways(model.layer, arguments)]:
+    for what, inputs, named in [("of rows", arguments, {}), *_ways(model, arguments)]:
         if not _goes_by_rows(case.model().eval(), inputs, named):
             continue
         count = len((*inputs, *named.values())[0])

@@ -1,8 +1,9 @@
 """A layer plugin with one choice of its layer's options: what the checks build, adapt and run."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,17 +31,18 @@ _CASTS: Mapping[torch.dtype, Callable[[nn.Module], nn.Module]] = {
 
 
 class Holder(nn.Module):
-    """A model of one layer, whose name there is `layer`.
+    """A model of one layer, whose name there is `layer`. It takes the leaves of the layer's inputs, one after another.
 
     Args:
         layer: The layer.
-        keywords: The names by which it is given its inputs; none for one that is given them by position.
+        form: What the leaves are to be filled into: the inputs by position, and those by name. None where each leaf is
+            an input by position.
     """
 
-    def __init__(self, layer: nn.Module, keywords: Sequence[str] = ()) -> None:
+    def __init__(self, layer: nn.Module, form: tuple[Any, Any] | None = None) -> None:
         super().__init__()
         self.layer = layer
-        self.keywords = tuple(keywords)
+        self.form = form
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Calls the layer."""
@@ -49,7 +51,7 @@ class Holder(nn.Module):
 
     def given(self, inputs: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Returns inputs as the layer takes them, by position and by name."""
-        return ((), dict(zip(self.keywords, inputs, strict=False))) if self.keywords else (inputs, {})
+        return (inputs, {}) if self.form is None else _filled(self.form, iter(inputs))
 
 
 @dataclass(frozen=True)
@@ -87,36 +89,39 @@ class LayerCase:
             layer = self.build(**self.options)
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        model = Holder(layer, self.keywords(layer)).to(self.device)
+        model = Holder(layer, self.form(layer)).to(self.device)
         _CASTS[dtype](model)  # and not to(dtype), which would take the imaginary part of complex ones
         return model
 
-    def keywords(self, layer: nn.Module) -> tuple[str, ...]:
-        """Returns the names of the inputs of a layer whose forward has some by keyword alone; none for others."""
+    def form(self, layer: nn.Module) -> tuple[Any, Any] | None:
+        """Returns what the leaves of a layer's inputs are to be filled into, as `Holder` takes it."""
+        args, named = self._made(layer, seed=0)
+        flat = not named and not any(type(x) in (list, tuple, dict) for x in args)
+        return None if flat else _filled((args, named), repeat(None))
+
+    def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
+        """Makes inputs in the type of a layer, the same for the same seed: what a `Holder` is called with.
+
+        Those in tuples, lists and dictionaries, such as the state of an LSTM, are one after another.
+        """
+        dtype = next(parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
+        return tuple(_placed(x, dtype, self.device) for x in _leaves(self._made(layer, seed)))
+
+    def _made(self, layer: nn.Module, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the inputs by position, and those by name, of a layer whose forward has some by keyword alone."""
         parameters = [*signature(base_class_of(layer).forward).parameters.values()][1:]
         keywords = [parameter for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
-        if not keywords:
-            return ()
-        with own_randomness(0):
+        with own_randomness(seed):
             made = self.inputs(layer)
-        if isinstance(made, Mapping) and made.keys() <= {parameter.name for parameter in parameters}:
-            return tuple(made)
+        if keywords and isinstance(made, Mapping) and made.keys() <= {parameter.name for parameter in parameters}:
+            return (), dict(made)
         needed = [keyword.name for keyword in keywords if keyword.default is Parameter.empty]
         require(
-            not needed and len(keywords) < len(parameters),
+            not needed and (not keywords or len(keywords) < len(parameters)),
             f"the layer takes {', '.join(needed) or 'all'} by keyword alone, and its inputs have no names; give them "
             "all in a dictionary",
         )
-        return ()
-
-    def arguments(self, layer: nn.Module, seed: int = 0) -> tuple[Any, ...]:
-        """Makes inputs in the type of a layer, the same for the same seed."""
-        with own_randomness(seed):
-            made = self.inputs(layer)
-        made = tuple(made.values()) if self.keywords(layer) else made
-        dtype = next(parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())
-        inputs = made if isinstance(made, list | tuple) else (made,)
-        return tuple(_placed(x, dtype, self.device) for x in inputs)
+        return (tuple(made) if isinstance(made, list | tuple) else (made,)), {}
 
     def adapt(self, model: nn.Module, target: str = "layer", **fields: Any) -> LoraModel:
         """Adapts a layer of a model, so that it starts different from the untouched one."""
@@ -152,21 +157,42 @@ class LayerCase:
         return [{}, *({"layer": [part]} for part in self.plugin.parts(self.model().layer))]
 
 
+def _leaves(x: Any) -> Iterator[Any]:
+    """Yields what tuples, lists and dictionaries hold, of any depth."""
+    if type(x) in (list, tuple, dict):
+        for each in x.values() if type(x) is dict else x:
+            yield from _leaves(each)
+    else:
+        yield x
+
+
+def _filled(form: Any, leaves: Iterator[Any]) -> Any:
+    """Returns tuples, lists and dictionaries of the same form that hold other leaves."""
+    if type(form) in (list, tuple):
+        return type(form)(_filled(each, leaves) for each in form)
+    if type(form) is dict:
+        return {name: _filled(each, leaves) for name, each in form.items()}
+    return next(leaves)
+
+
 def _placed(x: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Moves an input to a device and, if it is floating, to a type; nested ones, as an LSTM's state, as well."""
-    if type(x) in (list, tuple):
-        return type(x)(_placed(each, dtype, device) for each in x)
-    if type(x) is dict:
-        return {name: _placed(each, dtype, device) for name, each in x.items()}
-    if not isinstance(x, Tensor):
-        return x
-    return x.to(device, dtype if x.is_floating_point() else x.dtype)
+    """Moves an input to a device and, if it is floating, to a type."""
+    return x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
 
 
 def call(module: nn.Module, inputs: Sequence[Any], seed: int = 1, **named: Any) -> Any:
-    """Calls a module, with the same random numbers each time, for layers that draw some themselves."""
+    """Calls a module, with the same random numbers each time, for layers that draw some themselves.
+
+    It gets copies of the inputs, for layers that write to theirs.
+    """
+    given = copies((*inputs, *named.values()))
     with own_randomness(seed, module):
-        return module(*inputs, **named)
+        return module(*given[: len(inputs)], **dict(zip(named, given[len(inputs) :], strict=True)))
+
+
+def copies(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Copies inputs, with their strides; those whose rows are one in memory stay, as nobody can write to them."""
+    return mapped(inputs, lambda x: x if 0 in x.stride() else x.clone())
 
 
 def runs(module: nn.Module, inputs: Sequence[Any], **named: Any) -> bool:

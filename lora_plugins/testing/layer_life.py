@@ -20,6 +20,7 @@ from lora_plugins.testing.layer_case import (
     LayerCase,
     adapter_leaves,
     call,
+    copies,
     lawful,
     require_lawful,
     runs,
@@ -91,14 +92,15 @@ def _backward(output: Any) -> None:
 
 
 class _Twice(Holder):
-    """A model that calls one layer, which has two names, with inputs of their own."""
+    """A model that calls one layer, which has two names, with the first and with the second half of what it is given."""
 
     def __init__(self, holder: Holder) -> None:
-        super().__init__(holder.layer, holder.keywords)
+        super().__init__(holder.layer, holder.form)
         self.again = holder.layer
 
-    def forward(self, first: Any, second: Any) -> Any:
-        return [tensors_of(super().forward(*first)), tensors_of(super().forward(*second))]
+    def forward(self, *both: Any) -> Any:
+        half = len(both) // 2
+        return [tensors_of(super().forward(*both[:half])), tensors_of(super().forward(*both[half:]))]
 
 
 def _aliases(case: LayerCase) -> None:
@@ -108,9 +110,10 @@ def _aliases(case: LayerCase) -> None:
     require(model.layer is model.again, "the two names have two layers")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     require(len(trained) == 2 * len(case.slots()), f"what is trained is {trained}")
-    both = (case.arguments(model.layer), case.arguments(model.layer, seed=2))
-    holder = Holder(model.layer, model.keywords).eval()
-    expected = [tensors_of(call(lawful(case, holder), inputs)) for inputs in both]
+    each = [case.arguments(model.layer), case.arguments(model.layer, seed=2)]
+    both = (*each[0], *each[1])
+    holder = Holder(model.layer, model.form).eval()
+    expected = [tensors_of(call(lawful(case, holder), inputs)) for inputs in each]
     require_all_close("the output of a layer with two names", call(model, both), expected)
     lora.merge_adapter()
     require_all_close("its merged output", call(model, both), expected)
@@ -185,7 +188,7 @@ def _compile(case: LayerCase) -> None:
     try:
         if _compiles(case.model().train(), inputs, case.backend):
             compiled = torch.compile(model, fullgraph=True, backend=case.backend)
-            require_lawful("the compiled output", case, model, inputs, run=lambda _, inputs: compiled(*inputs))
+            require_lawful("the compiled output", case, model, inputs, run=lambda _, inputs: compiled(*copies(inputs)))
     finally:
         torch.compiler.reset()
 
@@ -194,7 +197,7 @@ def _compiles(module: nn.Module, inputs: tuple[Any, ...], backend: str) -> bool:
     """Whether the untouched layer compiles in one graph, and to what it computes: one that draws numbers does not."""
     expected = tensors_of(call(module, inputs))
     try:
-        got = tensors_of(torch.compile(module, fullgraph=True, backend=backend)(*inputs))
+        got = tensors_of(torch.compile(module, fullgraph=True, backend=backend)(*copies(inputs)))
     except Exception:  # torch has no class for all that can go wrong here
         return False
     return all(torch.allclose(first, second) for first, second in zip(got, expected, strict=True))

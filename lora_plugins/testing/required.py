@@ -163,8 +163,14 @@ def require_unmoved(before: Mapping[str, Any]) -> None:
     require(not moved, f"the random numbers of {', '.join(moved)} were moved")
 
 
-def require_nothing_kept(call: Callable[[int], object]) -> None:
-    """Raises a `MismatchError` if calls, by number, leave tensors in memory once their inputs and outputs are gone."""
+def require_nothing_kept(call: Callable[[int], object], besides: int = 0) -> None:
+    """Raises a `MismatchError` if calls leave more tensors in memory than these, as `tensors_left` counts them."""
+    left = tensors_left(call)
+    require(left <= besides, f"a call leaves {left} tensors in memory" + (f" instead of {besides}" if besides else ""))
+
+
+def tensors_left(call: Callable[[int], object]) -> int:
+    """Returns how many tensors calls, by number, leave in memory once their inputs and outputs are gone."""
     call(0)
     call(1)  # the first calls may fill a cache
     gc.collect()
@@ -173,8 +179,7 @@ def require_nothing_kept(call: Callable[[int], object]) -> None:
     try:
         call(2)
         gc.collect()
-        left = sum(issubclass(type(each), Tensor) for each in gc.get_objects())
+        return sum(issubclass(type(each), Tensor) for each in gc.get_objects())
     finally:
         if not frozen_by_others:
             gc.unfreeze()
-    require(not left, f"a call leaves {left} tensors in memory")

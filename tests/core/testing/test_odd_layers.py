@@ -832,3 +832,136 @@ class AttentionPlugin(RowMajorPlugin):
 def test_a_layer_that_no_rounding_may_move_passes_in_half_precision(skip):
     options = [{"skip": skip}]
     check_layer_plugin(AttentionPlugin(), Attention, lambda layer: torch.randn(2, 5, 8), options, only=["dtype"])
+
+
+class Cell(nn.Module):
+    """A recurrent step that is given its state in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight_x, self.weight_h = (nn.Parameter(torch.randn(4, 4) / 2) for _ in range(2))
+
+    def forward(self, x, state):
+        return F.linear(x, self.weight_x) + F.linear(state["h"], self.weight_h)
+
+
+class CellPlugin(RowMajorPlugin):
+    name = "cell"
+    module_type = Cell
+    branch_types = (Cell,)
+    branch_use = "always"
+
+    def slots(self, layer):
+        return [Slot("weight_x", "x"), Slot("weight_h", "h")]
+
+    def biases(self, layer):
+        return ()
+
+    def inputs(self, layer, slot, x, state):
+        vectors = {"x": x, "h": state["h"]}[slot.part]
+        return vectors.reshape(-1, vectors.shape[-1])
+
+    def branch(self, layer, base, terms, x, state):
+        y = F.linear(x, base["weight_x"]) + F.linear(state["h"], base["weight_h"])
+        for term in terms:
+            dropped = term.drop({"x": x, "h": state["h"]}[term.slot.part]).to(term.A.dtype)
+            y = y + (term.scaling * F.linear(F.linear(dropped, term.A), term.B)).to(y.dtype)
+        return y
+
+
+class DetachesTheState(CellPlugin):
+    def branch(self, layer, base, terms, x, state):
+        return super().branch(layer, base, terms, x, {"h": state["h"].detach()})
+
+
+class WritesTheState(CellPlugin):
+    def branch(self, layer, base, terms, x, state):
+        y = super().branch(layer, base, terms, x, state)
+        with torch.no_grad():
+            state["h"].copy_(y)
+        return y
+
+
+class DropsColumnsOfTheState(CellPlugin):
+    def branch(self, layer, base, terms, x, state):
+        if terms[0].dropout:
+            kept = F.dropout(torch.ones_like(state["h"][:1]), terms[0].dropout)
+            state = {"h": state["h"] * kept}
+        return super().branch(layer, base, terms, x, state)
+
+
+def check_cell(plugin, only=None):
+    def inputs(layer):
+        return torch.randn(3, 4), {"h": torch.randn(3, 4)}
+
+    check_layer_plugin(plugin, Cell, inputs, only=only)
+
+
+def test_a_layer_that_is_given_a_dictionary_beside_its_input_passes():
+    check_cell(CellPlugin())
+
+
+@pytest.mark.parametrize(
+    ("plugin", "name", "said"),
+    [
+        (DetachesTheState(), "gradients", "the gradient of an input differs"),
+        (WritesTheState(), "pure", "changes .*'the input 1'"),
+        (DropsColumnsOfTheState(), "dropout", "an update of zero differs"),
+    ],
+    ids=["detached", "written to", "dropped"],
+)
+def test_what_a_dictionary_of_inputs_holds_is_checked(plugin, name, said):
+    with pytest.raises(CheckError, match=said):
+        check_cell(plugin, only=[name])
+
+
+class Halving(Odd):
+    """Writes to its input."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x.mul_(0.5)
+        return F.linear(x, self.weight)
+
+
+class HalvingPlugin(RowMajorPlugin):
+    name = "halving"
+    module_type = Halving
+
+
+class Recording(Odd):
+    """Keeps its last output."""
+
+    def forward(self, x):
+        self.last = F.linear(x, self.weight)
+        return self.last
+
+
+class RecordingPlugin(RowMajorPlugin):
+    name = "recording"
+    module_type = Recording
+    branch_types = (Recording,)
+    branch_use = "always"
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"])
+        for term in terms:
+            y = y + (term.scaling * F.linear(F.linear(term.drop(x).to(term.A.dtype), term.A), term.B)).to(y.dtype)
+        layer.last = y
+        return y
+
+
+class KeepsMore(RecordingPlugin):
+    def branch(self, layer, base, terms, x):
+        layer.last_input = x + 0
+        return super().branch(layer, base, terms, x)
+
+
+@pytest.mark.parametrize("plugin", [HalvingPlugin(), RecordingPlugin()], ids=["writes its input", "keeps its output"])
+def test_what_an_untouched_layer_does_beside_its_output_an_adapted_one_may_do(plugin):
+    check_layer_plugin(plugin, plugin.module_type, lambda layer: torch.randn(3, 5), skip=["deepcopy"])
+
+
+def test_what_is_kept_beyond_what_an_untouched_layer_keeps_is_found():
+    with pytest.raises(CheckError, match="a call leaves 2 tensors in memory instead of 1"):
+        check_layer_plugin(KeepsMore(), Recording, lambda layer: torch.randn(3, 5), only=["pure"])
