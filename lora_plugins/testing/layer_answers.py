@@ -1,6 +1,7 @@
 """Checks of what a plugin says of a layer: the vectors that its weight is multiplied by, and its biases."""
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import product
 from operator import itemgetter
 from typing import Any
 
@@ -35,11 +36,14 @@ def _inputs(case: LayerCase) -> None:
 
 
 def _nearly_zero(arguments: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """Yields inputs of which one has a single value, so that the vectors are few, or have few: many span everything."""
+    """Yields inputs of which one has one value or two, so that the vectors are few, or have few: many span everything.
+
+    Of two, the vectors tell apart what a curve makes of each.
+    """
     for at, x in enumerate(arguments):
-        for place in {0, x.numel() // 2, x.numel() - 1} if is_values(x) and x.numel() else ():
-            mask = torch.arange(x.numel(), device=x.device).view(x.shape) == place
-            yield (*arguments[:at], x * mask, *arguments[at + 1 :])
+        for place, count in product({0, x.numel() // 2, x.numel() - 1}, (1, 2)) if is_values(x) and x.numel() else ():
+            distance = torch.arange(x.numel(), device=x.device).view(x.shape) - place
+            yield (*arguments[:at], x * ((distance >= 0) & (distance < count)), *arguments[at + 1 :])
 
 
 def _span_the_gradient(case: LayerCase, model: Holder, slot: Slot, arguments: Sequence[Any]) -> None:
@@ -88,7 +92,9 @@ def _vectors_of(case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any
 
 
 def _flat(output: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in real_tensors_of(output) if tensor.requires_grad])
+    found = [tensor.flatten() for tensor in real_tensors_of(output) if tensor.requires_grad]
+    require(bool(found), "the output of the untouched layer in eval mode needs no gradient")
+    return torch.cat(found)
 
 
 def _gradient(case: LayerCase, model: Holder, slot: Slot, value: Tensor) -> Tensor:
@@ -237,7 +243,8 @@ ANSWER_CHECKS: tuple[Check[LayerCase], ...] = (
         "inputs",
         _inputs,
         "inputs() gives all the vectors (n, in) that the weight's matrix is multiplied by, if the plugin has it",
-        "the vectors have another order of dimensions than the columns of to_matrix(weight), or are scaled.",
+        "the vectors have another order of dimensions than the columns of to_matrix(weight), are scaled, or "
+        "leave out what the layer does to its input first.",
     ),
     Check(
         "biases",

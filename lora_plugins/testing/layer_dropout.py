@@ -28,6 +28,7 @@ from lora_plugins.testing.layer_case import (
 )
 from lora_plugins.testing.layer_law import compare_gradients
 from lora_plugins.testing.required import (
+    TIGHT,
     random_states,
     real_tensors_of,
     refuse,
@@ -65,6 +66,7 @@ def _dropout(case: LayerCase) -> None:
         _is_refused(case)
         return
     if _draws_itself(case):
+        _drops_beside_its_own(case)
         return
     idle = case.adapted(dropout=0.5).train()
     with torch.no_grad():
@@ -84,6 +86,16 @@ def _draws_itself(case: LayerCase) -> bool:
     inputs = case.arguments(model.layer)
     first, second = (_values(call(model, inputs, seed)) for seed in (1, 2))
     return not torch.equal(first, second)
+
+
+def _drops_beside_its_own(case: LayerCase) -> None:
+    """Requires of a layer that draws random numbers itself that dropout does something in training, and not in eval."""
+    model = moved(case.adapted(dropout=0.5))
+    inputs, reference = case.arguments(model.layer), lawful(case, model.train())
+    outputs = ((call(each, inputs, seed) for each in (model, reference)) for seed in range(_AT_ONCE))
+    drops = any(not torch.allclose(_values(got), _values(without), rtol=0, atol=TIGHT) for got, without in outputs)
+    require(drops, "with dropout=0.5 every output is that without dropout")
+    require_lawful("the output in eval mode", case, model.eval(), inputs)
 
 
 def _values(output: Any) -> Tensor:
@@ -311,8 +323,12 @@ def _function(case: LayerCase) -> None:
     function = type(case.plugin).function
     if function is None or not case.has_branch:
         return
+    untouched = case.model().eval()
+    inputs = case.arguments(untouched.layer)
+    got = function(*inputs, untouched.layer.weight, untouched.layer.bias)
+    require_all_close(f"the output of {function.__name__} for an untouched layer", got, call(untouched, inputs))
     model = case.adapted(dropout=0.5).train()
-    inputs, other = case.arguments(model.layer), copy.deepcopy(model)
+    other = copy.deepcopy(model)
     if isinstance(bias := other.layer.bias, Tensor):
         bias.data.mul_(2)
     with own_randomness(1, model):

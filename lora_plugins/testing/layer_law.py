@@ -31,6 +31,7 @@ from lora_plugins.testing.required import (
     require,
     require_all_close,
     require_close,
+    require_same_form,
     tensors_of,
     uneven_sum,
 )
@@ -87,6 +88,7 @@ def _layout(case: LayerCase) -> None:
         matrix = case.plugin.to_matrix(weight)
         name = repr(slot.tensor)
         require(matrix.dim() == 2, f"to_matrix makes {tuple(matrix.shape)} of {name}, {tuple(weight.shape)}")
+        require(matrix.dtype == weight.dtype, f"to_matrix makes {matrix.dtype} of {name}, {weight.dtype}")
         _moves_values(case, weight, name)
         require_close(f"from_matrix(to_matrix(W)) of {name}", case.plugin.from_matrix(matrix, weight.shape), weight, 0)
         other = torch.randn_like(matrix)
@@ -135,6 +137,7 @@ def _follows_the_law(case: LayerCase, model: Holder, what: str) -> None:
         with context():
             got, expected = call(model, inputs), call(reference, inputs)
         require_all_close(f"the output {where}{name}, {what},", got, expected)
+        require_same_form(f"the output {where}{name}, {what},", got, expected)
 
 
 def _gradients(case: LayerCase) -> None:
@@ -234,8 +237,8 @@ LAW_CHECKS: tuple[Check[LayerCase], ...] = (
         "law",
         _law,
         "the adapted layer computes in float64 what the untouched layer computes with W + scaling * B @ A",
-        "branch leaves out an option of the layer (bias, stride, padding, groups), term.scaling or a slot's rows; or "
-        "branch_types has a class whose forward does more.",
+        "branch leaves out an option of the layer (bias, stride, padding, groups), term.scaling or a slot's rows, or "
+        "gives an output of another form; or branch_types has a class whose forward does more.",
     ),
     Check(
         "gradients",

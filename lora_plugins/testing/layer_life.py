@@ -92,7 +92,7 @@ def _backward(output: Any) -> None:
 
 
 class _Twice(Holder):
-    """A model that calls one layer, which has two names, with the first and with the second half of what it is given."""
+    """A model that calls one layer, which has two names, with one half of its inputs after the other."""
 
     def __init__(self, holder: Holder) -> None:
         super().__init__(holder.layer, holder.form)

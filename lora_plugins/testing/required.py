@@ -117,6 +117,25 @@ def require_all_close(what: str, got: Any, expected: Any, tolerance: float = TIG
         require_close(what, first, second, tolerance)
 
 
+def require_same_form(what: str, got: Any, expected: Any) -> None:
+    """Raises a `MismatchError` unless two outputs are of the same types, names and texts or whole numbers."""
+    if isinstance(got, Tensor) and isinstance(expected, Tensor):
+        return
+    kinds = [type(each).__qualname__ for each in (got, expected)]
+    require(type(got) is type(expected), f"{what} has a {kinds[0]} instead of a {kinds[1]}")
+    if is_dataclass(expected):
+        got, expected = ({field.name: getattr(each, field.name) for field in fields(each)} for each in (got, expected))
+    if isinstance(expected, Mapping):
+        require(list(got) == list(expected), f"{what} has the keys {list(got)} instead of {list(expected)}")
+        got, expected = list(got.values()), list(expected.values())
+    if isinstance(expected, list | tuple):
+        require(len(got) == len(expected), f"{what} has {len(got)} items instead of {len(expected)}")
+        for first, second in zip(got, expected, strict=True):
+            require_same_form(what, first, second)
+    elif isinstance(expected, int | str):
+        require(got == expected, f"{what} has {got!r} instead of {expected!r}")
+
+
 class Named(dict[str, Tensor]):
     """Tensors by name; the error for an unknown name lists the known ones.
 

@@ -965,3 +965,189 @@ def test_what_an_untouched_layer_does_beside_its_output_an_adapted_one_may_do(pl
 def test_what_is_kept_beyond_what_an_untouched_layer_keeps_is_found():
     with pytest.raises(CheckError, match="a call leaves 2 tensors in memory instead of 1"):
         check_layer_plugin(KeepsMore(), Recording, lambda layer: torch.randn(3, 5), only=["pure"])
+
+
+class Named(Odd):
+    """Gives a dictionary of its output and of how many rows that has."""
+
+    def forward(self, x):
+        return {"y": F.linear(x, self.weight), "rows": len(x)}
+
+
+class NamedPlugin(RowMajorPlugin):
+    name = "named"
+    module_type = Named
+    branch_types = (Named,)
+    branch_use = "always"
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"])
+        for term in terms:
+            y = y + (term.scaling * F.linear(F.linear(term.drop(x).to(term.A.dtype), term.A), term.B)).to(y.dtype)
+        return self.form(y)
+
+    def form(self, y):
+        return {"y": y, "rows": len(y)}
+
+
+class GivesATuple(NamedPlugin):
+    def form(self, y):
+        return y, len(y)
+
+
+class GivesAnotherName(NamedPlugin):
+    def form(self, y):
+        return {"z": y, "rows": len(y)}
+
+
+class GivesAnotherNumber(NamedPlugin):
+    def form(self, y):
+        return {"y": y, "rows": len(y) + 1}
+
+
+class GivesMore(NamedPlugin):
+    def form(self, y):
+        return {**super().form(y), "scaling": 1.0}
+
+
+def test_a_branch_of_a_named_output_passes():
+    check_layer_plugin(NamedPlugin(), Named, lambda layer: torch.randn(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "said"),
+    [
+        (GivesATuple(), "has a tuple instead of a dict"),
+        (GivesAnotherName(), r"has the keys \['z', 'rows'\] instead of \['y', 'rows'\]"),
+        (GivesAnotherNumber(), "has 4 instead of 3"),
+        (GivesMore(), r"has the keys \['y', 'rows', 'scaling'\] instead"),
+    ],
+    ids=["a tuple", "another name", "another number", "more"],
+)
+def test_the_form_of_an_output_is_compared(plugin, said):
+    with pytest.raises(CheckError, match=said):
+        check_layer_plugin(plugin, Named, lambda layer: torch.randn(3, 5), only=["law"])
+
+
+class Noisy(Odd):
+    """Drops some of its outputs in training."""
+
+    def forward(self, x):
+        return F.dropout(F.linear(x, self.weight), 0.25, self.training)
+
+
+class NoisyPlugin(RowMajorPlugin):
+    name = "noisy"
+    module_type = Noisy
+    branch_types = (Noisy,)
+    branch_use = "always"
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"])
+        for term in terms:
+            dropped = self.dropped(term, x).to(term.A.dtype)
+            y = y + (term.scaling * F.linear(F.linear(dropped, term.A), term.B)).to(y.dtype)
+        return F.dropout(y, 0.25, layer.training)
+
+    def dropped(self, term, x):
+        return term.drop(x)
+
+
+class NoisyDropsNothing(NoisyPlugin):
+    def dropped(self, term, x):
+        return x
+
+
+class NoisyDropsInEvalMode(NoisyPlugin):
+    def dropped(self, term, x):
+        return F.dropout(x, term.settings.dropout)
+
+
+def test_a_branch_of_a_layer_that_drops_by_itself_passes():
+    check_layer_plugin(NoisyPlugin(), Noisy, lambda layer: torch.randn(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "said"),
+    [
+        (NoisyDropsNothing(), "with dropout=0.5 every output is that without dropout"),
+        (NoisyDropsInEvalMode(), "the output in eval mode differs"),
+    ],
+    ids=["nothing", "in eval mode"],
+)
+def test_dropout_beside_that_of_the_layer_is_checked(plugin, said):
+    with pytest.raises(CheckError, match=said):
+        check_layer_plugin(plugin, Noisy, lambda layer: torch.randn(3, 5), only=["dropout"])
+
+
+class Gained(nn.Linear):
+    def __init__(self):
+        super().__init__(5, 4)
+        self.gain = nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.gain[:, None], self.bias)
+
+
+class GainedPlugin(RowMajorPlugin):
+    """Right, but for its function: another module that calls it with the weight gets the gain as well."""
+
+    name = "gained"
+    module_type = Gained
+    branch_types = (Gained,)
+    branch_use = "always"
+    function = F.linear
+
+    def branch(self, layer, base, terms, x):
+        y = F.linear(x, base["weight"] * layer.gain[:, None], layer.bias)
+        for term in terms:
+            low = F.linear(term.drop(x).to(term.A.dtype), term.A)
+            y = y + (term.scaling * layer.gain * F.linear(low, term.B)).to(y.dtype)
+        return y
+
+
+def test_a_layer_that_does_more_than_its_function_is_found():
+    with pytest.raises(CheckError, match="the output of linear for an untouched layer differs"):
+        check_layer_plugin(GainedPlugin(), Gained, lambda layer: torch.randn(3, 5), only=["function"])
+
+
+class Curved(Odd):
+    def forward(self, x):
+        return F.linear(F.silu(x), self.weight)
+
+
+class CurvedPlugin(RowMajorPlugin):
+    name = "curved"
+    module_type = Curved
+
+    def inputs(self, layer, slot, x):
+        return F.silu(x).reshape(-1, x.shape[-1])
+
+
+class ForgetsTheCurve(CurvedPlugin):
+    def inputs(self, layer, slot, x):
+        return x.reshape(-1, x.shape[-1])
+
+
+def test_a_curve_in_front_of_the_weight_is_one_of_its_inputs():
+    check_layer_plugin(CurvedPlugin(), Curved, lambda layer: torch.randn(7, 5))
+    with pytest.raises(CheckError, match=r"no combination of the vectors that inputs\(\) gave"):
+        check_layer_plugin(ForgetsTheCurve(), Curved, lambda layer: torch.randn(7, 5), only=["inputs"])
+
+
+class InPairs(RowMajorPlugin):
+    """Views pairs of numbers as complex ones."""
+
+    name = "in_pairs"
+    module_type = nn.Linear
+
+    def to_matrix(self, weight):
+        return torch.view_as_complex(weight.unflatten(1, (-1, 2)))
+
+    def from_matrix(self, matrix, shape):
+        return torch.view_as_real(matrix).reshape(shape)
+
+
+def test_a_matrix_of_another_type_than_its_weight_is_found():
+    with pytest.raises(CheckError, match=r"to_matrix makes torch\.complex128 of 'weight', torch\.float64"):
+        check_layer_plugin(InPairs(), lambda: nn.Linear(6, 4), lambda layer: torch.randn(3, 6), only=["layout"])
