@@ -132,7 +132,10 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
             f"first_values() tensors of { {name: shape and tuple(shape) for name, shape in found.items()}!r}."
         )
     if factors := [name for name in found if name in ("A", "B") or not str(name).isidentifier()]:
-        raise PluginError(f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}.")
+        raise PluginError(
+            f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}. A name is an "
+            "identifier, and 'A' and 'B' are the factors'."
+        )
     if odd := [name for name, value in tensors.items() if not value.is_floating_point()]:
         raise PluginError(
             f"first_values() of the variant {layer.variant.name!r} gives {odd} of {layer.name!r} types that cannot be "

@@ -5,12 +5,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from lora_plugins.errors import ConfigError, near
-from lora_plugins.testing.required import MismatchError
+from lora_plugins.errors import ConfigError, PluginError, StateError, near
+from lora_plugins.testing.required import EvidentError, MismatchError
 from lora_plugins.utils import own_randomness
 
 Case = TypeVar("Case")
 P = TypeVar("P")
+
+_EVIDENT = (PluginError, StateError)
+"""Errors that say what a plugin or a layer does wrong."""
 
 
 class CheckError(AssertionError):
@@ -21,16 +24,15 @@ class CheckError(AssertionError):
         subject: The plugin and the options it was checked with.
         expected: What a plugin has to do.
         got: What this one did.
-        usual_cause: What authors usually got wrong when it fails.
+        usual_cause: What authors usually got wrong when it fails; empty where `got` tells the cause.
     """
 
-    def __init__(self, check: str, subject: str, expected: str, got: str, usual_cause: str) -> None:
+    def __init__(self, check: str, subject: str, expected: str, got: str, usual_cause: str = "") -> None:
         self.check, self.expected, self.got, self.usual_cause = check, expected, got, usual_cause
         super().__init__(
             f"{subject} fails the check {check!r}.\n"
             f"  expected:    {expected}\n"
-            f"  came:        {got}\n"
-            f"  usual cause: {usual_cause}"
+            f"  came:        {got}" + (f"\n  usual cause: {usual_cause}" if usual_cause else "")
         )
 
 
@@ -99,11 +101,13 @@ def run(check: Check[Case], case: Case, subject: str) -> None:
     try:
         with own_randomness(0):
             check.run(case)
+    except EvidentError as evident:
+        raise CheckError(check.name, subject, check.expected, str(evident)) from None
     except MismatchError as mismatch:
         raise CheckError(check.name, subject, check.expected, str(mismatch), check.usual_cause) from None
     except Exception as error:  # whatever the plugin raises
-        got = f"{type(error).__name__}: {error}"
-        raise CheckError(check.name, subject, check.expected, got, check.usual_cause) from error
+        cause = "" if isinstance(error, _EVIDENT) else check.usual_cause
+        raise CheckError(check.name, subject, check.expected, f"{type(error).__name__}: {error}", cause) from error
 
 
 def elsewhere(plugin: P) -> P:

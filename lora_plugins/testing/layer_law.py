@@ -27,6 +27,7 @@ from lora_plugins.testing.layer_case import (
 from lora_plugins.testing.required import (
     MODES,
     TIGHT,
+    EvidentError,
     real_tensors_of,
     require,
     require_all_close,
@@ -49,7 +50,7 @@ def _registration(case: LayerCase) -> None:
     LoraModel.plan(case.model(), LoraConfig(target_modules="layer"), registry=case.registry())
     for _ in _named_weights(case, layer):
         pass
-    output = call(case.model(), case.arguments(layer))
+    output = _untouched_output(case)
     require(
         bool(tensors_of(output)),
         f"the layer gives a {type(output).__name__}, and the kit looks for tensors in tuples, lists, mappings and "
@@ -57,6 +58,24 @@ def _registration(case: LayerCase) -> None:
     )
     finite = any(bool(tensor.isfinite().any()) for tensor in tensors_of(output))
     require(finite, "the untouched layer gives no finite number")
+
+
+def _untouched_output(case: LayerCase) -> Any:
+    """Returns what the untouched layer gives in training mode.
+
+    Raises:
+        EvidentError: If its forward or its backward fails.
+    """
+    model, step = case.model().train(), "forward"
+    try:
+        output = call(model, case.arguments(model.layer))
+        step = "backward"
+        torch.autograd.backward([uneven_sum(each) for each in real_tensors_of(output) if each.requires_grad])
+    except Exception as error:  # whatever the layer raises
+        raise EvidentError(
+            f"the {step} of the untouched layer fails with what inputs() makes: {type(error).__name__}: {error}"
+        ) from error
+    return output
 
 
 def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Tensor]]:
@@ -161,8 +180,18 @@ def compare_gradients(case: LayerCase, model: Holder, reference: Holder, toleran
         for name, first, second in zip(names, got, expected, strict=True):
             require_close(f"the gradient of {name}", first, second, tolerance)
         for name, gradient in zip(leaves, got, strict=False):
-            require(bool(gradient.isfinite().any()), f"the gradient of {name} is no finite number anywhere")
-            require(bool(gradient.any()), f"the gradient of {name} is zero everywhere")
+            _require_something(name, gradient, "training" if model.training else "eval")
+
+
+def _require_something(name: str, gradient: Tensor, mode: str) -> None:
+    """Raises an `EvidentError` if a gradient, which is right, proves nothing."""
+    found = {"zero everywhere": not gradient.any(), "no finite number anywhere": not gradient.isfinite().any()}
+    for what, holds in found.items():
+        if holds:
+            raise EvidentError(
+                f"the gradient of {name} is {what} in {mode} mode, as it is by the law for these inputs. Let inputs() "
+                "make some with which the output depends on the weight"
+            )
 
 
 def _trained_beside(layer: nn.Module) -> dict[str, nn.Parameter]:

@@ -45,6 +45,10 @@ class MismatchError(Exception):
     """Raised inside a check, with what came instead of what was expected."""
 
 
+class EvidentError(MismatchError):
+    """Raised inside a check where what came tells the cause, which is none of the usual ones of the check."""
+
+
 def require(condition: bool, got: str) -> None:
     """Raises a `MismatchError` that says what came, unless the condition holds."""
     if not condition:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins import ColumnMajorPlugin, LayerPlugin, RowMajorPlugin, Slot
+from lora_plugins import ColumnMajorPlugin, LayerPlugin, PluginError, RowMajorPlugin, Slot
 from lora_plugins.testing import CheckError, check_layer_plugin
 
 
@@ -1151,3 +1151,41 @@ class InPairs(RowMajorPlugin):
 def test_a_matrix_of_another_type_than_its_weight_is_found():
     with pytest.raises(CheckError, match=r"to_matrix makes torch\.complex128 of 'weight', torch\.float64"):
         check_layer_plugin(InPairs(), lambda: nn.Linear(6, 4), lambda layer: torch.randn(3, 6), only=["layout"])
+
+
+class Broken(Odd):
+    """Writes to what its own backward needs."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight).relu_().add_(1)
+
+
+class BrokenPlugin(RowMajorPlugin):
+    name = "broken"
+    module_type = Broken
+
+
+@pytest.mark.parametrize(("width", "step"), [(5, "backward"), (4, "forward")], ids=["backward", "forward"])
+def test_what_fails_without_a_plugin_is_not_blamed_on_one(width, step):
+    with pytest.raises(CheckError, match=rf"the {step} of the untouched layer fails .*: RuntimeError: ") as caught:
+        check_layer_plugin(BrokenPlugin(), Broken, lambda layer: torch.randn(3, width))
+    assert "usual cause" not in str(caught.value)
+
+
+def test_a_gradient_that_is_zero_for_want_of_inputs_is_told_so():
+    with pytest.raises(
+        CheckError, match=r"the gradient of lora_A_h\.default is zero everywhere .* by the law"
+    ) as caught:
+        check_layer_plugin(CellPlugin(), Cell, lambda layer: (torch.randn(3, 4), {"h": torch.zeros(3, 4)}))
+    assert "usual cause" not in str(caught.value)
+
+
+class NoWeight(OddPlugin):
+    def slots(self, layer):
+        raise PluginError("has several paths")
+
+
+def test_an_error_that_names_the_cause_has_no_usual_one_beside_it():
+    with pytest.raises(CheckError, match=r"PluginError: .* has several paths") as caught:
+        check(NoWeight())
+    assert (caught.value.usual_cause, "usual cause" in str(caught.value)) == ("", False)
