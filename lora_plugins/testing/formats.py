@@ -42,6 +42,10 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 """Adapters that have more than an A and a B for each layer, by what that is."""
 
 
+_NO_ADAPTERS = ("nothing", "empty", "strange.safetensors", "settings.json", "model.safetensors", "model.zip")
+"""Files and folders that are no adapters; the first is not there."""
+
+
 def _registration(case: FormatCase) -> None:
     case.registry()
 
@@ -56,15 +60,21 @@ def _recognized(case: FormatCase) -> None:
         weights = {"weight": torch.ones(2)}
         save_file(weights, path.parent / "model.safetensors")
         torch.save(weights, path.parent / "model.zip")
-        for name in ("nothing", "empty", "strange.safetensors", "settings.json", "model.safetensors", "model.zip"):
+        model = path.parent / "model"
+        model.mkdir()
+        (model / "config.json").write_text('{"model_type": "vit"}')
+        save_file(weights, model / "model.safetensors")
+        for name in (*_NO_ADAPTERS, model.name):
             require(not case.elsewhere.recognizes(path.parent / name), f"{name!r} is taken for one of its files")
 
 
 def _output(case: FormatCase) -> None:
     with case.written() as (lora, path):
-        model = case.model()
-        case.load(model, path)
-        require_close("the output of the loaded model", case.run(model), case.run(lora.model))
+        for what, at in (("", path), (", whose file was moved,", path.parent / f"moved_{path.name}")):
+            path.rename(at)
+            model = case.model()
+            case.load(model, at)
+            require_close(f"the output of the loaded model{what}", case.run(model), case.run(lora.model))
 
 
 def _bits(case: FormatCase) -> None:
@@ -255,8 +265,9 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
     Check(
         "output",
         _output,
-        "an adapter that is written and read computes the same in float64",
-        "the scaling, alpha / r, is lost, rounded, counted twice, one for all layers, or kept in the plugin object.",
+        "an adapter that is written and read computes the same in float64, wherever it is read",
+        "the scaling, alpha / r, is lost, rounded, counted twice, one for all layers, or kept in the plugin object; or "
+        "a file holds the path of another.",
     ),
     Check(
         "bits",
@@ -288,9 +299,10 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "layers",
         _layers,
         "an adapter of convolutions, an embedding, an nn.MultiheadAttention, layers whose names end alike and have a "
-        "capital, or of rank 1, is written whole, or refused with an AdapterFileError before anything is written",
-        "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name, or by small "
-        "letters.",
+        "capital or are the same but for a dot, or of rank 1, is written whole, or refused with an AdapterFileError "
+        "before anything is written",
+        "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name, by small "
+        "letters, or with '_' for each dot.",
     ),
     Check(
         "untouched",

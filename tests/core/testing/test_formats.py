@@ -367,6 +367,44 @@ class InSmallLetters(InOneFile):
         return super().save(path, replace(adapter, layers=layers), model, options)
 
 
+class WithoutDots(InOneFile):
+    """Has '_' for each dot in a name, as kohya's keys do, and does not look whether that names two layers."""
+
+    def save(self, path, adapter, model, options):
+        layers = {name.replace(".", "_"): layer for name, layer in adapter.layers.items()}
+        return super().save(path, replace(adapter, layers=layers), model, options)
+
+    def load(self, path, model, options):
+        adapter = super().load(path, model, options)
+        full = {name.replace(".", "_"): name for name, _ in model.named_modules()}
+        return replace(adapter, layers={full[name]: layer for name, layer in adapter.layers.items()})
+
+
+class KnowsFoldersWithJson(WhateverLiesThere):
+    def recognizes(self, path):
+        return path.is_dir() and any(path.glob("*.json"))
+
+    def save(self, path, adapter, model, options):
+        super().save(path, adapter, model, options)
+        (path / "layers.json").write_text(json.dumps([*adapter.layers]))
+        return path
+
+
+class KeepsItsPath(InOneFile):
+    """A folder whose index names the other file by its whole path."""
+
+    def recognizes(self, path):
+        return (path / "index").is_file()
+
+    def load(self, path, model, options):
+        return super().load((path / "index").read_text(), model, options)
+
+    def save(self, path, adapter, model, options):
+        path.mkdir(exist_ok=True)
+        (path / "index").write_text(str(super().save(path.absolute() / "data", adapter, model, options)))
+        return path
+
+
 class LeavesEvalMode(PeftFormat):
     def load(self, path, model, options):
         adapter = super().load(path, model, options)
@@ -443,13 +481,13 @@ def test_libraries_that_a_format_imports_can_unpickle_afterwards(tmp_path, monke
 
 VIOLATIONS = {
     "registration": [Unnamed],
-    "recognized": [KnowsEverything, KnowsNothing, KnowsEveryTensorFile, RaisesForStrangers],
-    "output": [OneAlpha, KeepsAlphas, WholeAlphas, AlphasAsText],
+    "recognized": [KnowsEverything, KnowsNothing, KnowsEveryTensorFile, KnowsFoldersWithJson, RaisesForStrangers],
+    "output": [OneAlpha, KeepsAlphas, WholeAlphas, AlphasAsText, KeepsItsPath],
     "bits": [Scaled],
     "replaced": [WhateverLiesThere, KeepsWhatItRead],
     "full disk": [WhateverLiesThere, AlphasLast, FactorsApart],
     "whole": [LeavesOut, WritesFirst],
-    "layers": [TurnsKernels, Squeezes, ByLastName, InSmallLetters],
+    "layers": [TurnsKernels, Squeezes, ByLastName, InSmallLetters, WithoutDots],
     "untouched": [InPlace, LeavesEvalMode, NotesWhatItRead, DrawsNumbers],
     "other model": [Skips],
     "damaged": [PassesErrorsOn],
