@@ -45,11 +45,41 @@ def _filled(case: InitCase) -> None:
     for context in case.contexts(case.model()):
         with torch.no_grad():
             case.init.fill(context)
-        for name, factor in (("A", context.A), ("B", context.B)):
-            bad = int((~factor.isfinite()).sum())
-            require(
-                not bad, f"{bad} of {factor.numel()} values of {name} of {context.layer!r} are not finite, or unset"
-            )
+        _require_finite(context)
+    for context in case.contexts(case.model()):
+        pruned = _pruned(context)
+        try:
+            with torch.no_grad():
+                case.init.fill(pruned)
+        except LoraError:
+            continue
+        _require_finite(pruned, ", where an input and an output of the layer are always zero")
+
+
+def _require_finite(context: InitContext, where: str = "") -> None:
+    for name, factor in (("A", context.A), ("B", context.B)):
+        bad = int((~factor.isfinite()).sum())
+        said = f"{bad} of {factor.numel()} values of {name} of {context.layer!r} are not finite, or unset{where}"
+        require(not bad, said)
+
+
+def _pruned(context: InitContext) -> InitContext:
+    """Returns a context in which the first input and the first output are zero, in the weight and in the data."""
+    inputs, gradient = context.calibration.inputs, context.calibration.gradient
+    calibration = replace(
+        context.calibration,
+        inputs=inputs and replace(inputs, total=_zeroed(inputs.total), gram=_zeroed(inputs.gram)),
+        gradient=None if gradient is None else _zeroed(gradient),
+    )
+    return replace(context, weight=_zeroed(context.weight), calibration=calibration)
+
+
+def _zeroed(tensor: Tensor) -> Tensor:
+    """Returns a copy whose values are zero at the first place of each dimension."""
+    zeroed = tensor.clone()
+    for axis in range(tensor.dim()):
+        zeroed.select(axis, 0).zero_()
+    return zeroed
 
 
 def _device(case: InitCase) -> None:
@@ -228,8 +258,10 @@ START_CHECKS: tuple[Check[InitCase], ...] = (
     Check(
         "filled",
         _filled,
-        "fill gives every value of A and B, in place",
-        "a new tensor is made instead of context.A.copy_(...), or ranks beyond those of the weight are left out.",
+        "fill gives every value of A and B, in place, also for weights with rows and columns of zeros, as pruning "
+        "leaves them, and for inputs that are always zero; or it refuses these by a TargetError",
+        "a new tensor is made instead of context.A.copy_(...), ranks beyond those of the weight are left out, or "
+        "something is divided by a norm or a variance that may be zero.",
     ),
     Check(
         "trainable",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import InitPlugin
+from lora_plugins import InitPlugin, TargetError
 from lora_plugins.plugins import INITS, default_registry
 from lora_plugins.testing import CheckError, check_init_plugin
 
@@ -278,7 +278,44 @@ class LikeRowsOfLikeColumns(Plain):
         return {}
 
 
+class DividesByTheWeight(Plain):
+    def fill(self, context):
+        super().fill(context)
+        context.A.div_(context.weight.norm(dim=0))
+        return {}
+
+
+class DividesByTheInputs(Plain):
+    needs = "inputs"
+
+    def fill(self, context):
+        super().fill(context)
+        context.A.div_(context.calibration.inputs.gram.diagonal().sqrt())
+        return {}
+
+
+class DividesByTheGradient(Plain):
+    needs = "gradients"
+
+    def fill(self, context):
+        super().fill(context)
+        context.A.div_(context.calibration.gradient.norm(dim=0))
+        return {}
+
+
+class RefusesZeros(DividesByTheWeight):
+    """Right: it says what it cannot do."""
+
+    def fill(self, context):
+        if not context.weight.norm(dim=0).all():
+            raise TargetError(f"{context.layer!r} has a column of zeros")
+        return super().fill(context)
+
+
 PLANTED = {
+    DividesByTheWeight: "filled",
+    DividesByTheInputs: "filled",
+    DividesByTheGradient: "filled",
     TakesHalf: "identity",
     Triples: "identity",
     TakesWhatItDoesNotGive: "identity",
@@ -304,7 +341,7 @@ PLANTED = {
 """By defect, the check that is about it; others may find it too. More are in `test_init_violations`."""
 
 
-@pytest.mark.parametrize("cls", [Plain, Changing, Rounding, OneRowAndAllColumns, LikeRowsOfLikeColumns])
+@pytest.mark.parametrize("cls", [Plain, Changing, Rounding, OneRowAndAllColumns, LikeRowsOfLikeColumns, RefusesZeros])
 def test_nothing_is_found_where_nothing_is_wrong(cls):
     check_init_plugin(cls())
 
