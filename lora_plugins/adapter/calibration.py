@@ -21,7 +21,7 @@ from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
 from lora_plugins.arguments import with_checked_call
 from lora_plugins.errors import ConfigError, PluginError, noted
 from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
-from lora_plugins.inplace import own_mode, set_own_mode, submodule
+from lora_plugins.inplace import base_class_of, own_mode, set_own_mode, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
 from lora_plugins.utils import outside_inference, own_randomness, run_seed
@@ -196,12 +196,12 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restores the modes, buffers, lookup tables and `requires_grad` of a model after the block."""
+    """Restores the modes, buffers, `requires_grad` and parameters that a forward writes of a model after the block."""
     modes = [(module, own_mode(module)) for module in model.modules()]
     written = [
         (tensors, key, tensor, tensor.data)
         for module in model.modules()
-        for tensors in (module._buffers, *_tables_with_max_norm(module))
+        for tensors in (module._buffers, _parameters_that_may_move(module))
         for key, tensor in tensors.items()
         if tensor is not None
     ]
@@ -219,9 +219,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _tables_with_max_norm(module: nn.Module) -> list[dict[str, Any]]:
-    """Returns the parameters of a module with `max_norm`, whose forward writes shortened rows into its table."""
-    return [module._parameters] if getattr(module, "max_norm", None) is not None else []
+def _parameters_that_may_move(module: nn.Module) -> dict[str, Any]:
+    """Returns the parameters of a module whose forward may write to them, as one does that clips its weight.
+
+    Of torch's own modules only lookup tables with `max_norm` do. Shards, and what other libraries store in fewer bytes,
+    are left out: no copy can take their place.
+    """
+    owner = next(cls for cls in base_class_of(module).__mro__ if "forward" in vars(cls))
+    if owner.__module__.startswith("torch.") and getattr(module, "max_norm", None) is None:
+        return {}
+    parameters = {key: each for key, each in module._parameters.items() if each is not None}
+    return {key: p for key, p in parameters.items() if p.is_floating_point() and type(p.data) is Tensor}
 
 
 def _without_compilers() -> AbstractContextManager[object]:

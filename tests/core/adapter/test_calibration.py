@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,36 @@ CONFIGS = {
 needs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
+def clip(layer):
+    with torch.no_grad():
+        layer.weight.clamp_(-0.1, 0.1)
+
+
+def renorm(layer):
+    layer.weight.data = torch.renorm(layer.weight.data, 2, 0, 0.1)
+
+
+def follow(layer):
+    with torch.no_grad():
+        layer.average.mul_(0.9)
+
+
+WRITES = {"its weight in place": clip, "its weight anew": renorm, "an average of its own": follow}
+
+
+class Writing(nn.Linear):
+    """Writes to its own parameters in each forward."""
+
+    def __init__(self, write):
+        super().__init__(8, 4)
+        self.average = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.write = write
+
+    def forward(self, x):
+        self.write(self)
+        return super().forward(x) * self.average
+
+
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
@@ -97,6 +128,17 @@ class TestUndisturbed:
         assert torch.equal(generator.get_state(), state)
         assert random.getstate() == python
         assert all(np.array_equal(now, then) for now, then in zip(np.random.get_state(), numpy, strict=True))
+
+    @pytest.mark.parametrize("config", [CONFIGS["inputs"], CONFIGS["gradients"]], ids=["inputs", "gradients"])
+    @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+    def test_parameters_that_a_forward_writes(self, config, write, untouched):
+        model = net()
+        model.head = Writing(write)
+        plan = LoraModel.plan(model, replace(config, target_modules=["conv"]))
+        places = [parameter.data_ptr() for parameter in model.parameters()]
+        with untouched(model):
+            calibrate(model, plan, InitData(batches(), loss))
+        assert [parameter.data_ptr() for parameter in model.parameters()] == places
 
     @needs
     def test_a_step_that_fails(self, config, untouched):
