@@ -4,7 +4,7 @@ A diffusers pipeline is not a module. One of its parts is loaded by itself, or a
 one module that are named as the pipeline names them: `nn.ModuleDict({"unet": pipe.unet, "text_encoder": ...})`.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -48,10 +48,10 @@ _WORDS: Mapping[str, str] = {
 """Words in the names of classes, and which part a model of such a class is."""
 
 
-def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> dict[str, str]:
+def paths_read(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str | None) -> dict[str, str]:
     """Returns the parts of a file that are read, and where each is in a model; empty for the model itself.
 
-    A part that is asked for is read alone.
+    The parts have names of layers. A part that is asked for is read alone.
 
     Raises:
         AdapterFileError: If the file has several parts and none was asked for, or not the one that was.
@@ -76,7 +76,7 @@ def paths_read(found: Collection[str], model: nn.Module, asked: str | None) -> d
     return {name: part if part in children else "" for name, part in parts.items() if asked in (None, part)}
 
 
-def _named_otherwise(found: Collection[str], model: nn.Module, asked: str | None) -> dict[str, str]:
+def _named_otherwise(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str | None) -> dict[str, str]:
     """Returns what a model calls parts that files name after another pipeline's, by their names in the file."""
     children = _children(model)
     alone = [each for each in OTHER_TRANSFORMERS if each in children and _DENOISER not in children]
@@ -86,8 +86,10 @@ def _named_otherwise(found: Collection[str], model: nn.Module, asked: str | None
     if t5 is not None and t5 not in found:
         renamed["text_encoder_3"] = t5  # as in Stable Diffusion 3; the second of Flux, and all that PixArt has
     first = dict(model.named_children()).get("text_encoder")
-    if "text_encoder_4" in found and first is not None and any("Llama" in name for name in class_names(first)):
-        renamed |= {"text_encoder_4": "text_encoder", "text_encoder": "text_encoder_2"}  # HunyuanVideo's Llama and CLIP
+    if first is not None and any("Llama" in name for name in class_names(first)):  # as in HunyuanVideo, beside CLIP
+        renamed["text_encoder_4"] = "text_encoder"
+        if any("encoder" in name for name in found.get("text_encoder", ())):  # layers of CLIP
+            renamed["text_encoder"] = "text_encoder_2"
     return renamed
 
 

@@ -32,7 +32,9 @@ _ENDINGS: Mapping[str, str] = {
 ALONE = ""
 """The part of keys that name none: what `save_lora_adapter` of a denoiser writes, and authors of models do."""
 
-_ENCODERS: Mapping[str, str] = {
+_STARTS: Mapping[str, str] = {
+    "conditional_transformer.": f"{ORIGINAL}.",
+    "prior.": f"{ORIGINAL}.",
     "text_encoders.clip_l.transformer.": "text_encoder.",
     "text_encoders.clip_g.transformer.": "text_encoder_2.",
     "text_encoders.clip_h.transformer.": "text_encoder.",
@@ -44,7 +46,11 @@ _ENCODERS: Mapping[str, str] = {
     "lora_te2.": "text_encoder_2.",
     "text_embedding_projection.": "connectors.",
 }
-"""How keys of ComfyUI, of ai-toolkit and of LTX 2 name text encoders and what is behind them."""
+"""How keys name parts in other ways.
+
+These are the denoisers of Ideogram 4 and of Stable Cascade, text encoders in ComfyUI and ai-toolkit, and what is behind
+those of LTX 2.
+"""
 
 _FLAT = ("lora_", "lycoris_")
 """What such keys do not start with: those are names without dots, of another format."""
@@ -91,8 +97,8 @@ def has_adapter_name(key: str) -> bool:
 def placed_key(key: str) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
     key = _ADAPTER.sub(r"\1", plain_name(key).removeprefix(PREFIX))
-    encoder = next((start for start in _ENCODERS if key.startswith(start)), "")
-    key = _ENCODERS.get(encoder, "") + key.removeprefix(encoder)
+    start = next((start for start in _STARTS if key.startswith(start)), "")
+    key = _STARTS.get(start, "") + key.removeprefix(start)
     part, _, rest = key.partition(".")
     if part not in (*COMPONENTS, ORIGINAL):
         if key.startswith(_FLAT):

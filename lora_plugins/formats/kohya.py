@@ -41,6 +41,8 @@ PREFIXES: Mapping[str, str] = {
     "lora_te4_": "text_encoder_4",
     "lora_transformer_": "transformer",
     "lycoris_": "unet",
+    "lora_prior_unet_": "unet",
+    "lora_prior_te_": "text_encoder",
 }
 """What keys start with, and which part of a pipeline it means."""
 

@@ -5,7 +5,8 @@ attentions.0`, and `img_attn.qkv` of Flux is one layer for three; for transforme
 that a model has no layers for are left out.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, count, takewhile
@@ -165,12 +166,25 @@ def _of_transformer(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yields original names and the layers of a transformer that are in each."""
     for original, ours in table.items():
-        blocks = ours[0].partition(".*")[0]
-        numbers = [str(n) for n, _ in enumerate(_counted(blocks, names))] if "*" in original else [""]
-        for number in numbers:
-            found = tuple(name.replace("*", number) for name in ours)
+        for numbers in _numbers(ours[0], names):
+            found = tuple(_numbered(name, numbers) for name in ours)
             if all(name in names for name in found):
-                yield original.replace("*", number), found
+                yield _numbered(original, numbers), found
+
+
+def _numbers(name: str, names: Collection[str]) -> list[tuple[str, ...]]:
+    """Returns what each `*` of a name stands for in the names of layers."""
+    if "*" not in name:
+        return [()]
+    expression = re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
+    return [match.groups() for each in names if (match := expression.fullmatch(each))]
+
+
+def _numbered(name: str, numbers: Iterable[str]) -> str:
+    """Returns a name with a number for each `*`."""
+    for number in numbers:
+        name = name.replace("*", number, 1)
+    return name
 
 
 def _counted(name: str, names: Collection[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""By class of diffusers, the original names of the layers of transformers, and the layers that are in each, in order.
+"""By class of diffusers, the original names of the layers of denoisers, and the layers that are in each, in order.
 
-`*` stands for the number of a block.
+`*` stands for a number, as of a block.
 """
 
 from collections.abc import Mapping
@@ -389,10 +389,16 @@ _KREA_2: Table = {
             "mlp.gate": "ff.gate",
             "mlp.up": "ff.up",
             "mlp.down": "ff.down",
+            "attn.qknorm.qnorm": "attn.norm_q",
+            "attn.qknorm.knorm": "attn.norm_k",
+            "prenorm": "norm1",
+            "postnorm": "norm2",
         },
     ),
     "first": ("img_in",),
     "last.linear": ("final_layer.linear",),
+    "last.norm": ("final_layer.norm",),
+    "txtmlp.0": ("txt_in.norm",),
     **_pair("tmlp", "time_embed", ("0", "2")),
     "tproj.1": ("time_mod_proj",),
     **_pair("txtmlp", "txt_in", ("1", "3")),
@@ -404,27 +410,49 @@ _IDEOGRAM_4: Table = {
     "layers.*.attention.o": ("layers.*.attention.to_out.0",),
 }
 
-_PIXART: Table = {
+_PIXART_BLOCKS: Table = {
     "blocks.*.attn.qkv": tuple(f"transformer_blocks.*.attn1.to_{name}" for name in "qkv"),
     "blocks.*.cross_attn.kv_linear": tuple(f"transformer_blocks.*.attn2.to_{name}" for name in "kv"),
     **_layers_in(
         {"blocks.*": "transformer_blocks.*"},
-        {
-            "attn.proj": "attn1.to_out.0",
-            "cross_attn.q_linear": "attn2.to_q",
-            "cross_attn.proj": "attn2.to_out.0",
-            "mlp.fc1": "ff.net.0.proj",
-            "mlp.fc2": "ff.net.2",
-        },
+        {"attn.proj": "attn1.to_out.0", "cross_attn.q_linear": "attn2.to_q", "cross_attn.proj": "attn2.to_out.0"},
     ),
+    **_pair("y_embedder.y_proj", "caption_projection", ("fc1", "fc2")),
+    "final_layer.linear": ("proj_out",),
+}
+"""What PixArt and Sana have."""
+
+_PIXART: Table = {
+    **_PIXART_BLOCKS,
+    **_layers_in({"blocks.*": "transformer_blocks.*"}, {"mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}),
     **_pair("t_embedder", "adaln_single.emb.timestep_embedder"),
     **_pair("csize_embedder", "adaln_single.emb.resolution_embedder"),
     **_pair("ar_embedder", "adaln_single.emb.aspect_ratio_embedder"),
     "t_block.1": ("adaln_single.linear",),
     "x_embedder.proj": ("pos_embed.proj",),
-    **_pair("y_embedder.y_proj", "caption_projection", ("fc1", "fc2")),
-    "final_layer.linear": ("proj_out",),
 }
+
+_SANA: Table = {
+    **_PIXART_BLOCKS,
+    **_layers_in(
+        {"blocks.*.attn": "transformer_blocks.*.attn1", "blocks.*.cross_attn": "transformer_blocks.*.attn2"}, _QK_NORMS
+    ),
+    **_layers_in(
+        {"blocks.*.mlp": "transformer_blocks.*.ff"},
+        {
+            "inverted_conv.conv": "conv_inverted",
+            "depth_conv.conv": "conv_depth",
+            "point_conv.conv": "conv_point",
+            "t_conv": "conv_temp",
+        },
+    ),
+    **_pair("t_embedder", "time_embed.emb.timestep_embedder"),
+    "t_block.1": ("time_embed.linear",),
+    "x_embedder.proj": ("patch_embed.proj",),
+    "attention_y_norm": ("caption_norm",),
+}
+
+_SANA_VIDEO: Table = {**_SANA, "x_embedder.proj": ("patch_embedding",)}
 
 _MINIMAX_H3_BLOCKS = {"blocks.*": "transformer_blocks.*", "token_refiner.blocks.*": "token_refiner.refiner_blocks.*"}
 
@@ -520,6 +548,17 @@ _AURA_FLOW: Table = {
 }
 """Names of AuraFlow, and of Pony V7, which is made of it."""
 
+_CASCADE_ATTENTION = {
+    **{f"attn.to_{part}": f"to_{part}" for part in "qkv"},
+    **{f"attn.in_proj.{n}": f"to_{part}" for n, part in enumerate("qkv")},
+    "attn.out_proj": "to_out.0",
+}
+"""Layers of Stable Cascade's attentions as ComfyUI calls them, as OneTrainer does, and in diffusers."""
+
+_STABLE_CASCADE: Table = _layers_in(
+    {name: name for name in ("down_blocks.*.*.attention", "up_blocks.*.*.attention")}, _CASCADE_ATTENTION
+)
+
 TRANSFORMERS: Mapping[str, Table] = {
     "AnyFlowTransformer3DModel": _WAN,
     "AuraFlowTransformer2DModel": _AURA_FLOW,
@@ -544,7 +583,10 @@ TRANSFORMERS: Mapping[str, Table] = {
     "MochiTransformer3DModel": _MOCHI,
     "PixArtTransformer2DModel": _PIXART,
     "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
+    "SanaTransformer2DModel": _SANA,
+    "SanaVideoTransformer3DModel": _SANA_VIDEO,
     "SkyReelsV2Transformer3DModel": _WAN,
+    "StableCascadeUNet": _STABLE_CASCADE,
     "WanAnimateTransformer3DModel": _WAN,
     "WanTransformer3DModel": _WAN,
     "WanVACETransformer3DModel": _WAN,

@@ -95,6 +95,7 @@ CONVERTERS = {
     published("Lumina2Transformer2DModel", num_layers=2): "convert_lumina2_to_diffusers",
     published("MiniMaxH3Transformer3DModel", num_layers=2): "convert_minimax_h3_transformer_checkpoint_to_diffusers",
     published("MochiTransformer3DModel"): "convert_mochi_transformer_checkpoint_to_diffusers",
+    published("SanaTransformer2DModel", num_layers=2): "convert_sana_transformer_to_diffusers",
     published("WanTransformer3DModel", num_layers=2, image_dim=1280, added_kv_proj_dim=5120): (
         "convert_wan_transformer_to_diffusers"
     ),
@@ -237,6 +238,12 @@ NOT_CONVERTED = {
         "ar_embedder.mlp.0": ["adaln_single.emb.aspect_ratio_embedder.linear_1"],
         "y_embedder.y_proj.fc2": ["caption_projection.linear_2"],
     },
+    published("SanaVideoTransformer3DModel", num_layers=1): {
+        "x_embedder.proj": ["patch_embedding"],
+        "blocks.0.attn.q_norm": ["transformer_blocks.0.attn1.norm_q"],
+        "blocks.0.cross_attn.k_norm": ["transformer_blocks.0.attn2.norm_k"],
+        "blocks.0.mlp.t_conv": ["transformer_blocks.0.ff.conv_temp"],
+    },
 }
 """Models that diffusers converts by scripts alone, and some of their original names."""
 
@@ -274,6 +281,84 @@ def test_some_layers_have_a_second_original_name(build, own, other):
     with torch.device("meta"):
         places = original_places(build())
     assert places[own] == places[other]
+
+
+def test_the_norms_of_krea_2_have_a_name():
+    """Its converter takes adapters of linear layers alone."""
+    with torch.device("meta"):
+        model = published("Krea2Transformer2DModel", num_layers=1)()
+    places = original_places(model)
+    assert {name for place in places.values() for name in place.names} >= norms_of(model).keys()
+    expected = {
+        "blocks.0.attn.qknorm.knorm": "transformer_blocks.0.attn.norm_k",
+        "blocks.0.prenorm": "transformer_blocks.0.norm1",
+        "txtfusion.refiner_blocks.0.postnorm": "text_fusion.refiner_blocks.0.norm2",
+        "txtmlp.0": "txt_in.norm",
+        "last.norm": "final_layer.norm",
+    }
+    for original, name in expected.items():
+        assert [*places[original].names] == [name]
+
+
+def stable_cascade():
+    return pytest.importorskip("diffusers").StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        conditioning_dim=16,
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 2),
+        up_num_layers_per_block=(2, 1),
+        clip_text_pooled_in_channels=16,
+    )
+
+
+@pytest.mark.parametrize("start", ["prior.", "diffusion_model.", "lora_prior_unet_", "lora_unet_"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["attn.to_q", "attn.to_k", "attn.to_v", "attn.out_proj"],
+        ["attn.in_proj.0", "attn.in_proj.1", "attn.in_proj.2", "attn.out_proj"],
+        ["to_q", "to_k", "to_v", "to_out.0"],
+    ],
+    ids=["of ComfyUI", "of OneTrainer", "of diffusers"],
+)
+def test_attentions_of_stable_cascade(names, start, tmp_path):
+    with torch.device("meta"):
+        model = stable_cascade()
+    files = {name for name, _ in model.named_modules() if name.endswith(".attention")}
+    file, expected = {}, {}
+    for attention in files:
+        for own, name in zip(["to_q", "to_k", "to_v", "to_out.0"], names, strict=True):
+            key, B = f"{attention}.{name}", torch.randn(16, 1)
+            key = start + (key.replace(".", "_") if start.endswith("_") else key)
+            file |= {f"{key}.lora_down.weight": torch.ones(1, 16), f"{key}.lora_up.weight": B}
+            file[f"{key}.alpha"] = torch.tensor(1.0)
+            expected[f"{attention}.{own}"] = B
+    path = tmp_path / "adapter.safetensors"
+    save_file(file, path)
+    reader = KohyaFormat() if start.endswith("_") else DIFFUSERS
+    layers = reader.load(path, model, reader.options).layers
+    assert layers.keys() == expected.keys()
+    assert len(files) == 6
+    for name, B in expected.items():
+        assert torch.equal(layers[name].B, B), name
+
+
+def test_the_denoiser_of_ideogram_4_has_another_name_in_files_that_diffusers_reads(tmp_path):
+    loaders = pytest.importorskip("diffusers.loaders.lora_pipeline")
+    with torch.device("meta"):
+        model = published("Ideogram4Transformer2DModel", num_layers=1)()
+    path = tmp_path / "adapter.safetensors"
+    start = "conditional_transformer.layers.0.attention"
+    tensors = {"qkv.lora_A": torch.ones(1, 4), "qkv.lora_B": torch.randn(3 * 4608, 1)}
+    tensors |= {"o.lora_A": torch.ones(1, 4), "o.lora_B": torch.randn(4608, 1)}
+    save_file({f"{start}.{key}.weight": tensor for key, tensor in tensors.items()}, path)
+    converted = loaders.Ideogram4LoraLoaderMixin.lora_state_dict(str(path))
+    layers = DIFFUSERS.load(path, model, DIFFUSERS.options).layers
+    assert {f"transformer.{name}.lora_{key}.weight" for name in layers for key in "AB"} == converted.keys()
+    for name, layer in layers.items():
+        assert torch.equal(layer.B, converted[f"transformer.{name}.lora_B.weight"]), name
 
 
 class TestMiniMaxH3:
@@ -610,8 +695,8 @@ def test_a_language_model_is_a_text_encoder_of_a_pipeline(start, part, tmp_path)
     assert [each.name for each in lora.plans["default"].layers] == [f"{part}.{layer}"]
 
 
-@pytest.mark.parametrize("clip", [False, True], ids=["Llama alone", "both"])
-def test_llama_is_the_first_text_encoder_of_hunyuan_video(clip, tmp_path):
+@pytest.mark.parametrize("adapted", [["llama"], ["clip_l"], ["llama", "clip_l"]], ids=" and ".join)
+def test_llama_is_the_first_text_encoder_of_hunyuan_video(adapted, tmp_path):
     """As OneTrainer writes them for ComfyUI."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -622,16 +707,16 @@ def test_llama_is_the_first_text_encoder_of_hunyuan_video(clip, tmp_path):
         }
     )
     fc1 = next(name for name, _ in parts.text_encoder_2.named_modules() if name.endswith("fc1"))
-    layers = {"llama": "layers.0.mlp.up_proj", **({"clip_l": fc1} if clip else {})}
+    layers = {"llama": "layers.0.mlp.up_proj", "clip_l": fc1}
+    expected = {own: f"{part}.{layer}" for part, (own, layer) in zip(parts, layers.items(), strict=True)}
     tensors = {
-        f"text_encoders.{own}.transformer.{layer}.{key}.weight": torch.ones(*shape)
-        for own, layer in layers.items()
+        f"text_encoders.{own}.transformer.{layers[own]}.{key}.weight": torch.ones(*shape)
+        for own in adapted
         for key, shape in {"lora_down": (2, 16), "lora_up": (24, 2)}.items()
     }
     save_file(tensors, tmp_path / "adapter.safetensors")
     lora = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors")
-    found = {each.name for each in lora.plans["default"].layers}
-    assert found == {f"{part}.{layer}" for part, layer in zip(parts, layers.values(), strict=False)}
+    assert {each.name for each in lora.plans["default"].layers} == {expected[own] for own in adapted}
 
 
 def anima():
