@@ -35,6 +35,8 @@ ALONE = ""
 _STARTS: Mapping[str, str] = {
     "conditional_transformer.": f"{ORIGINAL}.",
     "prior.": f"{ORIGINAL}.",
+    "diffusion_model.transformer_1.": "transformer.",
+    "diffusion_model.transformer_2.": "transformer_2.",
     "text_encoders.clip_l.transformer.": "text_encoder.",
     "text_encoders.clip_g.transformer.": "text_encoder_2.",
     "text_encoders.clip_h.transformer.": "text_encoder.",
@@ -48,8 +50,8 @@ _STARTS: Mapping[str, str] = {
 }
 """How keys name parts in other ways.
 
-These are the denoisers of Ideogram 4 and of Stable Cascade, text encoders in ComfyUI and ai-toolkit, and what is behind
-those of LTX 2.
+These are the denoisers of Ideogram 4 and of Stable Cascade, both of Wan 2.2 in one file of ai-toolkit, text encoders in
+ComfyUI and ai-toolkit, and what is behind those of LTX 2.
 """
 
 _FLAT = ("lora_", "lycoris_")

@@ -24,12 +24,11 @@ from lora_plugins.formats.components import (
     with_conditioner,
 )
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
-from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, put
+from lora_plugins.formats.original_names import Place, is_of_transformer, places_without_dots, put
 from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
-from lora_plugins.inplace import base_class_of, full_name, model_modules, submodule
-from lora_plugins.plan import former_names
+from lora_plugins.inplace import base_class_of, full_name, submodule
 from lora_plugins.utils import common_type, single_at_least
 
 PREFIXES: Mapping[str, str] = {
@@ -277,28 +276,13 @@ def _names_of_parts(keys: Iterable[str], model: nn.Module, asked: str | None) ->
     return found
 
 
-def _places(model: nn.Module) -> dict[str, list[Place]]:
-    """Returns where layers are, by their names without dots; former and original names too."""
-    found: dict[str, list[Place]] = {}
-    former = former_names(model)
-    for entry in model_modules(model):
-        place = Place((entry.name,))
-        for name in dict.fromkeys((*entry.names, former.get(entry.name, entry.name))):
-            places = found.setdefault(name.replace(".", "_"), [])
-            if place not in places:
-                places.append(place)
-    original = {name.replace(".", "_"): [place] for name, place in original_places(model).items()}
-    # Original names count first, as in keys with dots: `norm3` of Wan's authors is `norm2` in diffusers.
-    return {**found, **original}
-
-
 def _placed(names: Mapping[str, str], model: nn.Module) -> dict[str, Place]:
     """Returns where each layer of a file is in a part of a pipeline, from the names without their prefix.
 
     Raises:
         AdapterFileError: If a layer has no place, or more than one.
     """
-    known = _places(model)
+    known = places_without_dots(model)
     # LyCORIS 2.2 has an underscore behind each name, where it adapts a model by itself, and VideoX-Fun one in front.
     found = {
         key: known.get(name) or known.get(name.removesuffix("_")) or known.get(name.removeprefix("_"), [])

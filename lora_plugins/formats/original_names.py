@@ -21,6 +21,7 @@ from lora_plugins.formats.components import class_names
 from lora_plugins.formats.original_tables import TRANSFORMERS
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import model_modules, submodule
+from lora_plugins.plan import former_names
 from lora_plugins.utils import path_starts
 
 Entry = TypeVar("Entry", PortableLayer, Beside)
@@ -121,9 +122,34 @@ def put(layers: Mapping[str, Entry], places: Mapping[str, Place], model: nn.Modu
 
 
 def by_own_names(layers: Mapping[str, Entry], model: nn.Module) -> dict[str, Entry]:
-    """Returns layers with original names, or their own ones, by the names that they have in a model; see `put`."""
+    """Returns layers with original names, or their own ones, by the names that they have in a model; see `put`.
+
+    Converters that know no names put dots for underscores, such as `context.refiner`: what is no name is compared
+    without dots.
+    """
     places = original_places(model)
+    own = {name for entry in model_modules(model) for name in entry.names}
+    unknown = layers.keys() - places.keys() - own
+    known = places_without_dots(model) if unknown else {}
+    for name in unknown:
+        if len(found := known.get(name.replace(".", "_"), [])) == 1:
+            places[name] = found[0]
     return put(layers, {name: places.get(name, Place((name,))) for name in layers}, model)
+
+
+def places_without_dots(model: nn.Module) -> dict[str, list[Place]]:
+    """Returns where layers are, by their names without dots; former and original names too."""
+    found: dict[str, list[Place]] = {}
+    former = former_names(model)
+    for entry in model_modules(model):
+        place = Place((entry.name,))
+        for name in dict.fromkeys((*entry.names, former.get(entry.name, entry.name))):
+            places = found.setdefault(name.replace(".", "_"), [])
+            if place not in places:
+                places.append(place)
+    original = {name.replace(".", "_"): [place] for name, place in original_places(model).items()}
+    # Original names count first, as in keys with dots: `norm3` of Wan's authors is `norm2` in diffusers.
+    return {**found, **original}
 
 
 def is_of_transformer(name: str) -> bool:

@@ -361,6 +361,45 @@ def test_the_denoiser_of_ideogram_4_has_another_name_in_files_that_diffusers_rea
         assert torch.equal(layer.B, converted[f"transformer.{name}.lora_B.weight"]), name
 
 
+@pytest.mark.parametrize(
+    ("build", "mangled"),
+    [
+        (
+            published("ZImageTransformer2DModel", n_layers=1, n_refiner_layers=1),
+            {
+                "context.refiner.0.attention.to_q": "context_refiner.0.attention.to_q",
+                "noise.refiner.0.adaLN.modulation.0": "noise_refiner.0.adaLN_modulation.0",
+            },
+        ),
+        (
+            published("FluxTransformer2DModel", num_layers=1, num_single_layers=1),
+            {"double_blocks.0.img_attn_proj": "transformer_blocks.0.attn.to_out.0"},
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_dots_that_converters_put_for_underscores(build, mangled, tmp_path):
+    """As in those of musubi-tuner's `convert_lora.py --target other`."""
+    with torch.device("meta"):
+        model = build()
+    file = {f"diffusion_model.{name}.lora_{key}.weight": torch.ones(1, 1) for name in mangled for key in "AB"}
+    save_file(file, tmp_path / "adapter.safetensors")
+    layers = DIFFUSERS.load(tmp_path / "adapter.safetensors", model, DIFFUSERS.options).layers
+    assert layers.keys() == {*mangled.values()}
+
+
+def test_both_transformers_of_wan_in_one_file(tmp_path):
+    """As ai-toolkit writes them with `split_multistage_loras: false`."""
+    diffusers = pytest.importorskip("diffusers")
+    names = [f"diffusion_model.transformer_{n}.blocks.0.self_attn.q" for n in (1, 2)]
+    file = {f"{name}.lora_{key}.weight": torch.ones(1, 1) for name in names for key in "AB"}
+    save_file(file, tmp_path / "adapter.safetensors")
+    with torch.device("meta"):
+        parts = {name: diffusers.WanTransformer3DModel(num_layers=1) for name in ("transformer", "transformer_2")}
+    layers = DIFFUSERS.load(tmp_path / "adapter.safetensors", nn.ModuleDict(parts), DIFFUSERS.options).layers
+    assert layers.keys() == {f"{part}.blocks.0.attn1.to_q" for part in parts}
+
+
 class TestMiniMaxH3:
     @pytest.fixture
     def model(self):
