@@ -22,14 +22,12 @@ from lora_plugins.formats.peft_attention import as_applied, with_attention, with
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
 from lora_plugins.formats.peft_model import for_model, saved_modules
-from lora_plugins.formats.peft_patterns import UntoldError
 from lora_plugins.formats.peft_values import values_for_peft
 from lora_plugins.formats.peft_version import version_of
 from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
-from lora_plugins.formats.portable_format import PortableFormat
+from lora_plugins.formats.portable_format import PortableFormat, UntoldError
 from lora_plugins.formats.tensor_file import read_json, read_tensors, write_described_tensors
-from lora_plugins.plugins import AdapterSummary
 from lora_plugins.writable import check_writable_folder
 
 CONFIG = "adapter_config.json"
@@ -50,6 +48,7 @@ class PeftFormat(PortableFormat):
     name = "peft"
     file_names = (CONFIG, TENSORS)
     options: ClassVar[Mapping[str, Any]] = {"out_proj": None, "patterns": None}
+    _first_reading: ClassVar[Mapping[str, Any]] = {"out_proj": "twice", "patterns": "first"}  # PEFT's own
 
     def recognizes(self, path: Path) -> bool:
         """Whether a folder has PEFT's config or folders with one for named adapters, or a file is in such a folder."""
@@ -83,14 +82,6 @@ class PeftFormat(PortableFormat):
             details=_details(config),
         )
         return adapter if model is None else for_model(model, adapter, config, found, options["out_proj"])
-
-    def summary(self, path: Path) -> AdapterSummary:
-        """Returns what is in a file, of two readings PEFT's own, with what has to be said where it is loaded."""
-        try:
-            return super().summary(path)
-        except UntoldError as error:
-            found = self._summary(path, {"out_proj": "twice", "patterns": "first"})
-            return replace(found, details={**found.details, "to be said": str(error)})
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
         """Returns what PEFT has no form for."""

@@ -12,12 +12,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from lora_plugins.errors import AdapterFileError
 from lora_plugins.formats.peft_version import version_of
-
-
-class UntoldError(AdapterFileError):
-    """A file has two readings, and whoever loads it has to say which is meant."""
+from lora_plugins.formats.portable_format import UntoldError
 
 
 @dataclass(frozen=True)

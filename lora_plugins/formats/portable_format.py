@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,13 +10,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lora_plugins.adapter import ADAPTER_NAME
-from lora_plugins.errors import PluginError
+from lora_plugins.errors import AdapterFileError, PluginError
 from lora_plugins.field_checks import shown
 from lora_plugins.formats.from_packed import check_expressible, portable_of
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.to_packed import packed_for
 from lora_plugins.plugins import AdapterFormat, AdapterSummary, LayerSummary, PackedAdapter, Registry
 from lora_plugins.utils import is_dense
+
+
+class UntoldError(AdapterFileError):
+    """A file has two readings, and whoever loads it has to say by an option which is meant."""
 
 
 class PortableFormat(AdapterFormat):
@@ -26,6 +31,8 @@ class PortableFormat(AdapterFormat):
     """
 
     full_names: ClassVar[bool] = True
+    _first_reading: ClassVar[Mapping[str, Any]] = {}
+    """Options that say which of two readings is shown of a file where `load` raises `UntoldError`."""
 
     @abstractmethod
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
@@ -104,8 +111,12 @@ class PortableFormat(AdapterFormat):
         return self.save(path, adapter, model, options)
 
     def summary(self, path: Path) -> AdapterSummary:
-        """Returns what is in a file."""
-        return self._summary(path, self.options)
+        """Returns what is in a file, of two readings the first, with what has to be said where it is loaded."""
+        try:
+            return self._summary(path, self.options)
+        except UntoldError as error:
+            found = self._summary(path, {**self.options, **self._first_reading})
+            return replace(found, details={**found.details, "to be said": str(error)})
 
     def _summary(self, path: Path, options: Mapping[str, Any]) -> AdapterSummary:
         adapter = self._loaded(path, None, options)

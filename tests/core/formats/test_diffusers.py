@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
+from lora_plugins.cli.main import main
 from lora_plugins.formats import COMPONENTS
 from tests.core.formats.peft_cases import moved, refused
 from tests.core.formats.pipeline_cases import DIT, TEXT, TOLERANCE, UNET, parts, with_peft
@@ -82,6 +83,22 @@ def test_what_a_denoiser_writes_by_itself_is_read(part, variant, tmp_path):
         LoraModel.load_adapter(model, tmp_path)
     assert part.difference(alone, theirs) <= TOLERANCE
     assert part.difference(pipeline[part.name], theirs) <= TOLERANCE
+
+
+def test_a_lost_order_of_patterns_is_told_of_a_file_that_is_inspected(tmp_path, capsys):
+    patterns = {"to_q": 4, "attn1.to_q": 8}
+    fields = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q"], "alpha_pattern": patterns}
+    layer = "unet.mid_block.attn1.to_q"
+    save_file(
+        {f"{layer}.lora_A.weight": torch.ones(2, 4), f"{layer}.lora_B.weight": torch.ones(4, 2)},
+        tmp_path / FILE,
+        {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in fields.items()})},
+    )
+    assert main(["inspect", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "to be said: alpha_pattern says [4, 8] of 'mid_block.attn1.to_q'." in told
+    (row,) = [line.split() for line in told.splitlines() if line.startswith(layer)]
+    assert row[2] == "4"
 
 
 def test_without_part_metadata_and_alpha_the_rank_is_the_alpha_and_said(tmp_path):
