@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
-from lora_plugins.formats.places import placed_values, places_by_name
+from lora_plugins.formats.places import placed_values, places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.inplace import full_name, own_tensor
 from lora_plugins.utils import common_type, single_at_least
@@ -92,9 +92,10 @@ def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tens
         for name, layer in adapter.layers.items()
         if layer.bias is not None and (wide := single_at_least(layer.bias.dtype))
     }
-    _check_present(model, [*adapter.changes, *biases])
+    changes = _of_parameters(model, adapter.changes)
+    _check_present(model, [*changes, *biases])
     wrong = []
-    for name, change in (*placed_values(model, adapter.changes).items(), *placed_values(model, biases).items()):
+    for name, change in (*placed_values(model, changes).items(), *placed_values(model, biases).items()):
         present = values.get(name, own_tensor(model, name).detach())
         if present.shape != change.shape or not present.is_floating_point() or present.is_meta:
             kind = f"{tuple(present.shape)} of {present.dtype}{' on the meta device' * present.is_meta}"
@@ -105,6 +106,13 @@ def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tens
     if wrong:
         raise AdapterFileError("The adapter does not fit this model:\n  " + "\n  ".join(wrong))
     return values
+
+
+def _of_parameters(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns changes by the names of tensors: of a file, a parameter without a module may seem to be one."""
+    names = tensor_names(model)
+    bare = {name: name.removesuffix(".weight") for name in changes if name not in names}
+    return {bare[name] if bare.get(name) in names else name: change for name, change in changes.items()}
 
 
 def _check_present(model: nn.Module, names: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ _ENDINGS: Mapping[str, str] = {
     ".dora_scale": "scale",
     ".lora_B.bias": "bias_B",
     ".alpha": "alpha",
+    ".reshape_weight": "shape",
     **BESIDE,
 }
 """The endings of keys over the years, and which tensor of a layer each is."""

@@ -71,6 +71,7 @@ _FACTORS: Mapping[str, str] = {
     "alpha": "alpha",
     "dora_scale": "scale",
     "lora_magnitude_vector": "magnitude",
+    "reshape_weight": "shape",
     **{ending.removeprefix("."): kind for ending, kind in ENDINGS.items() if ending != ".scale"},
 }
 """What follows the name of a layer, and which tensor of it that is; `scale` is a number to the WebUI, for alpha / r."""

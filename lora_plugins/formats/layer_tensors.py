@@ -14,7 +14,8 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
     Args:
         name: Name of the layer.
         factors: Its tensors: `A`, of `(r, in, ...)`, `B`, of `(out, r, ...)`, and what else the format knows: `mid`, of
-            `(r, r, ...)`, `magnitude`, `scale`, `bias_B`, of `(out,)`, and `alpha`, of one element.
+            `(r, r, ...)`, `magnitude`, `scale`, `bias_B`, of `(out,)`, `alpha`, of one element, and `shape`, that of
+            the weight, to which ComfyUI enlarges a smaller one.
 
     Raises:
         AdapterFileError: If it lacks one, they cannot belong together, or alpha is no scaling.
@@ -25,7 +26,7 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
             f"The layer {name!r} of the adapter has only {has}: A or B is missing. Copy the file again."
         )
     # Scripts write an alpha as they were given it, a whole number too.
-    wrong = [key for key, tensor in factors.items() if key != "alpha" and not tensor.is_floating_point()]
+    wrong = [key for key, tensor in factors.items() if key not in ("alpha", "shape") and not tensor.is_floating_point()]
     if wrong:
         raise AdapterFileError(
             f"{wrong[0]} of {name!r} holds {factors[wrong[0]].dtype}, and not real numbers. Copy the file again."
@@ -69,6 +70,7 @@ def _fit(
     scale: Tensor | None = None,
     bias_B: Tensor | None = None,
     alpha: Tensor | None = None,
+    shape: Tensor | None = None,
 ) -> bool:
     r = len(A) if A.dim() > 1 else 0
     return (
@@ -78,4 +80,5 @@ def _fit(
         and (mid is None or (mid.dim() > 2 and mid.shape[:2] == (r, r)))
         and all(each is None or each.dim() > 0 for each in (magnitude, scale))
         and (alpha is None or alpha.numel() == 1)
+        and (shape is None or shape.tolist() == [len(B), *A.shape[1:]])
     )

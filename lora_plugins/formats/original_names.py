@@ -20,7 +20,7 @@ from lora_plugins.formats.changes import Beside
 from lora_plugins.formats.components import class_names
 from lora_plugins.formats.original_tables import TRANSFORMERS
 from lora_plugins.formats.portable import PortableLayer
-from lora_plugins.inplace import model_modules, submodule
+from lora_plugins.inplace import model_modules, own_parameters, submodule
 from lora_plugins.plan import former_names
 from lora_plugins.utils import path_starts
 
@@ -93,9 +93,10 @@ class Place:
 
 
 def original_places(model: nn.Module) -> dict[str, Place]:
-    """Returns by original name where a layer is in a model of diffusers; empty for other models."""
+    """Returns by original name where a layer is in a model of diffusers, or a parameter; empty for other models."""
     classes = class_names(model)
-    names = {entry.name: None for entry in model_modules(model)}
+    modules = model_modules(model)
+    names = dict.fromkeys([*(entry.name for entry in modules), *own_parameters(modules)])
     if "UNet2DConditionModel" in classes:
         return {original: Place((name,)) for name, original in _of_unet(names)}
     places = {}

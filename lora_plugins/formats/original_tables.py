@@ -259,7 +259,11 @@ _WAN: Table = {
     "img_emb.proj.3": ("condition_embedder.image_embedder.ff.net.2",),
     "img_emb.proj.4": ("condition_embedder.image_embedder.norm2",),
     "head.head": ("proj_out",),
+    "blocks.*.modulation": ("blocks.*.scale_shift_table",),
+    "vace_blocks.*.modulation": ("vace_blocks.*.scale_shift_table",),
+    "head.modulation": ("scale_shift_table",),
 }
+"""Names of Wan; what it calls modulations are parameters of blocks."""
 
 _LUMINA_BLOCKS = ("layers", "noise_refiner", "context_refiner")
 

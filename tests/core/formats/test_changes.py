@@ -165,6 +165,62 @@ def test_a_norm_of_flux_takes_the_place_of_the_model_s(path):
     assert torch.equal(model.x_embedder.bias, base.x_embedder.bias + 1)
 
 
+@pytest.mark.parametrize(
+    ("start", "names"),
+    [
+        ("diffusion_model.", ["head.modulation", "blocks.1.modulation", "blocks.0.self_attn.q"]),
+        ("lora_unet_", ["head_modulation", "blocks_1_modulation", "blocks_0_self_attn_q"]),
+        ("transformer.", ["scale_shift_table", "blocks.1.scale_shift_table", "blocks.0.attn1.to_q"]),
+    ],
+    ids=["dots", "underscores", "names of diffusers"],
+)
+def test_a_modulation_of_wan_is_a_parameter(start, names, path):
+    base = WAN.build().state_dict()
+    own = ["scale_shift_table", "blocks.1.scale_shift_table"]
+    changes = {name: torch.randn_like(base[name]) for name in own}
+    file = {f"{start}{key}.diff": changes[name] for key, name in zip(names, own, strict=False)}
+    file |= {
+        f"{start}{names[2]}.lora_down.weight": torch.ones(1, 24),
+        f"{start}{names[2]}.lora_up.weight": torch.ones(24, 1),
+    }
+    save_file(file, path)
+    model = WAN.build()
+    lora = LoraModel.load_adapter(model, path, format_options={"component": "transformer"})
+    for name, change in changes.items():
+        assert torch.equal(model.get_parameter(name), base[name] + change), name
+    assert {*lora.plans["default"].saved_in_place} == {*own}
+
+
+@pytest.mark.parametrize("start", ["unet.conv_in", "lora_unet_conv_in"], ids=["diffusers", "kohya"])
+class TestShapesOfWeights:
+    """To which ComfyUI enlarges a smaller weight by zeros, as that of `patch_embedding` for control adapters."""
+
+    def tensors(self, start, inputs, shape):
+        tensors = {"lora_down.weight": torch.ones(2, inputs, 3, 3), "lora_up.weight": torch.ones(8, 2, 1, 1)}
+        tensors |= {"reshape_weight": torch.tensor(shape), "alpha": torch.tensor(2.0)}
+        return {f"{start}.{key}": tensor for key, tensor in tensors.items()}
+
+    def test_a_model_of_that_shape(self, start, path):
+        save_file(self.tensors(start, 4, [8, 4, 3, 3]), path)
+        model, base = UNET.build(), UNET.build().conv_in.weight
+        LoraModel.load_adapter(model, path)
+        assert torch.allclose(model.conv_in.weight, base + 2)
+
+    @pytest.mark.parametrize(
+        ("inputs", "shape", "match"),
+        [
+            pytest.param(9, [8, 9, 3, 3], r"has A \(2, 9, 3, 3\).*this model needs \(2, 4, 3, 3\)", id="smaller model"),
+            pytest.param(4, [8, 9, 3, 3], r"shape \(4,\).*these are no A", id="not that of A and B"),
+            pytest.param(4, 8, r"these are no A", id="a number"),
+        ],
+    )
+    def test_what_does_not_fit(self, inputs, shape, match, start, path, untouched):
+        save_file(self.tensors(start, inputs, shape), path)
+        model = UNET.build()
+        with untouched(model), pytest.raises(AdapterFileError, match=match):
+            LoraModel.load_adapter(model, path)
+
+
 @pytest.mark.parametrize("ends", [("diff", "diff_b"), ("w_norm", "b_norm")], ids=["diff", "norm"])
 def test_a_file_of_lycoris_adds_to_norms(ends, path):
     base = UNET.build().state_dict()
