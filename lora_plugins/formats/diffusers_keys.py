@@ -38,12 +38,6 @@ _STARTS: Mapping[str, str] = {
     "prior.": f"{ORIGINAL}.",
     "diffusion_model.transformer_1.": "transformer.",
     "diffusion_model.transformer_2.": "transformer_2.",
-    "text_encoders.clip_l.transformer.": "text_encoder.",
-    "text_encoders.clip_g.transformer.": "text_encoder_2.",
-    "text_encoders.clip_h.transformer.": "text_encoder.",
-    "text_encoders.t5xxl.transformer.": "text_encoder_3.",
-    "text_encoders.llama.transformer.": "text_encoder_4.",
-    "text_encoders.qwen25_7b.transformer.": "text_encoder.",
     "lora_te.": "text_encoder.",
     "lora_te1.": "text_encoder.",
     "lora_te2.": "text_encoder_2.",
@@ -51,9 +45,13 @@ _STARTS: Mapping[str, str] = {
 }
 """How keys name parts in other ways.
 
-These are the denoisers of Ideogram 4 and of Stable Cascade, both of Wan 2.2 in one file of ai-toolkit, text encoders in
-ComfyUI and ai-toolkit, and what is behind those of LTX 2.
+These are the denoisers of Ideogram 4 and of Stable Cascade, both of Wan 2.2 in one file of ai-toolkit, its text
+encoders, and what is behind those of LTX 2.
 """
+
+_OF_COMFY = re.compile(r"^text_encoders\.(\w+)\.transformer\.")
+_ENCODERS: Mapping[str, str] = {"clip_g": "text_encoder_2", "t5xxl": "text_encoder_3", "llama": "text_encoder_4"}
+"""The text encoders of ComfyUI that are not the first one of a pipeline, as CLIP, Qwen and Gemma are."""
 
 _FLAT = ("lora_", "lycoris_")
 """What such keys do not start with: those are names without dots, of another format."""
@@ -102,6 +100,7 @@ def placed_key(key: str) -> tuple[str, str, str] | None:
     key = _ADAPTER.sub(r"\1", plain_name(key).removeprefix(PREFIX))
     start = next((start for start in _STARTS if key.startswith(start)), "")
     key = _STARTS.get(start, "") + key.removeprefix(start)
+    key = _OF_COMFY.sub(lambda found: f"{_ENCODERS.get(found[1], 'text_encoder')}.", key, count=1)
     part, _, rest = key.partition(".")
     if part not in (*COMPONENTS, ORIGINAL):
         if key.startswith(_FLAT):

@@ -20,7 +20,7 @@ from lora_plugins.formats.changes import Beside
 from lora_plugins.formats.components import class_names
 from lora_plugins.formats.original_tables import TRANSFORMERS
 from lora_plugins.formats.portable import PortableLayer
-from lora_plugins.inplace import model_modules, own_parameters, submodule
+from lora_plugins.inplace import full_name, model_modules, own_parameters, submodule
 from lora_plugins.plan import former_names
 from lora_plugins.utils import path_starts
 
@@ -139,12 +139,17 @@ def by_own_names(layers: Mapping[str, Entry], model: nn.Module) -> dict[str, Ent
 
 
 def places_without_dots(model: nn.Module) -> dict[str, list[Place]]:
-    """Returns where layers are, by their names without dots; former and original names too."""
+    """Returns where layers are, by their names without dots.
+
+    Former and original names too, and those in the model of transformers around one: `model.layers` of Qwen's encoder.
+    """
     found: dict[str, list[Place]] = {}
     former = former_names(model)
+    around = getattr(model, "base_model_prefix", "")
     for entry in model_modules(model):
         place = Place((entry.name,))
-        for name in dict.fromkeys((*entry.names, former.get(entry.name, entry.name))):
+        names = dict.fromkeys((*entry.names, former.get(entry.name, entry.name)))
+        for name in (*names, *(full_name(around, name) for name in names if around and not hasattr(model, around))):
             places = found.setdefault(name.replace(".", "_"), [])
             if place not in places:
                 places.append(place)

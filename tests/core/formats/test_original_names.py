@@ -716,8 +716,15 @@ def test_a_t5_is_the_one_text_encoder_of_a_pipeline(tmp_path):
         ("text_encoder_4.", "text_encoder_4"),
         ("lora_te4_", "text_encoder_4"),
         ("text_encoders.qwen25_7b.transformer.", "text_encoder"),
+        ("text_encoders.gemma2_2b.transformer.", "text_encoder"),
     ],
-    ids=["ComfyUI's Llama of HiDream", "diffusers'", "kohya's", "ComfyUI's Qwen of Qwen-Image"],
+    ids=[
+        "ComfyUI's Llama of HiDream",
+        "diffusers'",
+        "kohya's",
+        "ComfyUI's Qwen of Qwen-Image",
+        "ComfyUI's Gemma of Lumina 2",
+    ],
 )
 def test_a_language_model_is_a_text_encoder_of_a_pipeline(start, part, tmp_path):
     """As OneTrainer writes them."""
@@ -732,6 +739,24 @@ def test_a_language_model_is_a_text_encoder_of_a_pipeline(start, part, tmp_path)
     parts = nn.ModuleDict({part: transformers.LlamaForCausalLM(config)})
     lora = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors")
     assert [each.name for each in lora.plans["default"].layers] == [f"{part}.{layer}"]
+
+
+@pytest.mark.parametrize("start", ["text_encoders.qwen3_06b.transformer.model.", "lora_te_model_", "lora_te_"])
+@pytest.mark.parametrize("alone", [False, True], ids=["pipeline", "the encoder"])
+def test_an_encoder_without_its_head_has_names_of_the_model_around_it(start, alone, tmp_path):
+    """Of Anima: sd-scripts trains the encoder itself, and converts it to what ComfyUI has."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = transformers.Qwen3Model(
+        transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=5)
+    )
+    layer = "layers.0.mlp.up_proj"
+    key = start + (layer if start.endswith(".") else layer.replace(".", "_"))
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 16), f"{key}.lora_up.weight": torch.ones(16, 2)}
+    save_file(tensors, tmp_path / "adapter.safetensors")
+    parts = nn.ModuleDict({"text_encoder": encoder})
+    lora = LoraModel.load_adapter(encoder if alone else parts, tmp_path / "adapter.safetensors")
+    assert [each.name for each in lora.plans["default"].layers] == ["text_encoder." * (not alone) + layer]
 
 
 @pytest.mark.parametrize("adapted", [["llama"], ["clip_l"], ["llama", "clip_l"]], ids=" and ".join)
