@@ -568,9 +568,9 @@ class LoraCallback(Callback):
                 copy_into_averages(trainer, module)
         else:
             self._add_adapter(trainer, module, config)
-        self._run.teachers = {*frozen_by_others(module)}
         copies = self._run.copies(module)
         freeze_alike(module, copies)
+        self._run.teachers = {*frozen_by_others(module)}
         self._names += add_names(module, copies)
         if self.train_mode and trainer.state.fn == "fit":
             averages = [copy.name for copy in copies if copy.equal and not copy.shares]
