@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from lora_plugins.adapter.attach import activate, named_adapter_parameters
-from lora_plugins.adapter.gradients import require_gradient
+from lora_plugins.adapter.gradients import forget_freed, require_gradient
 from lora_plugins.adapter.state import ModelState, adapted_among, present_state
 from lora_plugins.inplace import (
     NamedModule,
@@ -108,3 +108,4 @@ def _apply_gradients(modules: list[NamedModule], state: ModelState) -> None:
         for adapter in state.adapters:
             for key, factor in named_adapter_parameters(layer, adapter):
                 require_gradient(factor, adapter in trained, state.guards, full_name(name, key))
+    forget_freed(state.guards)

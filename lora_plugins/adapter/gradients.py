@@ -29,6 +29,12 @@ def require_gradient(tensor: Tensor, required: bool, guards: Guards, name: str) 
     tensor.requires_grad_(required)
 
 
+def forget_freed(guards: Guards) -> None:
+    """Drops the guards of tensors that are gone, such as those of a deleted adapter."""
+    for key in [key for key, guard in guards.items() if guard.hooks_dict_ref() is None]:
+        del guards[key]
+
+
 @unserializable_hook  # a tensor that goes to another process needs none
 @dataclass(frozen=True)
 class _RefuseLoss:

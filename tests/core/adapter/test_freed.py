@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_plugins import LoraConfig, LoraModel
 
@@ -76,3 +77,34 @@ def test_a_model_is_freed_without_the_collector(done, config, tmp_path):
         assert [reference() for reference in left if reference() is not None] == []
     finally:
         gc.enable()
+
+
+def delete(lora):
+    lora.delete_adapter("b")
+
+
+def load_anew(lora):
+    lora.model.load_state_dict({name: tensor.clone() for name, tensor in lora.model.state_dict().items()}, assign=True)
+    lora.delete_adapter("b")
+
+
+def handles():
+    gc.collect()
+    return sum(type(each) is RemovableHandle for each in gc.get_objects())  # `isinstance` imports what is lazy
+
+
+@pytest.mark.parametrize("end", [delete, load_anew])
+def test_nothing_is_kept_of_adapters_that_came_and_went(end):
+    lora = LoraModel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), LoraConfig(r=2))
+
+    def come_and_go():
+        lora.add_adapter("b", LoraConfig(r=2))
+        lora.set_adapter("b")
+        lora.set_adapter("default")
+        end(lora)
+
+    come_and_go()
+    before = handles()
+    for _ in range(9):
+        come_and_go()
+    assert handles() == before
