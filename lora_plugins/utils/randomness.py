@@ -3,6 +3,7 @@
 import hashlib
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 
 from lora_plugins.utils.ending import ending
+
+_SEEDING = threading.RLock()
+"""Held while the generators, which all threads share, are not as the run has them."""
 
 
 @contextmanager
@@ -26,6 +30,11 @@ def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None
         model: What runs in the block; its devices matter.
         loader: What is read in the block.
     """
+    with _SEEDING:
+        yield from _own_randomness(seed, model, loader)
+
+
+def _own_randomness(seed: int, model: nn.Module | None, loader: Any) -> Iterator[None]:
     devices = {p.device for p in model.parameters()} if model is not None else set()
     beside = {device: module for device in devices if (module := random_module(device)) is not None}
     numpy = sys.modules.get("numpy.random")
@@ -66,14 +75,16 @@ def random_module(device: torch.device) -> Any:
 
 def run_seed(name: str) -> int:
     """Returns the seed that a name has in this run, whatever was drawn before."""
-    digest = hashlib.sha256(f"{torch.initial_seed()}:{name}".encode()).digest()
+    with _SEEDING:
+        seed = torch.initial_seed()
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 @contextmanager
 def seeded(generator: torch.Generator) -> Iterator[None]:
     """Lets functions of torch that take no generator draw on the CPU as `generator`, freshly seeded, would."""
-    with ending(partial(torch.set_rng_state, torch.get_rng_state())):
+    with _SEEDING, ending(partial(torch.set_rng_state, torch.get_rng_state())):
         torch.default_generator.manual_seed(generator.initial_seed())
         yield
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_plugins import LoraConfig, LoraModel
+from lora_plugins.adapter import InitData
 
 
 @pytest.fixture
@@ -63,3 +64,21 @@ def test_each_computes_what_it_computes_alone(tmp_path):
     for seed, found in enumerate(together):
         alone = life(seed, tmp_path / "alone")
         assert all(torch.equal(one, other) for one, other in zip(found, alone, strict=True))
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_threads_that_learn_from_data_draw_what_each_draws_alone(init, switching_often):
+    def adapted(seed):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters(), seed):
+                parameter.copy_(torch.arange(1.0, 1 + parameter.numel()).view_as(parameter).mul(number).sin())
+        data = InitData([torch.eye(6, dtype=torch.float64) + seed], step=lambda model, x: model(x).square().sum())
+        LoraModel(model, LoraConfig(r=2, init=init), init_data=data)
+        return model.state_dict()
+
+    of_the_run = torch.initial_seed()
+    alone = [adapted(seed) for seed in range(9)]
+    with ThreadPoolExecutor(3) as pool:
+        torch.testing.assert_close(list(pool.map(adapted, range(9))), alone, rtol=0, atol=0)
+    assert torch.initial_seed() == of_the_run
