@@ -90,7 +90,8 @@ def described(found: Survey, choice: Choice, recipe: Recipe, made: Mapping[str, 
     """Returns what was inferred, in five lines: the subject, the finding, and the flags that overrule it."""
     trainer, data, model = made["trainer"], made["data"]["init_args"], made["model"]["init_args"]
     size = data.get("image_size") or choice.size
-    shown = ", ".join(found.classes[:6]) + (", ..." if len(found.classes) > 6 else "")
+    named = found.classes[:6] if found.coding is None else map(found.coding.shown, found.classes[:6])
+    shown = ", ".join(named) + (", ..." if len(found.classes) > 6 else "")
     coding = "" if found.coding is None else f"; masks are {found.coding.kind}{_ignored(found.coding)}"
     held = f" ({data['val_share']:g} of all)" if data.get("val_share") else ""
     none_of = f", none of them of {listing(found.unmeasured, 3)}" if found.unmeasured else ""

@@ -39,6 +39,14 @@ class MaskCoding:
         reduced = {"reduce_labels": True} if self.reduce_labels else {}
         return {"classes": [*self.classes], "ignore_index": self.ignore_index, **colors, **reduced}
 
+    def shown(self, name: str) -> str:
+        """A class with the gray level or color that it is given to, unless its name says that."""
+        if self.colors is None:
+            return name
+        color = self.colors[name]
+        value = f"#{bytes(color).hex()}" if self.kind == IN_COLOR else str(color[0])
+        return name if name.endswith(f"_{value.lstrip('#')}") else f"{name} ({value})"
+
 
 def mask_coding(
     paths: Sequence[Any],

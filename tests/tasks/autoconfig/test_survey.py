@@ -133,6 +133,21 @@ class TestMasks:
         assert (found.coding.kind, found.classes, found.coding.ignore_index) == (kind, classes, ignored)
 
     @pytest.mark.parametrize(
+        ("values", "options", "names", "shown"),
+        [
+            ([0, 1, 2], {}, ("sky", "road", "car"), ["sky", "road", "car"]),
+            ([0, 1], {"colors": [RED, GREEN]}, ("red", "green"), ["red (#00ff00)", "green (#ff0000)"]),
+            ([0, 1], {"colors": [RED, GREEN]}, None, ["color_00ff00", "color_ff0000"]),
+            ([0, 128, 255], {}, ("sky", "road", "car"), ["sky (0)", "road (128)", "car (255)"]),
+            ([0, 255], {}, None, ["background (0)", "object (255)"]),
+        ],
+        ids=["indices", "colors in another order", "colors", "gray levels", "black and white"],
+    )
+    def test_each_class_is_shown_with_its_color(self, tmp_path, values, options, names, shown):
+        found = survey(masked(tmp_path / "data", values, **options), Flags(classes=names))
+        assert [found.coding.shown(name) for name in found.classes] == shown
+
+    @pytest.mark.parametrize(
         ("values", "flags", "expected"),
         [
             ([0, 1, 11], {"ignore_index": 11}, {"classes": ["class_0", "class_1"], "ignore_index": 11}),
