@@ -28,9 +28,11 @@ def save_file(
         if trainer.is_global_zero:
             _flush(partial)
             os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         if trainer.is_global_zero:
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # fsspec names no file
+            error.filename = str(path)
         raise
 
 

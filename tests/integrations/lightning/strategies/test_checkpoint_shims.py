@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lora_plugins import LoraModel
 from lora_plugins.integrations.lightning import load_from_checkpoint
+from lora_plugins.testing.full_disk import no_file_beyond
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
 
@@ -56,6 +57,16 @@ def test_a_requeued_job_goes_on_from_the_last_whole_file(tmp_path):
     again = trainer(tmp_path / "left", [lora()])
     again.fit(Classifier(), loader(), ckpt_path="hpc")
     assert again.ckpt_path == str(tmp_path / "left" / "hpc_ckpt_1.ckpt")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    fitted = trainer(tmp_path, callbacks=[lora()])
+    fitted.fit(Classifier(), loader())
+    path = tmp_path / "full.ckpt"
+    with no_file_beyond(100), pytest.raises(OSError, match="File too large") as error:
+        fitted.save_checkpoint(path)
+    assert error.value.filename == str(path)
+    assert not path.exists()
 
 
 def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
