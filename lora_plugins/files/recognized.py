@@ -65,9 +65,9 @@ def _lacking(path: Path, formats: Iterable[AdapterFormat]) -> str:
 
 
 def _near_adapter(path: Path, formats: Iterable[AdapterFormat]) -> str:
-    """Names adapters near a path that is none: in a folder, in those of its runs, or the one that a file belongs to."""
-    below = sorted((*path.glob("*"), *path.glob("*/*"))) if path.is_dir() else [path.parent]
-    found = [str(each) for each in below if each.is_dir() and any(_recognizes(known, each) for known in formats)]
+    """Names adapters near a path that is none: in a folder, in those of its runs, around a file or beside it."""
+    near = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path.parent, *path.parent.glob("*"))
+    found = [str(each) for each in sorted(near) if each.is_dir() and any(_recognizes(known, each) for known in formats)]
     return f" Name the folder of an adapter: {listing(found, 3)}." if found else ""
 
 

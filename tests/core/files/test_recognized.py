@@ -29,10 +29,11 @@ def test_another_file_is_of_no_format(tmp_path):
         format_of(path)
 
 
-@pytest.mark.parametrize("given", [".", "run", "run/adapter/adapter.json", "run/adapter/notes.txt"])
+@pytest.mark.parametrize("given", [".", "run", "run/adapter/adapter.json", "run/adapter/notes.txt", "run/m.onnx"])
 def test_the_adapter_beside_a_path_is_named(given, tmp_path):
     folder = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2)).save_adapter(tmp_path / "run" / "adapter")
     (folder / "notes.txt").touch()
+    (tmp_path / "run" / "m.onnx").touch()
     with pytest.raises(AdapterFileError, match=f"Name the folder of an adapter: '{folder}'"):
         format_of(tmp_path / given)
 
