@@ -28,7 +28,7 @@ def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig
     The config may speak of modules by their former names.
 
     Raises:
-        AdapterFileError: If some are missing.
+        AdapterFileError: If some are missing, or others are there.
     """
     places = places_by_name(model)
     check_placed("layer", layers, places)
@@ -46,6 +46,25 @@ def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig
             f"{listing(lacking)}. PEFT would leave them as they start. If that is meant, name the layers it has in the "
             "target_modules of its config."
         )
+    others = [name for name in layers if not _is_targeted(name, layers, places[name].names, config, former)]
+    if others:
+        raise AdapterFileError(
+            f"The adapter has A and B for {counted(len(others), 'layer')} that its config does not target: "
+            f"{listing(others)}. PEFT would leave them out, and nothing says by what they are scaled. If they are of "
+            "this adapter, name them in the target_modules of its config; if not, delete their tensors."
+        )
+
+
+def _is_targeted(
+    name: str, layers: Collection[str], names: Collection[str], config: PeftConfig, former: Mapping[str, str]
+) -> bool:
+    """Whether a config targets a layer of a file, which has some names in the model, or says of none that it does."""
+    if not config.fields.get("target_modules") and not config.fields.get("target_parameters"):
+        return True
+    if name.rpartition(".")[0] in layers:  # the output projection of an attention, which is adapted with it
+        return True
+    names = {*names, former.get(name, name)}
+    return any(config.is_target(each) or config.parameter_of(each) is not None for each in names)
 
 
 def check_heads(model: nn.Module, adapter: PortableAdapter, config: PeftConfig, former: Mapping[str, str]) -> None:

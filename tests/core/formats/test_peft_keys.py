@@ -18,6 +18,7 @@ from tests.core.formats.peft_cases import (
     Case,
     Repeated,
     Twice,
+    edit_config,
     edit_tensors,
     moved,
     read_by_peft,
@@ -73,6 +74,13 @@ class TestKeys:
         with_peft(LINEAR).save_pretrained(tmp_path)
         edit_tensors(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".inner.fc." in key])
         refused(LINEAR, tmp_path, untouched, r"1 layer of this model that it has no A and B for: 'inner\.fc'")
+
+    @pytest.mark.parametrize("targets", [["inner.fc"], r"inner\.fc"], ids=["names", "an expression"])
+    def test_a_layer_that_is_no_target_is_listed(self, targets, tmp_path, untouched):
+        """PEFT leaves it out, and its rank and alpha could be those of another adapter."""
+        with_peft(LINEAR).save_pretrained(tmp_path)
+        edit_config(tmp_path, target_modules=targets)
+        refused(LINEAR, tmp_path, untouched, r"A and B for \d layers? that its config does not target: 'fc'")
 
     @pytest.mark.parametrize(
         ("gone", "match"),
