@@ -54,13 +54,21 @@ def paths_read(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str 
     The parts have names of layers. A part that is asked for is read alone.
 
     Raises:
-        AdapterFileError: If the file has several parts and none was asked for, or not the one that was.
+        AdapterFileError: If the file has several parts and none was asked for, or not the one that was, or if two of
+            them are one of the model.
     """
     check_name(asked)
     children, renamed = _children(model), _named_otherwise(found, model, asked)
     parts = {name: renamed.get(name, name) for name in found}
     if asked is not None and asked not in parts.values():
-        raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, found)}")
+        raise AdapterFileError(f"The adapter has no part {asked!r}. {near(asked, parts.values())}")
+    for part in parts.values():
+        names = sorted(name for name, own in parts.items() if own == part and asked in (None, part))
+        if len(names) > 1:
+            raise AdapterFileError(
+                f"The adapter has the parts {listing(names)}, which are both {part!r} of this model, and it cannot be "
+                "told which of them is meant. Take one of the two out of the file."
+            )
     if asked is None and children:
         lacking = [name for name, part in parts.items() if part not in children]
         if lacking:

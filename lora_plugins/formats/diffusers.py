@@ -12,7 +12,7 @@ from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.changes import ENDINGS as BESIDE
 from lora_plugins.formats.changes import Beside, changes_and_values, take_beside
-from lora_plugins.formats.components import ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
+from lora_plugins.formats.components import COMPONENTS, ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
 from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, own_key, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.minimax_h3 import alpha_of_all, refuse_alternating_rows
@@ -111,8 +111,9 @@ def _file(path: Path) -> Path:
 def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, _Part]:
     parts: dict[str, _Part] = {}
     wrong = []
+    children = set() if model is None else {name for name, _ in model.named_children()} - {*COMPONENTS}
     for key, tensor in tensors.items():
-        placed = placed_key(key)
+        placed = placed_key(key, children)
         if placed is None:
             wrong.append(key)
             continue

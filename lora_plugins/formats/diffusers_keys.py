@@ -1,7 +1,7 @@
 """The keys of diffusers' files over the years: which tensor of which layer of a pipeline each of them is."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lora_plugins.formats.changes import ENDINGS as BESIDE
 from lora_plugins.formats.components import COMPONENTS, ORIGINAL
@@ -95,15 +95,20 @@ def has_adapter_name(key: str) -> bool:
     return _ADAPTER.search(key) is not None
 
 
-def placed_key(key: str) -> tuple[str, str, str] | None:
-    """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers."""
+def placed_key(key: str, children: Collection[str] = ()) -> tuple[str, str, str] | None:
+    """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers.
+
+    Keys of layers in children of the model that are no parts of a pipeline name none: a `prior` may be its own.
+    """
     key = _ADAPTER.sub(r"\1", plain_name(key).removeprefix(PREFIX))
-    start = next((start for start in _STARTS if key.startswith(start)), "")
-    key = _STARTS.get(start, "") + key.removeprefix(start)
-    key = _OF_COMFY.sub(lambda found: f"{_ENCODERS.get(found[1], 'text_encoder')}.", key, count=1)
+    is_own = key.partition(".")[0] in children
+    if not is_own:
+        start = next((start for start in _STARTS if key.startswith(start)), "")
+        key = _STARTS.get(start, "") + key.removeprefix(start)
+        key = _OF_COMFY.sub(lambda found: f"{_ENCODERS.get(found[1], 'text_encoder')}.", key, count=1)
     part, _, rest = key.partition(".")
-    if part not in (*COMPONENTS, ORIGINAL):
-        if key.startswith(_FLAT):
+    if is_own or part not in (*COMPONENTS, ORIGINAL):
+        if key.startswith(_FLAT) and not is_own:
             return None
         part, rest = ALONE, key
     of_processor = _OF_PROCESSOR.fullmatch(rest)

@@ -759,17 +759,21 @@ def test_an_encoder_without_its_head_has_names_of_the_model_around_it(start, alo
     assert [each.name for each in lora.plans["default"].layers] == ["text_encoder." * (not alone) + layer]
 
 
-@pytest.mark.parametrize("adapted", [["llama"], ["clip_l"], ["llama", "clip_l"]], ids=" and ".join)
-def test_llama_is_the_first_text_encoder_of_hunyuan_video(adapted, tmp_path):
-    """As OneTrainer writes them for ComfyUI."""
+def encoders_of_hunyuan_video():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    parts = nn.ModuleDict(
+    return nn.ModuleDict(
         {
             "text_encoder": transformers.LlamaModel(transformers.LlamaConfig(**sizes, vocab_size=5)),
             "text_encoder_2": transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, vocab_size=5)),
         }
     )
+
+
+@pytest.mark.parametrize("adapted", [["llama"], ["clip_l"], ["llama", "clip_l"]], ids=" and ".join)
+def test_llama_is_the_first_text_encoder_of_hunyuan_video(adapted, tmp_path):
+    """As OneTrainer writes them for ComfyUI."""
+    parts = encoders_of_hunyuan_video()
     fc1 = next(name for name, _ in parts.text_encoder_2.named_modules() if name.endswith("fc1"))
     layers = {"llama": "layers.0.mlp.up_proj", "clip_l": fc1}
     expected = {own: f"{part}.{layer}" for part, (own, layer) in zip(parts, layers.items(), strict=True)}
@@ -781,6 +785,68 @@ def test_llama_is_the_first_text_encoder_of_hunyuan_video(adapted, tmp_path):
     save_file(tensors, tmp_path / "adapter.safetensors")
     lora = LoraModel.load_adapter(parts, tmp_path / "adapter.safetensors")
     assert {each.name for each in lora.plans["default"].layers} == {expected[own] for own in adapted}
+
+
+CLIP_LAYER, LLAMA_LAYER = "text_model.encoder.layers.0.mlp.fc1", "layers.0.mlp.up_proj"
+
+
+def file_with(names, path):
+    """A file with an A and a B of one rank for each name of a layer from 16 to 24 features."""
+    ends = {"lora_down.weight": torch.ones(1, 16), "lora_up.weight": torch.ones(24, 1), "alpha": torch.tensor(1.0)}
+    save_file({f"{name}.{end}": tensor.clone() for name in names for end, tensor in ends.items()}, path)
+    return path
+
+
+TWICE = {
+    "CLIP": (["text_encoder." + CLIP_LAYER, "text_encoder_2." + CLIP_LAYER], "text_encoder_2"),
+    "kohya's CLIP": ([f"lora_te{n}_{CLIP_LAYER.replace('.', '_')}" for n in (1, 2)], "text_encoder_2"),
+    "Llama": (["text_encoder." + LLAMA_LAYER, "text_encoders.llama.transformer." + LLAMA_LAYER], "text_encoder"),
+}
+
+
+@pytest.mark.parametrize(("names", "part"), TWICE.values(), ids=TWICE)
+@pytest.mark.parametrize("said", [False, True], ids=["not said", "said"])
+def test_two_parts_of_a_file_are_not_one_of_the_model(names, part, said, tmp_path, untouched):
+    path, model = file_with(names, tmp_path / "adapter.safetensors"), encoders_of_hunyuan_video()
+    options = {"component": part} if said else {}
+    match = rf"has the parts 'text_encoder', 'text_encoder_\d', which are both '{part}' of this model"
+    with untouched(model), pytest.raises(AdapterFileError, match=match):
+        LoraModel.load_adapter(model, path, format_options=options)
+
+
+def test_two_parts_of_a_file_that_are_not_read_may_be_one_of_the_model(tmp_path):
+    path = file_with([*TWICE["CLIP"][0], "text_encoder_4." + LLAMA_LAYER], tmp_path / "adapter.safetensors")
+    options = {"component": "text_encoder"}
+    lora = LoraModel.load_adapter(encoders_of_hunyuan_video(), path, format_options=options)
+    assert [layer.name for layer in lora.plans["default"].layers] == [f"text_encoder.{LLAMA_LAYER}"]
+
+
+def test_a_part_that_the_model_names_otherwise_is_offered_by_that_name(tmp_path):
+    path = file_with(["text_encoder_4." + LLAMA_LAYER], tmp_path / "adapter.safetensors")
+    with pytest.raises(AdapterFileError, match=r"no part 'text_encoder_4'\. Did you mean 'text_encoder'\?"):
+        LoraModel.load_adapter(encoders_of_hunyuan_video(), path, format_options={"component": "text_encoder_4"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prior.fc",
+        "conditional_transformer.fc",
+        "diffusion_model.fc",
+        "diffusion_model.transformer_2.fc",
+        "text_encoders.bert.transformer.fc",
+        "text_embedding_projection.fc",
+        "lora_te.fc",
+    ],
+)
+def test_what_files_call_parts_may_be_modules_of_the_model_itself(name, tmp_path):
+    def tree(names):
+        return nn.ModuleDict({names[0]: tree(names[1:])}) if names else nn.Linear(16, 24)
+
+    path = file_with([name, "head"], tmp_path / "adapter.safetensors")
+    model = nn.ModuleDict({**tree(name.split(".")), "head": nn.Linear(16, 24)})
+    lora = LoraModel.load_adapter(model, path)
+    assert {layer.name for layer in lora.plans["default"].layers} == {name, "head"}
 
 
 def anima():
