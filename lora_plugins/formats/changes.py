@@ -109,10 +109,23 @@ def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tens
 
 
 def _of_parameters(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns changes by the names of tensors: of a file, a parameter without a module may seem to be one."""
+    """Returns changes by the names of tensors: of a file, a parameter without a module may seem to be one.
+
+    Raises:
+        AdapterFileError: If the file has two changes of one tensor.
+    """
     names = tensor_names(model)
-    bare = {name: name.removesuffix(".weight") for name in changes if name not in names}
-    return {bare[name] if bare.get(name) in names else name: change for name, change in changes.items()}
+    found: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        bare = name.removesuffix(".weight")
+        own = bare if name not in names and bare in names else name
+        if own in found:
+            raise AdapterFileError(
+                f"The adapter has two changes of {own!r}, and it cannot be told which is meant. Take one of them out "
+                "of the file."
+            )
+        found[own] = change
+    return found
 
 
 def _check_present(model: nn.Module, names: Iterable[str]) -> None:

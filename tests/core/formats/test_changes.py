@@ -391,6 +391,17 @@ class TestRefusals:
         with untouched(model), pytest.raises(AdapterFileError, match=r"img_attn\.qkv' of the adapter has 0 outputs"):
             LoraModel.load_adapter(model, path)
 
+    @pytest.mark.parametrize(("kind", "ending"), [("weight", "diff"), ("bias", "diff_b")])
+    def test_two_changes_of_one_tensor(self, kind, ending, path, untouched):
+        """The second is called as one of a parameter that is no module's."""
+        factors = {"conv_in.lora_A.weight": torch.ones(1, 4, 3, 3), "conv_in.lora_B.weight": torch.ones(8, 1, 1, 1)}
+        twice = {f"conv_norm_out.{ending}": torch.ones(8), f"conv_norm_out.{kind}.diff": torch.full((8,), 2.0)}
+        save_file({f"unet.{key}": tensor for key, tensor in (factors | twice).items()}, path)
+        model = UNET.build()
+        match = rf"two changes of 'conv_norm_out\.{kind}'"
+        with untouched(model), pytest.raises(AdapterFileError, match=match):
+            LoraModel.load_adapter(model, path)
+
     def test_changes_alone(self, path, untouched):
         save_file({"unet.conv_in.diff_b": torch.ones(8)}, path)
         model = UNET.build()
