@@ -44,8 +44,9 @@ class WarnedSave:
             warnings.warn(
                 f"{type(self._module).__name__}.save_pretrained writes base and adapter apart, and from_pretrained "
                 "drops the adapter: what was trained would be lost. Save the adapter with LoraModel(model)."
-                "save_adapter(path), or merge it before: LoraModel(model).merge_and_unload(). In place of the Trainer "
-                "of transformers there is LoraTrainer, which saves the adapter.",
+                "save_adapter(path), or merge it before: LoraModel(model).merge_and_unload(). Where the Trainer of "
+                "transformers calls it, train with LoraTrainer in its place, which saves the adapter; in a fit of "
+                "Lightning, LoraCallback(config, save_adapter_to=folder) does.",
                 stacklevel=2,
             )
         return self.__wrapped__(*args, **kwargs)

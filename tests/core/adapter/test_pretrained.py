@@ -52,6 +52,21 @@ def test_the_adapter_is_dropped_by_from_pretrained_and_that_is_told(vit, transfo
     )
 
 
+@pytest.mark.parametrize(
+    "advice",
+    [
+        pytest.param(
+            "Where the Trainer of transformers calls it, train with LoraTrainer in its place", id="transformers"
+        ),
+        pytest.param(r"in a fit of Lightning, LoraCallback\(config, save_adapter_to=folder\) does", id="Lightning"),
+    ],
+)
+def test_the_warning_says_what_saves_the_adapter_under_each_trainer(vit, tmp_path, advice):
+    LoraModel(vit, TARGETS)
+    with pytest.warns(UserWarning, match=advice):
+        vit.save_pretrained(tmp_path)
+
+
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize(
     "leave",
