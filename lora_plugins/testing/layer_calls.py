@@ -1,7 +1,7 @@
 """Checks of how an adapted layer may be called, of what a call may not leave behind, and of mixed batches."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,11 +99,13 @@ def _keeps_nothing(case: LayerCase, model: Holder) -> None:
     """Requires that a call keeps no more tensors than one of the untouched layer does."""
     untouched = case.model().eval()
 
-    def its_own() -> int:
-        return tensors_left(lambda seed: call(untouched, case.arguments(untouched.layer, seed)))
+    def calls(called: Holder) -> Callable[[int], Any]:
+        return lambda seed: call(called, case.arguments(called.layer, seed))
 
-    with torch.set_grad_enabled(not its_own()):  # of an output that a layer keeps, an update makes the graph larger
-        require_nothing_kept(lambda seed: call(model, case.arguments(model.layer, seed)), besides=its_own())
+    if tensors_left(calls(model)):
+        its_own = tensors_left(calls(untouched))
+        with torch.set_grad_enabled(not its_own):  # of an output that a layer keeps, an update makes the graph larger
+            require_nothing_kept(calls(model), besides=tensors_left(calls(untouched)))
 
 
 def _sees_what_changes(case: LayerCase, model: Holder) -> None:
