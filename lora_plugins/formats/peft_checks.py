@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_plugins.errors import AdapterFileError, counted, listing
 from lora_plugins.formats.peft_config import PeftConfig
+from lora_plugins.formats.peft_keys import PREFIX
 from lora_plugins.formats.places import check_placed, places_by_name, tensor_names
 from lora_plugins.formats.portable import PortableAdapter
 from lora_plugins.formats.second_path import LAYERS
@@ -31,6 +32,11 @@ def check_complete(model: nn.Module, layers: Collection[str], config: PeftConfig
         AdapterFileError: If some are missing, or others are there.
     """
     places = places_by_name(model)
+    if nested := [name for name in layers if name.startswith(PREFIX) and name not in places]:
+        raise AdapterFileError(
+            f"{listing(nested)} begins with {PREFIX!r} once more: get_peft_model was called on a model that PEFT had "
+            "adapted already. Call it so in PEFT, load the adapter there, and merge it with merge_and_unload()."
+        )
     check_placed("layer", layers, places)
     present = {places[name].name for name in layers}
     lacking = [

@@ -75,6 +75,12 @@ class TestKeys:
         edit_tensors(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if ".inner.fc." in key])
         refused(LINEAR, tmp_path, untouched, r"1 layer of this model that it has no A and B for: 'inner\.fc'")
 
+    def test_an_adapter_on_top_of_another_is_told(self, tmp_path, untouched):
+        peft, theirs = pytest.importorskip("peft"), with_peft(LINEAR)
+        with pytest.warns(UserWarning, match="for a second time|Already found a `peft_config`"):
+            peft.get_peft_model(theirs, peft.LoraConfig(target_modules=["fc"])).save_pretrained(tmp_path)
+        refused(LINEAR, tmp_path, untouched, r"'base_model\.model\.' once more: get_peft_model was called on a model")
+
     @pytest.mark.parametrize("targets", [["inner.fc"], r"inner\.fc"], ids=["names", "an expression"])
     def test_a_layer_that_is_no_target_is_listed(self, targets, tmp_path, untouched):
         """PEFT leaves it out, and its rank and alpha could be those of another adapter."""
