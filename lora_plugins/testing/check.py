@@ -102,7 +102,7 @@ def run(check: Check[Case], case: Case, subject: str) -> None:
         with own_randomness(0):
             check.run(case)
     except EvidentError as evident:
-        raise CheckError(check.name, subject, check.expected, str(evident)) from None
+        raise CheckError(check.name, subject, check.expected, str(evident)) from evident.__cause__
     except MismatchError as mismatch:
         raise CheckError(check.name, subject, check.expected, str(mismatch), check.usual_cause) from None
     except Exception as error:  # whatever the plugin raises

@@ -57,7 +57,7 @@ class Pair(nn.Module):
 
 
 class Dotted(nn.Module):
-    """Two layers of one shape, whose names are the same but for a dot."""
+    """Two layers of one shape, whose names differ only in a dot."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def _images() -> list[Tensor]:
 
 LAYERS: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], Sequence[Tensor]]]] = {
     "two layers whose names end alike": (Pair, lambda: [torch.randn(5, 4, dtype=torch.float64)]),
-    "two layers whose names are the same but for a dot": (Dotted, lambda: [torch.randn(5, 4, dtype=torch.float64)]),
+    "two layers whose names differ only in a dot": (Dotted, lambda: [torch.randn(5, 4, dtype=torch.float64)]),
     "a convolution": (lambda: Single(nn.Conv2d(3, 4, 3)), _images),
     "a convolution with kernels of one pixel": (lambda: Single(nn.Conv2d(3, 4, 1)), _images),
     "an embedding": (lambda: Single(nn.Embedding(7, 4)), lambda: [torch.arange(7)]),

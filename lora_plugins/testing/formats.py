@@ -299,7 +299,7 @@ _CHECKS: tuple[Check[FormatCase], ...] = (
         "layers",
         _layers,
         "an adapter of convolutions, an embedding, an nn.MultiheadAttention, layers whose names end alike and have a "
-        "capital or are the same but for a dot, or of rank 1, is written whole, or refused with an AdapterFileError "
+        "capital or differ only in a dot, or of rank 1, is written whole, or refused with an AdapterFileError "
         "before anything is written",
         "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name, by small "
         "letters, or with '_' for each dot.",

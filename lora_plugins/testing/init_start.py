@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lora_plugins.errors import LoraError
+from lora_plugins.errors import LoraError, TargetError
 from lora_plugins.inplace import detached_weight
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import InitContext, SlotCalibration
@@ -51,7 +51,7 @@ def _filled(case: InitCase) -> None:
         try:
             with torch.no_grad():
                 case.init.fill(pruned)
-        except LoraError:
+        except TargetError:
             continue
         _require_finite(pruned, ", where an input and an output of the layer are always zero")
 

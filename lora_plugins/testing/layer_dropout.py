@@ -19,6 +19,7 @@ from lora_plugins.testing.layer_case import (
     adapter_leaves,
     add_second,
     call,
+    copies,
     is_values,
     lawful,
     mapped,
@@ -325,14 +326,15 @@ def _function(case: LayerCase) -> None:
         return
     untouched = case.model().eval()
     inputs = case.arguments(untouched.layer)
-    got = function(*inputs, untouched.layer.weight, untouched.layer.bias)
+    with own_randomness(1, untouched):
+        got = function(*copies(inputs), untouched.layer.weight, untouched.layer.bias)
     require_all_close(f"the output of {function.__name__} for an untouched layer", got, call(untouched, inputs))
     model = case.adapted(dropout=0.5).train()
     other = copy.deepcopy(model)
     if isinstance(bias := other.layer.bias, Tensor):
         bias.data.mul_(2)
     with own_randomness(1, model):
-        got = function(*inputs, model.layer.weight, bias)
+        got = function(*copies(inputs), model.layer.weight, bias)
     require_all_close(f"the output of {function.__name__}, called with the weight,", got, call(other, inputs))
 
 

@@ -1170,6 +1170,7 @@ def test_what_fails_without_a_plugin_is_not_blamed_on_one(width, step):
     with pytest.raises(CheckError, match=rf"the {step} of the untouched layer fails .*: RuntimeError: ") as caught:
         check_layer_plugin(BrokenPlugin(), Broken, lambda layer: torch.randn(3, width))
     assert "usual cause" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)  # with the place in the layer
 
 
 def test_a_gradient_that_is_zero_for_want_of_inputs_is_told_so():
