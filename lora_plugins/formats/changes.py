@@ -109,7 +109,9 @@ def changed_values(model: nn.Module, adapter: PortableAdapter) -> dict[str, Tens
 
 
 def _of_parameters(model: nn.Module, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns changes by the names of tensors: of a file, a parameter without a module may seem to be one.
+    """Returns changes by the names of tensors.
+
+    Keys that name a parameter alone, as `scale_shift_table` of Wan, are read as those of a module with a weight.
 
     Raises:
         AdapterFileError: If the file has two changes of one tensor.

@@ -51,7 +51,7 @@ _WORDS: Mapping[str, str] = {
 def paths_read(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str | None) -> dict[str, str]:
     """Returns the parts of a file that are read, and where each is in a model; empty for the model itself.
 
-    The parts have names of layers. A part that is asked for is read alone.
+    `found` has for each part the names of its layers. A part that is asked for is read alone.
 
     Raises:
         AdapterFileError: If the file has several parts and none was asked for, or not the one that was, or if two of

@@ -50,7 +50,12 @@ encoders, and what is behind those of LTX 2.
 """
 
 _OF_COMFY = re.compile(r"^text_encoders\.(\w+)\.transformer\.")
-_ENCODERS: Mapping[str, str] = {"clip_g": "text_encoder_2", "t5xxl": "text_encoder_3", "llama": "text_encoder_4"}
+_ENCODERS: Mapping[str, str] = {
+    "byt5_small": "text_encoder_2",
+    "clip_g": "text_encoder_2",
+    "t5xxl": "text_encoder_3",
+    "llama": "text_encoder_4",
+}
 """The text encoders of ComfyUI that are not the first one of a pipeline, as CLIP, Qwen and Gemma are."""
 
 _FLAT = ("lora_", "lycoris_")

@@ -32,7 +32,8 @@ def check_factors(name: str, factors: Mapping[str, Tensor]) -> None:
             f"{wrong[0]} of {name!r} holds {factors[wrong[0]].dtype}, and not real numbers. Copy the file again."
         )
     if not _fit(**factors):
-        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in factors.items())
+        given = {key: tensor.flatten().tolist() if key == "shape" else tensor.shape for key, tensor in factors.items()}
+        shapes = ", ".join(f"{key} {tuple(shape)}" for key, shape in given.items())
         raise AdapterFileError(
             f"{name!r} has {shapes}: these are no A of (r, in, ...) and B of (out, r, ...) with what belongs to them. "
             "Copy the file again."

@@ -210,7 +210,7 @@ class TestShapesOfWeights:
         ("inputs", "shape", "match"),
         [
             pytest.param(9, [8, 9, 3, 3], r"has A \(2, 9, 3, 3\).*this model needs \(2, 4, 3, 3\)", id="smaller model"),
-            pytest.param(4, [8, 9, 3, 3], r"shape \(4,\).*these are no A", id="not that of A and B"),
+            pytest.param(4, [8, 9, 3, 3], r"shape \(8, 9, 3, 3\).*these are no A", id="not that of A and B"),
             pytest.param(4, 8, r"these are no A", id="a number"),
         ],
     )
