@@ -569,7 +569,7 @@ class LoraCallback(Callback):
         else:
             self._add_adapter(trainer, module, config)
         copies = self._run.copies(module)
-        freeze_alike(module, copies)
+        freeze_alike(module, copies)  # before what is frozen is noted: a copy that is resumed differs from its origin
         self._run.teachers = {*frozen_by_others(module)}
         self._names += add_names(module, copies)
         if self.train_mode and trainer.state.fn == "fit":

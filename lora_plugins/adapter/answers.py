@@ -133,8 +133,8 @@ def own_values(layer: PlannedLayer, slot: Slot, returned: Any) -> dict[str, Tens
         )
     if factors := [name for name in found if name in ("A", "B") or not str(name).isidentifier()]:
         raise PluginError(
-            f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}. A name is an "
-            "identifier, and 'A' and 'B' are the factors'."
+            f"The variant {layer.variant.name!r} has tensors that cannot be called so: {factors}. Call them by Python "
+            "identifiers other than 'A' and 'B', which are the factors."
         )
     if odd := [name for name, value in tensors.items() if not value.is_floating_point()]:
         raise PluginError(

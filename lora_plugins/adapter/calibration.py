@@ -196,7 +196,7 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restores the modes, buffers, `requires_grad` and parameters that a forward writes of a model after the block."""
+    """Puts back the modes, buffers and `requires_grad` of a model, and the parameters that its layers write."""
     modes = [(module, own_mode(module)) for module in model.modules()]
     written = [
         (tensors, key, tensor, tensor.data)

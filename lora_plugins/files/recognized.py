@@ -1,6 +1,7 @@
 """Which format an adapter file has."""
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ def _lacking(path: Path, formats: Iterable[AdapterFormat]) -> str:
 def _near_adapter(path: Path, formats: Iterable[AdapterFormat]) -> str:
     """Names adapters near a path that is none: in a folder, in those of its runs, around a file or beside it."""
     near = (*path.glob("*"), *path.glob("*/*")) if path.is_dir() else (path.parent, *path.parent.glob("*"))
-    found = [str(each) for each in sorted(near) if each.is_dir() and any(_recognizes(known, each) for known in formats)]
-    return f" Name the folder of an adapter: {listing(found, 3)}." if found else ""
+    found = (str(each) for each in sorted(near) if each.is_dir() and any(_recognizes(known, each) for known in formats))
+    some = [*islice(found, 4)]  # there may be thousands
+    return f" Name the folder of an adapter: {listing(some, 3)}." if some else ""
 
 
 def options_of(chosen: AdapterFormat, given: Mapping[str, Any] | None) -> dict[str, Any]:

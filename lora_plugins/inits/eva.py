@@ -93,8 +93,9 @@ def principal(inputs: InputMoments, count: int, niter: int | None, generator: to
 def _leading(scatter: Tensor, count: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Returns the largest eigenvalues, ascending, and their eigenvectors as columns, by subspace iteration.
 
-    As `torch.svd_lowrank`, which multiplies by the matrix twice in each iteration, except for symmetric matrices: its
-    products with the transposed matrix take twenty times as long on a CPU (measured at 4608 columns in float64).
+    It is `torch.svd_lowrank`, which multiplies by the matrix twice in each iteration, for symmetric matrices alone:
+    without the products with the transposed matrix, which take twenty times as long on a CPU (measured at 4608 columns
+    in float64).
     """
     start = torch.randn(len(scatter), min(count, len(scatter)), dtype=scatter.dtype, device="cpu", generator=generator)
     basis = torch.linalg.qr(scatter @ start).Q

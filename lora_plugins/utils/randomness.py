@@ -23,7 +23,7 @@ def own_randomness(seed: int, model: nn.Module | None = None, loader: Any = None
     """Seeds every source of random numbers for the duration of a block, and gives each its state back.
 
     Those are torch's on the CPU and on the model's devices, Python's, NumPy's where it is in use, and the generators
-    that a DataLoader and its samplers were given.
+    that a DataLoader and its samplers were given. All threads share most of them: one that wants to seed them waits.
 
     Args:
         seed: The seed; at least 0.

@@ -31,7 +31,7 @@ def save_file(
     except BaseException as error:
         if trainer.is_global_zero:
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # fsspec names no file
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as fsspec's
             error.filename = str(path)
         raise
 

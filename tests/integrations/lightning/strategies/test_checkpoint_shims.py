@@ -69,6 +69,23 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     assert not path.exists()
 
 
+class Words:
+    """Something that reads a file when it is pickled."""
+
+    def __reduce__(self):
+        return str, (Path("words.txt").read_text(),)
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fitted = trainer(tmp_path, callbacks=[lora()])
+    fitted.fit(module := Classifier(), loader())
+    module.on_save_checkpoint = lambda checkpoint: checkpoint.update(words=Words())
+    with pytest.raises(FileNotFoundError) as error:
+        fitted.save_checkpoint(tmp_path / "run.ckpt")
+    assert error.value.filename == "words.txt"
+
+
 def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path):
     run = trainer(tmp_path, [lora()], max_epochs=1)
     run.fit(Classifier(), loader())

@@ -148,7 +148,7 @@ def test_resumed_before_the_epoch_in_which_swa_renews_statistics(tmp_path):
 
 
 class Centered(Classifier):
-    """Moves a frozen parameter by hand, except for a warm-up."""
+    """Moves a frozen parameter by hand after a warm-up."""
 
     def __init__(self):
         super().__init__()
