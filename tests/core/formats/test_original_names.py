@@ -717,6 +717,7 @@ def test_a_t5_is_the_one_text_encoder_of_a_pipeline(tmp_path):
         ("lora_te4_", "text_encoder_4"),
         ("text_encoders.qwen25_7b.transformer.", "text_encoder"),
         ("text_encoders.gemma2_2b.transformer.", "text_encoder"),
+        ("text_encoders.byt5_small.transformer.", "text_encoder_2"),
     ],
     ids=[
         "ComfyUI's Llama of HiDream",
@@ -724,6 +725,7 @@ def test_a_t5_is_the_one_text_encoder_of_a_pipeline(tmp_path):
         "kohya's",
         "ComfyUI's Qwen of Qwen-Image",
         "ComfyUI's Gemma of Lumina 2",
+        "ComfyUI's ByT5 of HunyuanImage",
     ],
 )
 def test_a_language_model_is_a_text_encoder_of_a_pipeline(start, part, tmp_path):
