@@ -1190,3 +1190,74 @@ def test_an_error_that_names_the_cause_has_no_usual_one_beside_it():
     with pytest.raises(CheckError, match=r"PluginError: .* has several paths") as caught:
         check(NoWeight())
     assert (caught.value.usual_cause, "usual cause" in str(caught.value)) == ("", False)
+
+
+class Numbered(nn.Module):
+    """Gives beside y = x Wᵀ what is another thing in each call, or of each layer."""
+
+    def __init__(self, beside):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+        self.beside = beside
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return F.linear(x, self.weight), self.beside(self)
+
+
+class NumberedPlugin(OddPlugin):
+    name = "numbered"
+    module_type = Numbered
+
+
+class NumberedBranchPlugin(NumberedPlugin):
+    branch_types = (Numbered,)
+    branch_use = "always"
+
+    def branch(self, layer, base, terms, x):
+        layer.calls += 1
+        y = F.linear(x, base["weight"])
+        for term in terms:
+            y = y + term.scaling * F.linear(F.linear(term.drop(x), term.A), term.B)
+        return y, layer.beside(layer)
+
+
+class MiscountsPlugin(NumberedBranchPlugin):
+    """Gives a text where the layer gives a whole number."""
+
+    def branch(self, layer, base, terms, x):
+        y, beside = super().branch(layer, base, terms, x)
+        return y, str(beside)
+
+
+BESIDE = {
+    "a count of calls": lambda layer: layer.calls,
+    "a text about the call": lambda layer: f"call {layer.calls}",
+    "nothing in the first call": lambda layer: None if layer.calls == 1 else "warm",
+    "a list that grows": lambda layer: [0] * layer.calls,
+    "its address": id,
+}
+
+OF_THE_MODULE = {
+    "the name of its class": lambda layer: type(layer).__name__,
+    "whether its weight is trained": lambda layer: layer.weight.requires_grad,
+    "how many parameters it has": lambda layer: sum(each.numel() for each in layer.parameters()),
+}
+
+
+@pytest.mark.parametrize("beside", [*BESIDE.values(), *OF_THE_MODULE.values()], ids=[*BESIDE, *OF_THE_MODULE])
+def test_a_layer_without_a_branch_may_give_what_is_its_own(beside):
+    check_layer_plugin(NumberedPlugin(), lambda: Numbered(beside), lambda layer: torch.randn(3, 5), only=["law"])
+
+
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE.keys())
+def test_a_branch_may_give_what_differs_from_call_to_call(beside):
+    check_layer_plugin(NumberedBranchPlugin(), lambda: Numbered(beside), lambda layer: torch.randn(3, 5), only=["law"])
+
+
+def test_a_branch_that_gives_another_form_is_found():
+    with pytest.raises(CheckError, match="has a str instead of a int"):
+        check_layer_plugin(
+            MiscountsPlugin(), lambda: Numbered(lambda layer: 3), lambda layer: torch.randn(3, 5), only=["law"]
+        )
