@@ -239,8 +239,8 @@ def batched(inputs: Sequence[Any]) -> list[bool]:
 
 
 def is_dense(x: Any) -> bool:
-    """Whether an input is a tensor that can be cut and written to: a graph's adjacency, which is sparse, cannot."""
-    return isinstance(x, Tensor) and x.layout is torch.strided
+    """Whether an input is a tensor that can be cut and written to: a sparse one cannot, nor rows of several lengths."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
 
 
 def is_values(x: Any) -> bool:

@@ -93,9 +93,12 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """Returns the tensors of a layer's output: the output itself, or those of a tuple, list, mapping or dataclass."""
+    """Returns the tensors of a layer's output: the output itself, or those of a tuple, list, mapping or dataclass.
+
+    Of a nested tensor, whose rows are of several lengths, these rows.
+    """
     if isinstance(output, Tensor):
-        return [output]
+        return [*output.unbind()] if output.is_nested else [output]
     if is_dataclass(output):
         return tensors_of([getattr(output, field.name) for field in fields(output)])
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()

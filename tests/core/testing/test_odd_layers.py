@@ -1261,3 +1261,32 @@ def test_a_branch_that_gives_another_form_is_found():
         check_layer_plugin(
             MiscountsPlugin(), lambda: Numbered(lambda layer: 3), lambda layer: torch.randn(3, 5), only=["law"]
         )
+
+
+class Ragged(nn.Module):
+    """y = x Wᵀ, beside rows of several lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x, rows):
+        rows = rows[0] if isinstance(rows, list) else rows
+        return F.linear(x, self.weight) + rows.size(0)
+
+
+class RaggedPlugin(OddPlugin):
+    name = "ragged"
+    module_type = Ragged
+
+
+def rows():
+    return torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(3, 5)])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own, of each of them
+@pytest.mark.parametrize(
+    "inputs", [lambda: (torch.randn(3, 5), rows()), lambda: (torch.randn(3, 5), [rows()])], ids=["alone", "in a list"]
+)
+def test_a_layer_of_rows_of_several_lengths_passes(inputs):
+    check_layer_plugin(RaggedPlugin(), Ragged, lambda layer: inputs())
