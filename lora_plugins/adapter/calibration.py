@@ -229,7 +229,11 @@ def _parameters_that_may_move(module: nn.Module) -> dict[str, Any]:
     if owner.__module__.startswith("torch.") and getattr(module, "max_norm", None) is None:
         return {}
     parameters = {key: each for key, each in module._parameters.items() if each is not None}
-    return {key: p for key, p in parameters.items() if p.is_floating_point() and type(p.data) is Tensor}
+    return {
+        key: each
+        for key, each in parameters.items()
+        if (each.is_floating_point() or each.is_complex()) and type(each.data) is Tensor
+    }
 
 
 def _without_compilers() -> AbstractContextManager[object]:

@@ -81,7 +81,17 @@ def follow(layer):
         layer.average.mul_(0.9)
 
 
-WRITES = {"its weight in place": clip, "its weight anew": renorm, "an average of its own": follow}
+def turn(layer):
+    with torch.no_grad():
+        layer.phase.mul_(1j)
+
+
+WRITES = {
+    "its weight in place": clip,
+    "its weight anew": renorm,
+    "an average of its own": follow,
+    "a complex one": turn,
+}
 
 
 class Writing(nn.Linear):
@@ -90,6 +100,7 @@ class Writing(nn.Linear):
     def __init__(self, write):
         super().__init__(8, 4)
         self.average = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.phase = nn.Parameter(torch.ones(4, dtype=torch.cfloat), requires_grad=False)
         self.write = write
 
     def forward(self, x):
