@@ -12,7 +12,7 @@ The shims are removed at the end of a run if the module carries no adapter by th
 Trainer: `trainer.save_checkpoint` after `fit` has to write the small file too, and Lightning calls no hook before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,9 +52,18 @@ _OF_A_STOPPED_RUN = (
     "where a run was stopped before its module was adapted, or after the merge."
 )
 
+_OF_A_MERGED_RUN = (
+    " A LoraCallback was in the run that saved it, and the adapter merged by then: go on from a file saved before fit "
+    "ends, such as one of ModelCheckpoint, or fit with merge_on_fit_end=False."
+)
+
 
 class Owner(Protocol):
     """What the checkpoint shims need of a LoraCallback."""
+
+    @property
+    def state_key(self) -> str:
+        """The key of its state in a checkpoint."""
 
     def undo_merge(self, module: nn.Module) -> bool:
         """Undoes a merge, since an adapter is about to be loaded, and returns whether there was one."""
@@ -174,7 +183,7 @@ class CheckpointShims:
     def _prepare(self, checkpoint_path: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Restores the adapters of a checkpoint on the module, and returns the complete checkpoint."""
         if KEY not in checkpoint:
-            self._prepare_for_plain(checkpoint_path)
+            self._prepare_for_plain(checkpoint_path, checkpoint)
             return checkpoint
         checkpoint = original(checkpoint)
         for owner in self._owners:
@@ -209,15 +218,19 @@ class CheckpointShims:
             complete["current_model_state"] = complete["state_dict"]
         return complete
 
-    def _prepare_for_plain(self, path: Any) -> None:
+    def _prepare_for_plain(self, path: Any, checkpoint: Mapping[str, Any]) -> None:
         """Removes the adapters of the module, since a checkpoint without adapters is about to be loaded."""
         if self._trainer.state.fn == "fit":
             callbacks = callbacks_of(self._trainer)
             given_again = any(isinstance(c, OnExceptionCheckpoint) and c.ckpt_path == str(path) for c in callbacks)
+            known = checkpoint.get("callbacks", {})
+            was_merged = checkpoint.get("global_step", 0) > 0 and any(
+                owner.state_key in known for owner in self._owners
+            )
             raise AdapterFileError(
                 f"{path} holds no adapter of lora_plugins, so training with one cannot go on from it. To start from "
                 f"its weights: {type(self._module).__name__}.load_from_checkpoint(path), then fit without ckpt_path."
-                f"{_OF_A_STOPPED_RUN if given_again else ''}"
+                f"{_OF_A_STOPPED_RUN if given_again else _OF_A_MERGED_RUN if was_merged else ''}"
             )
         for target in adapted_targets(self._module).values():
             LoraModel(target).unload()

@@ -123,7 +123,13 @@ class TestRefused:
         run = trainer(tmp_path, [])
         run.fit(Classifier(), loader())
         run.save_checkpoint(tmp_path / "plain.ckpt")
-        self.refused(tmp_path, tmp_path / "plain.ckpt", "holds no adapter")
+        self.refused(tmp_path, tmp_path / "plain.ckpt", "holds no adapter.* then fit without ckpt_path.$")
+
+    def test_resume_from_a_file_saved_after_the_merge(self, tmp_path):
+        run = trainer(tmp_path, [LoraCallback(CONFIG)])
+        run.fit(Classifier(), loader())
+        run.save_checkpoint(tmp_path / "merged.ckpt")
+        self.refused(tmp_path, tmp_path / "merged.ckpt", "holds no adapter.* or fit with merge_on_fit_end=False")
 
     @pytest.mark.parametrize("init", ["kaiming", "pissa"])
     def test_other_rank(self, tmp_path, init):
