@@ -67,7 +67,7 @@ def test_parquet_without_a_val_split(labeled_rows, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (Flags(classes=("a", "b")), "--classes and --ignore-index are for masks"),
-        (Flags(val_share=0.5), "there is one"),
+        (Flags(val_share=0.5), "and these have one"),
     ],
     ids=["classes", "share"],
 )
