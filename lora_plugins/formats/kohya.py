@@ -24,7 +24,7 @@ from lora_plugins.formats.components import (
     with_conditioner,
 )
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
-from lora_plugins.formats.original_names import Place, is_of_transformer, places_without_dots, put
+from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, places_without_dots, put
 from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
@@ -283,7 +283,7 @@ def _placed(names: Mapping[str, str], model: nn.Module) -> dict[str, Place]:
     Raises:
         AdapterFileError: If a layer has no place, or more than one.
     """
-    known = places_without_dots(model)
+    known = places_without_dots(model, original_places(model))
     # LyCORIS 2.2 has an underscore behind each name, where it adapts a model by itself, and VideoX-Fun one in front.
     found = {
         key: known.get(name) or known.get(name.removesuffix("_")) or known.get(name.removeprefix("_"), [])

@@ -96,9 +96,10 @@ def original_places(model: nn.Module) -> dict[str, Place]:
     """Returns by original name where a layer is in a model of diffusers, or a parameter; empty for other models."""
     classes = class_names(model)
     modules = model_modules(model)
-    names = dict.fromkeys([*(entry.name for entry in modules), *own_parameters(modules)])
+    names = dict.fromkeys(entry.name for entry in modules)
     if "UNet2DConditionModel" in classes:
         return {original: Place((name,)) for name, original in _of_unet(names)}
+    names |= dict.fromkeys(own_parameters(modules))
     places = {}
     tables = [table for name, table in TRANSFORMERS.items() if name in classes]
     for original, ours in chain.from_iterable(_of_transformer(table, names) for table in tables):
@@ -131,17 +132,17 @@ def by_own_names(layers: Mapping[str, Entry], model: nn.Module) -> dict[str, Ent
     places = original_places(model)
     own = {name for entry in model_modules(model) for name in entry.names}
     unknown = layers.keys() - places.keys() - own
-    known = places_without_dots(model) if unknown else {}
+    known = places_without_dots(model, places) if unknown else {}
     for name in unknown:
         if len(found := known.get(name.replace(".", "_"), [])) == 1:
             places[name] = found[0]
     return put(layers, {name: places.get(name, Place((name,))) for name in layers}, model)
 
 
-def places_without_dots(model: nn.Module) -> dict[str, list[Place]]:
-    """Returns where layers are, by their names without dots.
+def places_without_dots(model: nn.Module, original: Mapping[str, Place]) -> dict[str, list[Place]]:
+    """Returns where layers are, by their names without dots, from the places by original names.
 
-    Former and original names too, and those in the model of transformers around one: `model.layers` of Qwen's encoder.
+    Former names too, and those in the model of transformers around one: `model.layers` of Qwen's encoder.
     """
     found: dict[str, list[Place]] = {}
     former = former_names(model)
@@ -153,9 +154,8 @@ def places_without_dots(model: nn.Module) -> dict[str, list[Place]]:
             places = found.setdefault(name.replace(".", "_"), [])
             if place not in places:
                 places.append(place)
-    original = {name.replace(".", "_"): [place] for name, place in original_places(model).items()}
     # Original names count first, as in keys with dots: `norm3` of Wan's authors is `norm2` in diffusers.
-    return {**found, **original}
+    return found | {name.replace(".", "_"): [place] for name, place in original.items()}
 
 
 def is_of_transformer(name: str) -> bool:
