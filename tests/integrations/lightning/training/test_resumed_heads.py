@@ -5,13 +5,14 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_plugins import LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
+from tests.integrations.lightning.toys import differing, trainer
 
 
 class MomentumHead(LightningModule):
@@ -37,17 +38,10 @@ def _fit(folder: Path, epochs: int, ckpt_path: Path | None = None) -> dict[str, 
     module = MomentumHead().double()
     config = LoraConfig(r=2, target_modules=["encoder", "encoder_k"], modules_to_save=["head", "head_k"])
     saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
-    trainer = Trainer(
-        max_epochs=epochs,
-        callbacks=[LoraCallback(config, print_plan=False), saves],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    run = trainer(folder, [LoraCallback(config, print_plan=False), saves], max_epochs=epochs)
     torch.manual_seed(1)
     data = torch.randn(8, 4, dtype=torch.float64)
-    trainer.fit(module, DataLoader(data, batch_size=2), ckpt_path=ckpt_path)
+    run.fit(module, DataLoader(data, batch_size=2), ckpt_path=ckpt_path)
     return module.state_dict()
 
 
@@ -57,5 +51,5 @@ def test_a_resumed_copy_of_a_head_is_not_said_to_be_frozen_since(tmp_path: Path)
         warnings.simplefilter("always")
         resumed = _fit(tmp_path / "resumed", 2, tmp_path / "whole" / "epoch=0.ckpt")
     assert not [str(each.message) for each in caught if "frozen" in str(each.message)]
-    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    assert not differing(resumed, whole)
     assert not torch.equal(whole["head_k.weight"], whole["head.weight"])
