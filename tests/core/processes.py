@@ -31,3 +31,21 @@ def run_tests(folder, site):
     done = run_python("-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", paths=[site], cwd=folder)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+_WITHOUT = """
+import contextlib, io, sys
+from lora_plugins.cli.main import main
+for arguments in {lines!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main(arguments.split())
+    found = [name for name in {names!r} if name in sys.modules]
+    assert not found, (arguments, found)
+"""
+
+
+def assert_answered_without(names, lines, **environment):
+    """Asserts that commands are answered without imports of these packages, one after another in a fresh process."""
+    run = run_python("-P", "-c", _WITHOUT.format(lines=lines, names=names), **environment)
+    assert run.returncode == 0, run.stderr

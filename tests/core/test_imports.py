@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.core.processes import run_python
+from tests.core.processes import assert_answered_without, run_python
 
 ROOT = Path(__file__).parent.parent.parent
 HEAVY = ("lightning", "lightning_fabric", "pytorch_lightning", "timm", "torchmetrics", "torchvision", "transformers")
@@ -29,24 +29,11 @@ def test_the_core_imports_nothing_heavy():
     assert (run.stdout.strip(), run.returncode) == ("[]", 0), run.stderr
 
 
-CHEAP = """
-import contextlib, io, sys
-from lora_plugins.cli.main import main
-for arguments in {lines!r}:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.suppress(SystemExit):
-            main(arguments.split())
-    found = [name for name in ("torch", "numpy", "lightning") if name in sys.modules]
-    assert not found, (arguments, found)
-"""
-
-
 def test_help_and_mistakes_do_not_wait_for_torch():
     """It takes seconds to import, and the answers need none of it."""
     commands = ("inspect", "convert", "plugins", "doctor", "new-plugin")
     lines = ["--help", "--version", "trian", *(f"{each} --help" for each in commands), "doctor --hlp", "inspect"]
-    run = python(CHEAP.format(lines=lines))
-    assert run.returncode == 0, run.stderr
+    assert_answered_without(("torch", "numpy", "lightning"), lines)
 
 
 def test_that_check_can_fail():

@@ -7,6 +7,7 @@ import pytest
 
 from lora_plugins.cli.main import main
 from lora_plugins.tasks.command_table import COMMANDS
+from tests.core.processes import assert_answered_without
 
 
 @pytest.mark.parametrize(
@@ -81,20 +82,6 @@ def test_help(arguments, usage, capsys):
     assert usage.lower() in capsys.readouterr().out
 
 
-CHEAP = """
-import contextlib, io, os, sys
-os.environ["HF_HUB_OFFLINE"] = "1"
-from lora_plugins.cli.main import main
-from lora_plugins.tasks.command_table import COMMANDS
-for arguments in {lines!r}:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with contextlib.suppress(SystemExit):
-            main(arguments.split())
-    found = [name for name in ("torch", "numpy", "lightning", "timm") if name in sys.modules]
-    assert not found, (arguments, found)
-"""
-
-
 def test_help_and_mistakes_do_not_wait_for_libraries():
     """They take seconds to import, and the answers need none of them."""
     lines = [
@@ -112,10 +99,7 @@ def test_help_and_mistakes_do_not_wait_for_libraries():
         "report compare one",
         "recipes show no",
     ]
-    run = subprocess.run(
-        [sys.executable, "-P", "-c", CHEAP.format(lines=lines)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
+    assert_answered_without(("torch", "numpy", "lightning", "timm"), lines, HF_HUB_OFFLINE="1")
 
 
 def test_predict_explains_images_first_and_its_flags_on_demand(capsys):
