@@ -6,14 +6,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from packaging.version import Version
 
-from lora_plugins.integrations.lightning import LoraCallback
-from tests.integrations.lightning.toys import CONFIG, Classifier, loader, trainer
+from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
 
 ADAPTER_KEYS = {f"net.{i}.lora_{factor}.default" for i in (0, 3) for factor in "AB"}
-
-
-def callback(**options):
-    return LoraCallback(options.pop("config", CONFIG), **{"merge_on_fit_end": False, **options})
 
 
 class StopError(Exception):
@@ -28,26 +23,26 @@ class Failing(Classifier):
 
 def by_model_checkpoint(folder, **options):
     saver = ModelCheckpoint(folder, filename="it", **options)
-    run = trainer(folder, [callback(), saver])
+    run = trainer(folder, [lora(), saver])
     run.fit(Classifier(), loader(), loader())
     return folder / "it.ckpt"
 
 
 def by_last(folder):
-    run = trainer(folder, [callback(), ModelCheckpoint(folder, save_last=True)])
+    run = trainer(folder, [lora(), ModelCheckpoint(folder, save_last=True)])
     run.fit(Classifier(), loader())
     return folder / "last.ckpt"
 
 
 def by_exception(folder):
-    run = trainer(folder, [callback(), OnExceptionCheckpoint(folder, "it")])
+    run = trainer(folder, [lora(), OnExceptionCheckpoint(folder, "it")])
     with pytest.raises(StopError):
         run.fit(Failing(), loader())
     return folder / "it.ckpt"
 
 
 def by_trainer(folder, cls=Classifier, **options):
-    run = trainer(folder, [callback()])
+    run = trainer(folder, [lora()])
     run.fit(cls(), loader())
     run.save_checkpoint(folder / "it.ckpt", **options)
     return folder / "it.ckpt"

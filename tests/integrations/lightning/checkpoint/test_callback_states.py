@@ -9,8 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.swa_utils import AveragedModel
 
 from lora_plugins.integrations.lightning.checkpoint import KEY
-from tests.integrations.lightning.checkpoint.checkpoint_cases import callback
-from tests.integrations.lightning.toys import Classifier, load, loader, trainer
+from tests.integrations.lightning.toys import Classifier, load, loader, lora, trainer
 
 
 class Average(Callback):
@@ -90,7 +89,7 @@ class TestAverages:
         average = make(part, decay=0.9)
         saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=every)
         module = Classifier(width=width)
-        trainer(folder, [callback(), average, saver], max_epochs=epochs).fit(module, loader(), **options)
+        trainer(folder, [lora(), average, saver], max_epochs=epochs).fit(module, loader(), **options)
         return average
 
     def test_file_has_only_what_is_trained_of_them(self, tmp_path, make, part):

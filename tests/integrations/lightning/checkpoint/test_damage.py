@@ -9,8 +9,8 @@ import torch
 
 from lora_plugins import AdapterFileError
 from lora_plugins.integrations.lightning import load_from_checkpoint
-from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, callback
-from tests.integrations.lightning.toys import Classifier, loader, trainer
+from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer
+from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_bit_of_a_tensor_is_found_when_training_goes_on(saved, tmp_path, place
     with fsspec.open(damaged, "wb") as file:
         file.write(content)
     with pytest.raises(AdapterFileError, match=r"is damaged: '.*/data/.*' in it are not what was written"):
-        trainer(tmp_path, [callback()], max_epochs=4).fit(Classifier(), loader(), ckpt_path=damaged)
+        trainer(tmp_path, [lora()], max_epochs=4).fit(Classifier(), loader(), ckpt_path=damaged)
 
 
 def test_a_file_without_sums_loads(saved, tmp_path):
@@ -102,7 +102,7 @@ def test_a_pipe_is_refused(tmp_path):
 
 READERS = {
     "load_from_checkpoint": lambda path, _: load_from_checkpoint(Classifier, path),
-    "trainer": lambda path, folder: trainer(folder, [callback()]).fit(Classifier(), loader(), ckpt_path=path),
+    "trainer": lambda path, folder: trainer(folder, [lora()]).fit(Classifier(), loader(), ckpt_path=path),
 }
 
 

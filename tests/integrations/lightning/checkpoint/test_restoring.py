@@ -10,15 +10,15 @@ from torch import nn
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.integrations.lightning.checkpoint import KEY
-from tests.integrations.lightning.checkpoint.checkpoint_cases import ADAPTER_KEYS, PATHS, Late, by_trainer, callback
-from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+from tests.integrations.lightning.checkpoint.checkpoint_cases import ADAPTER_KEYS, PATHS, Late, by_trainer
+from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, lora, trainer, values
 
 
 @pytest.mark.parametrize("save", PATHS.values(), ids=PATHS.keys())
 def test_every_file_gives_the_trained_model_in_a_module_that_was_never_adapted(save, tmp_path):
     path = save(tmp_path)
     module = Classifier()
-    trainer(tmp_path, [callback()]).test(module, loader(), ckpt_path=path, verbose=False)
+    trainer(tmp_path, [lora()]).test(module, loader(), ckpt_path=path, verbose=False)
     alone = load_from_checkpoint(Classifier, path)
     expected = load(path)["state_dict"]
     for loaded in (module, alone):
@@ -49,13 +49,13 @@ class ReplacesHead(Classifier):
 @pytest.mark.parametrize("cls", [InSetup, InConfigureModel, ReplacesHead])
 def test_layers_that_are_built_late(cls, tmp_path):
     module = cls()
-    run = trainer(tmp_path, [callback()])
+    run = trainer(tmp_path, [lora()])
     run.fit(module, loader())
     assert {p for p, t in module.named_parameters() if t.requires_grad} == ADAPTER_KEYS
     assert all(p.abs().sum() > 0 for name, p in module.named_parameters() if ".lora_B." in name)
     run.save_checkpoint(tmp_path / "it.ckpt")
     again = cls()
-    trainer(tmp_path, [callback()], max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "it.ckpt")
+    trainer(tmp_path, [lora()], max_epochs=3).fit(again, loader(), ckpt_path=tmp_path / "it.ckpt")
     base = {key for key in module.state_dict() if "lora" not in key}
     assert not base & differing(values(module), values(again))
 
@@ -78,7 +78,7 @@ class OfVersions(Classifier):
 
 def test_layers_are_told_their_version(tmp_path):
     path = by_trainer(tmp_path, cls=OfVersions)
-    trainer(tmp_path, [callback()], max_epochs=3).fit(OfVersions(), loader(), ckpt_path=path)
+    trainer(tmp_path, [lora()], max_epochs=3).fit(OfVersions(), loader(), ckpt_path=path)
     load_from_checkpoint(OfVersions, path)
 
 
@@ -92,11 +92,11 @@ LATE = {
 @pytest.mark.parametrize("fields", [{}, *LATE.values()], ids=["at once", *LATE])
 def test_a_test_asks_the_checkpoint_and_not_the_callback_what_is_adapted(fields, tmp_path):
     config = replace(CONFIG, **fields)
-    run = trainer(tmp_path, [callback(config=config)])
+    run = trainer(tmp_path, [lora(config)])
     run.fit(Classifier(), loader())
     run.save_checkpoint(tmp_path / "it.ckpt")
     expected = run.validate(run.lightning_module, loader(), verbose=False)
-    other = trainer(tmp_path, [callback(config=config, target="nothing")])
+    other = trainer(tmp_path, [lora(config, target="nothing")])
     found = other.validate(Classifier(), loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
     assert found == expected
 
@@ -112,7 +112,7 @@ class TestRefused:
 
     def refused(self, tmp_path, path, match, module=None, **options):
         module = module or Classifier()
-        run = trainer(tmp_path, [callback(**options)], max_epochs=4)
+        run = trainer(tmp_path, [lora(**options)], max_epochs=4)
         before = values(module)
         with pytest.raises(AdapterFileError, match=match):
             run.fit(module, loader(), ckpt_path=path)
@@ -134,12 +134,12 @@ class TestRefused:
     @pytest.mark.parametrize("init", ["kaiming", "pissa"])
     def test_other_rank(self, tmp_path, init):
         config = LoraConfig(r=2, target_modules=["net.0", "net.3"], init=init)
-        run = trainer(tmp_path, [callback(config=config)])
+        run = trainer(tmp_path, [lora(config)])
         run.fit(Classifier(), loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
         module = Classifier()
         with pytest.raises(AdapterFileError, match="r is 2 in the file and 3 here"):
-            trainer(tmp_path, [callback(config=replace(config, r=3))], max_epochs=4).fit(
+            trainer(tmp_path, [lora(replace(config, r=3))], max_epochs=4).fit(
                 module, loader(), ckpt_path=tmp_path / "it.ckpt"
             )
         LoraModel(module).unload()
@@ -157,7 +157,7 @@ class TestRefused:
     )
     def test_before_an_adapter_joins_that_waits_for_the_file(self, fields, options, message, tmp_path):
         config = replace(CONFIG, **fields)
-        run = trainer(tmp_path, [callback(config=config)])
+        run = trainer(tmp_path, [lora(config)])
         run.fit(Classifier(), loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
         others = {**options, "config": replace(config, **options.get("config", {}))}
@@ -166,7 +166,7 @@ class TestRefused:
 
     def test_the_second_of_two_leaves_the_first(self, tmp_path):
         def callbacks(**second):
-            return [callback(adapter_name="a"), callback(adapter_name="b", config=replace(CONFIG, **second))]
+            return [lora(adapter_name="a"), lora(adapter_name="b", config=replace(CONFIG, **second))]
 
         run = trainer(tmp_path, callbacks(r=3))
         run.fit(Classifier(), loader())
@@ -188,11 +188,11 @@ class TestRefused:
     def test_an_adapter_that_was_trained_stays(self, tmp_path, init):
         """Whether its init changed the base, so that it is put on anew, or not."""
         config, other = LoraConfig(r=2, target_modules=["net.0", "net.3"], init=init), Classifier(base_seed=1)
-        run = trainer(tmp_path, [callback(config=config)])
+        run = trainer(tmp_path, [lora(config)])
         run.fit(other, loader())
         run.save_checkpoint(tmp_path / "other.ckpt")
         module = Classifier()
-        trainer(tmp_path, [callback(config=config)]).fit(module, loader())
+        trainer(tmp_path, [lora(config)]).fit(module, loader())
         parameters = dict(module.named_parameters())
         self.refused(tmp_path, tmp_path / "other.ckpt", "another base", module, config=config)
         now = dict(module.named_parameters())
@@ -214,7 +214,7 @@ class TestRefused:
     )
     def test_other_model(self, build, fields, message, tmp_path):
         config = replace(CONFIG, **fields)
-        run = trainer(tmp_path, [callback(config=config)])
+        run = trainer(tmp_path, [lora(config)])
         run.fit(Classifier(), loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
         self.refused(tmp_path, tmp_path / "it.ckpt", message, build(), config=config)
@@ -268,14 +268,14 @@ class TestRefused:
     def test_test_with_another_base(self, tmp_path):
         path = by_trainer(tmp_path)
         module = Classifier(base_seed=1)
-        run = trainer(tmp_path, [callback()])
+        run = trainer(tmp_path, [lora()])
         with pytest.raises(AdapterFileError, match="another base"):
             run.test(module, loader(), ckpt_path=path)
         assert type(module.net[0]) is nn.Linear
 
     def test_test_without_the_target(self, tmp_path):
         options = {"config": replace(CONFIG, target_modules=["0", "3"]), "target": "net"}
-        run = trainer(tmp_path, [callback(**options)])
+        run = trainer(tmp_path, [lora(**options)])
         run.fit(Classifier(), loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
         module = Classifier()
@@ -290,7 +290,7 @@ def test_plain_file_in_test_takes_the_adapter_off(tmp_path):
     plain.fit(Classifier(base_seed=2), loader())
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     module = Classifier()
-    run = trainer(tmp_path, [callback()])
+    run = trainer(tmp_path, [lora()])
     run.fit(module, loader())
     run.test(module, loader(), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
     assert not differing(values(module), load(tmp_path / "plain.ckpt")["state_dict"])
@@ -298,7 +298,7 @@ def test_plain_file_in_test_takes_the_adapter_off(tmp_path):
 
 def test_two_callbacks_with_one_adapter_name_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="LoraCallback"):
-        Trainer(callbacks=[callback(), callback()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+        Trainer(callbacks=[lora(), lora()], logger=False, accelerator="cpu", default_root_dir=tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

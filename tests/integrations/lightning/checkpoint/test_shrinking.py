@@ -17,8 +17,8 @@ from torch import nn
 from lora_plugins import LoraConfig
 from lora_plugins.integrations.lightning import load_from_checkpoint
 from lora_plugins.integrations.lightning.checkpoint import KEY
-from tests.integrations.lightning.checkpoint.checkpoint_cases import ADAPTER_KEYS, PATHS, callback
-from tests.integrations.lightning.toys import Classifier, differing, load, loader, trainer, values
+from tests.integrations.lightning.checkpoint.checkpoint_cases import ADAPTER_KEYS, PATHS
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
 
 @pytest.mark.parametrize("save", PATHS.values(), ids=PATHS.keys())
@@ -38,7 +38,7 @@ def test_file_is_little_more_than_the_trained_bytes(tmp_path):
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.01)
 
     module = Wide(width=40_000)
-    run = trainer(tmp_path, [callback(), ModelCheckpoint(tmp_path, filename="it")], max_epochs=1)
+    run = trainer(tmp_path, [lora(), ModelCheckpoint(tmp_path, filename="it")], max_epochs=1)
     run.fit(module, loader())
     trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     assert (tmp_path / "it.ckpt").stat().st_size <= 1.1 * trained
@@ -63,7 +63,7 @@ CHOICES = {
 def test_what_is_trained_is_saved_and_nothing_else_moves(config, own, tmp_path):
     module = Classifier()
     before = values(module)
-    run = trainer(tmp_path, [callback(config=config)])
+    run = trainer(tmp_path, [lora(config)])
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "it.ckpt")
     factors = {"net.0.lora_A.default", "net.0.lora_B.default"}
@@ -75,22 +75,21 @@ def test_what_is_trained_is_saved_and_nothing_else_moves(config, own, tmp_path):
 def test_base_changed_by_loftq_is_rebuilt_and_not_stored(tmp_path):
     config = LoraConfig(r=2, target_modules=["net.0"], init="loftq")
     module = Classifier()
-    run = trainer(tmp_path, [callback(config=config)])
+    run = trainer(tmp_path, [lora(config)])
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "it.ckpt")
     assert "net.0.weight" not in load(tmp_path / "it.ckpt")["state_dict"]
     assert not differing(values(module), values(load_from_checkpoint(Classifier, tmp_path / "it.ckpt")))
     again = Classifier()
-    trainer(tmp_path, [callback(config=config)]).test(again, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
+    trainer(tmp_path, [lora(config)]).test(again, loader(), ckpt_path=tmp_path / "it.ckpt", verbose=False)
     assert not differing(values(module), values(again))
 
 
 KILLED = """
 import sys, torch
 from lightning.pytorch import Trainer
-from tests.integrations.lightning.checkpoint.checkpoint_cases import callback
-from tests.integrations.lightning.toys import Classifier, loader, trainer
-run = trainer(sys.argv[1], [callback()], max_epochs=1)
+from tests.integrations.lightning.toys import Classifier, loader, lora, trainer
+run = trainer(sys.argv[1], [lora()], max_epochs=1)
 run.fit(Classifier(width=20_000), loader())
 print("ready", flush=True)
 while True:
@@ -126,7 +125,7 @@ class Fills(SingleDeviceStrategy):
 
 
 def test_a_full_disk_keeps_the_earlier_file_and_nothing_else(tmp_path):
-    run = trainer(tmp_path, [callback()], strategy=Fills(torch.device("cpu")))
+    run = trainer(tmp_path, [lora()], strategy=Fills(torch.device("cpu")))
     run.fit(Classifier(), loader())
     run.save_checkpoint(tmp_path / "it.ckpt")
     before = (tmp_path / "it.ckpt").read_bytes()
@@ -141,7 +140,7 @@ def test_two_callbacks_on_two_submodules_share_one_file(tmp_path):
     module.forward = lambda x: module.net["b"](module.net["a"](x))
 
     def pair():
-        return [callback(config=LoraConfig(r=2), target=f"net.{name}") for name in "ab"]
+        return [lora(LoraConfig(r=2), target=f"net.{name}") for name in "ab"]
 
     run = trainer(tmp_path, pair())
     run.fit(module, loader())

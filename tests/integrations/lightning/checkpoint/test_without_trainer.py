@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
-from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, callback, shown_by_lightning
+from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, shown_by_lightning
 from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @pytest.mark.slow
 def test_fresh_process_gives_the_same_predictions(tmp_path):
-    run = trainer(tmp_path, [callback()])
+    run = trainer(tmp_path, [lora()])
     module = Classifier()
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "it.ckpt")
@@ -50,7 +50,7 @@ def test_an_adapter_folder_is_told_from_a_checkpoint(tmp_path):
 
 class TestOneLiner:
     def test_class_is_the_users_own_and_arguments_come_from_the_file(self, tmp_path):
-        run = trainer(tmp_path, [callback()])
+        run = trainer(tmp_path, [lora()])
         run.fit(Classifier(width=24), loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
         module = load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
@@ -66,7 +66,7 @@ class TestOneLiner:
             def save_hyperparameters(self):
                 pass
 
-        run = trainer(tmp_path, [callback()])
+        run = trainer(tmp_path, [lora()])
         run.fit(Needs(24), loader())
         run.save_checkpoint(tmp_path / "it.ckpt")
         (tmp_path / "hparams.yaml").write_text("width: 24")
@@ -104,7 +104,7 @@ class TestOneLiner:
         assert type(loaded) is Other
         assert not differing(values(loaded), values(module))
 
-    @pytest.mark.parametrize("callbacks", [[callback], []], ids=["adapted", "plain"])
+    @pytest.mark.parametrize("callbacks", [[lora], []], ids=["adapted", "plain"])
     def test_mixin_makes_lightnings_own_method_do_it(self, tmp_path, callbacks):
         class Ours(LoraCheckpointMixin, Classifier):
             pass
@@ -150,8 +150,8 @@ class TestOneLiner:
 def test_two_adapters_on_one_module(tmp_path):
     def pair():
         return [
-            callback(config=LoraConfig(r=2, target_modules=["net.0"]), adapter_name="first"),
-            callback(config=LoraConfig(r=1, target_modules=["net.0", "net.3"]), adapter_name="second"),
+            lora(LoraConfig(r=2, target_modules=["net.0"]), adapter_name="first"),
+            lora(LoraConfig(r=1, target_modules=["net.0", "net.3"]), adapter_name="second"),
         ]
 
     module = Classifier()

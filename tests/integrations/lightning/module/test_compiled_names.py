@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from lora_plugins.utils import plain_name
-from tests.integrations.lightning.toys import CONFIG, Classifier, differing, load, loader, trainer, values
+from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 
 WRAPPED = pytest.mark.parametrize(
     "wrapped",
@@ -24,10 +24,6 @@ WRAPPED = pytest.mark.parametrize(
 
 def plain_values(module):
     return {plain_name(key): tensor for key, tensor in values(module).items()}
-
-
-def lora(config=CONFIG, **options):
-    return LoraCallback(config, merge_on_fit_end=False, **options)
 
 
 class Quiet(Classifier):

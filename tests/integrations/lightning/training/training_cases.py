@@ -1,11 +1,11 @@
 """What the tests of training share."""
 
-from lora_plugins.integrations.lightning import LoraCallback, LoraCLI
-from tests.integrations.lightning.toys import CONFIG, loader, trainer
+from lora_plugins.integrations.lightning import LoraCLI
+from tests.integrations.lightning.toys import CONFIG, loader, lora, trainer
 
 
 def fit(tmp_path, module, config=CONFIG, **options):
-    run = trainer(tmp_path, [LoraCallback(config, merge_on_fit_end=False)], **options)
+    run = trainer(tmp_path, [lora(config)], **options)
     run.fit(module, loader())
     return run
 
