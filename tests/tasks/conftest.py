@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
-from lora_plugins.tasks import DigitsDataModule, ModelConfig
+from lora_plugins.tasks import DigitScenesDataModule, DigitsDataModule, ModelConfig
 
 TINY_VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2}
 TINY_SEGFORMER = {
@@ -44,6 +44,12 @@ def pytest_collection_modifyitems(items):
 
 def digits(**changes):
     return DigitsDataModule(**({"digits": [0, 1, 2]} | changes))
+
+
+def scenes(**changes):
+    """A few scenes of three digits."""
+    small = {"digits": [1, 2, 3], "train_scenes": 4, "val_scenes": 3, "batch_size": 2}
+    return DigitScenesDataModule(**small | changes)
 
 
 def tiny_vit(num_classes=3, weights="none", **changes):

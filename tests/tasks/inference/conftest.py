@@ -9,14 +9,13 @@ from lora_plugins import LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.integrations.lightning.cli import merge_checkpoint
 from lora_plugins.tasks import (
-    DigitScenesDataModule,
     DigitsDataModule,
     ImageClassificationTask,
     SemanticSegmentationTask,
 )
 from lora_plugins.tasks.models import CLASSIFIERS, SEGMENTERS, build_network
 
-from ..conftest import tiny_segformer, tiny_vit
+from ..conftest import scenes, tiny_segformer, tiny_vit
 
 FILES = {
     "checkpoint": "run/it.ckpt",
@@ -69,7 +68,3 @@ def fit_task(task, data, folder, head, **stored):
         enable_model_summary=False,
     ).fit(task, datamodule=data)
     return {name: folder / file for name, file in FILES.items()}
-
-
-def scenes():
-    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=3, batch_size=2)

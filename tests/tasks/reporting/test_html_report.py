@@ -15,7 +15,6 @@ from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import (
-    DigitScenesDataModule,
     HtmlReport,
     ImageClassificationTask,
     MaskFolderDataModule,
@@ -27,11 +26,7 @@ from lora_plugins.tasks import (
 from lora_plugins.tasks.pages import read_run
 
 from ..browser import browser_page, needs_browser
-from ..conftest import digits, noise, tiny_segformer, tiny_vit, write_image
-
-
-def scenes():
-    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=3, batch_size=2)
+from ..conftest import digits, noise, scenes, tiny_segformer, tiny_vit, write_image
 
 
 def lora(folder, target="network", **options):

@@ -9,7 +9,6 @@ from PIL import Image
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import (
-    DigitScenesDataModule,
     DigitsDataModule,
     ImageClassificationTask,
     PredictionPicture,
@@ -17,18 +16,14 @@ from lora_plugins.tasks import (
     draw_predictions,
 )
 
-from ..conftest import tiny_segformer, tiny_vit
-
-
-def scenes():
-    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=5, batch_size=2)
+from ..conftest import scenes, tiny_segformer, tiny_vit
 
 
 class TestPicture:
     def test_it_is_written_when_the_fit_ends_and_its_place_is_printed(self, trainer, tmp_path, capsys):
         path = tmp_path / "new folder" / "seen.png"
         run = trainer(callbacks=[PredictionPicture(str(path), samples=3)])
-        run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+        run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes(val_scenes=5))
         with Image.open(path) as picture:
             assert picture.format == "PNG"
             assert picture.height > picture.width * 0.75  # three rows of four
@@ -43,7 +38,7 @@ class TestPicture:
         config = LoraConfig(r=2, target_modules=["v_proj"])
         adapter = LoraCallback(config, target="network", merge_source="best", merge_on_fit_end=True)
         callbacks = [picture, adapter, best] if first else [adapter, best, picture]
-        task, data = SemanticSegmentationTask(tiny_segformer(), lr=0.1), scenes()
+        task, data = SemanticSegmentationTask(tiny_segformer(), lr=0.1), scenes(val_scenes=5)
         with torch.no_grad():
             task.network.decode_head.classifier.bias[2] = 1.0
         trainer(callbacks=callbacks, max_epochs=3, enable_checkpointing=True).fit(task, datamodule=data)
@@ -52,19 +47,19 @@ class TestPicture:
 
     def test_a_trial_of_the_code_leaves_none(self, trainer, tmp_path):
         run = trainer(callbacks=[PredictionPicture(str(tmp_path / "p.png"))], fast_dev_run=True)
-        run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+        run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes(val_scenes=5))
         assert not (tmp_path / "p.png").exists()
 
     @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_val_batches": 0}], ids=str)
     def test_where_nothing_was_validated_there_is_none(self, options, trainer, tmp_path):
         run = trainer(callbacks=[PredictionPicture(str(tmp_path / "p.png"))], **options)
         with pytest.warns(UserWarning, match="There is no picture of predictions: this fit validated nothing"):
-            run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+            run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes(val_scenes=5))
         assert not (tmp_path / "p.png").exists()
 
     def test_it_shows_the_colors_of_the_classes(self, tmp_path):
         """A network that always answers class 2 is drawn in its color in the third of four columns."""
-        task, data = SemanticSegmentationTask(tiny_segformer(), ignore_index=255), scenes()
+        task, data = SemanticSegmentationTask(tiny_segformer(), ignore_index=255), scenes(val_scenes=5)
         with torch.no_grad():
             task.network.decode_head.classifier.bias.copy_(torch.tensor([0.0, 0.0, 1e3, 0.0]))
         data.setup("fit")
@@ -85,7 +80,7 @@ class TestPicture:
         (tmp_path / "file").touch()
         run = trainer(callbacks=[PredictionPicture(str(tmp_path / "file" / "p.png"))])
         with pytest.raises(ConfigError, match=r"path of PredictionPicture is .* is a file"):
-            run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes())
+            run.fit(SemanticSegmentationTask(tiny_segformer()), datamodule=scenes(val_scenes=5))
         assert run.global_step == 0
 
     def test_it_shows_at_least_one_sample(self):

@@ -5,16 +5,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
-    DigitScenesDataModule,
     SemanticSegmentationTask,
     TensorBoardImages,
 )
 
-from ..conftest import tiny_segformer
-
-
-def scenes():
-    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=3, batch_size=2)
+from ..conftest import scenes, tiny_segformer
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard's own imports

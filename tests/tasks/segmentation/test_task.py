@@ -5,19 +5,14 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins.tasks import (
-    DigitScenesDataModule,
     MaskFolderDataModule,
     ModelConfig,
     SemanticSegmentationTask,
 )
 
-from ..conftest import HALF, Recorder, tiny_segformer
+from ..conftest import HALF, Recorder, scenes, tiny_segformer
 
 IGNORED = 255
-
-
-def scenes():
-    return DigitScenesDataModule([1, 2, 3], train_scenes=6, val_scenes=5, test_scenes=4, batch_size=2)
 
 
 class TestSegmentation:
@@ -96,10 +91,11 @@ class TestSegmentation:
 
     def test_fit_test_and_predict(self, trainer):
         task, run = SemanticSegmentationTask(tiny_segformer()), trainer()
-        run.fit(task, datamodule=scenes())
+        data = scenes(train_scenes=6, val_scenes=5, test_scenes=4)
+        run.fit(task, datamodule=data)
         assert {"train/mean_iou", "val/mean_iou", "val/iou/ground", "val/iou/3"} <= set(run.callback_metrics)
-        run.test(task, datamodule=scenes(), verbose=False)
-        masks = torch.cat(run.predict(task, datamodule=scenes()))
+        run.test(task, datamodule=data, verbose=False)
+        masks = torch.cat(run.predict(task, datamodule=data))
         assert masks.shape == (4, 64, 64)
 
     def test_folders_on_disk(self, trainer, mask_folders):

@@ -9,13 +9,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import (
-    DigitScenesDataModule,
     ImageClassificationTask,
     SemanticSegmentationTask,
 )
 from lora_plugins.tasks.training import Objective, balanced_weights
 
-from ..conftest import tiny_segformer, tiny_vit
+from ..conftest import scenes, tiny_segformer, tiny_vit
 
 ALL = ("cross_entropy", "focal", "dice", "lovasz")
 
@@ -154,13 +153,9 @@ def test_wrong_sums(text, message):
         objective(text)
 
 
-def scenes():
-    return DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=2, batch_size=2)
-
-
 @pytest.mark.parametrize("text", [*ALL, "focal + 0.5 * lovasz"])
 def test_segmentation_trains_with_each(text, trainer):
-    data = DigitScenesDataModule([1, 2, 3], train_scenes=4, val_scenes=2, batch_size=2)
+    data = scenes()
     run = trainer()
     run.fit(SemanticSegmentationTask(tiny_segformer(), loss=text), datamodule=data)
     assert run.callback_metrics["train/loss"] > 0
