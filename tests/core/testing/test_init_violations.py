@@ -7,6 +7,7 @@ from torch import nn
 from lora_plugins import ConfigError
 from lora_plugins.testing import INIT_CHECKS, CheckError, check_init_plugin
 from tests.core.testing.test_planted_inits import Changing, Plain, WritesItsOptions
+from tests.core.testing.violations import assert_explained, failing
 
 
 class NoName(Plain):
@@ -162,35 +163,21 @@ ALSO = {
 """The other checks that a violation cannot but break."""
 
 
-def failing(plugin):
-    found = set()
-    for name in INIT_CHECKS:
-        try:
-            check_init_plugin(plugin, only=[name])
-        except CheckError:
-            found.add(name)
-    return found
-
-
 def test_every_check_has_a_violation():
     assert set(VIOLATIONS) == set(INIT_CHECKS)
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_a_violation_is_found_by_its_check_and_by_no_other(name):
-    assert failing(VIOLATIONS[name][0]()) - (ALSO.get(name, set()) - {name}) == {name}
+    plugin = VIOLATIONS[name][0]()
+    found = failing(INIT_CHECKS, lambda each: check_init_plugin(plugin, only=[each]))
+    assert found - (ALSO.get(name, set()) - {name}) == {name}
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_the_error_says_what_was_expected_what_came_and_what_is_usual(name):
     cls, came = VIOLATIONS[name]
-    with pytest.raises(CheckError) as caught:
-        check_init_plugin(cls(), only=[name])
-    error = caught.value
-    assert came in error.got
-    assert (error.check, error.expected) == (name, INIT_CHECKS[name].expected)
-    for part in (cls.__name__, repr(name), error.expected, error.got, error.usual_cause):
-        assert part in str(error)
+    assert_explained(name, INIT_CHECKS, came, cls, lambda: check_init_plugin(cls(), only=[name]))
 
 
 def test_an_init_that_is_none_says_so():

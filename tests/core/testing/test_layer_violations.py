@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_plugins import ColumnMajorPlugin, ConfigError, RowMajorPlugin, Slot
-from lora_plugins.testing import LAYER_CHECKS, CheckError, check_layer_plugin
+from lora_plugins.testing import LAYER_CHECKS, check_layer_plugin
 from tests.core.testing.test_planted_layers import (
     DrawsInTheBranch,
     FirstTwo,
@@ -21,6 +21,7 @@ from tests.core.testing.test_planted_layers import (
     ReadsTheRawWeight,
     ReversedInputs,
 )
+from tests.core.testing.violations import assert_explained, failing
 
 
 class Good(RowMajorPlugin):
@@ -235,16 +236,6 @@ def check(plugin, *names):
     check_layer_plugin(plugin, lambda: nn.Linear(6, 6), lambda layer: torch.randn(2, 2, 6), only=names)
 
 
-def failing(plugin):
-    found = set()
-    for name in LAYER_CHECKS:
-        try:
-            check(plugin, name)
-        except CheckError:
-            found.add(name)
-    return found
-
-
 def test_a_good_plugin_passes_all():
     check_layer_plugin(
         Good(), lambda **options: nn.Linear(6, 5, **options), lambda layer: torch.randn(2, 6), [{}, {"bias": False}]
@@ -259,19 +250,15 @@ def test_every_check_has_a_violation():
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_a_violation_is_found_by_its_check_and_by_no_other(name):
     cls, _ = VIOLATIONS[name]
-    assert failing(cls()) - (ALSO.get(name, set()) - {name}) == {name}
+    plugin = cls()
+    found = failing(LAYER_CHECKS, lambda each: check(plugin, each))
+    assert found - (ALSO.get(name, set()) - {name}) == {name}
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
 def test_the_error_says_what_was_expected_what_came_and_what_is_usual(name):
     cls, came = VIOLATIONS[name]
-    with pytest.raises(CheckError) as caught:
-        check(cls(), name)
-    error = caught.value
-    assert came in error.got
-    assert (error.check, error.expected) == (name, LAYER_CHECKS[name].expected)
-    for part in (cls.__name__, repr(name), error.expected, error.got, error.usual_cause):
-        assert part in str(error)
+    assert_explained(name, LAYER_CHECKS, came, cls, lambda: check(cls(), name))
 
 
 @pytest.mark.parametrize("argument", ["only", "skip"])
