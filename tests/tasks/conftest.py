@@ -26,7 +26,6 @@ SIZE = {"image_size": (8, 8)}
 LIGHTNING_WARNINGS = [
     "ignore:.*does not have many workers:UserWarning",  # data in memory has no use for worker processes
     "ignore:The number of training batches:UserWarning",  # shorter than the logging interval, on purpose
-    "ignore:.*isinstance\\(treespec, LeafSpec\\):FutureWarning",  # lightning 2.6.6 calls an old name of torch 2.13
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",  # lightning 2.6.6 calls what 5.0 will drop
     "ignore:.*configure_optimizers` will be overridden by:UserWarning",  # by the `optimizer:` of a YAML file, as meant
     "ignore:Found .* module.s. in eval mode at the start of training:UserWarning",  # LoRA holds normalization there

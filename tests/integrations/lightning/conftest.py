@@ -5,7 +5,6 @@ import pytest
 LIGHTNING_WARNINGS = [
     "ignore:.*does not have many workers:UserWarning",  # loaders of tests run in the main process on purpose
     "ignore:The number of training batches:UserWarning",  # shorter than the logging interval, on purpose
-    "ignore:.*isinstance\\(treespec, LeafSpec\\):FutureWarning",  # lightning 2.6.6 calls an old name of torch 2.13
     "ignore:Checkpoint directory .* exists and is not empty:UserWarning",  # runs of one test share a folder
     "ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning",
     "ignore:.*`training_step` returned `None`:UserWarning",
