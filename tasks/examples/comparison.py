@@ -14,11 +14,12 @@ from importlib.resources import files
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 from rich.table import Table
 
 from lora_plugins.integrations.lightning import LoraCLI
+from lora_plugins.plan import parameter_counts
 from lora_plugins.tasks.training import VisionTask
 
 QUIET = (
@@ -75,31 +76,21 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-class CountTrained(Callback):
-    """Counts the trained parameters when training starts."""
-
-    def __init__(self) -> None:
-        self.trained = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts."""
-        self.trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-
-
 def run(configuration: str, method: Method, *more: str) -> Outcome:
     """Trains `cls` or `seg`, the shipped YAML file of that name, once, with further arguments of the command line."""
     path = str(files("lora_plugins.tasks") / f"{configuration}.yaml")
     rate = f"--model.init_args.lr={method.rates[configuration]}"
     cli = LoraCLI(args=["--config", path, *QUIET, *method.arguments, rate, *more], run=False)
-    task, count = cli.model, CountTrained()
+    task, trained = cli.model, list[int]()
     total = sum(p.numel() for p in task.parameters())
     method.prepare(task)
+    count = LambdaCallback(on_train_start=lambda _, module: trained.append(parameter_counts(module)[0]))
     cast(Any, cli.trainer).callbacks.append(count)  # an attribute that its types lack
     start = time.perf_counter()
     cli.trainer.fit(task, datamodule=cli.datamodule)
     seconds = time.perf_counter() - start
     value = float(cli.trainer.callback_metrics[f"val/{task.main_metric}"])
-    return Outcome(task.main_metric, value, count.trained, total, seconds)
+    return Outcome(task.main_metric, value, trained[0], total, seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
