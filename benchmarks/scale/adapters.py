@@ -6,10 +6,10 @@ from statistics import median
 import torch
 from torch import nn
 
-from benchmarks.speed.cases import Case, vit
+from benchmarks.speed.cases import vit
 from benchmarks.speed.measure import elapsed
-from benchmarks.speed.variants import installed
-from lora_plugins import LoraConfig, LoraModel
+from benchmarks.speed.variants import ours_of_many, peft_of_many
+from lora_plugins import LoraModel
 
 COUNT, ROWS = 100, 32
 Row = tuple[str, str, str]
@@ -19,29 +19,9 @@ def rows(rounds: int) -> list[Row]:
     """Returns what was measured, ours and PEFT's."""
     case = vit(batch=ROWS, r=8)
     x = case.batch()[0].detach()
-    ours, peft = _ours(case), _peft(case) if "peft" in installed() else None
+    names = [f"a{at}" for at in range(COUNT)]
+    ours, peft = ours_of_many(case, names), peft_of_many(case, names)
     return [*_memory_and_switching(ours, peft, rounds), *_mixed(ours, peft, x, rounds)]
-
-
-def _ours(case: Case) -> LoraModel:
-    model = case.model().eval().requires_grad_(False)
-    config = LoraConfig(r=case.r, target_modules=case.target_names(model), init="none")
-    lora = LoraModel(model, config, "a0")
-    for at in range(1, COUNT):
-        lora.add_adapter(f"a{at}", config)
-    return lora
-
-
-def _peft(case: Case) -> nn.Module:
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    model = case.model().eval()
-    config = PeftConfig(r=case.r, target_modules=case.target_names(model), init_lora_weights=False)
-    made: nn.Module = get_peft_model(model, config, adapter_name="a0")
-    for at in range(1, COUNT):
-        made.add_adapter(f"a{at}", config)
-    return made.eval()
 
 
 def _memory_and_switching(ours: LoraModel, peft: nn.Module | None, rounds: int) -> list[Row]:

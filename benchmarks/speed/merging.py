@@ -68,18 +68,9 @@ def _copying(case: Case, _: str) -> Callable[[], object]:
     return lambda: [weight.clone() for weight in weights]
 
 
-def _merging(case: Case, method: str) -> Callable[[], object]:
-    merge: Callable[[], object] = getattr(LoraModel(ours(case, 0.0)), method)
-    return merge
-
-
-def _merging_of_peft(case: Case, method: str) -> Callable[[], object]:
-    merge: Callable[[], object] = getattr(peft(case, 0.0), method)
-    return merge
-
-
 _ACTIONS: dict[str, Callable[[Case, str], Callable[[], object]]] = {
     "copy": _copying,
-    "ours": _merging,
-    "peft": _merging_of_peft,
+    "ours": lambda case, method: getattr(LoraModel(ours(case, 0.0)), method),
+    "peft": lambda case, method: getattr(peft(case, 0.0), method),
 }
+"""What is done to a case by a method of the handle to its adapter, by the name in the table."""

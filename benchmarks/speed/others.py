@@ -2,8 +2,10 @@
 
 import copy
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from torch import nn
 from benchmarks.speed import merging
 from benchmarks.speed.cases import Case, vit
 from benchmarks.speed.measure import elapsed
-from benchmarks.speed.variants import installed, ours, peft
+from benchmarks.speed.variants import installed, ours, ours_of_many, peft, peft_of_many
 from lora_plugins import LoraConfig, LoraModel
 
 Row = tuple[str, str, str]
@@ -62,24 +64,17 @@ def _inference(rounds: int, device: torch.device) -> list[Row]:
 def _mixed_batch(rounds: int, device: torch.device) -> list[Row]:
     case = vit()
     names = ["first", "b", "c", "d"] * 2
-    base = case.model().requires_grad_(False)
-    mixed = LoraModel(case.model(), LoraConfig(r=16, target_modules=case.target_names(base), init="none"), "first")
-    for name in "bcd":
-        mixed.add_adapter(name, LoraConfig(r=16, target_modules=case.target_names(base), init="none"))
-    models: dict[str, nn.Module] = {"floor": base, "ours": mixed.model}
-    keywords: dict[str, object] = {}
-    if "peft" in installed():
-        from peft import LoraConfig as PeftConfig
-        from peft import get_peft_model
-
-        config = PeftConfig(r=16, target_modules=case.target_names(base), init_lora_weights=False)
-        models["peft"] = get_peft_model(case.model(), config, adapter_name="first")
-        for name in "bcd":
-            models["peft"].add_adapter(name, config)
-        keywords["adapter_names"] = names
-    mixed.model.eval()
+    mixed, of_peft = ours_of_many(case, names[:4]), peft_of_many(case, names[:4])
+    models = {"floor": case.model().requires_grad_(False), "ours": mixed.model}
+    if of_peft is not None:
+        models["peft"] = of_peft
     with mixed.mixed_batch(names):
-        return [("mixed batch of 4 adapters (ratio to the base)", *_compare(case, models, rounds, device, keywords))]
+        return [
+            (
+                "mixed batch of 4 adapters (ratio to the base)",
+                *_compare(case, models, rounds, device, {"adapter_names": names}),
+            )
+        ]
 
 
 def _compare(
@@ -87,7 +82,7 @@ def _compare(
     models: dict[str, nn.Module],
     rounds: int,
     device: torch.device,
-    of_peft: dict[str, object] | None = None,
+    of_peft: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[str, str]:
     batch = [x.detach().to(device) for x in case.batch()]
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -96,7 +91,7 @@ def _compare(
     with torch.no_grad():
         for _ in range(rounds + 1):
             for name, model in models.items():
-                options = of_peft or {} if name == "peft" else {}
+                options = of_peft if name == "peft" else {}
                 times[name].append(elapsed(lambda m=model, o=options: m(*batch, **o)))
     ratios = {
         name: median(a / b for a, b in zip(values[1:], times["floor"][1:], strict=True))

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -44,6 +44,31 @@ def peft(case: Case, dropout: float, **fields: object) -> nn.Module:
     names = case.target_names(model)
     config = PeftConfig(r=case.r, lora_alpha=case.r, lora_dropout=dropout, target_modules=names, **fields)
     return shaken(get_peft_model(model, config).train())
+
+
+def ours_of_many(case: Case, adapters: Sequence[str]) -> LoraModel:
+    """This project, with random adapters of these names, for inference."""
+    model = case.model().eval().requires_grad_(False)
+    config = LoraConfig(r=case.r, target_modules=case.target_names(model), init="none")
+    lora = LoraModel(model, config, adapters[0])
+    for name in adapters[1:]:
+        lora.add_adapter(name, config)
+    return lora
+
+
+def peft_of_many(case: Case, adapters: Sequence[str]) -> nn.Module | None:
+    """The same by PEFT; None where it is not installed."""
+    if "peft" not in installed():
+        return None
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    model = case.model().eval()
+    config = PeftConfig(r=case.r, target_modules=case.target_names(model), init_lora_weights=False)
+    adapted: nn.Module = get_peft_model(model, config, adapter_name=adapters[0])
+    for name in adapters[1:]:
+        adapted.add_adapter(name, config)
+    return adapted.eval()
 
 
 def dora(case: Case, dropout: float) -> nn.Module:
