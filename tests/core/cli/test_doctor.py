@@ -33,20 +33,13 @@ def fresh_registry():
 
 
 @pytest.fixture
-def distribution(tmp_path, monkeypatch):
-    """Puts a distribution with one plugin on the path of this test."""
+def plugin_of(distribution):
+    """Puts a distribution with one plugin, or one of another group, on the path of this test."""
 
     def make(name, text, group="lora_plugins"):
-        (tmp_path / f"plugin_of_{name}.py").write_text(text)
-        info = tmp_path / f"{name}-1.5.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n")
-        (info / "entry_points.txt").write_text(f"[{group}]\nof_{name} = plugin_of_{name}\n")
-        monkeypatch.syspath_prepend(tmp_path)
+        distribution(name, f"[{group}]\nof_{name} = plugin_of_{name}\n", **{f"plugin_of_{name}": text})
 
-    yield make
-    for name in [name for name in sys.modules if name.startswith("plugin_of_")]:
-        del sys.modules[name]
+    return make
 
 
 def doctor(capsys):
@@ -103,13 +96,13 @@ class TestDoctor:
         assert f"[problem] {DISABLE_VARIABLE} names 'fused_conf', which is not a kernel." in done.stdout
         assert f"Correct {DISABLE_VARIABLE}" in done.stdout
 
-    def test_a_healthy_plugin_is_no_problem(self, capsys, distribution):
-        distribution("good", WORKING.format(name="mine", override=False))
+    def test_a_healthy_plugin_is_no_problem(self, capsys, plugin_of):
+        plugin_of("good", WORKING.format(name="mine", override=False))
         _, out = doctor(capsys)
         assert "[ok] plugin 'of_good' of good 1.5: provides mine" in out
 
-    def test_a_broken_plugin_is_a_problem_with_a_way_out(self, capsys, distribution):
-        distribution("bad", BROKEN)
+    def test_a_broken_plugin_is_a_problem_with_a_way_out(self, capsys, plugin_of):
+        plugin_of("bad", BROKEN)
         code, out = doctor(capsys)
         assert code == 1
         assert "[problem] plugin 'of_bad' of bad 1.5 failed: ModuleNotFoundError" in out
@@ -124,35 +117,35 @@ class TestDoctor:
             ("lora_plugins.command", "lora_plugins.commands"),
         ],
     )
-    def test_a_group_that_is_called_nearly_as_ours_is_noted(self, capsys, distribution, group, meant):
-        distribution("lost", WORKING.format(name="mine", override=False), group)
+    def test_a_group_that_is_called_nearly_as_ours_is_noted(self, capsys, plugin_of, group, meant):
+        plugin_of("lost", WORKING.format(name="mine", override=False), group)
         _, out = doctor(capsys)
         assert f"[note] the entry point 'of_lost' of lost is in the group {group!r}, which is not ours" in out
         assert f"-> If it is a plugin, call the group {meant!r} and install it again." in out
 
     @pytest.mark.parametrize("group", ["lora", "pytest11", "other_plugins"])
-    def test_groups_of_others_are_not_noted(self, capsys, distribution, group):
-        distribution("other", "", group)
+    def test_groups_of_others_are_not_noted(self, capsys, plugin_of, group):
+        plugin_of("other", "", group)
         _, out = doctor(capsys)
         assert "of_other" not in out
 
     @pytest.mark.parametrize("text", ["", "def x(:"], ids=["no hook", "no Python"])
-    def test_where_it_broke_is_said_only_if_that_is_a_line_of_it(self, capsys, distribution, text):
-        distribution("bad", text)
+    def test_where_it_broke_is_said_only_if_that_is_a_line_of_it(self, capsys, plugin_of, text):
+        plugin_of("bad", text)
         _, out = doctor(capsys)
         (line,) = [line for line in out.splitlines() if "'of_bad' of bad 1.5 failed" in line]
         assert not any(of_others in line for of_others in ("manager.py", "<frozen"))
 
-    def test_the_way_out_works_and_is_noted(self, capsys, distribution, monkeypatch):
-        distribution("bad", BROKEN)
+    def test_the_way_out_works_and_is_noted(self, capsys, plugin_of, monkeypatch):
+        plugin_of("bad", BROKEN)
         monkeypatch.setenv("LORA_PLUGINS_BLOCK", "of_bad,of_bat")
         _, out = doctor(capsys)
         assert "[note] plugin 'of_bad' of bad 1.5: blocked by LORA_PLUGINS_BLOCK" in out
         assert "LORA_PLUGINS_BLOCK names 'of_bat', which is not installed" in out
         assert "Did you mean 'of_bad'" in out
 
-    def test_a_clash_is_a_problem_that_names_both(self, capsys, distribution):
-        distribution("rival", WORKING.format(name="kaiming", override=False))
+    def test_a_clash_is_a_problem_that_names_both(self, capsys, plugin_of):
+        plugin_of("rival", WORKING.format(name="kaiming", override=False))
         code, out = doctor(capsys)
         assert code == 1
         assert "[problem] Two plugins own the init 'kaiming'" in out
@@ -172,9 +165,9 @@ class TestDoctor:
         assert f"-> Repair that file, or correct {LOAD_VARIABLE}, which names it; until then nothing" in out
         assert "said above" not in out
 
-    def test_plugins_lists_all_and_every_clash(self, capsys, distribution):
-        distribution("rival", WORKING.format(name="kaiming", override=False))
-        distribution("other", WORKING.format(name="gaussian", override=False))
+    def test_plugins_lists_all_and_every_clash(self, capsys, plugin_of):
+        plugin_of("rival", WORKING.format(name="kaiming", override=False))
+        plugin_of("other", WORKING.format(name="gaussian", override=False))
         assert main(["plugins"]) == 1
         out, error = capsys.readouterr()
         assert "of_rival" in out
@@ -182,8 +175,8 @@ class TestDoctor:
         assert "init 'kaiming'" in error
         assert "init 'gaussian'" in error
 
-    def test_a_replacement_is_noted(self, capsys, distribution):
-        distribution("better", WORKING.format(name="kaiming", override=True))
+    def test_a_replacement_is_noted(self, capsys, plugin_of):
+        plugin_of("better", WORKING.format(name="kaiming", override=True))
         _, out = doctor(capsys)
         assert "replaces init 'kaiming' of 'inits' of lora-plugins" in out
         assert "its init 'kaiming' is replaced by 'of_better' of better 1.5" in out
@@ -232,9 +225,9 @@ class TestDoctor:
 
 
 class TestPlugins:
-    def test_each_has_distribution_version_provisions_and_state(self, capsys, distribution):
-        distribution("good", WORKING.format(name="mine", override=False))
-        distribution("bad", BROKEN)
+    def test_each_has_distribution_version_provisions_and_state(self, capsys, plugin_of):
+        plugin_of("good", WORKING.format(name="mine", override=False))
+        plugin_of("bad", BROKEN)
         assert main(["plugins"]) == 0
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[2:] if line[:1].strip()}
         assert lines["of_good"].split() == ["of_good", "good", "1.5", "init", "mine", "loaded"]

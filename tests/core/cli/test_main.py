@@ -92,24 +92,6 @@ class TestOtherCommands:
         assert ("lightning-sdk" in capsys.readouterr().err) == (program == "lightning")
 
 
-@pytest.fixture
-def distribution(tmp_path, monkeypatch):
-    """Puts a distribution with a module and entry points on the path of this test."""
-
-    def make(name, points, **modules):
-        for module, text in modules.items():
-            (tmp_path / f"{module}.py").write_text(text)
-        info = tmp_path / f"{name}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(points)
-        monkeypatch.syspath_prepend(tmp_path)
-
-    yield make
-    for name in [name for name in sys.modules if name.startswith("commands_of_")]:
-        del sys.modules[name]
-
-
 FOREIGN = """
 def main():
     import sys
@@ -228,7 +210,7 @@ class TestCommandsOfOthers:
     )
     def test_a_table_that_fails_stops_no_other_command(self, distribution, capsys, text, reason):
         distribution("rude", "[lora_plugins.commands]\nrude = commands_of_rude:COMMANDS\n", commands_of_rude=text)
-        said = f"warning: The commands 'rude' of rude 1.0 cannot be loaded: {reason}\n"
+        said = f"warning: The commands 'rude' of rude 1.5 cannot be loaded: {reason}\n"
         assert main(["plugins"]) == 0
         assert capsys.readouterr().err == ""
         assert main([]) == 0
@@ -246,7 +228,7 @@ class TestCommandsOfOthers:
         assert out == OVERVIEW
         owners = {"fit": f"lora-plugins {metadata.version('lora-plugins')}", "doctor": "lora-plugins"}
         assert err == "".join(
-            f"warning: The command {name!r} of greedy 1.0 is left out: {owner} has one of that name.\n"
+            f"warning: The command {name!r} of greedy 1.5 is left out: {owner} has one of that name.\n"
             for name, owner in owners.items()
         )
 
