@@ -10,8 +10,7 @@ import io
 import json
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from lora_plugins.tasks.data import INTERPOLATIONS, Size
 from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.inference.loading import load_task, merged_task
-from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask, eval_mode
+from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask, evaluated_on
 from lora_plugins.utils import replace_file
 from lora_plugins.writable import check_writable_file
 
@@ -91,19 +90,8 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
     path = _checked(path)
     if path.exists() and path.resolve() == Path(task.model_config.weights).resolve():
         raise ConfigError(f"The file is {path}, which the task is read from: it would be replaced. Name a new file.")
-    with _on_the_cpu(task), eval_mode(task):
+    with evaluated_on("cpu", task):  # a program keeps the device that it is made on
         return _write_weights(task, path) if path.suffix == SAFETENSORS else _write_program(task, path, size)
-
-
-@contextmanager
-def _on_the_cpu(task: VisionTask) -> Iterator[None]:
-    """Holds a task on the CPU inside a `with` block: a program keeps the device that it is made on."""
-    home = task.device
-    task.cpu()
-    try:
-        yield
-    finally:
-        task.to(home)
 
 
 def _write_program(task: VisionTask, path: Path, size: Size | None) -> float:

@@ -22,7 +22,7 @@ from lora_plugins.tasks.reporting.class_results import count_confusion, mean_iou
 from lora_plugins.tasks.reporting.figures import as_pixels
 from lora_plugins.tasks.reporting.val_loaders import samples_of, val_precision
 from lora_plugins.tasks.segmentation import IGNORED, Mask, class_colors, colorize, palette_image
-from lora_plugins.tasks.training import VisionTask, eval_mode
+from lora_plugins.tasks.training import VisionTask, evaluated_on
 
 MOST, PER_CLASS = 48, 2
 """A page has at most so many examples; within that, each class is in so many."""
@@ -54,13 +54,8 @@ class Judged:
 @contextmanager
 def on_device_of(trainer: Trainer, task: VisionTask) -> Iterator[None]:
     """Puts the task into eval mode and on the device that it left when the fit ended."""
-    home = task.device
-    task.to(trainer.strategy.root_device)
-    try:
-        with eval_mode(task), torch.inference_mode():
-            yield
-    finally:
-        task.to(home)
+    with evaluated_on(trainer.strategy.root_device, task), torch.inference_mode():
+        yield
 
 
 def judge(task: VisionTask, loader: DataLoader[Any]) -> Judged:

@@ -5,7 +5,7 @@ From that provenance, `inference` loads a task again.
 
 from lora_plugins.tasks.training.base_task import BaseTask, task_of_checkpoint
 from lora_plugins.tasks.training.losses import CROSS_ENTROPY, SMP_LOSSES, Objective, balanced_weights
-from lora_plugins.tasks.training.modes import eval_mode
+from lora_plugins.tasks.training.modes import eval_mode, evaluated_on
 from lora_plugins.tasks.training.optimization import OptimizerCallable, SchedulerCallable, warmup_cosine
 from lora_plugins.tasks.training.provenance import METADATA_KEY, PROVENANCE_KEY, Provenance
 from lora_plugins.tasks.training.refused_sizes import is_of_sizes
@@ -26,6 +26,7 @@ __all__ = [
     "VisionTask",
     "balanced_weights",
     "eval_mode",
+    "evaluated_on",
     "is_of_sizes",
     "next_steps",
     "task_of_checkpoint",

@@ -1,8 +1,10 @@
-"""Modules in eval mode inside a `with` block."""
+"""Modules in eval mode, and tasks on another device, inside a `with` block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 
@@ -16,3 +18,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in training.items():
             part.training = mode
+
+
+@contextmanager
+def evaluated_on(device: torch.device | str, task: LightningModule) -> Iterator[None]:
+    """Holds a task on a device and in eval mode inside a `with` block."""
+    home = task.device
+    task.to(device)
+    try:
+        with eval_mode(task):
+            yield
+    finally:
+        task.to(home)
