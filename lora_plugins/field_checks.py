@@ -59,69 +59,56 @@ def finite(what: str, value: Any) -> float:
     return number
 
 
-def check_rank(name: str, value: Any) -> None:
-    """A rank."""
-    if not is_whole(value) or not 1 <= value <= MAX_RANK:
-        raise ConfigError(f"{name} is a rank, a whole number from 1 to {MAX_RANK}, not {shown(value)}.")
+def _fitting(fits: Callable[[Any], bool], what: str) -> Check:
+    """What fits; `what` says for the message what that is."""
 
+    def check_fitting(name: str, value: Any) -> None:
+        if not fits(value):
+            raise ConfigError(f"{name} is {what}, not {shown(value)}.")
 
-def check_alpha(name: str, value: Any) -> None:
-    """A numerator of a scaling."""
-    if not _is_number(value) or not 0 < value <= _MAX_ALPHA:
-        raise ConfigError(f"{name} is a positive, finite number, not {shown(value)}.")
-
-
-def check_dropout(name: str, value: Any) -> None:
-    """A probability that leaves something."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ConfigError(f"{name} is a probability from 0 up to, not including, 1, not {shown(value)}.")
-
-
-def check_factor(name: str, value: Any) -> None:
-    """What a learning rate is multiplied by."""
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} is a positive, finite number, not {shown(value)}.")
-
-
-def check_share(name: str, value: Any) -> None:
-    """A share of something that may be lost; infinite for all of it."""
-    if not _is_number(value) or not value >= 0:
-        raise ConfigError(f"{name} is a share, a number of at least 0, not {shown(value)}.")
+    return check_fitting
 
 
 def number_from(least: float, below: float = math.inf) -> Check:
     """A finite number, at least one and below another."""
-
-    def check_number(name: str, value: Any) -> None:
-        if not _is_number(value) or not math.isfinite(value) or not least <= value < below:
-            upper = "" if below == math.inf else f", below {below:g}"
-            raise ConfigError(f"{name} is a finite number{_from(least)}{upper}, not {shown(value)}.")
-
-    return check_number
+    upper = "" if below == math.inf else f", below {below:g}"
+    return _fitting(
+        lambda value: _is_number(value) and math.isfinite(value) and least <= value < below,
+        f"a finite number{_from(least)}{upper}",
+    )
 
 
 def whole_from(least: float) -> Check:
     """A whole number, at least one."""
-
-    def check_whole_number(name: str, value: Any) -> None:
-        if not is_whole(value) or value < least:
-            raise ConfigError(f"{name} is a whole number{_from(least)}, not {shown(value)}.")
-
-    return check_whole_number
+    return _fitting(lambda value: is_whole(value) and value >= least, f"a whole number{_from(least)}")
 
 
 def _from(least: float) -> str:
     return "" if least == -math.inf else f" of at least {least:g}"
 
 
+check_rank = _fitting(
+    lambda value: is_whole(value) and 1 <= value <= MAX_RANK, f"a rank, a whole number from 1 to {MAX_RANK}"
+)
+
+check_alpha = _fitting(lambda value: _is_number(value) and 0 < value <= _MAX_ALPHA, "a positive, finite number")
+"""A numerator of a scaling."""
+
+check_dropout = _fitting(
+    lambda value: _is_number(value) and 0 <= value < 1, "a probability from 0 up to, not including, 1"
+)
+"""A probability that leaves something."""
+
+check_factor = _fitting(lambda value: _is_number(value) and 0 < value < math.inf, "a positive, finite number")
+"""What a learning rate is multiplied by."""
+
+check_share = _fitting(lambda value: _is_number(value) and value >= 0, "a share, a number of at least 0")
+"""A share of something that may be lost; infinite for all of it."""
+
 check_whole = whole_from(-math.inf)
 check_count = whole_from(1)
 
-
-def check_flag(name: str, value: Any) -> None:
-    """True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} is True or False, not {shown(value)}.")
+check_flag = _fitting(lambda value: isinstance(value, bool), "True or False")
 
 
 def check_name(name: str, value: Any) -> None:
@@ -138,10 +125,12 @@ def check_names(name: str, value: Any) -> None:
         check_name(name, entry)
 
 
-def check_some(name: str, value: Any) -> None:
-    """A collection of any kind, but no text, and no mapping, whose values would be passed over."""
-    if not _is_collection(value):
-        raise ConfigError(f"{name} is a list, not {shown(value)}.")
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+
+
+check_some = _fitting(_is_collection, "a list")
+"""A collection of any kind, but no text, and no mapping, whose values would be passed over."""
 
 
 def check_ordered(name: str, value: Any) -> None:
@@ -149,10 +138,6 @@ def check_ordered(name: str, value: Any) -> None:
     check_some(name, value)
     if isinstance(value, set | frozenset):
         raise ConfigError(f"{name} is a set, which has no order. Give a list.")
-
-
-def _is_collection(value: Any) -> bool:
-    return isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
 
 
 def _lists(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -169,10 +154,10 @@ def check_chosen(name: str, value: Any) -> None:
             check_name(name, entry)
 
 
-def check_paths(name: str, value: Any) -> None:
-    """Paths; those of an iterator, such as that of `Path.glob`, are not looked at, since it can be read only once."""
-    if not _lists(value, lambda entry: isinstance(entry, str | os.PathLike)):
-        raise ConfigError(f"{name} is a list of paths, not {shown(value)}.")
+check_paths = _fitting(
+    lambda value: _lists(value, lambda entry: isinstance(entry, str | os.PathLike)), "a list of paths"
+)
+"""Paths; those of an iterator, such as that of `Path.glob`, are not looked at, since it can be read only once."""
 
 
 def check_plugins(name: str, value: Any) -> None:
@@ -188,10 +173,10 @@ def _is_named(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str)
 
 
-def check_registry(name: str, value: Any) -> None:
-    """What plugins provide."""
-    if not callable(getattr(value, "layer_for", None)):
-        raise ConfigError(f"{name} is what build_registry([('mine', MyPlugins())]) returns, not {shown(value)}.")
+check_registry = _fitting(
+    lambda value: callable(getattr(value, "layer_for", None)),
+    "what build_registry([('mine', MyPlugins())]) returns",
+)
 
 
 def check_parts(name: str, value: Any) -> None:
