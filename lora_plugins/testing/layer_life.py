@@ -3,7 +3,7 @@
 import copy
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,16 @@ from lora_plugins.testing.required import (
 )
 
 
-def _moved_by_a_call(untouched: Any, inputs: Any) -> set[str]:
-    """Calls a layer, which may count calls or follow statistics, and returns the keys of what that changed."""
-    before = copied(untouched.state_dict())
+def _require_restored(
+    what: str, got: Mapping[str, Tensor], before: Mapping[str, Tensor], untouched: nn.Module, inputs: Sequence[Any]
+) -> None:
+    """Requires the bits of before, but for what a call of the untouched model changes: counts, or statistics."""
+    first = copied(untouched.state_dict())
     call(untouched, inputs)
-    after = copied(untouched.state_dict())
-    return {key for key, tensors in before.items() if not all(map(torch.equal, tensors, after[key]))}
-
-
-def _without(state: Mapping[str, Tensor], keys: set[str]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if key not in keys}
+    then = copied(untouched.state_dict())
+    moved = {key for key, tensors in first.items() if not all(map(torch.equal, tensors, then[key]))}
+    kept, expected = ({key: state[key] for key in state if key not in moved} for state in (got, before))
+    require_same_state(what, kept, expected)
 
 
 def _merge(case: LayerCase) -> None:
@@ -59,9 +59,8 @@ def _merge(case: LayerCase) -> None:
     lora.merge_adapter()
     require_all_close("the merged output", call(model, inputs), adapted)
     lora.unmerge_adapter()
-    moved = _moved_by_a_call(case.model().eval(), inputs)
-    kept = _without(original, moved)
-    require_same_state("the unmerged model", {key: model.state_dict()[key] for key in kept}, kept)
+    base = {key: value for key, value in model.state_dict().items() if key in original}
+    _require_restored("the unmerged model", base, original, case.model().eval(), inputs)
     require_all_close("the output after unmerging", call(model, inputs), again, 0)
     plain = lora.merge_and_unload()
     require(type(plain.layer) is type(case.model().layer), f"merged for good, the layer is a {type(plain.layer)}")
@@ -79,12 +78,10 @@ def _unload(case: LayerCase) -> None:
     lora.unload()
     require(type(model.layer) is base, f"the layer is a {type(model.layer)}")
     untouched = case.model().train()
-    counted = _moved_by_a_call(untouched, inputs)
+    _require_restored("the unloaded model", model.state_dict(), original, untouched, inputs)
     attributes = vars(model.layer).keys()
     different = sorted((before - attributes) | (attributes - vars(untouched.layer).keys()))
     require(not different, f"the layer's attributes differ in {different}")
-    got = _without(model.state_dict(), counted)
-    require_same_state("the unloaded model", got, _without(original, counted))
 
 
 def _backward(output: Any) -> None:
@@ -118,8 +115,7 @@ def _aliases(case: LayerCase) -> None:
     lora.merge_adapter()
     require_all_close("its merged output", call(model, both), expected)
     lora.unload()
-    moved = _moved_by_a_call(_Twice(case.model()).eval(), both)
-    require_same_state("the unloaded model", _without(model.state_dict(), moved), _without(before, moved))
+    _require_restored("the unloaded model", model.state_dict(), before, _Twice(case.model()).eval(), both)
 
 
 def _keys(case: LayerCase) -> None:
