@@ -298,10 +298,19 @@ def require_lawful(
     inputs: Sequence[Any],
     tolerance: float = TIGHT,
     run: Callable[..., Any] = call,
+    weights: Mapping[str, float] | None = None,
 ) -> None:
-    """Raises a `MismatchError` unless an adapted layer computes what the law says."""
-    reference = lawful(case, model)  # before a call that moves what the layer itself counts or follows
+    """Raises a `MismatchError` unless an adapted layer computes what the law says; `weights` are as in `lawful`."""
+    reference = lawful(case, model, weights)  # before a call that moves what the layer itself counts or follows
     require_all_close(what, run(model, inputs), call(reference, inputs), tolerance)
+
+
+def require_sum(case: LayerCase, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Raises a `MismatchError` unless the updates of two adapters, with these fields, add up."""
+    model = case.model()
+    add_second(case.adapt(model, **first), **second)
+    inputs, both = case.arguments(model.layer), {"default": 1.0, "second": 1.0}
+    require_lawful(f"the output with {first} and {second}", case, moved(model), inputs, weights=both)
 
 
 class _WithDenseGradient(torch.autograd.Function):

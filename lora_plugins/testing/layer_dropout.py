@@ -26,6 +26,7 @@ from lora_plugins.testing.layer_case import (
     moved,
     named_leaves,
     require_lawful,
+    require_sum,
 )
 from lora_plugins.testing.layer_law import compare_gradients
 from lora_plugins.testing.required import (
@@ -114,9 +115,8 @@ def _drops_of_its_own(case: LayerCase, first: float, second: float) -> None:
         for name, parameter in named_leaves(model.layer).items():
             if name.endswith(f".{drops}"):
                 parameter.zero_()
-    inputs, reference = case.arguments(model.layer), lawful(case, model, {other: 1.0})
     what = "the output without dropout, beside an update of zero with dropout=0.5"
-    require_all_close(what, call(model, inputs), call(reference, inputs))
+    require_lawful(what, case, model, case.arguments(model.layer), weights={other: 1.0})
 
 
 def _is_refused(case: LayerCase, **fields: Any) -> None:
@@ -307,16 +307,7 @@ def _variant(case: LayerCase) -> None:
     elif not _draws_itself(case):
         _drops_the_input(case, variant=VARIANT)
     for first, second in ((VARIANT, PLAIN), (PLAIN, VARIANT)):
-        _beside_another(case, first, second)
-
-
-def _beside_another(case: LayerCase, first: str, second: str) -> None:
-    """Requires that a variant's update and a plain one add up, whichever comes first."""
-    model = case.model()
-    lora = case.adapt(model, variant=first)
-    add_second(lora, variant=second)
-    inputs, reference = case.arguments(model.layer), lawful(case, moved(model), {"default": 1.0, "second": 1.0})
-    require_all_close(f"the output with {first} and {second}", call(model, inputs), call(reference, inputs))
+        require_sum(case, {"variant": first}, {"variant": second})
 
 
 def _function(case: LayerCase) -> None:

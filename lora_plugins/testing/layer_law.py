@@ -16,12 +16,13 @@ from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
-    add_second,
     call,
     config_like,
     is_values,
     lawful,
     named_leaves,
+    require_lawful,
+    require_sum,
     updated,
 )
 from lora_plugins.testing.required import (
@@ -239,25 +240,14 @@ def _several(case: LayerCase) -> None:
     every = {"default": 1.0, "second": 1.0, "third": 1.0}
     lora.set_adapter(list(every))
     inputs = case.arguments(model.layer)
-    reference = lawful(case, model, every)
-    require_all_close("the output with three adapters", call(model, inputs), call(reference, inputs))
+    require_lawful("the output with three adapters", case, model, inputs, weights=every)
     compare_gradients(case, model.train(), lawful(case, model, every))
     lora.add_weighted_adapter(["default", "second"], [0.5, 2.0], "combined")
-    reference = lawful(case, model, {"default": 0.5, "second": 2.0})
     lora.set_adapter("combined")
-    require_all_close("the output of a weighted combination", call(model, inputs), call(reference, inputs))
-    _several_parts(case)
-
-
-def _several_parts(case: LayerCase) -> None:
-    """Requires that adapters of other parts of a layer add up too."""
-    parts = case.selections()[1:]
-    for first, second in combinations(parts, 2):
-        model = case.model()
-        lora = case.adapt(model, fused_parts=first)
-        add_second(lora, fused_parts=second)
-        inputs, reference = case.arguments(model.layer), lawful(case, model, {"default": 1.0, "second": 1.0})
-        require_all_close(f"the output with {first} and {second}", call(model, inputs), call(reference, inputs))
+    weights = {"default": 0.5, "second": 2.0}
+    require_lawful("the output of a weighted combination", case, model, inputs, weights=weights)
+    for first, second in combinations(case.selections()[1:], 2):
+        require_sum(case, {"fused_parts": first}, {"fused_parts": second})
 
 
 LAW_CHECKS: tuple[Check[LayerCase], ...] = (
