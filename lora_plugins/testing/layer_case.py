@@ -21,15 +21,6 @@ VARIANT = "dora"
 """The variant that layer types are checked with: its update is no product of two factors."""
 
 
-_CASTS: Mapping[torch.dtype, Callable[[nn.Module], nn.Module]] = {
-    torch.float64: nn.Module.double,
-    torch.float32: nn.Module.float,
-    torch.bfloat16: nn.Module.bfloat16,
-    torch.float16: nn.Module.half,
-}
-"""What casts the floating tensors of a module."""
-
-
 class Holder(nn.Module):
     """A model of one layer, whose name there is `layer`. It takes the leaves of the layer's inputs, one after another.
 
@@ -89,8 +80,9 @@ class LayerCase:
             layer = self.build(**self.options)
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        model = Holder(layer, self.form(layer)).to(self.device)
-        _CASTS[dtype](model)  # and not to(dtype), which would take the imaginary part of complex ones
+        model = Holder(layer, self.form(layer))
+        # Not to(dtype), which would take the imaginary part of complex ones.
+        model._apply(lambda tensor: _placed(tensor, dtype, self.device))  # type: ignore[no-untyped-call]
         return model
 
     def form(self, layer: nn.Module) -> tuple[Any, Any] | None:
@@ -176,7 +168,7 @@ def _filled(form: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _placed(x: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Moves an input to a device and, if it is floating, to a type."""
+    """Moves a tensor to a device and, if it is floating, to a type; other inputs stay as they are."""
     return x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
 
 
