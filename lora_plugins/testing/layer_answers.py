@@ -12,7 +12,7 @@ from lora_plugins.inplace import detached_weight
 from lora_plugins.plugins import LayerPlugin, Slot
 from lora_plugins.testing.check import Check
 from lora_plugins.testing.layer_case import Holder, LayerCase, batched, call, is_values, mapped, runs
-from lora_plugins.testing.required import real_tensors_of, require, require_close, uneven_sum
+from lora_plugins.testing.required import real_tensors_of, refuse, require, require_close, uneven_sum
 
 _OUTPUTS = 12
 """How many elements of the output are looked at."""
@@ -163,8 +163,12 @@ def _meets_others(case: LayerCase, slot: Slot, biases: Collection[str]) -> bool:
     """Whether the gradient of the weight depends on other parameters of the layer, as where two weights are a chain."""
     parameters = case.model().layer._parameters.items()
     floating = {name for name, each in parameters if each is not None and each.is_floating_point()}
-    others = floating - {slot.tensor, *biases}
-    first, second = (_gradient_of(case, slot.tensor, 0, factor, others) for factor in (1, 2))
+    return _depends_on(case, slot.tensor, floating - {slot.tensor, *biases})
+
+
+def _depends_on(case: LayerCase, name: str, others: Collection[str]) -> bool:
+    """Whether the gradient of a parameter is another one where other parameters are twice as large."""
+    first, second = (_gradient_of(case, name, 0, factor, others) for factor in (1, 2))
     return first is not None and second is not None and not torch.allclose(first.to_dense(), second.to_dense())
 
 
@@ -189,8 +193,10 @@ def _biases(case: LayerCase) -> None:
     added = [name for name in _vectors(layer) if name not in weights and _is_added(case, name, weights)]
     left_out = [name for name in added if name not in names]
     require(not left_out, f"{left_out} is added to the output whatever the input is, and biases() names {names}")
-    factors = [name for name in names if name in _vectors(layer) and _is_a_factor(case, name, weights)]
-    require(not factors, f"biases() names {factors}, by which the output is multiplied")
+    # Where the output is linear in the weights, a parameter whose gradient depends on them is a factor.
+    factors = [name for name in names if name in _vectors(layer) and _depends_on(case, name, weights)]
+    if factors and all(_is_linear_in(case, slot) for slot in case.slots()):
+        refuse(f"biases() names {factors}, by which the output is multiplied")
 
 
 def _has(layer: nn.Module, name: str) -> bool:
@@ -214,14 +220,6 @@ def _is_added(case: LayerCase, name: str, weights: set[str]) -> bool:
         and bool(first.any())
         and all(other is not None and torch.allclose(other, first) for other in others)
     )
-
-
-def _is_a_factor(case: LayerCase, name: str, weights: set[str]) -> bool:
-    """Whether an output that is linear in the weights is multiplied by a parameter."""
-    if not all(_is_linear_in(case, slot) for slot in case.slots()):
-        return False
-    first, second = (_gradient_of(case, name, 0, factor, weights) for factor in (1, 2))
-    return first is not None and second is not None and not torch.allclose(first, second)
 
 
 def _gradient_of(case: LayerCase, name: str, seed: int, factor: float, weights: Collection[str] = ()) -> Tensor | None:
