@@ -14,6 +14,7 @@ from lora_plugins.adapter.content import (
     NewAdapter,
     SlotTensors,
     factor_dtype,
+    init_context,
     initialize,
     slot_matrix,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "delete",
     "factor_dtype",
     "freeze_new_norms",
+    "init_context",
     "initialize",
     "leave_inference",
     "mixed_batch",

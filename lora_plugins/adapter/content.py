@@ -85,7 +85,9 @@ def initialize(
     for layer, slot, shape in plan.slots():
         weight = detached_weight(submodule(model, layer.name), slot.tensor)
         seen = (calibration or {}).get((layer.name, slot.suffix), SlotCalibration())
-        context = _context(plan, layer, slot, shape, weight, seen, _rounding(model, plan, layer, slot, weight))
+        generator = torch.Generator().manual_seed(run_seed(layer.name + slot.suffix))
+        stored = _rounding(model, plan, layer, slot, weight)
+        context = init_context(plan, layer, slot, weight, seen, generator, stored)
         if plan.init.changes_base and not bool(context.weight.isfinite().all()):
             raise TargetError(
                 f"{layer.name!r}: its weight has values that are not finite, so the init {plan.init.name!r} cannot "
@@ -110,25 +112,27 @@ class _Context(InitContext):
         return value
 
 
-def _context(
+def init_context(
     plan: Plan,
     layer: PlannedLayer,
     slot: Slot,
-    shape: tuple[int, int],
     weight: Tensor,
     calibration: SlotCalibration,
-    stored: Callable[[Tensor], Tensor] | None,
+    generator: torch.Generator,
+    stored: Callable[[Tensor], Tensor] | None = None,
 ) -> InitContext:
+    """Returns what an init is handed for a slot of a weight, with A and B full of NaN."""
     dtype = factor_dtype(weight)
-    rows, columns = shape
+    matrix = slot_matrix(layer, slot, weight).to(dtype=dtype)
+    rows, columns = matrix.shape
     return _Context(
         layer=layer.name,
-        weight=slot_matrix(layer, slot, weight).to(dtype=dtype),
+        weight=matrix,
         A=torch.full((layer.r, columns), math.nan, dtype=dtype, device="cpu"),
         B=torch.full((rows, layer.r), math.nan, dtype=dtype, device="cpu"),
         scaling=layer.scaling,
         lookup=layer.plugin.lookup,
-        generator=torch.Generator().manual_seed(run_seed(layer.name + slot.suffix)),
+        generator=generator,
         options=plan.init_options,
         calibration=calibration,
         stored=stored,

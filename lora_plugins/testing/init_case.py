@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_plugins.adapter import InitData, calibrate, factor_dtype, slot_matrix
+from lora_plugins.adapter import InitData, calibrate, init_context
 from lora_plugins.config import LoraConfig
 from lora_plugins.inplace import detached_weight
 from lora_plugins.model import LoraModel
@@ -95,20 +95,15 @@ class InitCase:
         data = self.data()
         seen = calibrate(model, plan, data).of(plan) if data else {}
         return [
-            InitContext(
-                layer=layer.name,
-                weight=slot_matrix(layer, slot, weight).to(dtype),
-                A=torch.full((layer.r, columns), torch.nan, dtype=dtype),
-                B=torch.full((rows, layer.r), torch.nan, dtype=dtype),
-                scaling=layer.scaling,
-                lookup=layer.plugin.lookup,
-                generator=torch.Generator().manual_seed(seed),
-                options=plan.init_options,
-                calibration=seen.get((layer.name, slot.suffix), SlotCalibration()),
+            init_context(
+                plan,
+                layer,
+                slot,
+                detached_weight(model.get_submodule(layer.name), slot.tensor),
+                seen.get((layer.name, slot.suffix), SlotCalibration()),
+                torch.Generator().manual_seed(seed),
             )
-            for layer, slot, (rows, columns) in plan.slots()
-            for weight in [detached_weight(model.get_submodule(layer.name), slot.tensor)]
-            for dtype in [factor_dtype(weight)]
+            for layer, slot, _ in plan.slots()
         ]
 
 
