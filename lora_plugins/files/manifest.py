@@ -104,10 +104,6 @@ def _maps_to(is_proper: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_proper, value.values()))
 
 
-def _is_rank(value: Any) -> bool:
-    return is_whole(value) and 0 <= value <= MAX_RANK
-
-
 def _is_fingerprint(value: Any) -> bool:
     is_map = isinstance(value, dict) and value.keys() == set(KEYS)
     return is_map and all(isinstance(number, float) for number in value.values())
@@ -120,7 +116,7 @@ _ENTRIES: Mapping[str, Callable[[Any], bool]] = {
     "variant": _tells("name"),
     "layer_types": _is_list_of_names,
     "layers": _maps_to(_tells("plugin")),
-    "ranks": lambda value: value is None or _maps_to(_is_rank)(value),
+    "ranks": lambda value: value is None or _maps_to(lambda rank: is_whole(rank) and 0 <= rank <= MAX_RANK)(value),
     "tensors": lambda value: isinstance(value, dict),
     "base": _maps_to(_is_fingerprint),
     "changed": lambda value: isinstance(value, dict),

@@ -121,7 +121,7 @@ def _attention(pattern: str, patterns: Sequence[str] | str, sites: Sequence[Site
 
 def _parts(patterns: Sequence[str]) -> list[str]:
     """Returns which of `q`, `k` and `v` some patterns name; all of them where they only name a fused layer."""
-    words = set().union(*map(_words, patterns))
+    words = {word for pattern in patterns for word in re.findall(r"[A-Za-z_]\w*", pattern)}
     found = {_PART_OF[word] for word in words & _PART_OF.keys()}
     return [part for part in _PART_NAMES if part in found or (not found and words & _FUSED_NAMES)]
 
@@ -131,10 +131,6 @@ def _matched(expression: str, names: Sequence[str]) -> list[str]:
         return matches("target_modules", expression, names)[expression]
     except ConfigError:
         return []
-
-
-def _words(pattern: str) -> set[str]:
-    return set(re.findall(r"[A-Za-z_]\w*", pattern))
 
 
 def _last(name: str) -> str:

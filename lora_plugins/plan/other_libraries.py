@@ -32,8 +32,6 @@ def foreign_names(modules: Sequence[NamedModule]) -> set[str]:
         for name in entry.names
     }
     wrappers = {name for entry in of_peft if _BASE in entry.module._modules for name in entry.names}
-    return wrappers | {name for entry in modules for name in entry.names if _is_of_adapter(name) or within(name, roots)}
-
-
-def _is_of_adapter(name: str) -> bool:
-    return any(_ADAPTER.fullmatch(part) for part in name.split("."))
+    names = [name for entry in modules for name in entry.names]
+    by_name = {name for name in names if any(map(_ADAPTER.fullmatch, name.split(".")))}
+    return wrappers | by_name | {name for name in names if within(name, roots)}

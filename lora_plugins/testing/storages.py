@@ -190,10 +190,7 @@ def _stateless(case: StorageCase) -> None:
 
 def _made_dense(case: StorageCase, stored: Mapping[str, Tensor], index: Tensor, shape: torch.Size) -> dict[str, Tensor]:
     """Returns the dense weight as it is made by each method."""
-    return {
-        "restore": case.restore(stored, shape),
-        "rows": case.rows(stored, index, shape),
-    }
+    return {"restore": case.restore(stored, shape), "rows": case.rows(stored, index, shape)}
 
 
 def _rows(case: StorageCase) -> None:
