@@ -32,6 +32,12 @@ _DENOISER, _SECOND = "transformer", "transformer_2"
 OTHER_TRANSFORMERS = (_SECOND, "transformer_ref")
 """The transformers that files which name the first one are loaded into, where that is said or there is no first one."""
 
+_OTHERWISE: Mapping[str, tuple[str, ...]] = {
+    _DENOISER: OTHER_TRANSFORMERS,
+    "text_encoder_3": ("text_encoder_2", "text_encoder"),
+}
+"""Parts as files name them, and what other pipelines call them: the T5 of SD 3 is the second of Flux, all of PixArt."""
+
 ORIGINAL = "diffusion_model"
 """What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
 
@@ -87,12 +93,10 @@ def paths_read(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str 
 def _named_otherwise(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str | None) -> dict[str, str]:
     """Returns what a model calls parts that files name after another pipeline's, by their names in the file."""
     children = _children(model)
-    alone = [each for each in OTHER_TRANSFORMERS if each in children and _DENOISER not in children]
-    other = asked if asked in OTHER_TRANSFORMERS else next(iter(alone), None)
-    renamed = {_DENOISER: other} if other is not None and other not in found else {}
-    t5 = next((each for each in ("text_encoder_3", "text_encoder_2", "text_encoder") if each in children), None)
-    if t5 is not None and t5 not in found:
-        renamed["text_encoder_3"] = t5  # as in Stable Diffusion 3; the second of Flux, and all that PixArt has
+    here = {part: next(filter(children.__contains__, (part, *others)), part) for part, others in _OTHERWISE.items()}
+    if asked in OTHER_TRANSFORMERS:
+        here[_DENOISER] = asked
+    renamed = {part: name for part, name in here.items() if name not in found}
     first = dict(model.named_children()).get("text_encoder")
     if first is not None and any("Llama" in name for name in class_names(first)):  # as in HunyuanVideo, beside CLIP
         renamed["text_encoder_4"] = "text_encoder"
