@@ -60,7 +60,7 @@ def finite(what: str, value: Any) -> float:
 
 
 def _fitting(fits: Callable[[Any], bool], what: str) -> Check:
-    """What fits; `what` says for the message what that is."""
+    """A value that fits; `what` says for the message what fits."""
 
     def check_fitting(name: str, value: Any) -> None:
         if not fits(value):
@@ -118,7 +118,7 @@ def check_name(name: str, value: Any) -> None:
 
 
 def check_names(name: str, value: Any) -> None:
-    """A list of such."""
+    """A list of names."""
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{name} is a list of names, not {shown(value)}.")
     for entry in value:
@@ -217,7 +217,7 @@ def check_known_options(owner: str, given: Iterable[str], known: Collection[str]
 
 
 def check_kept_options(name: str, value: Any) -> None:
-    """Such values that every file can hold."""
+    """Values by name, of kinds that every file can hold."""
     check_options(name, value)
     for key, entry in value.items():
         if not is_plain(entry):
@@ -263,7 +263,7 @@ def map_of(check: Check) -> Check:
 
 
 def choice_of(*choices: str) -> Check:
-    """One of some words."""
+    """One of several words."""
 
     def check_choice(name: str, value: Any) -> None:
         if value not in choices:

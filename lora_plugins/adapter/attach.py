@@ -86,7 +86,7 @@ def adapter_parameters(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]
 
 
 def named_adapter_parameters(layer: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the same with their names in the layer, such as `lora_A_q.default`."""
+    """Yields what `adapter_parameters` yields, each with its name in the layer, such as `lora_A_q.default`."""
     state = state_of(layer)
     if state is not None and adapter in state.adapters:
         for slot in state.adapters[adapter].slots:

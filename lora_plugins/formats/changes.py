@@ -40,7 +40,7 @@ class Beside:
         return lengths.pop() if len(lengths) == 1 else 0
 
     def with_rows(self, rows: Callable[[Tensor], Tensor]) -> "Beside":
-        """Returns it with only those outputs that `rows` selects."""
+        """Returns what is beside A and B for those outputs that `rows` selects."""
         return Beside({kind: rows(tensor) for kind, tensor in self.tensors.items()})
 
 

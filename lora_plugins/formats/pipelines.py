@@ -23,7 +23,7 @@ _OTHER_METHODS: Mapping[str, str] = {
 
 
 class PipelineFormat(PortableFormat):
-    """A format of such files, which hold linear layers and convolutions, and nothing that is trained in full."""
+    """A format of files for pipelines: of linear layers and convolutions, and nothing that is trained in full."""
 
     def refusals(self, adapter: PortableAdapter) -> list[str]:
         """Returns what such files have no form for."""

@@ -38,7 +38,7 @@ class Branch:
     rescales: bool = False
 
     def acts(self, training: bool) -> bool:
-        """Whether it replaces the forward, in training mode or not."""
+        """Whether the branch replaces the forward, in training mode or not."""
         return self.always or self.rescales or (training and self.drops)
 
 

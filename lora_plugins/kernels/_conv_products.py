@@ -51,7 +51,7 @@ def choose_path(x: Tensor, weight: Tensor, A: Tensor, dropout: float, geometry: 
 
 
 def is_linear(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether it is a linear layer on the positions of images with channels last, which are rows in memory.
+    """Whether a convolution is a linear layer on the positions of images with channels last, which are rows in memory.
 
     Only of images: torch returns other convolutions contiguous, whatever the format of their input.
     """

@@ -79,7 +79,7 @@ class PlannedLayer:
 
     @property
     def rescales(self) -> bool:
-        """Whether its variant rescales the rows of the whole weight, and the plugin computes with that."""
+        """Whether the variant rescales the rows of the whole weight, and the plugin computes with that."""
         whole = len(self.slots) == 1 and self.slots[0].rows is None and self.plugin.branch_takes_rescaling
         return whole and self.variant is not None and self.variant.rescales_rows
 

@@ -141,7 +141,7 @@ def _drops_the_input(case: LayerCase, **fields: Any) -> None:
 
 
 def _drops_for(case: LayerCase, at: int, **fields: Any) -> None:
-    """Requires it of one slot, with an update so small that the output of any layer is linear in it."""
+    """Requires that of one slot in training, with an update so small that the output of any layer is linear in it."""
     model = case.adapted(dropout=0.5, init="kaiming", **fields).train()
     slot = layer_state(model.layer).adapters["default"].slots[at]
     with own_randomness(2), torch.no_grad():

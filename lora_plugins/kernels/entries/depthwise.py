@@ -22,7 +22,7 @@ _FEW_POSITIONS = 400
 
 
 def is_large_depthwise(x: Tensor, kernel: Tensor, geometry: Geometry, dy: Tensor | None = None) -> bool:
-    """Whether it is a depthwise kernel of images on a CPU that is larger than 3x3, with a stride of one or two.
+    """Whether a kernel is depthwise and larger than 3x3, with a stride of one or two, on images on a CPU.
 
     Not if the output has a single position: the output's gradient, as kernels of one position, would be very slow.
     """
