@@ -15,7 +15,7 @@ def push(
     revision: str | None,
     private: bool | None,
     message: str,
-    replaces: Sequence[str] = (),
+    replaces: Sequence[str],
 ) -> str:
     """Pushes an adapter, in one commit; returns the address of the commit.
 

@@ -25,9 +25,7 @@ from lora_plugins.plugins import LAYERS, InitPlugin, PlannedLayer, Registry, Slo
 from lora_plugins.utils import within
 
 
-def make_plan(
-    model: nn.Module, config: LoraConfig, registry: Registry | None = None, *, restoring: bool = False
-) -> Plan:
+def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None, *, restoring: bool = False) -> Plan:
     """Decides what an adapter would do to a model; touches nothing.
 
     Args:
