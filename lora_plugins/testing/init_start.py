@@ -42,9 +42,7 @@ def _registration(case: InitCase) -> None:
 
 
 def _filled(case: InitCase) -> None:
-    for context in case.contexts(case.model()):
-        with torch.no_grad():
-            case.init.fill(context)
+    for context in _started(case):
         _require_finite(context)
     for context in case.contexts(case.model()):
         pruned = _pruned(context)
@@ -83,7 +81,7 @@ def _zeroed(tensor: Tensor) -> Tensor:
 
 
 def _device(case: InitCase) -> None:
-    there, elsewhere = _started(case, 0), case.contexts(case.model())
+    there, elsewhere = _started(case), case.contexts(case.model())
     # A tensor that is made without saying where lands on the default device, which is none here.
     with torch.no_grad(), torch.device("meta"):
         for context in elsewhere:
@@ -98,9 +96,7 @@ def _require_same_factors(got: Sequence[InitContext], expected: Sequence[InitCon
 
 
 def _trainable(case: InitCase) -> None:
-    for context in case.contexts(case.model()):
-        with torch.no_grad():
-            case.init.fill(context)
+    for context in _started(case):
         possible = min(len(context.A), *context.weight.shape)
         dead = ~(context.A.bool().any(1) | context.B.bool().any(0))
         require(
@@ -196,7 +192,7 @@ def _reproducible(case: InitCase) -> None:
     with double_by_default():
         case.adapt(third)
     require_same_state("the same model, started where float64 is the default,", third.state_dict(), first.state_dict())
-    _require_same_factors(_started(case, 0, backwards=True), _started(case, 0), ", started after other layers,")
+    _require_same_factors(_started(case, backwards=True), _started(case), ", started after other layers,")
 
 
 def _seed(case: InitCase) -> None:
@@ -206,7 +202,8 @@ def _seed(case: InitCase) -> None:
         require(not same, f"{first.layer!r} starts the same with another seed and another weight")
 
 
-def _started(case: InitCase, seed: int, *, backwards: bool = False) -> Sequence[InitContext]:
+def _started(case: InitCase, seed: int = 0, *, backwards: bool = False) -> Sequence[InitContext]:
+    """Returns what an init has filled for each layer of the model of a seed."""
     contexts = case.contexts(case.model(seed=seed), seed)
     with torch.no_grad():
         for context in reversed(contexts) if backwards else contexts:
