@@ -14,7 +14,7 @@ from lora_plugins.model import LoraModel
 from lora_plugins.testing.check import Check
 from lora_plugins.testing.init_case import InitCase, layer_weights, run
 from lora_plugins.testing.init_start import require_near_start
-from lora_plugins.testing.required import require, require_close, require_same_state
+from lora_plugins.testing.required import move_values, require, require_close, require_same_state
 from lora_plugins.utils import own_randomness
 
 
@@ -63,10 +63,7 @@ def _files(case: InitCase) -> None:
 
 def _load_again(case: InitCase, lora: LoraModel, fresh: nn.Module, what: str) -> None:
     """Requires that an adapter, trained, gives the same bits on a fresh model in another process."""
-    with torch.no_grad():
-        for name, parameter in lora.model.named_parameters():
-            if "lora_" in name:
-                parameter.mul_(1.5).add_(0.01)
+    move_values(parameter for name, parameter in lora.model.named_parameters() if "lora_" in name)
     with tempfile.TemporaryDirectory() as folder:
         lora.save_adapter(Path(folder))
         LoraModel.load_adapter(fresh, Path(folder), registry=replace(case, init=case.elsewhere).registry())

@@ -30,6 +30,7 @@ from lora_plugins.testing.layer_dtypes import HALVES, NEAR, cancelling
 from lora_plugins.testing.required import (
     MODES,
     copied,
+    move_values,
     random_states,
     require,
     require_all_close,
@@ -110,9 +111,7 @@ def _keeps_nothing(case: LayerCase, model: Holder) -> None:
 
 def _sees_what_changes(case: LayerCase, model: Holder) -> None:
     """Requires the law after weights and factors were written to, of a model that was called in every mode before."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.25).add_(0.03)
+    move_values(model.parameters())
     inputs, reference = case.arguments(model.layer), lawful(case, model)
     for name, context in MODES.items():
         with context():

@@ -14,7 +14,7 @@ from lora_plugins.inplace import base_class_of, detached_weight, factors, layer_
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import LAYERS, LayerPlugin, Registry, Slot, class_path, computes_as
 from lora_plugins.testing.registry_under_test import registry_with
-from lora_plugins.testing.required import CPU, TIGHT, require, require_all_close
+from lora_plugins.testing.required import CPU, TIGHT, move_values, require, require_all_close
 from lora_plugins.utils import own_randomness
 
 VARIANT = "dora"
@@ -209,9 +209,7 @@ def add_second(lora: LoraModel, **fields: Any) -> None:
 
 def moved(model: Holder) -> Holder:
     """Moves all tensors of the adapters, a variant's own too, as training would."""
-    with torch.no_grad():
-        for tensor in adapter_leaves(model.layer):
-            tensor.mul_(1.25).add_(0.03)
+    move_values(adapter_leaves(model.layer))
     return model
 
 

@@ -13,7 +13,7 @@ from lora_plugins.inplace import detached_weight, terms_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import VARIANTS, Registry, Term, VariantPlugin, default_registry
 from lora_plugins.testing.registry_under_test import registry_with
-from lora_plugins.testing.required import CPU
+from lora_plugins.testing.required import CPU, move_values
 from lora_plugins.utils import own_randomness
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -104,9 +104,7 @@ class VariantCase:
 
 def move(lora: LoraModel) -> LoraModel:
     """Moves all tensors of the adapter, as training would."""
-    with torch.no_grad():
-        for parameter in adapter_parameters(lora.model[0], "default"):  # type: ignore[index]
-            parameter.mul_(1.25).add_(0.03)
+    move_values(adapter_parameters(lora.model[0], "default"))  # type: ignore[index]
     return lora
 
 

@@ -13,6 +13,7 @@ from lora_plugins.model import LoraModel
 from lora_plugins.testing.check import Check, elsewhere
 from lora_plugins.testing.required import (
     MODES,
+    move_values,
     random_states,
     require,
     require_close,
@@ -59,9 +60,7 @@ def _follows_the_factors(case: VariantCase, lora: LoraModel) -> None:
 def _follows_the_base(case: VariantCase, lora: LoraModel) -> None:
     """Requires that another weight of the shape, as a second layer has it, gives what it gives elsewhere."""
     other = case.model()
-    with torch.no_grad():
-        for model in (other, lora.model):
-            model[0]._parameters["weight"].mul_(1.25).add_(0.03)  # type: ignore[index]
+    move_values(model[0]._parameters["weight"] for model in (other, lora.model))  # type: ignore[index]
     output = case.run(lora.model)  # before the class of the plugin sees the other one
     replace(case, variant=elsewhere(case.elsewhere)).adapt(other, init="none")
     other.load_state_dict(lora.model.state_dict())
