@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lora_plugins.errors import ConfigError
 from lora_plugins.field_checks import check_flag, number_from
-from lora_plugins.inits.factors import fill_rest
-from lora_plugins.inits.pissa import check_niter
+from lora_plugins.inits.factors import check_niter, fill_rest
 from lora_plugins.plugins import InitContext, InitPlugin, InputMoments, RankRequest
 
 

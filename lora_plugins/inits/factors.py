@@ -1,4 +1,4 @@
-"""What several inits share: filling ranks that a matrix does not have, and the changed base."""
+"""What several inits share: an option, filling ranks that a matrix does not have, and the changed base."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_plugins.errors import ConfigError
+from lora_plugins.field_checks import is_whole
 from lora_plugins.plugins import InitContext, InitPlugin
 from lora_plugins.utils import in_float64
 
@@ -20,6 +22,14 @@ class TakenOut(InitPlugin):
     ) -> Tensor:
         """Subtracts the first product from the original weight."""
         return without_product(weight, recipe, scaling)
+
+
+def check_niter(init: str, value: Any) -> None:
+    """Raises a ConfigError for what is neither None nor a count of iterations."""
+    if value is not None and (not is_whole(value) or value < 0):
+        raise ConfigError(
+            f"init_options: niter of {init} is a count of iterations, or None for what is exact, not {value!r}."
+        )
 
 
 def fill_rest(context: InitContext, kept: int) -> None:

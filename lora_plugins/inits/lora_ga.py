@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lora_plugins.errors import TargetError
 from lora_plugins.field_checks import check_factor, choice_of
-from lora_plugins.inits.factors import TakenOut, recipe_of
-from lora_plugins.inits.pissa import check_niter
+from lora_plugins.inits.factors import TakenOut, check_niter, recipe_of
 from lora_plugins.plugins import InitContext
 from lora_plugins.utils import truncated_svd
 

@@ -10,9 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lora_plugins.errors import ConfigError
-from lora_plugins.field_checks import is_whole
-from lora_plugins.inits.factors import TakenOut, fill_rest, recipe_of
+from lora_plugins.inits.factors import TakenOut, check_niter, fill_rest, recipe_of
 from lora_plugins.plugins import InitContext
 from lora_plugins.utils import low_rank
 
@@ -35,11 +33,3 @@ class PissaInit(TakenOut):
         context.B.copy_(B)
         fill_rest(context, min(rank, rows, columns))
         return recipe_of(context)
-
-
-def check_niter(init: str, value: Any) -> None:
-    """Raises a ConfigError for what is neither None nor a count of iterations."""
-    if value is not None and (not is_whole(value) or value < 0):
-        raise ConfigError(
-            f"init_options: niter of {init} is a count of iterations, or None for what is exact, not {value!r}."
-        )
