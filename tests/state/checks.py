@@ -134,8 +134,8 @@ def check_outputs(model: Zoo, reference: Reference, inputs: tuple[Tensor, Tensor
     compare_outputs("output in eval mode", outputs, reference.run(*inputs, training=False), reference.dtype)
 
 
-SEVERAL = ("attention", "bilinear", "cross", "read")
-"""Blocks with a module that takes several tensors, or is not called: it cannot have other values for other rows."""
+SEVERAL = ("attention", "bilinear", "cross", "read", "recurrent")
+"""Blocks with a module that takes or gives several tensors, or is not called: no other values for other rows."""
 
 
 def may_refuse_rows(reference: Reference) -> bool:

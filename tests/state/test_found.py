@@ -101,6 +101,11 @@ CASES = {
         BACKWARD,
         blocks=("conv2d", "linear"),
     ),
+    "S7-mixed-recurrent": case(
+        add("a", Spec(("linear.proj",), saves=("recurrent.lstm",))),
+        Step("mixed", {"rows": (None, "a", None)}),
+        blocks=("linear", "recurrent"),
+    ),
     "S12-combine": case(
         add("a", Spec(("attention.mha", "attention.mha.out_proj"), parts={"attention.mha": ("q",)})),
         combine("a"),
