@@ -18,6 +18,7 @@ from lora_plugins.errors import StateError
 from lora_plugins.inplace.assigned import guards, refuse_assignment, refuse_removal_while_merged, refuse_while_merged
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.called_weight import called_weight, no_dropout
+from lora_plugins.inplace.class_cache import once_for_each_class
 from lora_plugins.inplace.deltas import effective_weight
 from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
@@ -69,7 +70,7 @@ def refresh_class(layer: nn.Module) -> None:
     set_class(layer, rest if idle else adapted_class(*_arguments(layer)))
 
 
-@functools.cache
+@once_for_each_class
 def adapted_class(
     base: Any,
     weights: tuple[str, ...],
@@ -119,7 +120,7 @@ def _quantized_forward(base: Any, foreign: Foreign, has_branch: bool) -> Any:
     return making_again(inner if foreign.forward is None else cast)
 
 
-@functools.cache
+@once_for_each_class
 def class_reason(base: Any) -> str:
     """Returns why a layer of some class cannot be given the class of an adapted one; empty if it can."""
     try:

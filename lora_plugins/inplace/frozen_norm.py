@@ -1,11 +1,11 @@
 """Normalization layers with running statistics, which go on changing when only parameters are frozen."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from lora_plugins.inplace.class_cache import once_for_each_class
 from lora_plugins.inplace.layer_state import base_class_of, constructor, generated_class, remade
 from lora_plugins.plugins import class_path
 
@@ -92,7 +92,7 @@ def set_class(module: nn.Module, cls: Any) -> None:
     module.__class__ = cls
 
 
-@functools.cache
+@once_for_each_class
 def _frozen_class(base: Any) -> type[nn.Module]:
     namespace: dict[str, Any] = {"__init__": constructor(base), "train": _train, "__reduce_ex__": _reduce}
     if hasattr(base, "reset_running_stats"):

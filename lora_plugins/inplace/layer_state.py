@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
+from lora_plugins.inplace.class_cache import once_for_each_class
 from lora_plugins.plugins import LayerPlugin, PlannedLayer, Slot
 
 STATE = "_lora"
@@ -187,7 +188,7 @@ def own_class(cls: Any) -> type[nn.Module]:
     return found
 
 
-@functools.cache
+@once_for_each_class
 def remade(cls: Any, generated: Any, own: Any) -> Any:
     """Returns a class with `own` in the place of `generated` among its bases; the class itself if it is not there."""
     if cls is generated:

@@ -4,7 +4,6 @@ For the time of a mixed batch, such a module hands the rows of each adapter to a
 values. Whoever reads its tensors without calling it would get the base's, and is refused.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError, counted
+from lora_plugins.inplace.class_cache import once_for_each_class
 from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.layer_state import copy_in_block, generated_class
 from lora_plugins.inplace.modules import NamedModule
@@ -144,7 +144,7 @@ def _cast_along(part: nn.Module, own: nn.Module) -> None:
             held[name] = held[name].to(tensor)
 
 
-@functools.cache
+@once_for_each_class
 def _row_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     namespace: dict[str, Any] = {name: _refusing(name) for name in names}
     namespace |= {"forward": _run, "extra_repr": _extra_repr, "__reduce_ex__": _reduce}

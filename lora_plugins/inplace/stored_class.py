@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_plugins.errors import StateError
+from lora_plugins.inplace.class_cache import once_for_each_class
 from lora_plugins.inplace.layer_state import base_class_of, constructor, generated_class
 from lora_plugins.inplace.made_again import made_again
 from lora_plugins.inplace.stored_weight import stored_weight, stored_weights
@@ -24,7 +25,7 @@ _AT_REST = "_lora_stored_class"
 """Where a generated class names itself, which classes that extend it inherit."""
 
 
-@functools.cache
+@once_for_each_class
 def stored_class(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """Generates the class of layers whose weights of these names are stored, once for each base class."""
     namespace: dict[str, Any] = {name: _dense(name) for name in names}

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.hooks import RemovableHandle
 
 from lora_plugins import LoraConfig, LoraModel
@@ -77,6 +78,49 @@ def test_a_model_is_freed_without_the_collector(done, config, tmp_path):
         assert [reference() for reference in left if reference() is not None] == []
     finally:
         gc.enable()
+
+
+def parametrize_later(lora, _):
+    with lora.disable_adapter():
+        parametrizations.weight_norm(lora.model[2], "bias", dim=None)
+    lora.model(X)
+    lora.delete_adapter("default")
+
+
+COMPUTED, PLAIN = LoraConfig(r=2, target_modules=["0"]), LoraConfig(r=2, target_modules=["2"], modules_to_save=["1"])
+STORED = LoraConfig(target_modules=["2"], bias="all", quantize="nf4", quantize_options={"min_size": 0})
+
+
+def adapted(config, do):
+    return lambda model, folder: do(LoraModel(model, config), folder)
+
+
+PARAMETRIZED = {
+    "planned": lambda model, _: LoraModel.plan(model, COMPUTED),
+    "saved": adapted(COMPUTED, save),
+    "trained": adapted(COMPUTED, train),
+    "merged for now": adapted(COMPUTED, merge_for_now),
+    "merged for good": adapted(COMPUTED, lambda lora, _: lora.merge_and_unload()),
+    "unloaded": adapted(COMPUTED, lambda lora, _: lora.unload()),
+    "blocks": adapted(PLAIN, open_blocks),
+    "stored": adapted(STORED, train),
+    "parametrized later": adapted(PLAIN, parametrize_later),
+}
+
+
+@pytest.mark.parametrize("do", PARAMETRIZED.values(), ids=PARAMETRIZED)
+def test_layers_with_a_class_of_their_own_are_freed(do, tmp_path):
+    """Torch makes a class for each parametrized layer, which holds the layer."""
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(8, 8)),
+        parametrizations.weight_norm(nn.BatchNorm1d(8), dim=None),
+        nn.Linear(8, 4),
+    )
+    do(model, tmp_path)
+    left = [weakref.ref(each) for each in (*model.modules(), *model.parameters())]
+    del model
+    gc.collect()
+    assert [reference() for reference in left if reference() is not None] == []
 
 
 def delete(lora):
