@@ -128,7 +128,9 @@ def law_gradients(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        output = law(*inputs)
-        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need and tensor is not None]
+        # Views: an input may itself come from another one, as where a layer is called on its own output.
+        given = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        output = law(*given)
+        wanted = [tensor for tensor, need in zip(given, needed, strict=True) if need and tensor is not None]
         found = iter(torch.autograd.grad(output, wanted, gradient, create_graph=create_graph))
     return [next(found) if need else None for need in needed]

@@ -154,3 +154,54 @@ def test_many_gradients_at_once(name, fields):
     assert not any(gradient.requires_grad for gradient in at_once)
     one_by_one = [torch.autograd.grad(output, wanted, one, retain_graph=True) for one in many]
     torch.testing.assert_close(list(at_once), [torch.stack(each) for each in zip(*one_by_one, strict=True)], **TIGHT)
+
+
+AGAIN = {
+    "linear": (lambda: nn.Linear(4, 4), lambda: torch.randn(3, 4)),
+    "conv": (lambda: nn.Conv2d(4, 4, 3, padding=1), lambda: torch.randn(3, 4, 5, 5)),
+    "pointwise": (lambda: nn.Conv2d(4, 4, 1), lambda: torch.randn(3, 4, 5, 5)),
+}
+
+
+def called_again(name: str, variant: str) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Returns the parameters of a layer, its output from its own output, and the same in plain operations."""
+    make, inputs = AGAIN[name]
+    torch.manual_seed(0)
+    layer = make().double()
+    weight, x = layer.weight.detach().clone(), inputs().double()
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    LoraModel(model, LoraConfig(r=2, alpha=3, init="gaussian", variant=variant))
+    parameters = [*trained(model).values()]
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.3)
+
+    A, B, *magnitude = parameters
+    matrix = weight.flatten(1) + 1.5 * B @ A
+    if magnitude:
+        matrix = magnitude[0].view(-1, 1) * matrix / matrix.norm(dim=1, keepdim=True).detach()
+    tensors = {"weight": matrix.view(weight.shape), "bias": layer.bias.detach()}
+    plain = make().double()
+    expected = torch.func.functional_call(plain, tensors, torch.func.functional_call(plain, tensors, x).tanh())
+    return parameters, model(x), expected
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", AGAIN)
+def test_second_derivatives_of_a_layer_that_is_called_on_its_own_output(name, variant):
+    parameters, *outputs = called_again(name, variant)
+
+    def derivatives(output: Tensor) -> list[Tensor]:
+        first = torch.autograd.grad(output.sin().sum(), parameters, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(each.cos().sum() for each in first), parameters)]
+
+    found, expected = map(derivatives, outputs)
+    torch.testing.assert_close(found, expected, **TIGHT)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", AGAIN)
+def test_many_gradients_at_once_of_a_layer_that_is_called_on_its_own_output(name, variant):
+    parameters, *outputs = called_again(name, variant)
+    many = torch.randn(5, *outputs[0].shape, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(each, parameters, many, is_grads_batched=True) for each in outputs)
+    torch.testing.assert_close(found, expected, **TIGHT)
