@@ -31,6 +31,8 @@ def once_for_each_class(make: Make) -> Make:
             type.__setattr__(cls, _MADE, {})  # a metaclass may refuse it
         key = make, cls, arguments, *named.items()  # copies of a class have the same dictionary
         made = vars(cls)[_MADE]
-        return made[key] if key in made else made.setdefault(key, make(cls, *arguments, **named))
+        if key not in made:
+            made[key] = make(cls, *arguments, **named)
+        return made[key]
 
     return cast(Make, find)

@@ -123,6 +123,15 @@ def test_layers_with_a_class_of_their_own_are_freed(do, tmp_path):
     assert [reference() for reference in left if reference() is not None] == []
 
 
+def test_nothing_is_left_at_a_class_of_many_layers():
+    class Own(nn.Linear):
+        pass
+
+    before = dict(vars(Own))
+    LoraModel(nn.Sequential(Own(8, 8)), COMPUTED).unload()
+    assert vars(Own) == before
+
+
 def delete(lora):
     lora.delete_adapter("b")
 

@@ -56,6 +56,21 @@ def test_other_attributes_are_assigned_as_ever():
     assert torch.equal(model(torch.zeros(1, 4, dtype=torch.float64)), torch.zeros(1, 4, dtype=torch.float64))
 
 
+def test_a_buffer_joins_an_adapted_layer():
+    model = adapted().model
+    model[0].register_buffer("mask", torch.ones(2), persistent=False)
+    assert dict(model.named_buffers())["0.mask"].eq(1).all()
+    assert "0.mask" not in model.state_dict()
+
+
+def test_a_weight_that_a_hook_computes_is_not_made_anew_while_an_adapter_is_merged(untouched):
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4).double())).eval()
+    lora = LoraModel(model, LoraConfig(r=2, init="none"), "task")
+    lora.merge_adapter()
+    with untouched(model), pytest.raises(StateError, match="'weight' of '0' is what the base and 'task' give together"):
+        model[0].reset_parameters()
+
+
 def test_a_base_is_loaded_by_assignment():
     lora, base = adapted(), {"0.weight": torch.ones(4, 4).double(), "0.bias": torch.ones(4).double()}
     lora.model.load_state_dict(base, assign=True)
