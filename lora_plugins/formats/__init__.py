@@ -11,11 +11,19 @@ from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.own import OwnFormat
 from lora_plugins.formats.peft import PeftFormat
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
-from lora_plugins.formats.portable_format import PortableFormat
+from lora_plugins.formats.portable_format import PortableFormat, UntoldError
 from lora_plugins.plugins import FormatRegistrar, hookimpl
 from lora_plugins.utils import replace_files
 
-__all__ = ["COMPONENTS", "PortableAdapter", "PortableFormat", "PortableLayer", "convert", "replace_files"]
+__all__ = [
+    "COMPONENTS",
+    "PortableAdapter",
+    "PortableFormat",
+    "PortableLayer",
+    "UntoldError",
+    "convert",
+    "replace_files",
+]
 
 
 @hookimpl

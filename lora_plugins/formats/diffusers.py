@@ -45,7 +45,7 @@ class DiffusersFormat(PipelineFormat):
     name = "diffusers"
     file_names = (TENSORS,)
     options: ClassVar[Mapping[str, Any]] = {"component": None, "patterns": None}
-    _first_reading: ClassVar[Mapping[str, Any]] = {"patterns": "first"}
+    first_reading: ClassVar[Mapping[str, Any]] = {"patterns": "first"}
 
     def recognizes(self, path: Path) -> bool:
         """Whether a file, or that of a folder, has keys of diffusers, with a part of a pipeline in front or without."""

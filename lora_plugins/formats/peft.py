@@ -48,7 +48,7 @@ class PeftFormat(PortableFormat):
     name = "peft"
     file_names = (CONFIG, TENSORS)
     options: ClassVar[Mapping[str, Any]] = {"out_proj": None, "patterns": None}
-    _first_reading: ClassVar[Mapping[str, Any]] = {"out_proj": "twice", "patterns": "first"}  # PEFT's own
+    first_reading: ClassVar[Mapping[str, Any]] = {"out_proj": "twice", "patterns": "first"}  # PEFT's own
 
     def recognizes(self, path: Path) -> bool:
         """Whether a folder has PEFT's config or folders with one for named adapters, or a file is in such a folder."""

@@ -20,7 +20,10 @@ from lora_plugins.utils import is_dense
 
 
 class UntoldError(AdapterFileError):
-    """A file has two readings, and whoever loads it has to say by an option which is meant."""
+    """A file has two readings, and whoever loads it has to say by an option which is meant.
+
+    What `load` of a `PortableFormat` raises for one, naming the options: it is then not loaded, but shown.
+    """
 
 
 class PortableFormat(AdapterFormat):
@@ -28,11 +31,11 @@ class PortableFormat(AdapterFormat):
 
     Attributes:
         full_names: Whether a file has the full names of layers, so that it can be converted without a model.
+        first_reading: Options that say which of two readings is shown of a file where `load` raises an `UntoldError`.
     """
 
     full_names: ClassVar[bool] = True
-    _first_reading: ClassVar[Mapping[str, Any]] = {}
-    """Options that say which of two readings is shown of a file where `load` raises `UntoldError`."""
+    first_reading: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
@@ -45,6 +48,7 @@ class PortableFormat(AdapterFormat):
 
         Raises:
             AdapterFileError: If the file is damaged or says what cannot be expressed here, or a key is left over.
+            UntoldError: If it has two readings, and the options do not say which is meant.
         """
 
     @abstractmethod
@@ -115,7 +119,7 @@ class PortableFormat(AdapterFormat):
         try:
             return self._summary(path, self.options)
         except UntoldError as error:
-            found = self._summary(path, {**self.options, **self._first_reading})
+            found = self._summary(path, {**self.options, **self.first_reading})
             return replace(found, details={**found.details, "to be said": str(error)})
 
     def _summary(self, path: Path, options: Mapping[str, Any]) -> AdapterSummary:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, PluginError
-from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, convert
+from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, UntoldError, convert
 from lora_plugins.plugins import FORMATS, build_registry
 from lora_plugins.testing import FORMAT_CHECKS
 from tests.core.formats.peft_cases import CASES, difference, with_ours
@@ -124,6 +124,30 @@ def test_a_file_without_layers_is_refused(tmp_path):
 
 
 PAIR = PortableLayer(torch.ones(2, 4), torch.ones(6, 2), 1.0)
+
+
+class OfTwoReadings(Failing):
+    options = {"scale": None}  # noqa: RUF012
+    first_reading = {"scale": 3.0}  # noqa: RUF012
+
+    def load(self, path, model, options):
+        if options["scale"] is None:
+            raise UntoldError("Say the alpha by format_options={'scale': ...}.")
+        return PortableAdapter({"inner.fc": replace(PAIR, alpha=options["scale"])})
+
+
+def test_a_file_of_two_readings_is_shown_by_the_first_and_loaded_by_the_one_that_is_said(tmp_path, untouched):
+    path, registry = tmp_path / "adapter", registry_of(OfTwoReadings())
+    path.write_text("failing")
+    summary = OfTwoReadings().summary(path)
+    assert [layer.alpha for layer in summary.layers] == [3.0]
+    assert summary.details == {"to be said": "Say the alpha by format_options={'scale': ...}."}
+    model = nn.ModuleDict({"inner": nn.ModuleDict({"fc": nn.Linear(4, 6)})})
+    with untouched(model), pytest.raises(UntoldError, match="Say the alpha"):
+        LoraModel.load_adapter(model, path, registry=registry)
+    base = model["inner"]["fc"].weight.detach().clone()
+    LoraModel.load_adapter(model, path, registry=registry, format_options={"scale": 6.0}).merge_and_unload()
+    torch.testing.assert_close(model["inner"]["fc"].weight.detach(), base + 6 / 2 * PAIR.B @ PAIR.A)
 
 
 @pytest.mark.parametrize(
