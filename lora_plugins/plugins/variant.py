@@ -58,6 +58,8 @@ class VariantPlugin(ABC):
     def delta_weight(self, weight: Tensor, A: Tensor, B: Tensor, scaling: float, own: Mapping[str, Tensor]) -> Tensor:
         """Returns the change of `W`, `(out, in)`, in plain operations that autograd follows.
 
+        The same values give the same matrix each time: it draws no random numbers, and knows of no mode.
+
         Args:
             weight: `W`, `(out, in)`, in the type of A.
             A: `(r, in)`.

@@ -211,7 +211,8 @@ LAW_CHECKS: tuple[Check[VariantCase], ...] = (
         _gradients,
         "A, B and the variant's own tensors get gradients, which are those of delta_weight",
         "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad(); or it does not "
-        "hold constant what row_factors holds constant; or it gives something else in each call, by a count of them.",
+        "hold constant what row_factors holds constant; or it gives something else in each call, by random numbers or "
+        "a count of calls.",
     ),
     Check(
         "trainable",
