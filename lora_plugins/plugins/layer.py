@@ -55,8 +55,8 @@ class LayerPlugin(ABC, Generic[Layer]):
             `mixed` read only the bias of the layer. A module that calls this function with the layer's weight then
             gets their result, with the bias of the call, where no weight has it: with dropout and in mixed batches.
         class_attributes: Properties and methods of the class of adapted layers, by name. For a layer whose forward
-            reads its weights elsewhere than in the attributes that the slots name, such as a list of them. The forward
-            itself is none of them.
+            reads its weights elsewhere than in the attributes that the slots name, such as a list of them, or keeps
+            what it computes from them. The forward itself is none of them.
     """
 
     name: ClassVar[str]
@@ -79,7 +79,7 @@ class LayerPlugin(ABC, Generic[Layer]):
         """Lays a matrix `(out, in)` out as a weight of the given shape: the inverse of `to_matrix`."""
 
     def slots(self, layer: Layer) -> Sequence[Slot]:
-        """Returns where a whole-layer adapter goes."""
+        """Returns where a whole-layer adapter goes. What a layer keeps of its weight is dropped here."""
         return (Slot("weight"),)
 
     def parts(self, layer: Layer) -> Mapping[str, Slot]:

@@ -278,7 +278,8 @@ CALL_CHECKS: tuple[Check[LayerCase], ...] = (
         _pure,
         "a call changes nothing but what the untouched layer changes, keeps nothing, and sees weights and factors as "
         "they are now, with gradients and without",
-        "branch works in place on its input, on A or on B, draws random numbers, or keeps tensors between calls.",
+        "branch works in place on its input, on A or on B, draws random numbers, or keeps tensors between calls; or "
+        "the layer keeps what it computes from its weight, which a property in class_attributes has to prevent.",
     ),
     Check(
         "base",

@@ -52,8 +52,9 @@ def _require_restored(
 def _merge(case: LayerCase) -> None:
     model = case.model().eval()
     original = copy.deepcopy(model.state_dict())
-    lora = case.adapt(model)
     inputs = case.arguments(model.layer)
+    call(model, inputs)  # a layer that keeps what it computes from its weight keeps that of the base
+    lora = case.adapt(model)
     adapted = call(model, inputs)
     again = call(model, inputs)
     lora.merge_adapter()
@@ -82,6 +83,19 @@ def _unload(case: LayerCase) -> None:
     attributes = vars(model.layer).keys()
     different = sorted((before - attributes) | (attributes - vars(untouched.layer).keys()))
     require(not different, f"the layer's attributes differ in {different}")
+    _answers_as_before(case)
+
+
+def _answers_as_before(case: LayerCase) -> None:
+    """Requires the output of the untouched layer from one that had an adapter between calls in eval mode."""
+    model, untouched = case.model().eval(), case.model().eval()
+    inputs = case.arguments(model.layer)
+    expected = [call(untouched, inputs) for _ in range(3)]
+    call(model, inputs)
+    lora = case.adapt(model)
+    call(model, inputs)
+    lora.unload()
+    require_all_close("the output after unloading in eval mode", call(model, inputs), expected[-1])
 
 
 def _backward(output: Any) -> None:
@@ -228,13 +242,15 @@ LIFE_CHECKS: tuple[Check[LayerCase], ...] = (
         "merge",
         _merge,
         "merging computes the same output, unmerging restores every bit, and merging for good leaves the plain layer",
-        "from_matrix or branch does something else without gradients than with them.",
+        "from_matrix or branch does something else without gradients than with them; or the layer keeps what it "
+        "computed from its weight before it was adapted, which slots has to drop.",
     ),
     Check(
         "unload",
         _unload,
-        "unloading gives the layer back: its class, its attributes, its state dict, bit for bit",
-        "branch or slots keeps something on the layer. A plugin may read a layer and change nothing of it.",
+        "unloading gives the layer back: its class, its attributes, its state dict, bit for bit, and its output",
+        "branch or slots keeps something on the layer: a plugin may read a layer and change nothing of it; or the "
+        "layer keeps what it computed from its adapted weight, which a property in class_attributes has to prevent.",
     ),
     Check(
         "aliases",

@@ -967,6 +967,76 @@ def test_what_is_kept_beyond_what_an_untouched_layer_keeps_is_found():
         check_layer_plugin(KeepsMore(), Recording, lambda layer: torch.randn(3, 5), only=["pure"])
 
 
+class Centered(nn.Module):
+    """Computes with the centered rows of its weight, which it keeps in eval mode until train() is called."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+        self.bias = nn.Parameter(torch.randn(4)) if bias else None
+        self.kept = None
+
+    def centered(self):
+        return self.weight - self.weight.mean(1, keepdim=True)
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training:
+            return F.linear(x, self.centered(), self.bias)
+        if self.kept is None:
+            self.kept = self.centered().detach()
+        return F.linear(x, self.kept, self.bias)
+
+
+def ignored(layer, value):
+    """A setter."""
+
+
+def keep(layer):
+    vars(layer)["kept"] = layer.centered().detach()
+    return vars(layer)["kept"]
+
+
+class CenteredPlugin(RowMajorPlugin):
+    name = "centered"
+    module_type = Centered
+    class_attributes = {"kept": property(lambda layer: layer.centered().detach(), ignored)}  # noqa: RUF012
+
+    def slots(self, layer):
+        layer.kept = None
+        return super().slots(layer)
+
+
+class KeepsCentered(CenteredPlugin):
+    class_attributes = {}  # noqa: RUF012
+
+
+class KeepsCenteredAfterwards(CenteredPlugin):
+    class_attributes = {"kept": property(keep, ignored)}  # noqa: RUF012
+
+
+class KeepsCenteredOfBefore(CenteredPlugin):
+    slots = RowMajorPlugin.slots
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_keeps_what_it_computes_from_its_weight_passes(bias):
+    check_layer_plugin(CenteredPlugin(), lambda: Centered(bias), lambda layer: torch.randn(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "name"),
+    [(KeepsCentered(), "pure"), (KeepsCenteredAfterwards(), "unload"), (KeepsCenteredOfBefore(), "merge")],
+    ids=["while it is adapted", "after unloading", "after merging"],
+)
+def test_what_a_layer_keeps_of_its_weight_is_found(plugin, name):
+    with pytest.raises(CheckError, match=f"fails the check '{name}'(?s:.*)or the layer keeps what it compute"):
+        check_layer_plugin(plugin, Centered, lambda layer: torch.randn(3, 5), only=[name])
+
+
 class Named(Odd):
     """Gives a dictionary of its output and of how many rows that has."""
 
