@@ -285,7 +285,7 @@ class LoraCallback(Callback):
         self._run.left_out = left_out = self._run.find_left_out(pl_module, self.target, plan)
         if self.print_plan and trainer.is_global_zero:
             print_plan(plan, f"LoRA adapter {self.adapter_name!r}", left_out.layers)
-        left_out.tell_layers(pl_module)
+        left_out.tell_layers(target)
         if self._is_first(trainer):
             self._run.expected_warnings.enter_context(expecting_eval_mode(pl_module))
         self._run.resumed.set_before_data(trainer)

@@ -7,16 +7,18 @@ Only their values show it, so there is a warning and nothing is changed. What lo
 - a bias of zeros, as most models start theirs.
 
 Only layers after the last adapted one are reported, and only if most of the adapted layers do not look new: in a model
-that is new altogether, a head is no more forgotten than the rest.
+that is new altogether, a head is no more forgotten than the rest. Where the author trains some of what is adapted and
+has frozen other layers, these are to stay as they are: a teacher, or a momentum encoder with its head.
 """
 
 import math
+from collections.abc import Collection
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.inplace import foreign_kind, model_modules
+from lora_plugins.inplace import foreign_kind, full_name, model_modules
 from lora_plugins.plan.plan import Plan
 
 _TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,24 +30,38 @@ _SAMPLE = 16
 """Adapted layers that are looked at."""
 
 
-def forgotten_layers(target: nn.Module, plan: Plan) -> list[str]:
-    """Returns the names of layers of an adapted model that look new and are neither adapted nor trained."""
+def forgotten_layers(target: nn.Module, plan: Plan, frozen: Collection[str] = ()) -> list[str]:
+    """Returns the names of layers of an adapted model that look new and are neither adapted nor trained.
+
+    Args:
+        target: The model.
+        plan: What is adapted and trained of it.
+        frozen: The names of the parameters that its author had frozen.
+    """
     layers = {entry.name: entry.module for entry in model_modules(target) if isinstance(entry.module, _TYPES)}
     adapted = {layer.name for layer in plan.layers}
+    served = adapted | {name.rpartition(".")[0] for name in plan.trained}
+    held = {id(each) for name in served & layers.keys() for each in layers[name].parameters(recurse=False)}
+    moving = {name: layer for name, layer in layers.items() if not _is_frozen(name, layer, frozen)}
+    if adapted & moving.keys():
+        layers = moving
     known = (layer for name, layer in layers.items() if name in adapted and _own(layer, "weight").numel() >= _FEW)
     looks = [_looks_new(layer) for layer in islice(known, _SAMPLE)]
     if not looks or 2 * sum(looks) >= len(looks):
         return []
     names = list(layers)
     last = max(names.index(name) for name in adapted if name in layers)
-    served = adapted | {name.rpartition(".")[0] for name in plan.trained}
-    held = {id(each) for name in served & layers.keys() for each in layers[name].parameters(recurse=False)}
     rest = {name: layers[name] for name in names[last + 1 :]}
     return [
         name
         for name, layer in rest.items()
         if held.isdisjoint(map(id, layer.parameters(recurse=False))) and _looks_new(layer)  # tied ones are trained too
     ]
+
+
+def _is_frozen(name: str, layer: nn.Module, frozen: Collection[str]) -> bool:
+    own = [full_name(name, key) for key, _ in layer.named_parameters(recurse=False)]
+    return bool(own) and all(each in frozen for each in own)
 
 
 def _own(layer: nn.Module, name: str) -> Tensor:

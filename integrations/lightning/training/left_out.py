@@ -6,9 +6,10 @@ from weakref import ref
 
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_plugins import Plan
+from lora_plugins.adapter import present_state
 from lora_plugins.errors import listing
 from lora_plugins.inplace import full_name, submodule
 from lora_plugins.integrations.lightning.module import NetworkCopy, find_copies, find_target, kept_copies
@@ -34,16 +35,18 @@ class LeftOut:
 
         A copy of a part, as a teacher, has the new layers of its original: they follow those, where they are trained.
         """
-        forgotten = forgotten_layers(find_target(module, target), plan)
+        adapted = find_target(module, target)
+        frozen = {name for name, required in present_state(adapted).requires_grad.items() if not required}
+        forgotten = forgotten_layers(adapted, plan, frozen)
         copies = find_copies(module) if forgotten else []
         new = [name for name in forgotten if not _follows(module, full_name(plain_name(target or ""), name), copies)]
         return cls(new, {name: [*map(ref, tensors)] for name, tensors in kept_copies(module).items()})
 
-    def tell_layers(self, module: LightningModule) -> None:
+    def tell_layers(self, target: nn.Module) -> None:
         """Warns of the layers."""
         if self.layers:
             rank_zero_warn(
-                f"{listing(self.layers, 3)} of {type(module).__name__} look newly initialized, and nothing trains "
+                f"{listing(self.layers, 3)} of {type(target).__name__} look newly initialized, and nothing trains "
                 "them. A new head belongs in modules_to_save, or in an attribute head_modules of the module; one that "
                 "is to stay as it is can be left so."
             )

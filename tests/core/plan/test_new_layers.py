@@ -112,3 +112,22 @@ def test_adapted_layers_of_other_types_are_passed_over():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 16), trained(nn.Linear(16, 16)), nn.Linear(16, 8))
     assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0", "1"]))) == ["2"]
+
+
+@pytest.mark.parametrize("teacher", [["body"], ["body", "head"]], ids=["body", "body and head"])
+def test_what_the_author_froze_beside_what_is_trained_is_to_stay(teacher):
+    torch.manual_seed(0)
+    body, copy = (nn.Sequential(trained(nn.Linear(16, 16)), trained(nn.Linear(16, 16))) for _ in range(2))
+    model = nn.ModuleDict({"body": body, "head": nn.Linear(16, 8)})
+    model["teacher"] = nn.ModuleDict({"body": copy, "head": nn.Linear(16, 8)})
+    frozen = [f"teacher.{part}.{name}" for part in teacher for name, _ in model["teacher"][part].named_parameters()]
+    plan = LoraModel.plan(model, LoraConfig(r=1, target_modules=r"(teacher\.)?body\.\d"))
+    assert forgotten_layers(model, plan) == ["teacher.head"]
+    assert forgotten_layers(model, plan, frozen) == (["head"] if "head" in teacher else ["head", "teacher.head"])
+
+
+def test_where_the_author_froze_all_that_is_adapted_a_frozen_head_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(trained(nn.Linear(16, 16)), nn.Linear(16, 8))
+    frozen = [name for name, _ in model.named_parameters()]
+    assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0"])), frozen) == ["1"]

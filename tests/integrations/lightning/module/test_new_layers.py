@@ -68,6 +68,12 @@ def test_forgotten_head_is_named_in_plan_and_warning(tmp_path, capsys, head):
     assert "Looks new, and is not trained: 'net.4'" in capsys.readouterr().out
 
 
+def test_names_are_those_below_the_target_as_modules_to_save_takes_them(tmp_path):
+    callback = lora(LoraConfig(r=2, target_modules=["0", "2"]), target="net")
+    with pytest.warns(UserWarning, match=r"'4' of Sequential look newly initialized"):
+        trainer(tmp_path, [callback], max_epochs=1).fit(Pretrained(new), loader())
+
+
 @pytest.mark.parametrize("head", [new, with_zero_bias, zeros])
 @pytest.mark.parametrize(
     ("config", "declared"),
@@ -85,9 +91,9 @@ def test_head_that_is_trained_is_not(tmp_path, head, config, declared):
 class Averaged(Pretrained):
     """Keeps an average of its network."""
 
-    def __init__(self):
+    def __init__(self, frozen):
         super().__init__(new)
-        self.average = copy.deepcopy(self.net).requires_grad_(False)
+        self.average = copy.deepcopy(self.net).requires_grad_(not frozen)
 
     @torch.no_grad()
     def on_train_batch_end(self, *_):
@@ -95,11 +101,13 @@ class Averaged(Pretrained):
             mean.lerp_(value, 0.5)
 
 
-def test_head_of_a_copy_follows_that_of_its_original_where_it_is_trained(tmp_path):
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen by its author", "trainable"])
+def test_head_of_a_copy_follows_that_of_its_original_where_it_is_trained(tmp_path, frozen):
     layers = [f"{part}.{at}" for part in ("net", "average") for at in (0, 2)]
-    fit(tmp_path, Averaged(), LoraConfig(r=2, target_modules=layers, modules_to_save=["net.4"]))
-    with pytest.warns(UserWarning, match=r"'average\.4' of Averaged look newly initialized"):
-        fit(tmp_path, Averaged(), LoraConfig(r=2, target_modules=layers))
+    fit(tmp_path, Averaged(frozen), LoraConfig(r=2, target_modules=layers, modules_to_save=["net.4"]))
+    named = "net" if frozen else "average"
+    with pytest.warns(UserWarning, match=rf"'{named}\.4' of Averaged look newly initialized"):
+        fit(tmp_path, Averaged(frozen), LoraConfig(r=2, target_modules=layers))
 
 
 def test_trained_head_is_not(tmp_path):
