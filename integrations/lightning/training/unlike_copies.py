@@ -81,4 +81,4 @@ class UnlikeCopy:
 
 
 def _named(part: str, layers: Collection[str]) -> str:
-    return listing(sorted(f"{part}.{layer}" for layer in layers), 8)
+    return listing(sorted(f"{part}.{layer}".removesuffix(".") for layer in layers), 8)

@@ -442,13 +442,22 @@ class TestStops:
             fit(tmp_path, Averages(), ALONE)
         assert "Make it in on_fit_start" in "".join(raised.value.__notes__)
 
-    def test_an_error_that_has_nothing_to_do_with_pairs_gets_no_note(self, tmp_path):
+    @pytest.mark.parametrize("error", [RuntimeError("out of paper"), KeyError("paper")], ids=repr)
+    def test_an_error_that_has_nothing_to_do_with_pairs_gets_no_note(self, tmp_path, error):
         def fails(*_):
-            raise RuntimeError("out of paper")
+            raise error
 
-        with pytest.raises(RuntimeError, match="out of paper") as raised:
+        with pytest.raises(type(error), match="paper") as raised:
             fit(tmp_path, Teacher(fails), ALONE)
         assert not getattr(raised.value, "__notes__", [])
+
+    def test_a_copy_that_is_a_layer_itself(self, tmp_path):
+        module = Classifier()
+        module.mean = copy.deepcopy(module.net[0]).requires_grad_(False)
+        module.on_train_batch_end = lambda *_: module.mean.load_state_dict(module.net[0].state_dict())
+        with pytest.raises(RuntimeError, match="Unexpected key") as raised:
+            fit(tmp_path, module, LoraConfig(r=2, target_modules=["net.0"]))
+        assert "adapt 'mean' as 'net.0' are; a `target`" in "".join(raised.value.__notes__)
 
     def test_late_average(self, tmp_path):
         module = Teacher(lambda *pair: in_place(*pair) if module.current_epoch == 2 else None)
