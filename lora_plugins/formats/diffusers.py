@@ -13,7 +13,7 @@ from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.changes import ENDINGS as BESIDE
 from lora_plugins.formats.changes import Beside, changes_and_values, take_beside
 from lora_plugins.formats.components import COMPONENTS, ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
-from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, own_key, placed_key
+from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, adapter_name, own_key, placed_key
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.minimax_h3 import alpha_of_all, refuse_alternating_rows
 from lora_plugins.formats.original_names import by_own_names
@@ -21,7 +21,7 @@ from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model, present
-from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, without_rslora
+from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, refuse_repeated, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import full_name, model_modules, submodule
@@ -109,23 +109,41 @@ def _file(path: Path) -> Path:
 
 
 def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, _Part]:
-    parts: dict[str, _Part] = {}
-    wrong = []
     children = set() if model is None else {name for name, _ in model.named_children()} - {*COMPONENTS}
-    for key, tensor in tensors.items():
-        placed = placed_key(key, children)
-        if placed is None:
-            wrong.append(key)
-            continue
-        part, name, factor = placed
-        if part == ORIGINAL and model is not None:
-            part, name = with_conditioner(part, name, model)
-        own = parts.setdefault(part, {}).setdefault(name, {})
-        if factor in own:
-            wrong.append(key)
-        own[factor] = tensor
-    refuse_keys(wrong)
+    found = {key: placed_key(key, children) for key in tensors}
+    refuse_keys([key for key, place in found.items() if place is None])
+    placed = {key: _with_conditioner(place, model) for key, place in found.items() if place is not None}
+    refuse_repeated(placed)
+    _refuse_several(placed)
+    parts: dict[str, _Part] = {}
+    for key, (part, name, kind) in placed.items():
+        parts.setdefault(part, {}).setdefault(name, {})[kind] = tensors[key]
     return parts
+
+
+def _with_conditioner(place: tuple[str, str, str], model: nn.Module | None) -> tuple[str, str, str]:
+    part, name, kind = place
+    if part == ORIGINAL and model is not None:
+        part, name = with_conditioner(part, name, model)
+    return part, name, kind
+
+
+def _refuse_several(placed: Mapping[str, tuple[str, str, str]]) -> None:
+    """Refuses a part whose layers are of several adapters, by the names of these in keys.
+
+    Raises:
+        AdapterFileError: With the names.
+    """
+    names: dict[str, set[str]] = {}
+    for key, (part, _, _) in placed.items():
+        if (name := adapter_name(key)) is not None:
+            names.setdefault(part, set()).add(name)
+    several = next((own for own in names.values() if len(own) > 1), None)
+    if several:
+        raise AdapterFileError(
+            f"The file has layers of the adapters {listing(sorted(several))}, and it cannot be told which is meant. "
+            "Write each of them into a file of its own."
+        )
 
 
 def _layer(name: str, factors: Mapping[str, Tensor], config: PeftConfig | None, of_all: float | None) -> PortableLayer:

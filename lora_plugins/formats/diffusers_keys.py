@@ -61,7 +61,7 @@ _ENCODERS: Mapping[str, str] = {
 _FLAT = ("lora_", "lycoris_")
 """What such keys do not start with: those are names without dots, of another format."""
 
-_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.[^.]+(?=\.(?:weight|bias)$)")
+_ADAPTER = re.compile(r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.(?:weight|bias)$)")
 """Where keys of a model that PEFT has wrapped name the adapter, as some scripts save them."""
 
 _PROJECTIONS: Mapping[str, str] = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"}
@@ -95,9 +95,10 @@ def own_key(key: str) -> str:
     return key.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
 
 
-def has_adapter_name(key: str) -> bool:
-    """Whether a key names PEFT's adapter, as in `lora_A.default.weight`."""
-    return _ADAPTER.search(key) is not None
+def adapter_name(key: str) -> str | None:
+    """Returns the name of PEFT's adapter in a key, as in `lora_A.default.weight`; None if it has none."""
+    found = _ADAPTER.search(key)
+    return None if found is None else found[2]
 
 
 def placed_key(key: str, children: Collection[str] = ()) -> tuple[str, str, str] | None:

@@ -25,7 +25,7 @@ from lora_plugins.formats.components import (
 )
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.original_names import Place, is_of_transformer, original_places, places_without_dots, put
-from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, without_rslora
+from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, refuse_repeated, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer, commonest
 from lora_plugins.formats.tensor_file import read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import base_class_of, full_name, submodule
@@ -235,17 +235,15 @@ def _sorted(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Returns the tensors of each layer.
 
     Raises:
-        AdapterFileError: If a key has no place, naming the method that it is of.
+        AdapterFileError: If a key has no place, naming the method that it is of, or the place of another one.
     """
+    split = {key: _split(key) or (key, "") for key in tensors}
+    refuse_keys([key for key, (_, rest) in split.items() if rest not in _FACTORS])
+    placed = {key: (name, _FACTORS[rest]) for key, (name, rest) in split.items()}
+    refuse_repeated(placed)
     found: dict[str, dict[str, Tensor]] = {}
-    wrong = []
-    for key, tensor in tensors.items():
-        name, rest = _split(key) or (key, "")
-        if rest in _FACTORS:
-            found.setdefault(name, {})[_FACTORS[rest]] = tensor
-        else:
-            wrong.append(key)
-    refuse_keys(wrong)
+    for key, (name, kind) in placed.items():
+        found.setdefault(name, {})[kind] = tensors[key]
     return found
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.components import class_names
-from lora_plugins.formats.diffusers_keys import has_adapter_name
+from lora_plugins.formats.diffusers_keys import adapter_name
 
 
 def refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
@@ -18,7 +18,7 @@ def refuse_alternating_rows(keys: Iterable[str], model: nn.Module) -> None:
     Raises:
         AdapterFileError: If the model is a MiniMax H3 and the file has such projections.
     """
-    wrong = [key for key in keys if ".attn.qkv_proj.lora_" in key and has_adapter_name(key)]
+    wrong = [key for key in keys if ".attn.qkv_proj.lora_" in key and adapter_name(key) is not None]
     if wrong and _has_minimax_h3(model):
         raise AdapterFileError(
             f"{listing(sorted(wrong), 3)}: DiffSynth-Studio trains these with the rows of q, k and v of one head after "

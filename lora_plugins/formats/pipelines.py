@@ -69,6 +69,26 @@ def refuse_keys(keys: Collection[str]) -> None:
         )
 
 
+def refuse_repeated(placed: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuses a file that has one tensor of a layer under several keys, such as in two spellings.
+
+    Args:
+        placed: By key, the layer that it is of and, last, the kind of tensor.
+
+    Raises:
+        AdapterFileError: With the keys.
+    """
+    keys: dict[tuple[str, ...], list[str]] = {}
+    for key, (*layer, kind) in placed.items():
+        keys.setdefault((*layer, "magnitude" if kind == "scale" else kind), []).append(key)
+    repeated = next((own for own in keys.values() if len(own) > 1), None)
+    if repeated:
+        raise AdapterFileError(
+            f"{listing(sorted(repeated))} of the adapter are one tensor of one layer, and it cannot be told which is "
+            "meant. Take all but one out of the file, or write each of several adapters into a file of its own."
+        )
+
+
 def _other_method(key: str) -> str:
     """Returns the method that a tensor is of, by the end of its key; empty if it is unknown."""
     ends = {".".join(key.split(".")[-length:]) for length in (1, 2)}

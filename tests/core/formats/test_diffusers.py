@@ -350,12 +350,30 @@ class TestRefused:
             lora.save_adapter(tmp_path / "new", format="diffusers")
         assert not (tmp_path / "new").exists()
 
-    def test_a_key_that_says_it_again(self, tmp_path, untouched):
+    @pytest.mark.parametrize(
+        ("key", "again"),
+        [
+            ("lora_A.weight", "lora.down.weight"),
+            ("lora_A.weight", "lora_A.second.weight"),
+            ("dora_scale", "lora_magnitude_vector"),
+        ],
+        ids=["in another spelling", "of another adapter", "in another form"],
+    )
+    def test_a_key_that_says_it_again(self, key, again, tmp_path, untouched):
         saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
-        save_file(
-            {**load_file(tmp_path / FILE), "unet.conv_in.lora.down.weight": torch.zeros(2, 4, 3, 3)}, tmp_path / FILE
-        )
-        refused(UNET, tmp_path, untouched, r"1 key .* no place: 'unet\.conv_in\.lora")
+        repeated = {f"unet.conv_in.{end}": torch.ones(8, 1, 1, 1) for end in (key, again)}
+        save_file({**repeated, **load_file(tmp_path / FILE)}, tmp_path / FILE)
+        first, second = sorted(repeated)
+        refused(UNET, tmp_path, untouched, f"'{first}', '{second}' of .* one tensor of one layer.* all but one")
+
+    def test_layers_of_several_adapters(self, tmp_path, untouched):
+        saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
+        named = {
+            key.replace(".weight", f".{'second' if 'conv_in' in key else 'first'}.weight"): tensor
+            for key, tensor in load_file(tmp_path / FILE).items()
+        }
+        save_file(named, tmp_path / FILE)
+        refused(UNET, tmp_path, untouched, "layers of the adapters 'first', 'second'.* a file of its own")
 
     def test_a_key_that_is_left_over(self, tmp_path, untouched):
         saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))

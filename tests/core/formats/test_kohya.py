@@ -182,6 +182,21 @@ class TestRefused:
         path = self.edited(tmp_path, lambda tensors: tensors.update({"lora_unet_conv_in.more": torch.zeros(1)}))
         refused(UNET, path, untouched, r"1 key .* no place: 'lora_unet_conv_in\.more'.* take those keys out")
 
+    @pytest.mark.parametrize(
+        ("key", "again"),
+        [
+            (".lora_down.weight", "_lora.down.weight"),
+            (".dora_scale", ".lora_magnitude_vector"),
+            (".b_norm", ".diff_b"),
+        ],
+        ids=["in another spelling", "in another form", "of another program"],
+    )
+    def test_a_key_that_says_it_again(self, key, again, tmp_path, untouched):
+        repeated = {f"lora_unet_conv_in{end}": torch.ones(8, 1, 1, 1) for end in (key, again)}
+        path = self.edited(tmp_path, lambda tensors: tensors.update({**repeated, **tensors}))
+        names = sorted(repeated)
+        refused(UNET, path, untouched, f"'{names[0]}', '{names[1]}' of .* one tensor of one layer.* all but one")
+
     def test_half_a_layer(self, tmp_path, untouched):
         path = self.edited(tmp_path, lambda tensors: tensors.pop("lora_unet_conv_in.lora_up.weight"))
         refused(UNET, path, untouched, "'lora_unet_conv_in' of the adapter has only A, alpha")
