@@ -403,7 +403,6 @@ class LoraModel(metaclass=Told):
             PluginError: If there is no such format.
         """
         state = self._state
-        state.check("save_adapter")
         check_here(self.model, "save_adapter")
         check_writable_place(Path(path), "path")
         if adapter_name is None:
@@ -566,7 +565,6 @@ class LoraModel(metaclass=Told):
             StateError: If there is no such adapter, something is merged, or a block is open.
         """
         state = self._state
-        state.check("swap_adapter")
         check_here(self.model, "swap_adapter")
         state.adapter(adapter_name)
         packed = _read(self.model, path, self._registry, format, format_options)

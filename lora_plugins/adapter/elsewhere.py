@@ -12,7 +12,7 @@ from torch import nn
 from lora_plugins.adapter.group_offloading import BEFORE, check_no_copies, modules_on_disk
 from lora_plugins.adapter.lifecycle import CALLS
 from lora_plugins.adapter.owned_tensors import IF_OFFLOADED
-from lora_plugins.adapter.state import adapted_layers
+from lora_plugins.adapter.state import adapted_layers, present_state
 from lora_plugins.errors import StateError, listing
 from lora_plugins.inplace import holder_of, is_shard, model_modules, own_parameters
 
@@ -21,12 +21,13 @@ _FUSED = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_p
 
 
 def check_here(model: nn.Module, call: str) -> None:
-    """Refuses a call of `lifecycle.CALLS` that needs the tensors of an adapted model while they are offloaded.
+    """Refuses a call of `lifecycle.CALLS` in a state of an adapted model, or while its tensors are offloaded.
 
     Raises:
-        StateError: If parameters of the model are split over processes, on the meta device, or on the disk; or if the
-            call changes tensors that each forward takes from copies.
+        StateError: If the table refuses the call; if parameters of the model are split over processes, on the meta
+            device, or on the disk; or if the call changes tensors that each forward takes from copies.
     """
+    present_state(model).check(call)
     modules = model_modules(model)
     own = own_parameters(modules)
     _check_whole(model, own, call)

@@ -74,7 +74,6 @@ def merge(model: nn.Module, state: ModelState, adapters: tuple[str, ...], max_er
         StateError: If one of the adapters is not active, or merged already.
         MergeError: If a weight is shared with a layer that is not adapted, or rounding would lose too much.
     """
-    state.check("merge_adapter")
     check_here(model, "merge_adapter")
     layers = adapted_layers(model)
     report = checked(model, layers, state, adapters, max_error)

@@ -35,7 +35,6 @@ def merge_and_unload(model: nn.Module, state: ModelState, max_error: float, *, d
         MergeError: As `merge` does, or if a weight is computed in an unknown way.
         StateError: If parameters of the model were made in inference mode.
     """
-    state.check("merge_and_unload")
     check_here(model, "merge_and_unload")
     leave_inference(model)
     layers = adapted_layers(model)
