@@ -25,6 +25,10 @@ forward writes. What others write would be lost.
 """
 
 
+_COMPILED = 0
+"""Stands for a thread where a compiled forward runs; a part of it that breaks the graph may read weights uncompiled."""
+
+
 def is_of_torch(base: type[nn.Module]) -> bool:
     """Whether the forward of a class is torch's own: none of these writes into weights."""
     module = base.forward.__module__ or ""  # None of what was made by exec, as torch.fx does
@@ -96,7 +100,7 @@ def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) 
     """Returns the weight that the running forward has read before, or else a new one that `make` gives."""
     state = layer_state(layer)
     calls = state.held
-    now: Held | None = calls.get(_thread()) if calls else None
+    now: Held | None = (calls.get(_thread()) or calls.get(_COMPILED)) if calls else None
     if now is None:
         if calls and torch.compiler.is_dynamo_compiling():  # the forward has a compiled part, which knows no threads
             state.is_read = True
@@ -110,4 +114,4 @@ def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) 
 
 
 def _thread() -> int:
-    return 0 if torch.compiler.is_dynamo_compiling() else get_ident()  # which cannot be traced
+    return _COMPILED if torch.compiler.is_dynamo_compiling() else get_ident()  # which cannot be traced

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 
@@ -52,6 +53,25 @@ def test_weight_that_a_compiled_part_of_a_forward_reads():
     LoraModel(model, LoraConfig(r=2, init="none"))
     for _ in range(2):
         torch.testing.assert_close(model(x), linear(x, model[0].weight, model[0].bias))
+
+
+class WithCheckpoint(nn.Linear):
+    """Has a part that is computed again in the backward, which torch does not compile here."""
+
+    def part(self, x):
+        return linear(x, self.weight)
+
+    def forward(self, x):
+        return checkpoint(self.part, x, use_reentrant=False) + self.bias
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at each tensor
+def test_weight_that_a_part_of_a_compiled_forward_reads_uncompiled():
+    model, x = nn.Sequential(WithCheckpoint(4, 3)), torch.randn(2, 4)
+    LoraModel(model, LoraConfig(r=2, init="none"))
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), linear(x, model[0].weight, model[0].bias))
 
 
 class OfSomething(nn.Linear):
