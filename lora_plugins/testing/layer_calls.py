@@ -49,8 +49,16 @@ def _calls(case: LayerCase) -> None:
         untouched, reference = case.model().train(training), lawful(case, model.train(training))
         for what, inputs, named in _ways(model, case.arguments(model.layer)):
             if runs(untouched, inputs, **named):
-                got = call(model, inputs, **named)
-                require_all_close(f"the output {what}", got, call(reference, inputs, **named))
+                _lawful_in_every_mode(what, model, reference, inputs, named)
+
+
+def _lawful_in_every_mode(
+    what: str, model: Holder, reference: Holder, inputs: Sequence[Any], named: dict[str, Any]
+) -> None:
+    for mode, context in MODES.items():
+        with context():
+            got, expected = call(model, inputs, **named), call(reference, inputs, **named)
+        require_all_close(f"the output {what}{mode}", got, expected)
 
 
 def _ways(model: Holder, inputs: tuple[Any, ...]) -> Iterator[Call]:

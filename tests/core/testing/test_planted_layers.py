@@ -305,6 +305,13 @@ class OnlyBatches(Complete):
         return super().low_rank(term, x.reshape(batch, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+class ForRowsWithoutGradients(Complete):
+    """Has another way where no gradients are computed, which takes matrices only."""
+
+    def low_rank(self, term, x):
+        return super().low_rank(term, x) * (torch.is_grad_enabled() or x.dim() == 2)
+
+
 class ViewsItsInput(Complete):
     def low_rank(self, term, x):
         return super().low_rank(term, x.view(-1, x.shape[-1])).view(*x.shape[:-1], -1)
@@ -491,6 +498,7 @@ PLANTED = {
     FailsUnderAutocast: "dtype",
     BatchOfAtLeastOne: "calls",
     ViewsItsInput: "calls",
+    ForRowsWithoutGradients: "calls",
     ForgetsTheRows: "law",
     OneSlotForAllTerms: "several",
     KeepsItsInputs: "pure",
