@@ -1,5 +1,7 @@
 """`LoraCLI`: LightningCLI with a `lora:` section."""
 
+import os
+import re
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -9,7 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
@@ -95,6 +97,16 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             help="How LoRA is applied; null for none. Fields, or the path of a YAML file with them.",
         )
         parser.add_class_arguments(LoraCallback, "lora_callback", skip={"config"}, instantiate=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the arguments, and environment variables where the parser reads them.
+
+        Raises:
+            ConfigError: If a variable is one field of the section `lora:`, which jsonargparse would pass over.
+        """
+        if parser.default_env:
+            _check_variables(str(parser.env_prefix))
+        super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds the trainer, with the callback if there is a `lora:` section, and what a command shows.
@@ -211,6 +223,18 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
 def _refuse(parser: LightningArgumentParser, message: str, *_: Any) -> NoReturn:
     """Raises what is wrong; a function of the module, which processes that are spawned are given with the parser."""
     raise ConfigError(explained(message, [*parser._option_string_actions, *SHORT]))
+
+
+def _check_variables(prefix: str) -> None:
+    """Raises `ConfigError` for variables that name one field of the section, as a run without LoRA would ignore."""
+    for name in sorted(os.environ):
+        if found := re.fullmatch(rf"({re.escape(prefix.upper())}_(?:[A-Z]+__)?LORA)__(\w+)", name):
+            section, field = found[1], found[2].lower()
+            raise ConfigError(
+                f"The environment variable {name} is not read: a variable holds the whole section `lora:`, as "
+                f"{section}='{{{field}: {os.environ[name]}, ...}}', or the path of a YAML file with it. "
+                f"Or give the flag --lora.{field}."
+            )
 
 
 class PlanCLI(LoraCLI):

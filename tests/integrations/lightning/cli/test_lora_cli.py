@@ -133,6 +133,27 @@ class TestFit:
         assert main(["fit", "--config", config(lora=str(tmp_path / "lora.yaml"))]) == 0
         assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").adapters["default"].r == 3
 
+    @pytest.mark.parametrize("value", ["{r: 3, target_modules: [net.0]}", "lora.yaml"], ids=["fields", "path"])
+    def test_lora_section_in_an_environment_variable(self, config, tmp_path, monkeypatch, value):
+        monkeypatch.chdir(tmp_path)
+        Path("lora.yaml").write_text("{r: 3, target_modules: [net.0]}")
+        monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+        monkeypatch.setenv("PL_FIT__LORA", value)
+        assert main(["fit", "--config", config(lora=None)]) == 0
+        assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").plans["default"].config.r == 3
+
+    def test_one_field_in_an_environment_variable_is_refused(self, config, monkeypatch, capsys):
+        """It would be passed over, and without another field of the section the whole model be trained."""
+        monkeypatch.setenv("PL_FIT__LORA__R", "3")
+        assert main(["plan", "--config", config()]) == 0  # which reads no variables
+        monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
+        capsys.readouterr()
+        assert main(["fit", "--config", config(lora=None)]) != 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert "PL_FIT__LORA__R is not read" in said
+        assert "PL_FIT__LORA='{r: 3, ...}'" in said
+        assert "--lora.r" in said
+
     def test_without_the_section_it_is_lightning(self, config, tmp_path):
         assert main(["fit", "--config", config(lora=None)]) == 0
         Classifier.load_from_checkpoint(checkpoint(tmp_path))
