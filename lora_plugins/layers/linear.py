@@ -29,6 +29,11 @@ def thirds(tensor: str, rows: int) -> dict[str, Slot]:
     return {part: Slot(tensor, part, (i * size, (i + 1) * size, rows)) for i, part in enumerate("qkv")}
 
 
+def _is_matrix(weight: Tensor) -> bool:
+    """Whether it is a matrix of numbers, and none of the classes in which others store fewer bytes."""
+    return type(weight) is nn.Parameter and weight.dim() == 2 and weight.is_floating_point()
+
+
 def _update(x: Tensor, term: Term) -> Tensor:
     """Returns `scaling * dropout(x) Aᵀ Bᵀ`, of an `x` of `(..., in)`."""
     x = term.drop(x)
@@ -88,9 +93,9 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
     def parts(self, layer: nn.Linear) -> Mapping[str, Slot]:
         """Returns equal thirds of the output rows, the layout of timm's and torch's fused projections."""
         weight = layer._parameters.get("weight")
-        # A weight that was cut by hand, as that of a head for fewer classes, has other rows than the layer says; one
-        # that is stored in fewer bytes has a shape of its own.
-        dense = weight is not None and weight.shape[1:] == (layer.in_features,)
+        # A weight that was replaced by hand, as that of a head for fewer classes, has other rows than the layer says;
+        # one that is stored in fewer bytes or in shards has a shape of its own.
+        dense = weight is not None and (weight.shape[1:] == (layer.in_features,) or _is_matrix(weight))
         return thirds("weight", len(weight) if weight is not None and dense else layer.out_features)
 
     def inputs(self, layer: nn.Linear, slot: Slot, x: Tensor) -> Tensor:

@@ -197,12 +197,13 @@ def test_a_weight_that_a_wrapper_computes_is_there_after_a_forward():
     torch.testing.assert_close(model(x), x @ weight.T + layer.bias)
 
 
+@pytest.mark.parametrize("columns", [4, 3], ids=["rows", "rows-and-columns"])
 @pytest.mark.parametrize("rows", [9, 10])
-def test_a_linear_layer_whose_weight_was_cut_by_hand(rows):
+def test_a_linear_layer_whose_weight_was_cut_by_hand(rows, columns):
     """As a head for fewer classes: 21 rows have thirds, and they are not those of the weight that is there."""
     model = nn.Sequential(nn.Linear(4, 21, bias=False))
-    model[0].weight = nn.Parameter(model[0].weight[:rows].detach())
-    x, lora = torch.randn(2, 4), LoraModel(model, LoraConfig(r=2))
+    model[0].weight = nn.Parameter(model[0].weight[:rows, :columns].detach())
+    x, lora = torch.randn(2, columns), LoraModel(model, LoraConfig(r=2))
     nn.init.normal_(model[0].lora_B["default"])
     y = model(x)
     assert y.shape == (2, rows)
