@@ -60,7 +60,7 @@ def finite(what: str, value: Any) -> float:
 
 
 def _fitting(fits: Callable[[Any], bool], what: str) -> Check:
-    """A value that fits; `what` says for the message what fits."""
+    """Returns a check that refuses a value for which `fits` is false; its message says that the field is `what`."""
 
     def check_fitting(name: str, value: Any) -> None:
         if not fits(value):
@@ -90,6 +90,7 @@ def _from(least: float) -> str:
 check_rank = _fitting(
     lambda value: is_whole(value) and 1 <= value <= MAX_RANK, f"a rank, a whole number from 1 to {MAX_RANK}"
 )
+"""A rank."""
 
 check_alpha = _fitting(lambda value: _is_number(value) and 0 < value <= _MAX_ALPHA, "a positive, finite number")
 """A numerator of a scaling."""
@@ -109,6 +110,7 @@ check_whole = whole_from(-math.inf)
 check_count = whole_from(1)
 
 check_flag = _fitting(lambda value: isinstance(value, bool), "True or False")
+"""A switch."""
 
 
 def check_name(name: str, value: Any) -> None:
@@ -177,6 +179,7 @@ check_registry = _fitting(
     lambda value: callable(getattr(value, "layer_for", None)),
     "what build_registry([('mine', MyPlugins())]) returns",
 )
+"""The plugins that are there, as a registry."""
 
 
 def check_parts(name: str, value: Any) -> None:

@@ -73,4 +73,4 @@ _ACTIONS: dict[str, Callable[[Case, str], Callable[[], object]]] = {
     "ours": lambda case, method: getattr(LoraModel(ours(case, 0.0)), method),
     "peft": lambda case, method: getattr(peft(case, 0.0), method),
 }
-"""What is done to a case by a method of the handle to its adapter, by the name in the table."""
+"""By the name of a library: makes, of a case and the name of a method, the call that is measured."""

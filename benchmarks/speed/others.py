@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -58,7 +57,7 @@ def _inference(rounds: int, device: torch.device) -> list[Row]:
     models = {"floor": case.model().requires_grad_(False), "ours": ours(case, 0.0)}
     if "peft" in installed():
         models["peft"] = peft(case, 0.0)
-    return [("inference, unmerged (ratio to the base)", *_compare(case, models, rounds, device))]
+    return [("inference, unmerged (ratio to the base)", *_compare(case, models, rounds, device, {}))]
 
 
 def _mixed_batch(rounds: int, device: torch.device) -> list[Row]:
@@ -82,7 +81,7 @@ def _compare(
     models: dict[str, nn.Module],
     rounds: int,
     device: torch.device,
-    of_peft: Mapping[str, object] = MappingProxyType({}),
+    of_peft: Mapping[str, object],
 ) -> tuple[str, str]:
     batch = [x.detach().to(device) for x in case.batch()]
     times: dict[str, list[float]] = {name: [] for name in models}

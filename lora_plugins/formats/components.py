@@ -36,7 +36,10 @@ _OTHERWISE: Mapping[str, tuple[str, ...]] = {
     _DENOISER: OTHER_TRANSFORMERS,
     "text_encoder_3": ("text_encoder_2", "text_encoder"),
 }
-"""Parts as files name them, and what other pipelines call them: the T5 of SD 3 is the second of Flux, all of PixArt."""
+"""What other pipelines call a part that files name so, in the order in which it is looked for.
+
+T5 is the third text encoder of SD 3, the second of Flux, and the only one of PixArt.
+"""
 
 ORIGINAL = "diffusion_model"
 """What ComfyUI and the authors of models call the denoiser, whose layers have their original names then."""
@@ -93,10 +96,10 @@ def paths_read(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str 
 def _named_otherwise(found: Mapping[str, Iterable[str]], model: nn.Module, asked: str | None) -> dict[str, str]:
     """Returns what a model calls parts that files name after another pipeline's, by their names in the file."""
     children = _children(model)
-    here = {part: next(filter(children.__contains__, (part, *others)), part) for part, others in _OTHERWISE.items()}
+    names = {part: next(filter(children.__contains__, (part, *others)), part) for part, others in _OTHERWISE.items()}
     if asked in OTHER_TRANSFORMERS:
-        here[_DENOISER] = asked
-    renamed = {part: name for part, name in here.items() if name not in found}
+        names[_DENOISER] = asked
+    renamed = {part: name for part, name in names.items() if name not in found}
     first = dict(model.named_children()).get("text_encoder")
     if first is not None and any("Llama" in name for name in class_names(first)):  # as in HunyuanVideo, beside CLIP
         renamed["text_encoder_4"] = "text_encoder"

@@ -142,7 +142,8 @@ def _refuse_several(placed: Mapping[str, tuple[str, str, str]]) -> None:
     if several:
         raise AdapterFileError(
             f"The file has layers of the adapters {listing(sorted(several))}, and it cannot be told which is meant. "
-            "Write each of them into a file of its own."
+            "Save one of them alone, as by get_peft_model_state_dict(model, adapter_name=...) of PEFT, or keep the "
+            "keys of one in a file of its own."
         )
 
 

@@ -158,8 +158,8 @@ class PeftConfig:
         if str(fields.get("peft_type")).upper() != "LORA":
             raise AdapterFileError(
                 f"The adapter is of PEFT's method {fields.get('peft_type')!r}; only 'LORA' can be read. Merge it in "
-                "PEFT, and use the merged model; or save it there with peft.save_as_lora(path, model, rank), which "
-                "approximates some methods by LoRA."
+                "PEFT, and use the merged model; or write it as LoRA with peft.save_as_lora(path, model, rank), which "
+                "new versions of PEFT have: exactly for some methods, for others as near as the rank allows."
             )
         wrong = [f"{key} = {fields[key]!r}: {reason}" for key, reason in _REFUSED.items() if fields.get(key)]
         unknown = fields.keys() - _READ.keys() - _IDLE - _REFUSED.keys()

@@ -84,8 +84,9 @@ def refuse_repeated(placed: Mapping[str, tuple[str, ...]]) -> None:
     repeated = next((own for own in keys.values() if len(own) > 1), None)
     if repeated:
         raise AdapterFileError(
-            f"{listing(sorted(repeated))} of the adapter are one tensor of one layer, and it cannot be told which is "
-            "meant. Take all but one out of the file, or write each of several adapters into a file of its own."
+            f"The adapter has one tensor of one layer under several keys, and it cannot be told which is meant: "
+            f"{listing(sorted(repeated))}. Take all but one out of the file; if they are of several adapters, write "
+            "each into a file of its own."
         )
 
 

@@ -30,7 +30,7 @@ def thirds(tensor: str, rows: int) -> dict[str, Slot]:
 
 
 def _is_matrix(weight: Tensor) -> bool:
-    """Whether it is a matrix of numbers, and none of the classes in which others store fewer bytes."""
+    """Whether a weight is a plain matrix of floating-point numbers, and of no class that stores fewer bytes."""
     return type(weight) is nn.Parameter and weight.dim() == 2 and weight.is_floating_point()
 
 
@@ -95,8 +95,8 @@ class LinearPlugin(RowMajorPlugin[nn.Linear]):
         weight = layer._parameters.get("weight")
         # A weight that was replaced by hand, as that of a head for fewer classes, has other rows than the layer says;
         # one that is stored in fewer bytes or in shards has a shape of its own.
-        dense = weight is not None and (weight.shape[1:] == (layer.in_features,) or _is_matrix(weight))
-        return thirds("weight", len(weight) if weight is not None and dense else layer.out_features)
+        is_own_shape = weight is not None and (weight.shape[1:] == (layer.in_features,) or _is_matrix(weight))
+        return thirds("weight", len(weight) if weight is not None and is_own_shape else layer.out_features)
 
     def inputs(self, layer: nn.Linear, slot: Slot, x: Tensor) -> Tensor:
         """Returns the rows of `x`, which is `(..., in)`."""

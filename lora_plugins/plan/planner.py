@@ -198,8 +198,9 @@ def _trained(config: LoraConfig, survey: Survey, saved: set[str], targets: Seque
     if unfit:
         raise TargetError(
             f"modules_to_save or bias names parameters that cannot be trained: {listing(dict.fromkeys(unfit))}. Take "
-            "them out. Those of integers are of quantized layers: name these layers where the model is quantized, so "
-            "that they stay float (`llm_int8_skip_modules` of bitsandbytes); complex ones are not served."
+            "them out. Those of integers are of quantized layers: load the model with these layers left out of its "
+            "quantization, as by BitsAndBytesConfig(llm_int8_skip_modules=[...]) of transformers, or unquantized; "
+            "complex ones are not served."
         )
     return [
         name

@@ -90,7 +90,7 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
     path = _checked(path)
     if path.exists() and path.resolve() == Path(task.model_config.weights).resolve():
         raise ConfigError(f"The file is {path}, which the task is read from: it would be replaced. Name a new file.")
-    with evaluated_on("cpu", task):  # a program keeps the device that it is made on
+    with evaluated_on(task, "cpu"):  # a program keeps the device that it is made on
         return _write_weights(task, path) if path.suffix == SAFETENSORS else _write_program(task, path, size)
 
 

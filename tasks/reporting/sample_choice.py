@@ -54,7 +54,7 @@ class Judged:
 @contextmanager
 def on_device_of(trainer: Trainer, task: VisionTask) -> Iterator[None]:
     """Puts the task into eval mode and on the device that it left when the fit ended."""
-    with evaluated_on(trainer.strategy.root_device, task), torch.inference_mode():
+    with evaluated_on(task, trainer.strategy.root_device), torch.inference_mode():
         yield
 
 

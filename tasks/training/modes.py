@@ -21,7 +21,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluated_on(device: torch.device | str, task: LightningModule) -> Iterator[None]:
+def evaluated_on(task: LightningModule, device: torch.device | str) -> Iterator[None]:
     """Holds a task on a device and in eval mode inside a `with` block."""
     home = task.device
     task.to(device)

@@ -105,7 +105,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             ConfigError: If a variable is one field of the section `lora:`, which jsonargparse would pass over.
         """
         if parser.default_env:
-            _check_variables(str(parser.env_prefix))
+            _check_variables(f"{parser.env_prefix}_" if isinstance(parser.env_prefix, str) else "")
         super().parse_arguments(parser, args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -227,12 +227,15 @@ def _refuse(parser: LightningArgumentParser, message: str, *_: Any) -> NoReturn:
 
 def _check_variables(prefix: str) -> None:
     """Raises `ConfigError` for variables that name one field of the section, as a run without LoRA would ignore."""
+    start = re.escape(prefix.replace("-", "_").upper())
     for name in sorted(os.environ):
-        if found := re.fullmatch(rf"({re.escape(prefix.upper())}_(?:[A-Z]+__)?LORA)__(\w+)", name):
-            section, field = found[1], found[2].lower()
+        if found := re.fullmatch(rf"({start}(?:[A-Z]+__)?LORA)__(\w+)", name):
+            section, field = found[1], found[2].lower().replace("__", ".")
+            first, _, inner = field.partition(".")
+            value = f"{{{inner}: {os.environ[name]}}}" if inner else os.environ[name]
             raise ConfigError(
                 f"The environment variable {name} is not read: a variable holds the whole section `lora:`, as "
-                f"{section}='{{{field}: {os.environ[name]}, ...}}', or the path of a YAML file with it. "
+                f"{section}='{{{first}: {value}, ...}}', or the path of a YAML file with it. "
                 f"Or give the flag --lora.{field}."
             )
 

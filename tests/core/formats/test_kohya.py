@@ -195,7 +195,12 @@ class TestRefused:
         repeated = {f"lora_unet_conv_in{end}": torch.ones(8, 1, 1, 1) for end in (key, again)}
         path = self.edited(tmp_path, lambda tensors: tensors.update({**repeated, **tensors}))
         names = sorted(repeated)
-        refused(UNET, path, untouched, f"'{names[0]}', '{names[1]}' of .* one tensor of one layer.* all but one")
+        refused(
+            UNET,
+            path,
+            untouched,
+            f"one tensor .* under several keys.* '{names[0]}', '{names[1]}'.* all but one",
+        )
 
     def test_half_a_layer(self, tmp_path, untouched):
         path = self.edited(tmp_path, lambda tensors: tensors.pop("lora_unet_conv_in.lora_up.weight"))

@@ -441,7 +441,7 @@ class TestConfigs:
     @pytest.mark.parametrize(
         ("fields", "match"),
         [
-            pytest.param({"peft_type": "LOHA"}, "PEFT's method 'LOHA'.*the merged model.*save_as_lora", id="method"),
+            pytest.param({"peft_type": "LOHA"}, "method 'LOHA'.*use the merged model.*peft.save_as_lora", id="method"),
             pytest.param({"trainable_token_indices": [1]}, "trainable_token_indices", id="tokens"),
             pytest.param({"layer_replication": [[0, 2]]}, "layer_replication", id="replication"),
             pytest.param({"kasa_config": {"beta": 1e-4}}, "kasa_config.*another method", id="KaSA"),

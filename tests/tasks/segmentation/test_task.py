@@ -91,11 +91,11 @@ class TestSegmentation:
 
     def test_fit_test_and_predict(self, trainer):
         task, run = SemanticSegmentationTask(tiny_segformer()), trainer()
-        data = scenes(train_scenes=6, val_scenes=5, test_scenes=4)
-        run.fit(task, datamodule=data)
+        few = {"train_scenes": 6, "val_scenes": 5, "test_scenes": 4}
+        run.fit(task, datamodule=scenes(**few))
         assert {"train/mean_iou", "val/mean_iou", "val/iou/ground", "val/iou/3"} <= set(run.callback_metrics)
-        run.test(task, datamodule=data, verbose=False)
-        masks = torch.cat(run.predict(task, datamodule=data))
+        run.test(task, datamodule=scenes(**few), verbose=False)
+        masks = torch.cat(run.predict(task, datamodule=scenes(**few)))
         assert masks.shape == (4, 64, 64)
 
     def test_folders_on_disk(self, trainer, mask_folders):

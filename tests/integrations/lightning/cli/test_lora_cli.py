@@ -20,6 +20,7 @@ from rich.console import Console
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.cli.main import main
+from lora_plugins.errors import ConfigError
 from lora_plugins.integrations.lightning import LoraCallback, LoraCLI, load_from_checkpoint
 from lora_plugins.integrations.lightning.cli.held_places import held
 from tests.integrations.lightning.cli.cli_cases import TOYS, checkpoint
@@ -70,6 +71,17 @@ def test_metrics_are_printed_where_the_console_writes(config, monkeypatch, capsy
     assert main(["validate", "--config", config(model={"class_path": f"{__name__}.Named"}, lora=None)]) == 0
     assert "iou/road [paved]" in log.file.getvalue()
     assert "iou/road" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prefix", "start"),
+    [pytest.param("my-app", "MY_APP_", id="of an application"), pytest.param(False, "", id="none")],
+)
+def test_one_field_in_a_variable_of_another_prefix_is_refused(config, monkeypatch, prefix, start):
+    monkeypatch.setenv(f"{start}LORA__R", "3")
+    options = {"default_env": True, "env_prefix": prefix}
+    with pytest.raises(ConfigError, match=f"variable {start}LORA__R is not read"):
+        LoraCLI(args=["--config", config(lora=None)], parser_kwargs=options, run=False)
 
 
 class TestFit:
@@ -142,17 +154,31 @@ class TestFit:
         assert main(["fit", "--config", config(lora=None)]) == 0
         assert LoraModel.load_adapter(Classifier(width=8), tmp_path / "adapter").plans["default"].config.r == 3
 
-    def test_one_field_in_an_environment_variable_is_refused(self, config, monkeypatch, capsys):
+    @pytest.mark.parametrize(
+        ("variable", "section", "flag"),
+        [
+            pytest.param("R", "{r: 3, ...}", "--lora.r", id="field"),
+            pytest.param(
+                "QUANTIZE_OPTIONS__MIN_SIZE",
+                "{quantize_options: {min_size: 3}, ...}",
+                "--lora.quantize_options.min_size",
+                id="nested",
+            ),
+        ],
+    )
+    def test_one_field_in_an_environment_variable_is_refused(
+        self, config, monkeypatch, capsys, variable, section, flag
+    ):
         """It would be passed over, and without another field of the section the whole model be trained."""
-        monkeypatch.setenv("PL_FIT__LORA__R", "3")
+        monkeypatch.setenv(f"PL_FIT__LORA__{variable}", "3")
         assert main(["plan", "--config", config()]) == 0  # which reads no variables
         monkeypatch.setenv("JSONARGPARSE_DEFAULT_ENV", "true")
         capsys.readouterr()
         assert main(["fit", "--config", config(lora=None)]) != 0
         said = " ".join(capsys.readouterr().err.split())
-        assert "PL_FIT__LORA__R is not read" in said
-        assert "PL_FIT__LORA='{r: 3, ...}'" in said
-        assert "--lora.r" in said
+        assert f"PL_FIT__LORA__{variable} is not read" in said
+        assert f"PL_FIT__LORA='{section}'" in said
+        assert f"the flag {flag}." in said
 
     def test_without_the_section_it_is_lightning(self, config, tmp_path):
         assert main(["fit", "--config", config(lora=None)]) == 0
