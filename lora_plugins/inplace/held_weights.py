@@ -83,7 +83,7 @@ def _set_attribute(base: type[nn.Module], weights: tuple[str, ...]) -> Callable[
         if name not in weights:
             base.__setattr__(layer, name, value)
             return
-        given, _, is_forward = layer_state(layer).held.get(_thread(), ({}, False, False))
+        given, _, is_forward = _running(layer) or ({}, False, False)
         was_read = name in given
         if is_forward and was_read and given[name] is value:  # `self.weight *= self.mask` has written already
             return
@@ -98,11 +98,10 @@ def _set_attribute(base: type[nn.Module], weights: tuple[str, ...]) -> Callable[
 
 def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) -> Tensor:
     """Returns the weight that the running forward has read before, or else a new one that `make` gives."""
-    state = layer_state(layer)
-    calls = state.held
-    now: Held | None = (calls.get(_thread()) or calls.get(_COMPILED)) if calls else None
+    now = _running(layer)
     if now is None:
-        if calls and torch.compiler.is_dynamo_compiling():  # the forward has a compiled part, which knows no threads
+        state = layer_state(layer)
+        if state.held and torch.compiler.is_dynamo_compiling():  # the forward has a compiled part: it knows no threads
             state.is_read = True
         return make(layer, name)
     weights, with_gradients, _ = now
@@ -111,6 +110,12 @@ def held(layer: nn.Module, name: str, make: Callable[[nn.Module, str], Tensor]) 
         with torch.set_grad_enabled(with_gradients):
             weight = weights[name] = make(layer, name)
     return weight
+
+
+def _running(layer: nn.Module) -> Held | None:
+    """Returns what the running call of a layer has read; None outside of one."""
+    calls = layer_state(layer).held
+    return (calls.get(_thread()) or calls.get(_COMPILED)) if calls else None
 
 
 def _thread() -> int:

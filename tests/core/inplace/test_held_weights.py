@@ -313,6 +313,44 @@ def test_compiled_in_one_graph(cls):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+class PartAssigns(Masked):
+    """Has a part that torch does not compile, which writes into the weight and assigns it."""
+
+    @torch.compiler.disable
+    def apply_mask(self):
+        with torch.no_grad():
+            self.weight *= self.mask
+
+    def forward(self, x):
+        self.apply_mask()
+        return super(Masked, self).forward(x)
+
+
+class PartGenerates(Generated):
+    """Reads its weight, and has a part that torch does not compile, which assigns another one."""
+
+    def __init__(self):
+        super().__init__(setattr)
+
+    @torch.compiler.disable
+    def generate(self, x):
+        self.weight = self.kernel * x.mean()
+
+    def forward(self, x):
+        first = super(Generated, self).forward(x)
+        self.generate(x)
+        return first + super(Generated, self).forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at each tensor
+@pytest.mark.parametrize("cls", [PartAssigns, PartGenerates])
+def test_a_weight_that_an_uncompiled_part_of_a_compiled_forward_assigns(cls):
+    model, x = build(cls)
+    adapted(model)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    torch.testing.assert_close(compiled(2 * x), model(2 * x), rtol=1e-12, atol=1e-12)
+
+
 def test_nothing_is_held_after_a_forward_that_failed():
     model, x = build(Fails)
     lora = adapted(model)
