@@ -21,7 +21,7 @@ _OUTPUTS = 12
 def _inputs(case: LayerCase) -> None:
     if type(case.plugin).inputs is LayerPlugin.inputs:
         return
-    model = case.model().eval()
+    model = _model(case)
     arguments = case.arguments(model.layer)
     output = _flat(call(model, arguments))
     for slot in case.slots():
@@ -73,7 +73,7 @@ def _rows_are_outputs(case: LayerCase) -> None:
     """
     if not case.plugin.rows_are_outputs or case.plugin.lookup:
         return
-    model = case.model().eval()
+    model = _model(case)
     output = _flat(call(model, case.arguments(model.layer)))
     for slot in case.slots():
         used = [_gradient(case, model, slot, value) != 0 for value in _spread(output)]
@@ -91,8 +91,27 @@ def _vectors_of(case: LayerCase, model: Holder, slot: Slot, inputs: Sequence[Any
     return case.plugin.inputs(model.layer, slot, *args, **named).detach()
 
 
+def _model(case: LayerCase) -> Holder:
+    """Builds the untouched layer in eval mode; in training mode if its output in eval mode depends on no weight.
+
+    So it is where a layer keeps in eval mode what it has computed from its weight.
+    """
+    model = case.model().eval()
+    output = _flat(call(model, case.arguments(model.layer)))
+    weights = [model.layer.get_parameter(slot.tensor) for slot in case.slots()]
+    depends = any(each is not None and bool(each.to_dense().any()) for each in _gradients(uneven_sum(output), weights))
+    return case.model().train(not depends)
+
+
+def _gradients(value: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Returns the gradients of a number; None for each tensor that it does not depend on."""
+    if not value.requires_grad:
+        return [None] * len(tensors)
+    return torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+
+
 def _flat(output: Any) -> Tensor:
-    """Returns the numbers of an output that have a gradient; none where a layer keeps what it computes in eval mode."""
+    """Returns the numbers of an output that have a gradient."""
     found = [tensor.flatten() for tensor in real_tensors_of(output) if tensor.requires_grad]
     return torch.cat(found) if found else torch.empty(0)
 
@@ -100,7 +119,7 @@ def _flat(output: Any) -> Tensor:
 def _gradient(case: LayerCase, model: Holder, slot: Slot, value: Tensor) -> Tensor:
     """Returns the gradient of a slot's rows of the weight's matrix."""
     weight = model.layer.get_parameter(slot.tensor)
-    (gradient,) = torch.autograd.grad(value, [weight], retain_graph=True, allow_unused=True)
+    (gradient,) = _gradients(value, [weight])
     matrix = case.plugin.to_matrix(torch.zeros_like(weight) if gradient is None else gradient.to_dense())
     start, stop, _ = slot.rows or (0, len(matrix), len(matrix))
     return matrix[start:stop]
@@ -130,8 +149,7 @@ def _size(case: LayerCase, model: Holder, slot: Slot, output: Tensor, vectors: T
         return
     lengths = vectors.square().sum(1)
     for value in _spread(output):
-        ones = torch.autograd.grad(value, given, retain_graph=True, allow_unused=True)
-        one = sum(float(each.sum()) for each in ones if each is not None)
+        one = sum(float(each.sum()) for each in _gradients(value, given) if each is not None)
         for row in _gradient(case, model, slot, value):
             products = vectors @ row
             along = products.square() >= (1 - 1e-9) * lengths * row.square().sum()
@@ -173,7 +191,7 @@ def _depends_on(case: LayerCase, name: str, others: Collection[str]) -> bool:
 
 
 def _scaled(case: LayerCase, weights: Collection[str], factor: float) -> Holder:
-    model = case.model().eval()
+    model = _model(case)
     with torch.no_grad():
         for weight in weights:
             model.layer.get_parameter(weight).mul_(factor)
@@ -225,7 +243,7 @@ def _is_added(case: LayerCase, name: str, weights: set[str]) -> bool:
 def _gradient_of(case: LayerCase, name: str, seed: int, factor: float, weights: Collection[str] = ()) -> Tensor | None:
     model = _scaled(case, weights, factor)
     output = _flat(call(model, case.arguments(model.layer, seed)))
-    (found,) = torch.autograd.grad(uneven_sum(output), [model.layer.get_parameter(name)], allow_unused=True)
+    (found,) = _gradients(uneven_sum(output), [model.layer.get_parameter(name)])
     return found
 
 

@@ -1010,6 +1010,25 @@ class CenteredPlugin(RowMajorPlugin):
         return super().slots(layer)
 
 
+class CenteredInputs(CenteredPlugin):
+    def inputs(self, layer, slot, x):
+        return x - x.mean(1, keepdim=True)
+
+
+class CenteredByColumns(CenteredPlugin):
+    to_matrix, from_matrix = ColumnMajorPlugin.to_matrix, ColumnMajorPlugin.from_matrix
+
+
+class CenteredDoubleInputs(CenteredInputs):
+    def inputs(self, layer, slot, x):
+        return 2 * super().inputs(layer, slot, x)
+
+
+class CenteredWithoutBiases(CenteredPlugin):
+    def biases(self, layer):
+        return ()
+
+
 class KeepsCentered(CenteredPlugin):
     class_attributes = {}  # noqa: RUF012
 
@@ -1024,7 +1043,44 @@ class KeepsCenteredOfBefore(CenteredPlugin):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_layer_that_keeps_what_it_computes_from_its_weight_passes(bias):
-    check_layer_plugin(CenteredPlugin(), lambda: Centered(bias), lambda layer: torch.randn(3, 5))
+    check_layer_plugin(CenteredInputs(), lambda: Centered(bias), lambda layer: torch.randn(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("plugin", "name"),
+    [(CenteredByColumns(), "rows"), (CenteredDoubleInputs(), "inputs"), (CenteredWithoutBiases(), "biases")],
+    ids=["rows", "inputs", "biases"],
+)
+@pytest.mark.parametrize("answer", [lambda y: y, torch.Tensor.detach], ids=["weight", "output"])
+def test_answers_of_a_layer_without_gradients_in_eval_mode_are_checked(monkeypatch, plugin, name, answer):
+    forward = Centered.forward
+
+    def evaluated(layer, x):
+        return answer(forward(layer, x))
+
+    monkeypatch.setattr(Centered, "forward", lambda self, x: (forward if self.training else evaluated)(self, x))
+    with pytest.raises(CheckError, match=f"fails the check '{name}'(?s:.*)usual cause"):
+        check_layer_plugin(plugin, Centered, lambda layer: torch.randn(3, 5), only=[name])
+
+
+class Evaluated(nn.Linear):
+    """Gives classes in eval mode, which have no gradient."""
+
+    def forward(self, x):
+        output = super().forward(x)
+        return output if self.training else output.argmax(-1)
+
+
+class EvaluatedPlugin(RowMajorPlugin):
+    name = "evaluated"
+    module_type = Evaluated
+
+    def inputs(self, layer, slot, x):
+        return x
+
+
+def test_a_layer_whose_output_in_eval_mode_has_no_gradient_passes():
+    check_layer_plugin(EvaluatedPlugin(), lambda: Evaluated(5, 4), lambda layer: torch.randn(3, 5))
 
 
 @pytest.mark.parametrize(
