@@ -65,9 +65,18 @@ def refresh_class(layer: nn.Module) -> None:
     """Gives a layer the class that fits its state: its own while no update is active, else the generated one."""
     state = layer_state(layer)
     state.branch = state.active_branch()
-    rest: Any = resting_class(layer)
-    idle = not state.active and not state.merged
-    set_class(layer, rest if idle else adapted_class(*_arguments(layer)))
+    if state.active or state.merged:
+        set_class(layer, adapted_class(*_arguments(layer)))
+    else:
+        rest(layer)
+
+
+def rest(layer: nn.Module) -> None:
+    """Gives an adapted layer the class that it has without adapters; drops what it kept when it had that class last."""
+    set_class(layer, resting_class(layer))
+    for planned in layer_state(layer).adapters.values():
+        if planned.plugin.class_attributes:
+            planned.plugin.slots(layer)
 
 
 @once_for_each_class

@@ -5,14 +5,13 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lora_plugins.inplace.adapted_class import rest
 from lora_plugins.inplace.container import AdapterTensors
 from lora_plugins.inplace.contents import Contents
-from lora_plugins.inplace.frozen_norm import set_class
 from lora_plugins.inplace.layer_state import STATE, layer_state
 from lora_plugins.inplace.library_kinds import foreign_kind
 from lora_plugins.inplace.library_weights import put_dense_foreign
 from lora_plugins.inplace.parametrized import make_plain
-from lora_plugins.inplace.stored_class import resting_class
 from lora_plugins.inplace.stored_weight import stored_weight
 from lora_plugins.inplace.storing import replace_stored
 from lora_plugins.utils import put_value
@@ -35,7 +34,7 @@ def strip_adapters(layer: nn.Module, *, dequantize: bool = False) -> None:
         else:
             put_value(parameter, value)
     with _whole(layer):
-        set_class(layer, resting_class(layer))
+        rest(layer)
         for name in [name for name, child in layer._modules.items() if isinstance(child, AdapterTensors)]:
             del layer._modules[name]
         for name, value in computed.items():

@@ -79,7 +79,10 @@ class LayerPlugin(ABC, Generic[Layer]):
         """Lays a matrix `(out, in)` out as a weight of the given shape: the inverse of `to_matrix`."""
 
     def slots(self, layer: Layer) -> Sequence[Slot]:
-        """Returns where a whole-layer adapter goes. What a layer keeps of its weight is dropped here."""
+        """Returns where a whole-layer adapter goes. What a layer keeps of its weight is dropped here.
+
+        With `class_attributes`, this is called again whenever a layer gets its own class back, as after a merge.
+        """
         return (Slot("weight"),)
 
     def parts(self, layer: Layer) -> Mapping[str, Slot]:

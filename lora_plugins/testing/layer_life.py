@@ -63,6 +63,8 @@ def _merge(case: LayerCase) -> None:
     base = {key: value for key, value in model.state_dict().items() if key in original}
     _require_restored("the unmerged model", base, original, case.model().eval(), inputs)
     require_all_close("the output after unmerging", call(model, inputs), again, 0)
+    with lora.disable_adapter():
+        call(model, inputs)
     plain = lora.merge_and_unload()
     require(type(plain.layer) is type(case.model().layer), f"merged for good, the layer is a {type(plain.layer)}")
     require(list(plain.state_dict()) == list(original), f"merged for good, its keys are {list(plain.state_dict())}")
@@ -90,10 +92,13 @@ def _answers_as_before(case: LayerCase) -> None:
     """Requires the output of the untouched layer from one that had an adapter between calls in eval mode."""
     model, untouched = case.model().eval(), case.model().eval()
     inputs = case.arguments(model.layer)
-    expected = [call(untouched, inputs) for _ in range(3)]
+    expected = [call(untouched, inputs) for _ in range(4)]
     call(model, inputs)
     lora = case.adapt(model)
     call(model, inputs)
+    lora.merge_adapter()
+    call(model, inputs)
+    lora.unmerge_adapter()
     lora.unload()
     require_all_close("the output after unloading in eval mode", call(model, inputs), expected[-1])
 
@@ -250,7 +255,8 @@ LIFE_CHECKS: tuple[Check[LayerCase], ...] = (
         _unload,
         "unloading gives the layer back: its class, its attributes, its state dict, bit for bit, and its output",
         "branch or slots keeps something on the layer: a plugin may read a layer and change nothing of it; or the "
-        "layer keeps what it computed from its adapted weight, which a property in class_attributes has to prevent.",
+        "layer keeps what it computed from its adapted weight, which a property in class_attributes has to prevent, or "
+        "slots to drop.",
     ),
     Check(
         "aliases",

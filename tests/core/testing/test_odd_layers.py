@@ -1035,6 +1035,7 @@ class KeepsCentered(CenteredPlugin):
 
 class KeepsCenteredAfterwards(CenteredPlugin):
     class_attributes = {"kept": property(keep, ignored)}  # noqa: RUF012
+    slots = RowMajorPlugin.slots
 
 
 class KeepsCenteredOfBefore(CenteredPlugin):
