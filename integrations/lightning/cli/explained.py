@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import traceback
@@ -43,6 +44,9 @@ _LIBRARIES = frozenset({"lightning", "pytorch_lightning", "torch", *sys.stdlib_m
 _PARSERS = frozenset({"jsonargparse", "lora_plugins", *_LIBRARIES})
 """What builds the classes of a configuration."""
 
+_NO_DATA = re.compile(r"`(\w+_dataloader)` must be implemented")
+"""Begins what Lightning says where there is no data, as if a module had to have it."""
+
 _OF_THE_CPU = "DefaultCPUAllocator: "
 """Begins what torch says where the memory of a CPU is too small, in an error of no class of its own."""
 
@@ -73,7 +77,10 @@ def explained_run() -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        said = " ".join(str(error).split())
+        if lacking := _NO_DATA.match(said):
+            said = f"Neither the data nor the module has a {lacking[1]}. Name a data module with one by `data:`."
+        raise ConfigError(said) from error
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and _OF_THE_CPU not in str(error):
             raise
@@ -186,6 +193,9 @@ def _field(found: re.Match[str], cls: str, flags: list[str]) -> str:
 
 def _attribute(found: re.Match[str], cls: str, flags: list[str]) -> str:
     module = importlib.import_module(found[1])
+    if cls.startswith(f"{found[1]}.{found[2]}."):
+        within = [each.name for each in pkgutil.iter_modules(getattr(module, "__path__", ())) if each.name[0] != "_"]
+        return f"{found[1]} has no module {found[2]!r}. {near(found[2], within)}"
     names = getattr(module, "__all__", None) or [name for name in dir(module) if not name.startswith("_")]
     return f"{found[1]} has no {found[2]!r}. {near(found[2], names)}"
 
@@ -263,6 +273,10 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"File does not exist: '([^']+)'", lambda found, *_: f"there is no file {found[1]}."),
     (r"Unable to load config '([^']*)'", lambda found, *_: _expected("dict", found[1])),
     (r"(?s)Not a valid subclass of (\w+).*?(?:Got|Given) value: ([^\n]+)", _no_class),
+    (
+        r"Given value: .*?'(class_path|init_args)'(?:, val=|: )None\b",
+        lambda found, *_: f"its {found[1]} is empty. Write what belongs there, or leave it out.",
+    ),
     (r'(?:Key|Option) "([^"]+)" is required', lambda found, *_: f"{found[1]!r} is missing, and has no default."),
 )
 """What jsonargparse says, in the order in which it is looked for, and what says it better."""

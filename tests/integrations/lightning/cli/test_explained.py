@@ -5,6 +5,7 @@ import torch
 
 from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.cli.explained import explained_run
+from tests.integrations.lightning.toys import Classifier, trainer
 
 
 def of_torch():
@@ -24,6 +25,14 @@ def test_too_little_memory_of_a_cpu_is_one_message_with_what_to_take(run, said):
     match = rf"memory of the device is too small{said}\. Take a smaller --batch-size"
     with pytest.raises(ConfigError, match=match), explained_run():
         run()
+
+
+@pytest.mark.filterwarnings("ignore:.*have no `val_dataloader`:UserWarning")  # of Lightning, before the error
+@pytest.mark.parametrize(("method", "loader"), [("fit", "train_dataloader"), ("validate", "val_dataloader")])
+def test_where_there_is_no_data_it_is_said_where_it_belongs(method, loader, tmp_path):
+    match = f"Neither the data nor the module has a {loader}. Name a data module with one by `data:`"
+    with pytest.raises(ConfigError, match=match), explained_run():
+        getattr(trainer(tmp_path, []), method)(Classifier())
 
 
 def test_other_errors_pass():

@@ -150,6 +150,11 @@ LATER = {
         "'DigitDataModule' is not the path of a class. Did you mean 'lora_plugins.tasks.DigitsDataModule'?",
     ),
     "no module": ("--data.class_path foo.bar.Baz", "there is no module 'foo'"),
+    "no module in a package": ("--optimizer torch.optm.Adam", "torch has no module 'optm'. Did you mean 'optim'?"),
+    "no module in a module": ("--data json.decoder.no.X", "json.decoder has no module 'no'. There are none."),
+    "no name in a module": ("--optimizer torch.optim.Admw", "torch.optim has no 'Admw'. Did you mean 'Adam', 'AdamW'"),
+    "no class in a table of one": ("--data.class_path null", "data: its class_path is empty."),
+    "no arguments in a table of them": ("--data.init_args null", "data: its init_args is empty."),
 }
 
 
@@ -241,6 +246,10 @@ IN_A_FILE = {
         "ImageClassificationTask has no 'modl'. Did you mean 'model'?",
     ),
     "init_args": ("model: {init_ars: {lr: 1}}", "model: there is no 'init_ars' of a class. Did you mean 'init_args'?"),
+    "empty init_args": (
+        "optimizer:\n  class_path: torch.optim.AdamW\n  init_args:\n    # lr: 0.1",
+        "optimizer: its init_args is empty. Write what belongs there, or leave it out.",
+    ),
     "callback": (
         "trainer: {callbacks: [{class_pah: lora_plugins.tasks.HtmlReport, init_args: {path: x}}]}",
         "trainer.callbacks: there is no 'class_pah' of a class. Did you mean 'class_path'?",
