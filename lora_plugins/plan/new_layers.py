@@ -40,15 +40,15 @@ def forgotten_layers(target: nn.Module, plan: Plan, frozen: Collection[str] = ()
     """
     layers = {entry.name: entry.module for entry in model_modules(target) if isinstance(entry.module, _TYPES)}
     adapted = {layer.name for layer in plan.layers}
+    known = (layer for name, layer in layers.items() if name in adapted and _own(layer, "weight").numel() >= _FEW)
+    looks = [_looks_new(layer) for layer in islice(known, _SAMPLE)]
+    if not looks or 2 * sum(looks) >= len(looks):
+        return []
     served = adapted | {name.rpartition(".")[0] for name in plan.trained}
     held = {id(each) for name in served & layers.keys() for each in layers[name].parameters(recurse=False)}
     moving = {name: layer for name, layer in layers.items() if not _is_frozen(name, layer, frozen)}
     if adapted & moving.keys():
         layers = moving
-    known = (layer for name, layer in layers.items() if name in adapted and _own(layer, "weight").numel() >= _FEW)
-    looks = [_looks_new(layer) for layer in islice(known, _SAMPLE)]
-    if not looks or 2 * sum(looks) >= len(looks):
-        return []
     names = list(layers)
     last = max(names.index(name) for name in adapted if name in layers)
     rest = {name: layers[name] for name in names[last + 1 :]}

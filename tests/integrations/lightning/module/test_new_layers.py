@@ -110,6 +110,20 @@ def test_head_of_a_copy_follows_that_of_its_original_where_it_is_trained(tmp_pat
         fit(tmp_path, Averaged(frozen), LoraConfig(r=2, target_modules=layers))
 
 
+class WithNeck(Pretrained):
+    """Puts a new layer between a backbone that its author has frozen and a new head."""
+
+    def __init__(self):
+        super().__init__(new)
+        self.net[:3].requires_grad_(False)
+        self.net.insert(4, nn.Linear(32, 32))
+
+
+def test_head_behind_a_new_layer_that_is_adapted_and_a_frozen_backbone(tmp_path):
+    with pytest.warns(UserWarning, match=r"^'net\.5' of WithNeck look newly initialized"):
+        fit(tmp_path, WithNeck(), LoraConfig(r=2, target_modules=["net.0", "net.2", "net.4"]))
+
+
 def test_trained_head_is_not(tmp_path):
     fit(tmp_path, Pretrained(trained))
 
