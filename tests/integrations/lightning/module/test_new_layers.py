@@ -1,6 +1,7 @@
 """A new head that nobody trains is said; a model that is new altogether, or whose head is trained, says nothing."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -108,6 +109,27 @@ def test_head_of_a_copy_follows_that_of_its_original_where_it_is_trained(tmp_pat
     named = "net" if frozen else "average"
     with pytest.warns(UserWarning, match=rf"'{named}\.4' of Averaged look newly initialized"):
         fit(tmp_path, Averaged(frozen), LoraConfig(r=2, target_modules=layers))
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [r"net\.[02]\.", "", r"net\.0\.", r"net\.2\.", r"net\.[02]\.weight", r".*\.weight", r"net\.[04]\.weight"],
+    ids=["the backbone", "all", "its first layer", "its last layer", "its weights", "all weights", "some weights"],
+)
+def test_forgotten_head_is_named_whatever_its_author_has_frozen_beside_it(tmp_path, frozen):
+    module = Pretrained(new)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(re.match(frozen, name) is None)
+    with pytest.warns(UserWarning, match=r"^'net\.4' of Pretrained look newly initialized"):
+        fit(tmp_path, module)
+
+
+@pytest.mark.parametrize("backbone", ["net.0", "net.2"])
+def test_head_that_its_author_has_frozen_beside_what_he_trains_is_not(tmp_path, backbone):
+    module = Pretrained(new)
+    module.requires_grad_(False)
+    module.get_submodule(backbone).requires_grad_(True)
+    fit(tmp_path, module)
 
 
 class WithNeck(Pretrained):
