@@ -4,6 +4,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+
+from lora_plugins.utils import ending
 
 SECONDS = 5.0
 """In which the hub answers, or counts as out of reach."""
@@ -33,8 +36,6 @@ def cache_where_unreachable() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = not hub_answers()
-    try:
+    with ending(partial(setattr, constants, "HF_HUB_OFFLINE", before)):
+        constants.HF_HUB_OFFLINE = not hub_answers()
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

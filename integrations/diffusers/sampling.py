@@ -14,6 +14,7 @@ from torch import nn
 from lora_plugins import ConfigError
 from lora_plugins.errors import counted
 from lora_plugins.field_checks import check_count, finite, optional
+from lora_plugins.utils import ending
 
 _PLAIN: Mapping[str, bool] = {"use_resolution_binning": False, "clean_caption": False}
 """Arguments that PixArt's pipelines take: the size that was asked for, and the prompt as it was written."""
@@ -108,10 +109,12 @@ def in_eval_mode(pipe: Any) -> Iterator[None]:
     """Puts all parts of a pipeline into eval mode inside a `with` block."""
     modules = [m for part in pipe.components.values() if isinstance(part, nn.Module) for m in part.modules()]
     training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module in training:
             module.training = True
+
+    with ending(put_back):
+        for module in training:
+            module.training = False
+        yield

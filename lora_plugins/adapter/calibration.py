@@ -24,7 +24,7 @@ from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
 from lora_plugins.inplace import base_class_of, own_mode, set_own_mode, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
-from lora_plugins.utils import outside_inference, own_randomness, run_seed
+from lora_plugins.utils import ending, outside_inference, own_randomness, run_seed
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -206,17 +206,19 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         if tensor is not None
     ]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for tensor, value in {id(tensor): (tensor, value) for _, _, tensor, value in written}.values():
-            tensor.data = value.clone()  # what moves is the clone
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, mode in modes:
             set_own_mode(module, mode)
         for tensors, key, tensor, value in written:
             tensors[key], tensor.data = tensor, value
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+    with ending(put_back):
+        for tensor, value in {id(tensor): (tensor, value) for _, _, tensor, value in written}.values():
+            tensor.data = value.clone()  # what moves is the clone
+        yield
 
 
 def _parameters_that_may_move(module: nn.Module) -> dict[str, Any]:

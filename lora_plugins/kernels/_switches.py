@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from lora_plugins.errors import ConfigError, near
 from lora_plugins.kernels._kernel import Kernel
+from lora_plugins.utils import ending
 
 DISABLE_VARIABLE = "LORA_PLUGINS_DISABLE_KERNELS"
 """Environment variable with the names of kernels that are not used, separated by commas, or `all`."""
@@ -64,11 +65,10 @@ def disabled_kernels(*names: str) -> Iterator[None]:
     """
     switches = _switches()
     before = switches.disabled
-    switches.switch({**before, **switches.named(names, "disabled_kernels")})
-    try:
+    named = switches.named(names, "disabled_kernels")
+    with ending(lambda: switches.switch(before)):
+        switches.switch({**before, **named})
         yield
-    finally:
-        switches.switch(before)
 
 
 def active_kernels(operation: str) -> Sequence[Kernel]:

@@ -30,6 +30,7 @@ from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Obj
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.pictures_module import PictureBatch, PicturesDataModule
 from lora_plugins.tasks.training import BaseTask, OptimizerCallable, SchedulerCallable
+from lora_plugins.utils import ending
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -321,7 +322,5 @@ def _upcast(vae: Any) -> Iterator[Any]:
     if stored == torch.float32 or not vae.config.get("force_upcast"):
         yield vae
         return
-    try:
-        yield nn.Module.float(vae)  # as diffusers' own methods warn of each cast
-    finally:
-        nn.Module.to(vae, stored)
+    with ending(lambda: nn.Module.to(vae, stored)):  # as diffusers' own methods warn of each cast
+        yield nn.Module.float(vae)

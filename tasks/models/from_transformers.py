@@ -18,6 +18,7 @@ from lora_plugins.tasks.models.model_config import ModelConfig, building
 from lora_plugins.tasks.models.network import Network, children_except
 from lora_plugins.tasks.models.new_head import class_dependent_modules
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, Difference, new_modules, read_weights
+from lora_plugins.utils import ending
 
 AUXILIARY_OPTION, AUXILIARY = "use_auxiliary_head", "auxiliary_head."
 PROCESSOR = "preprocessor_config.json"
@@ -209,11 +210,13 @@ def _quiet_library() -> Iterator[None]:
     logging: Any = library_logging  # has no types
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+    with ending(put_back):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield

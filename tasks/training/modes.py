@@ -2,31 +2,34 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+
+from lora_plugins.utils import ending
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Puts a module into eval mode inside a `with` block, and gives each part its own mode back."""
     training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for part, mode in training.items():
             part.training = mode
+
+    with ending(put_back):
+        module.eval()
+        yield
 
 
 @contextmanager
 def evaluated_on(task: LightningModule, device: torch.device | str) -> Iterator[None]:
     """Holds a task on a device and in eval mode inside a `with` block."""
     home = task.device
-    task.to(device)
-    try:
+    with ending(partial(task.to, home)):
+        task.to(device)
         with eval_mode(task):
             yield
-    finally:
-        task.to(home)

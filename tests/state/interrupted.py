@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import lora_plugins.integrations
+import lora_plugins.tasks
 from lora_plugins import LoraModel, StateError
 from lora_plugins.adapter import blocks
 
-PACKAGES = (*lora_plugins.__path__, *lora_plugins.integrations.__path__)
+PACKAGES = (*lora_plugins.__path__, *lora_plugins.integrations.__path__, *lora_plugins.tasks.__path__)
 ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError)
 """What stops a call, taken in turn."""
 

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraError, LoraModel, load_quantized
+from lora_plugins import LoraConfig, LoraError, LoraModel, calibrate, load_quantized
 from lora_plugins.adapter import InitData
 from lora_plugins.inplace import frozen_statistics
+from lora_plugins.kernels import disabled_kernels, kernel_report
 from lora_plugins.utils import own_randomness, seeded, without_collection
 from tests.state.checks import loss_of
 from tests.state.interrupted import differences, every_line, passed, picture, process, stopped
@@ -218,6 +219,41 @@ def test_a_forward_that_replaces_a_buffer_is_undone():
         assert seen == 0, where
 
 
+class Noted(nn.Module):
+    """Counts its calls in a buffer, in place; in training mode, with a part that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3).eval()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.norm(self.proj(x))
+
+
+def test_a_model_that_is_calibrated_is_what_it_was():
+    data = InitData([torch.randn(2, 3)], step=lambda model, x: model(x).square().mean())
+    plan = LoraModel.plan(Noted(), LoraConfig(r=1, target_modules=["proj"], init="lora_ga"))
+    prepared = Noted()
+    prepared.norm.weight.requires_grad_(False)
+
+    def look(model):
+        tensors = {name: (id(tensor), tensor.data_ptr()) for name, tensor in named_tensors(model)}
+        parts = [(part.training, len(part._forward_pre_hooks)) for part in model.modules()]
+        return tensors, parts, [p.requires_grad for p in model.parameters()], float(model.calls), process()
+
+    def named_tensors(model):
+        return [*model.named_parameters(), *model.named_buffers()]
+
+    lines = passed(lambda: calibrate(copy.deepcopy(prepared), plan, data))
+    for at in every_line(lines):
+        model = copy.deepcopy(prepared)
+        before = look(model)
+        where, _ = stopped(lambda model=model: calibrate(model, plan, data), at)
+        assert look(model) == before, where
+
+
 def check_merge_for_good(scene, points):
     prepared = scene.adapted("a", "b")
     before = picture(prepared, scene.inputs)
@@ -277,6 +313,7 @@ ENDINGS = {
     "seeded": lambda _: seeded(torch.Generator().manual_seed(3)),
     "without-collection": lambda _: without_collection(),
     "frozen-statistics": frozen_statistics,
+    "disabled-kernels": lambda _: disabled_kernels("all"),
 }
 
 
@@ -286,6 +323,7 @@ def test_what_a_block_changes_is_put_back_wherever_it_is_stopped(block):
         with block(layer):
             pass
 
+    kernels = kernel_report()
     for at in range(len(passed(lambda: run(nn.Linear(2, 2))))):
         layer = nn.Linear(2, 2)
         before = process()
@@ -293,3 +331,4 @@ def test_what_a_block_changes_is_put_back_wherever_it_is_stopped(block):
         assert raised, where
         assert not differences({"process": process()}, {"process": before}), where
         assert layer.training, where
+        assert kernel_report() == kernels, where

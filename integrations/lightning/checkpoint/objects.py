@@ -10,6 +10,7 @@ import pathlib
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from lora_plugins import ConfigError
 from lora_plugins.errors import sentence
 from lora_plugins.field_checks import check_some
+from lora_plugins.utils import ending
 
 Global = str | Callable[..., Any] | tuple[Callable[..., Any], str]
 """A class or function that may be in a file: itself, its import path, or itself and the path that the file has."""
@@ -93,11 +95,9 @@ def argument_for_objects(path: object) -> str:
 def _nothing_else_allowed() -> Iterator[None]:
     """Forgets what this process has allowed by `add_safe_globals`, and another that reads the file has not."""
     given = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
+    with ending(partial(torch.serialization.add_safe_globals, given)):
+        torch.serialization.clear_safe_globals()
         yield
-    finally:
-        torch.serialization.add_safe_globals(given)
 
 
 def _resolved(path: str) -> Any:

@@ -81,8 +81,7 @@ class MethodShims:
 
     def remove(self) -> None:
         """Restores the object's own methods, once no other shim is above these."""
-        removed, self._shims = self._shims, []
-        for name, shim in reversed(removed):
+        for name, shim in reversed(self._shims):
             shim.lora_removed = True
             top: Any = self._owner.__dict__.get(name)
             while getattr(top, "lora_removed", False):
@@ -91,3 +90,4 @@ class MethodShims:
                 self._owner.__dict__.pop(name, None)
             else:
                 self._owner.__dict__[name] = top
+        self._shims = []

@@ -9,6 +9,7 @@ no metric, no random number. Checked against Lightning 2.6.6.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import count
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from lora_plugins.integrations.lightning.module import find_target
 from lora_plugins.integrations.lightning.shims import MethodShims, train_loaders
 from lora_plugins.integrations.lightning.strategies import is_sharded
 from lora_plugins.plugins import registry_of
-from lora_plugins.utils import own_randomness, run_seed
+from lora_plugins.utils import ending, own_randomness, run_seed
 
 
 def needs_data(config: LoraConfig) -> bool:
@@ -142,11 +143,9 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 def _without_loggers(trainer: Trainer) -> Iterator[None]:
     """Ignores what `training_step` writes to a logger."""
     loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
-    try:
+    with ending(partial(setattr, trainer, "loggers", loggers)):
+        trainer.loggers = [DummyLogger() for _ in loggers]
         yield
-    finally:
-        trainer.loggers = loggers
 
 
 @contextmanager

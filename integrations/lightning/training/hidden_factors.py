@@ -10,6 +10,7 @@ from torch import nn
 from lora_plugins import LoraError
 from lora_plugins.inplace import AdapterTensors, named_parameters
 from lora_plugins.integrations.lightning.module import adapted_weights
+from lora_plugins.utils import ending
 
 _LONGEST = 300
 """Characters of an error that the warning cites; some list all parameters."""
@@ -46,14 +47,16 @@ def _without_factors(module: nn.Module) -> Iterator[None]:
     owned = named_parameters(module, aliases=True)
     weights = [owned[name] for name in adapted_weights(module) if name in owned]
     thawed = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
-    for container, name, _ in hidden:
-        del container[name]
-    for weight in thawed:
-        weight.requires_grad_()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for container, name, factor in hidden:
             container[name] = factor
         for weight in thawed:
             weight.requires_grad_(False)
+
+    with ending(put_back):
+        for container, name, _ in hidden:
+            del container[name]
+        for weight in thawed:
+            weight.requires_grad_()
+        yield
