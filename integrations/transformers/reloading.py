@@ -1,9 +1,10 @@
 """Restores the adapter of a model from a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, LoraModel
 from lora_plugins.adapter import whole
@@ -35,11 +36,22 @@ def restore(model: nn.Module, adapter_name: str, folder: Path) -> None:
         )
     alike = all(own.manifest[part] == saved.manifest[part] for part in ("changed", "tensors"))
     if alike and by_same_plugins(own, saved) and not differing_base(own, saved):
-        with torch.no_grad():
-            for key, tensor in own.tensors.items():
-                tensor.copy_(saved.tensors[key])
+        _copy(own.tensors, saved.tensors)
     else:
         whole(model, lambda: _put_anew(model, adapter_name, saved))
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Writes values into tensors; where it is stopped, they have their own again."""
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    try:
+        for key, tensor in tensors.items():
+            tensor.copy_(values[key])
+    except BaseException:
+        for key, tensor in tensors.items():
+            tensor.copy_(before[key])
+        raise
 
 
 def _put_anew(model: nn.Module, adapter_name: str, saved: PackedAdapter) -> None:

@@ -1,5 +1,6 @@
 """The best checkpoint at the end, and runs that go on from one."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel, StateError
+from lora_plugins.integrations.transformers.reloading import restore
 from lora_plugins.plugins import default_registry
 from tests.integrations.transformers.toys import (
     CENTERED,
@@ -25,6 +27,7 @@ from tests.integrations.transformers.toys import (
     values,
     vit,
 )
+from tests.state.interrupted import passed, stopped
 
 
 class TestBestModel:
@@ -182,6 +185,28 @@ class TestResume:
                 run.model.vit.layers[0].attention.q_proj._parameters["weight"].mul_(1 + 1e-6)
             run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
             assert not differing(trained, values(run.model))
+
+    def test_an_adapter_whose_restoring_is_stopped_is_what_it_was(self, tmp_path):
+        saved, prepared = vit(), vit()
+        LoraModel(prepared, VIT)
+        lora = LoraModel(saved, VIT)
+        with torch.no_grad():
+            for parameter in saved.parameters():
+                parameter.add_(parameter.requires_grad)
+        lora.save_adapter(tmp_path)
+
+        def put(model):
+            restore(model, "default", tmp_path)
+
+        put(model := copy.deepcopy(prepared))  # the first call passes other lines, too
+        assert not differing(values(saved), values(model))
+        before, model = values(prepared), copy.deepcopy(prepared)
+        lines = passed(lambda: put(model))
+        for at in [at for at, line in enumerate(lines) if line.startswith("transformers/reloading.py")][-20:]:
+            model = copy.deepcopy(prepared)
+            where, raised = stopped(lambda model=model: put(model), at)
+            assert raised, where
+            assert not differing(before, values(model)), where
 
     def test_what_the_user_froze_stays_frozen_on_a_rebuilt_base(self, tmp_path):
         def frozen_a():
