@@ -51,15 +51,26 @@ def put_files(files: Mapping[Path, bytes]) -> None:
     try:
         for path, data in files.items():
             _write(temporary[path], data, path)
-        *others, last = files
-        if others:
-            last.unlink(missing_ok=True)
-        for path in files:
-            os.replace(temporary[path], path)
+        try:
+            _exchange(temporary)
+        except BaseException:
+            if len(temporary) > 1:  # which may have begun, and Ctrl-C waits for its end
+                _exchange(temporary)
+            raise
     except BaseException:
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
+
+
+def _exchange(temporary: Mapping[Path, Path]) -> None:
+    """Puts temporary files in their places; those that are there already stay."""
+    waiting = {path: file for path, file in temporary.items() if file.exists()}
+    *_, last = temporary
+    if len(temporary) > 1 and last in waiting:
+        last.unlink(missing_ok=True)
+    for path, file in waiting.items():
+        os.replace(file, path)
 
 
 def _temporary(path: Path) -> Path:
