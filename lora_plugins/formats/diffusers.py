@@ -13,17 +13,25 @@ from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.changes import ENDINGS as BESIDE
 from lora_plugins.formats.changes import Beside, changes_and_values, take_beside
 from lora_plugins.formats.components import COMPONENTS, ORIGINAL, denoiser_of, part_of, paths_read, with_conditioner
-from lora_plugins.formats.diffusers_keys import ALONE, CLIP_PROJECTIONS, adapter_name, own_key, placed_key
+from lora_plugins.formats.diffusers_keys import (
+    ALONE,
+    CLIP_PROJECTIONS,
+    adapter_name,
+    is_of_pipeline,
+    own_key,
+    placed_key,
+)
 from lora_plugins.formats.layer_tensors import check_factors, magnitude_of
 from lora_plugins.formats.minimax_h3 import alpha_of_all, refuse_alternating_rows
 from lora_plugins.formats.original_names import by_own_names
+from lora_plugins.formats.peft import CONFIG
 from lora_plugins.formats.peft import TENSORS as TENSORS_OF_PEFT
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import PREFIX, layer_keys
 from lora_plugins.formats.peft_model import in_model, present
 from lora_plugins.formats.pipelines import PipelineFormat, refuse_keys, refuse_repeated, without_rslora
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
-from lora_plugins.formats.tensor_file import parse_json, read_shapes, read_tensors, write_tensors
+from lora_plugins.formats.tensor_file import parse_json, read_json, read_shapes, read_tensors, write_tensors
 from lora_plugins.inplace import full_name, model_modules, submodule
 
 TENSORS = "pytorch_lora_weights.safetensors"
@@ -37,6 +45,8 @@ _Part = dict[str, dict[str, Tensor]]
 
 class DiffusersFormat(PipelineFormat):
     """What `save_lora_weights` of diffusers writes, and `save_lora_adapter` of one model: a folder or a file of it.
+
+    A folder may have the file under the name of PEFT's, with PEFT's config beside it, as diffusion-pipe writes it.
 
     Options: `component`, which part of a pipeline the model is, such as `unet` or `text_encoder`; where a file has one
     part, or the class of the model tells, it need not be said. `patterns`, as PEFT's format has it.
@@ -58,12 +68,14 @@ class DiffusersFormat(PipelineFormat):
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
-        tensors, metadata = read_tensors(_file(path))
+        file = _file(path)
+        tensors, metadata = read_tensors(file)
         if model is not None:
             refuse_alternating_rows(tensors, model)
         parts = _parts(tensors, model)
         beside = {part: take_beside(found) for part, found in parts.items()}
-        configs = _configs(metadata, parts, options["patterns"])
+        of_header = _configs(metadata, parts, options["patterns"])
+        configs = of_header or _configs_beside(file, parts, options["patterns"])
         modules = [] if model is None else [entry.name for entry in model_modules(model)]
         for part, config in configs.items():
             config.check_expressions([*(name.removeprefix(f"{part}.") for name in modules), *parts[part]])
@@ -86,7 +98,8 @@ class DiffusersFormat(PipelineFormat):
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
-            layers[part] = in_model(within, by_own_names(layers[part], within), configs.get(part))
+            # A config beside the file targets layers by the names that they had in training, as the keys may not.
+            layers[part] = in_model(within, by_own_names(layers[part], within), of_header.get(part))
             beside[part] = present(within, by_own_names(beside[part], within))
         return _adapter(layers, beside, paths, configs)
 
@@ -100,12 +113,17 @@ class DiffusersFormat(PipelineFormat):
             layers = {name: plain[full] for full, (owner, name) in places.items() if owner == part}
             said |= {f"{part}.{key}": value for key, value in _fields(layers, adapter).items()}
             tensors |= {f"{part}.{key}": tensor for key, tensor in _keys(part, layers).items()}
-        write_tensors(_file(path), tensors, {"format": "pt", METADATA: json.dumps(said, indent=2, sort_keys=True)})
+        header = {"format": "pt", METADATA: json.dumps(said, indent=2, sort_keys=True)}
+        write_tensors(path if path.suffix == ".safetensors" else path / TENSORS, tensors, header)
         return path
 
 
 def _file(path: Path) -> Path:
-    return path if path.suffix == ".safetensors" else path / TENSORS
+    """Returns the file that is read."""
+    if path.suffix == ".safetensors":
+        return path
+    own, of_peft = path / TENSORS, path / TENSORS_OF_PEFT
+    return of_peft if not own.is_file() and is_of_pipeline(read_shapes(of_peft)) else own
 
 
 def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, _Part]:
@@ -175,6 +193,14 @@ def _configs(metadata: Mapping[str, str], parts: Iterable[str], patterns: str | 
     # Without a version, as headers of ours, it means to diffusers what it means to PEFT now.
     known = {"peft_type": "LORA", "peft_version": WRITTEN_FOR}
     return {part: PeftConfig(known | own, patterns) for part, own in fields.items() if own}
+
+
+def _configs_beside(file: Path, parts: Iterable[str], patterns: str | None) -> dict[str, PeftConfig]:
+    """Returns PEFT's config beside a file that has the name of PEFT's own: it is of all parts."""
+    beside = file.parent / CONFIG
+    if file.name != TENSORS_OF_PEFT or not beside.is_file():
+        return {}
+    return dict.fromkeys(parts, PeftConfig(read_json(beside), patterns))
 
 
 def _name_denoiser(

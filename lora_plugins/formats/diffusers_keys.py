@@ -101,6 +101,16 @@ def adapter_name(key: str) -> str | None:
     return None if found is None else found[2]
 
 
+def is_of_pipeline(keys: Collection[str]) -> bool:
+    """Whether keys are of parts of a pipeline, and none begins as all do that PEFT writes itself.
+
+    Trainers such as diffusion-pipe write them beside PEFT's config, under the name of PEFT's file.
+    """
+    if any(key.startswith(PREFIX) for key in keys):
+        return False
+    return any((place := placed_key(key)) is not None and place[0] != ALONE for key in keys)
+
+
 def placed_key(key: str, children: Collection[str] = ()) -> tuple[str, str, str] | None:
     """Returns the part, the layer and the kind of tensor of a key; None if it is no key of diffusers.
 

@@ -17,6 +17,7 @@ from lora_plugins.config import rank_divisor
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.field_checks import choice_of, optional
 from lora_plugins.files import PICKLED
+from lora_plugins.formats.diffusers_keys import is_of_pipeline
 from lora_plugins.formats.layer_tensors import check_factors
 from lora_plugins.formats.peft_attention import as_applied, with_attention, with_transposed
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
@@ -27,7 +28,7 @@ from lora_plugins.formats.peft_version import version_of
 from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat, UntoldError
-from lora_plugins.formats.tensor_file import read_json, read_tensors, write_described_tensors
+from lora_plugins.formats.tensor_file import read_json, read_shapes, read_tensors, write_described_tensors
 from lora_plugins.writable import check_writable_folder
 
 CONFIG = "adapter_config.json"
@@ -51,8 +52,11 @@ class PeftFormat(PortableFormat):
     first_reading: ClassVar[Mapping[str, Any]] = {"out_proj": "twice", "patterns": "first"}  # PEFT's own
 
     def recognizes(self, path: Path) -> bool:
-        """Whether a folder has PEFT's config or folders with one for named adapters, or a file is in such a folder."""
-        return bool(_folders(path))
+        """Whether a folder has PEFT's config or folders with one for named adapters, or a file is in such a folder.
+
+        Keys of parts of a pipeline are of another format, which takes what it needs from the config.
+        """
+        return any(not is_of_pipeline(read_shapes(folder / TENSORS)) for folder in _folders(path))
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a folder; see `PortableFormat`."""

@@ -4,6 +4,7 @@ The names and the order of rows are held against its converters of whole checkpo
 that have no memory; what is computed is held against its loaders of adapters.
 """
 
+import json
 from contextlib import nullcontext
 
 import pytest
@@ -950,6 +951,43 @@ def test_a_file_of_peft_with_its_config_is_peft_s(name, tmp_path):
     with pytest.warns(UserWarning, match="no alpha") if name != "adapter_model.safetensors" else nullcontext():
         lora = LoraModel.load_adapter(FLUX.build(), path)
     assert lora.adapters["default"].alpha == (8 if name == "adapter_model.safetensors" else 2)
+
+
+@pytest.mark.parametrize("start", ["diffusion_model.", "transformer."])
+@pytest.mark.parametrize("name", ["", "adapter_model.safetensors"], ids=["folder", "file"])
+def test_a_config_of_peft_tells_the_alphas_of_original_names_beside_it(name, start, tmp_path):
+    """As diffusion-pipe writes them: the config targets names of training, which some keys no longer have."""
+    keys = {
+        "double_blocks.1.img_attn.qkv": "double_blocks_1_img_attn_qkv",
+        "single_blocks.1.linear2": "single_blocks_1_linear2",
+    }
+    flat = tensors_for(FLUX, keys.values())
+    save_file(flat, tmp_path / "expected.safetensors")
+    kinds = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+    tensors = {
+        f"{start}{key}.{own}": flat[f"lora_unet_{bare}.{of_kohya}"]
+        for key, bare in keys.items()
+        for own, of_kohya in kinds.items()
+    }
+    folder = tmp_path / "epoch10"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 3,
+        "lora_dropout": 0.25,
+        "target_modules": ["double_blocks.1.img_attn_qkv"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    expected = FLUX.build()
+    LoraModel.load_adapter(expected, tmp_path / "expected.safetensors")
+    model = FLUX.build()
+    lora = LoraModel.load_adapter(model, folder / name)
+    assert FLUX.difference(model, expected) == 0
+    assert lora.adapters["default"].dropout == 0.25
+    lora.save_adapter(folder, format="diffusers")  # the new file counts, and the config beside it does not
+    FLUX.read_exactly(folder, expected)
 
 
 class TestRefused:
