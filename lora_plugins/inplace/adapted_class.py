@@ -75,8 +75,7 @@ def rest(layer: nn.Module) -> None:
     """Gives an adapted layer the class that it has without adapters; drops what it kept when it had that class last."""
     set_class(layer, resting_class(layer))
     for planned in layer_state(layer).adapters.values():
-        if planned.plugin.class_attributes:
-            planned.plugin.slots(layer)
+        planned.plugin.forget(layer)
 
 
 @once_for_each_class

@@ -79,10 +79,7 @@ class LayerPlugin(ABC, Generic[Layer]):
         """Lays a matrix `(out, in)` out as a weight of the given shape: the inverse of `to_matrix`."""
 
     def slots(self, layer: Layer) -> Sequence[Slot]:
-        """Returns where a whole-layer adapter goes. What a layer keeps of its weight is dropped here.
-
-        With `class_attributes`, this is called again whenever a layer gets its own class back, as after a merge.
-        """
+        """Returns where a whole-layer adapter goes."""
         return (Slot("weight"),)
 
     def parts(self, layer: Layer) -> Mapping[str, Slot]:
@@ -92,6 +89,13 @@ class LayerPlugin(ABC, Generic[Layer]):
     def biases(self, layer: Layer) -> Sequence[str]:
         """Returns the attribute names of the biases that `bias="lora_only"` trains."""
         return ("bias",)
+
+    def forget(self, layer: Layer) -> None:
+        """Drops what a layer has kept that it computed from its weight; by default nothing.
+
+        It is called whenever a layer gets its own class back, since no update is active any more: after a merge for
+        good too, where the weight is another one than before the layer was adapted.
+        """
 
     def inputs(self, layer: Layer, slot: Slot, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the vectors that the matrix of a slot is multiplied by, `(n, in)`, for inits that learn from them.

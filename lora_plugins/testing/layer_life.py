@@ -92,7 +92,7 @@ def _answers_as_before(case: LayerCase) -> None:
     """Requires the output of the untouched layer from one that had an adapter between calls in eval mode."""
     model, untouched = case.model().eval(), case.model().eval()
     inputs = case.arguments(model.layer)
-    expected = [call(untouched, inputs) for _ in range(4)]
+    expected = [call(untouched, inputs) for _ in range(4)]  # as often as the other one: a layer may count calls
     call(model, inputs)
     lora = case.adapt(model)
     call(model, inputs)
@@ -248,7 +248,7 @@ LIFE_CHECKS: tuple[Check[LayerCase], ...] = (
         _merge,
         "merging computes the same output, unmerging restores every bit, and merging for good leaves the plain layer",
         "from_matrix or branch does something else without gradients than with them; or the layer keeps what it "
-        "computed from its weight before it was adapted, which slots has to drop.",
+        "computed from its weight before it was adapted, which forget has to drop.",
     ),
     Check(
         "unload",
@@ -256,7 +256,7 @@ LIFE_CHECKS: tuple[Check[LayerCase], ...] = (
         "unloading gives the layer back: its class, its attributes, its state dict, bit for bit, and its output",
         "branch or slots keeps something on the layer: a plugin may read a layer and change nothing of it; or the "
         "layer keeps what it computed from its adapted weight, which a property in class_attributes has to prevent, or "
-        "slots to drop.",
+        "forget to drop.",
     ),
     Check(
         "aliases",

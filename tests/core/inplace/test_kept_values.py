@@ -40,9 +40,8 @@ class HalvedPlugin(RowMajorPlugin):
     module_type = Halved
     class_attributes = {"kept": property(Halved.half, ignored)}  # noqa: RUF012
 
-    def slots(self, layer):
+    def forget(self, layer):
         layer.kept = None
-        return super().slots(layer)
 
 
 class Plugins:

@@ -1005,9 +1005,8 @@ class CenteredPlugin(RowMajorPlugin):
     module_type = Centered
     class_attributes = {"kept": property(lambda layer: layer.centered().detach(), ignored)}  # noqa: RUF012
 
-    def slots(self, layer):
+    def forget(self, layer):
         layer.kept = None
-        return super().slots(layer)
 
 
 class CenteredInputs(CenteredPlugin):
@@ -1035,11 +1034,11 @@ class KeepsCentered(CenteredPlugin):
 
 class KeepsCenteredAfterwards(CenteredPlugin):
     class_attributes = {"kept": property(keep, ignored)}  # noqa: RUF012
-    slots = RowMajorPlugin.slots
+    forget = RowMajorPlugin.forget
 
 
 class KeepsCenteredOfBefore(CenteredPlugin):
-    slots = RowMajorPlugin.slots
+    forget = RowMajorPlugin.forget
 
 
 @pytest.mark.parametrize("bias", [True, False])
