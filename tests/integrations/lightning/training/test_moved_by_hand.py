@@ -74,6 +74,14 @@ updates = pytest.mark.parametrize("update", UPDATES, ids=[update.__name__ for up
 WHEN = ["training_step", "on_before_zero_grad", "on_train_batch_end"]
 
 
+def names(network):
+    return [name for name, _ in network.named_parameters()]
+
+
+def values_of(network):
+    return [parameter.data for parameter in network.parameters()]
+
+
 class Teacher(Classifier):
     """Learns to agree with an average of itself, as BYOL and mean teachers do."""
 
@@ -441,6 +449,24 @@ class TestStops:
         with pytest.raises(KeyError, match="lora_A") as raised:
             fit(tmp_path, Averages(), ALONE)
         assert "Make it in on_fit_start" in "".join(raised.value.__notes__)
+
+    @pytest.mark.parametrize(
+        ("update", "error"),
+        [
+            (lambda student, teacher: [*zip(student.parameters(), teacher.parameters(), strict=True)], ValueError),
+            (
+                lambda student, teacher: [*map([*teacher.parameters()].__getitem__, range(len(names(student))))],
+                IndexError,
+            ),
+            (lambda student, teacher: [dict(teacher.named_parameters())[name] for name in names(student)], KeyError),
+            (lambda *pair: torch._foreach_lerp_(*map(values_of, pair), 0.5), RuntimeError),
+        ],
+        ids=["zip", "list", "table", "foreach"],
+    )
+    def test_an_error_of_pairs_gets_a_note(self, tmp_path, update, error):
+        with pytest.raises(error) as raised:
+            fit(tmp_path, Teacher(update), ALONE)
+        assert "'teacher' is a copy of 'net'" in "".join(raised.value.__notes__)
 
     @pytest.mark.parametrize("error", [RuntimeError("out of paper"), KeyError("paper")], ids=repr)
     def test_an_error_that_has_nothing_to_do_with_pairs_gets_no_note(self, tmp_path, error):
