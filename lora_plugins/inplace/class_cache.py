@@ -24,15 +24,22 @@ def once_for_each_class(make: Make) -> Make:
     for_good = functools.cache(make)
 
     @functools.wraps(make)
-    def find(cls: Any, *arguments: Any, **named: Any) -> Any:
-        if not any(each.__module__ == parametrize.__name__ for each in cls.__mro__):
+    def made_once(cls: Any, *arguments: Any, **named: Any) -> Any:
+        if not _is_of_one_layer(cls):
             return for_good(cls, *arguments, **named)
         if _MADE not in vars(cls):
             type.__setattr__(cls, _MADE, {})  # a metaclass may refuse it
-        key = make, cls, arguments, *named.items()  # copies of a class have the same dictionary
+        # A class that copies the names of this one has the same dictionary.
+        key = make, cls, arguments, *named.items()
         made = vars(cls)[_MADE]
         if key not in made:
             made[key] = make(cls, *arguments, **named)
         return made[key]
 
-    return cast(Make, find)
+    return cast(Make, made_once)
+
+
+def _is_of_one_layer(cls: type) -> bool:
+    """Whether torch made a class, or a base of it, for a parametrized layer."""
+    made = [each for each in cls.__mro__ if each.__module__ == parametrize.__name__]
+    return any(each is not parametrize.ParametrizationList for each in made)

@@ -4,6 +4,7 @@ What is written into a tensor outside of an optimizer is seen by the tensor's ve
 Only what happens within a batch counts: between batches, validation exchanges whole models.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -13,13 +14,13 @@ from lora_plugins.integrations.lightning.training.alike_copies import AlikeCopy
 from lora_plugins.integrations.lightning.training.explained_errors import explain_plain_network
 from lora_plugins.integrations.lightning.training.unlike_copies import UnlikeCopy
 
-_OF_PAIRS: Mapping[type[Exception], tuple[str, ...]] = {
-    RuntimeError: ("size", "shape", "same number", "key"),
-    KeyError: ("lora_",),  # all other names are in both
-    ValueError: ("",),
-    IndexError: ("",),
+_OF_PAIRS: Mapping[type[Exception], str] = {
+    RuntimeError: "size|shape|same number|key",
+    KeyError: "lora_",  # a table of one network lacks no other names of the other one
+    ValueError: "",
+    IndexError: "",
 }
-"""Words of the errors that are raised for pairs which do not belong together, one of which is in each, by its class."""
+"""By class, a pattern of the errors that come of pairs which do not belong together; an empty one fits all."""
 
 
 class MovedByHand:
@@ -72,9 +73,7 @@ class MovedByHand:
 
     def explain(self, error: BaseException) -> None:
         """Adds a note to an error that pairs which do not belong together may have caused."""
-        of_pairs = any(
-            isinstance(error, kind) and word in str(error) for kind, words in _OF_PAIRS.items() for word in words
-        )
+        of_pairs = any(isinstance(error, kind) and re.search(found, str(error)) for kind, found in _OF_PAIRS.items())
         if self._unlike and of_pairs:
             error.add_note(f"It may come of this: {self._unlike[0].message('If the module moves it by hand')}")
         else:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from lora_plugins import LoraConfig, LoraModel
@@ -130,6 +131,15 @@ def test_nothing_is_left_at_a_class_of_many_layers():
     before = dict(vars(Own))
     LoraModel(nn.Sequential(Own(8, 8)), COMPUTED).unload()
     assert vars(Own) == before
+
+
+def test_nothing_is_left_at_the_class_of_all_parametrizations():
+    before = {*vars(ParametrizationList)}
+    model = nn.Sequential(nn.Linear(8, 8), parametrizations.weight_norm(nn.Linear(8, 4))).eval()
+    lora = LoraModel(model, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    with lora.mixed_batch(["default", None]):
+        model(torch.ones(2, 8))
+    assert {*vars(ParametrizationList)} == before
 
 
 def delete(lora):
