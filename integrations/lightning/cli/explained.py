@@ -207,10 +207,10 @@ def _module(found: re.Match[str], cls: str, flags: list[str]) -> str:
 def _wrong_type(found: re.Match[str], cls: str, flags: list[str]) -> str:
     nested = re.fullmatch(r"NestedArg\(key='(.+)', val='(.*)'\)", found[2].strip())
     value, types = nested[2] if nested else found[2], {*re.findall(r"Expected a <class '([\w.]+)'>", found.string)}
-    return _expected("float" if {"int", "float"} <= types else found[1], value)
+    return _has_to_be("float" if {"int", "float"} <= types else found[1], value)
 
 
-def _expected(kind: str, given: str) -> str:
+def _has_to_be(kind: str, given: str) -> str:
     return f"it is {_TYPES.get(kind, kind)}, and {given!r} was given."
 
 
@@ -222,7 +222,7 @@ def _choice(found: re.Match[str], cls: str, flags: list[str]) -> str:
 
 def _no_class(found: re.Match[str], cls: str, flags: list[str]) -> str:
     if _is_a_table(found):
-        return _expected("dict", found[2])
+        return _has_to_be("dict", found[2])
     return f"{found[2]!r} is no class of a {found[1]}. Write its path: package.module.Class."
 
 
@@ -271,7 +271,7 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
         lambda found, *_: f"it is a list of {found[1]}, and {found[2]} was given.",
     ),
     (r"File does not exist: '([^']+)'", lambda found, *_: f"there is no file {found[1]}."),
-    (r"Unable to load config '([^']*)'", lambda found, *_: _expected("dict", found[1])),
+    (r"Unable to load config '([^']*)'", lambda found, *_: _has_to_be("dict", found[1])),
     (r"(?s)Not a valid subclass of (\w+).*?(?:Got|Given) value: ([^\n]+)", _no_class),
     (
         r"Given value: .*?'(class_path|init_args)'(?:, val=|: )None\b",
