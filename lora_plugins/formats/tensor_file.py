@@ -121,6 +121,12 @@ def write_described_tensors(
 
 
 def _as_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Returns the bytes of a file, the same each time: safetensors itself writes the metadata in any order."""
     # Copies, since safetensors refuses tensors that share memory, and one A may stand for two layers.
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-    return safetensors.torch.save(own, dict(metadata))
+    data = safetensors.torch.save(own, dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the values begin where they are aligned
+    return len(text).to_bytes(8, "little") + text + data[end:]

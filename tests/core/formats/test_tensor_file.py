@@ -5,6 +5,7 @@ import struct
 import tracemalloc
 
 import pytest
+from safetensors.torch import load
 from torch import nn
 
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel
@@ -114,3 +115,17 @@ def test_a_place_that_something_else_has_is_said(format, name, match, tmp_path):
         lora.save_adapter(tmp_path / name, format=format, format_options={"component": "unet"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.safetensors", "notes.txt"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_a_file_has_the_same_bytes_each_time(format, tmp_path):
+    lora = LoraModel(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2))
+    for name in "abcdef":
+        lora.save_adapter(tmp_path / f"{name}.safetensors", format=format, format_options={"component": "unet"})
+    first, *others = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    assert others == [first] * 5
+    assert (8 + int.from_bytes(first[:8], "little")) % 8 == 0
+    assert [*load(first)]
+    metadata = [*json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])["__metadata__"]]
+    assert len(metadata) > 1
+    assert metadata == sorted(metadata)
