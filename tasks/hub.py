@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from lora_plugins.utils import ending
-
 SECONDS = 5.0
 """In which the hub answers, or counts as out of reach."""
 
@@ -34,6 +32,8 @@ def cache_where_unreachable() -> Iterator[None]:
     Its library asks six times for each file otherwise, half a minute, and prints each try.
     """
     from huggingface_hub import constants
+
+    from lora_plugins.utils import ending  # which imports torch; the help of commands does not
 
     before = constants.HF_HUB_OFFLINE
     with ending(partial(setattr, constants, "HF_HUB_OFFLINE", before)):

@@ -113,7 +113,7 @@ def _gradients(value: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | No
 def _flat(output: Any) -> Tensor:
     """Returns the numbers of an output that have a gradient."""
     found = [tensor.flatten() for tensor in real_tensors_of(output) if tensor.requires_grad]
-    return torch.cat(found) if found else torch.empty(0)
+    return torch.cat(found) if found else torch.empty(0, device="cpu")
 
 
 def _gradient(case: LayerCase, model: Holder, slot: Slot, value: Tensor) -> Tensor:

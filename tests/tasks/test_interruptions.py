@@ -39,7 +39,7 @@ def look(part):
 
 BLOCKS = {
     "eval-mode": eval_mode,
-    "evaluated": lambda part: evaluated_on("cpu", part),
+    "evaluated": lambda part: evaluated_on(part, "cpu"),
     "upcast": _upcast,
     "hub": lambda _: cache_where_unreachable(),
     "library": lambda _: _quiet_library(),

@@ -331,6 +331,7 @@ def test_stored_values_that_changed_before_the_backward_are_an_error():
         loss.backward()
 
 
+@pytest.mark.usefixtures("compiler_as_new")
 def test_compiled_in_one_graph():
     model = adapted().model
     expected = results(made_dense(model), x())
