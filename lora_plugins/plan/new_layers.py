@@ -60,7 +60,7 @@ def forgotten_layers(target: nn.Module, plan: Plan, frozen: Collection[str] = ()
 
 
 def _is_frozen(name: str, layer: nn.Module, frozen: Collection[str]) -> bool:
-    own = [full_name(name, key) for key, _ in layer.named_parameters(recurse=False)]
+    own = [full_name(name, key) for key, _ in layer.named_parameters() if not key.startswith("lora_")]
     return bool(own) and all(each in frozen for each in own)
 
 

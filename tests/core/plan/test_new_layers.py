@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.plan import forgotten_layers
@@ -114,10 +115,13 @@ def test_adapted_layers_of_other_types_are_passed_over():
     assert forgotten_layers(model, LoraModel.plan(model, LoraConfig(r=1, target_modules=["0", "1"]))) == ["2"]
 
 
+@pytest.mark.parametrize("made", [lambda layer: layer, weight_norm], ids=["plain", "weight norm"])
 @pytest.mark.parametrize("teacher", [["body"], ["body", "head"]], ids=["body", "body and head"])
-def test_what_the_author_froze_beside_what_is_trained_is_to_stay(teacher):
+def test_what_the_author_froze_beside_what_is_trained_is_to_stay(teacher, made):
     torch.manual_seed(0)
-    body, copy = (nn.Sequential(trained(nn.Linear(16, 16)), trained(nn.Linear(16, 16))) for _ in range(2))
+    body, copy = (
+        nn.Sequential(trained(nn.Linear(16, 16)), made(trained(nn.Linear(16, 16, bias=False)))) for _ in range(2)
+    )
     model = nn.ModuleDict({"body": body, "head": nn.Linear(16, 8)})
     model["teacher"] = nn.ModuleDict({"body": copy, "head": nn.Linear(16, 8)})
     frozen = [f"teacher.{part}.{name}" for part in teacher for name, _ in model["teacher"][part].named_parameters()]
