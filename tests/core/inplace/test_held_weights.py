@@ -6,6 +6,7 @@ from threading import Event, Thread, current_thread
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.nn.functional import linear, normalize
 
@@ -313,6 +314,11 @@ def test_compiled_in_one_graph(cls):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+not_before_2_9 = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="the compiler of torch 2.8 recurses without end here"
+)
+
+
 class PartAssigns(Masked):
     """Has a part that torch does not compile, which writes into the weight and assigns it."""
 
@@ -343,7 +349,7 @@ class PartGenerates(Generated):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at each tensor
-@pytest.mark.parametrize("cls", [PartAssigns, PartGenerates])
+@pytest.mark.parametrize("cls", [PartAssigns, pytest.param(PartGenerates, marks=not_before_2_9)])
 def test_a_weight_that_an_uncompiled_part_of_a_compiled_forward_assigns(cls):
     model, x = build(cls)
     adapted(model)
