@@ -53,6 +53,11 @@ class Check(Generic[Case]):
     usual_cause: str
 
 
+def as_check(name: str, expected: str, usual_cause: str) -> Callable[[Callable[[Case], None]], Check[Case]]:
+    """Makes a check of the function below it; the arguments are those of `Check`."""
+    return lambda run: Check(name, run, expected, usual_cause)
+
+
 def by_name(*groups: Iterable[Check[Case]]) -> dict[str, Check[Case]]:
     """Returns the checks of several groups by name, in order."""
     return {check.name: check for group in groups for check in group}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import AdapterFormat
-from lora_plugins.testing.check import Check, by_name, chosen, elsewhere, one_of, run
+from lora_plugins.testing.check import Check, as_check, by_name, chosen, elsewhere, one_of, run
 from lora_plugins.testing.format_case import LAYERS, FormatCase
 from lora_plugins.testing.full_disk import no_file_beyond
 from lora_plugins.testing.no_pickle import no_unpickling
@@ -46,10 +46,18 @@ _NO_ADAPTERS = ("nothing", "empty", "strange.safetensors", "settings.json", "mod
 """Files and folders that are no adapters; the first is not there."""
 
 
+@as_check("registration", "the registrar takes the plugin", "name is missing, or options is no mapping.")
 def _registration(case: FormatCase) -> None:
     case.registry()
 
 
+@as_check(
+    "recognized",
+    "recognizes knows what write wrote, under the name that it was given, and nothing else; it raises for nothing: "
+    "not for what is not there, empty or no such file",
+    "recognizes opens a file without looking whether it is there, or goes by the ending of its name or the kind of "
+    "file alone, and not by what is in it; or a library writes to that name with an ending, as np.savez does.",
+)
 def _recognized(case: FormatCase) -> None:
     with case.written() as (lora, path):
         require(case.elsewhere.recognizes(path), f"{path.name} is not recognized")
@@ -68,6 +76,12 @@ def _recognized(case: FormatCase) -> None:
             require(not case.elsewhere.recognizes(path.parent / name), f"{name!r} is taken for one of its files")
 
 
+@as_check(
+    "output",
+    "an adapter that is written and read computes the same in float64, wherever it is read",
+    "the scaling, alpha / r, is lost, rounded, counted twice, one for all layers, or kept in the plugin object; or "
+    "a file holds the path of another.",
+)
 def _output(case: FormatCase) -> None:
     with case.written() as (lora, path):
         for what, at in (("", path), (", whose file was moved,", path.parent / f"moved_{path.name}")):
@@ -77,6 +91,11 @@ def _output(case: FormatCase) -> None:
             require_close(f"the output of the loaded model{what}", case.run(model), case.run(lora.model))
 
 
+@as_check(
+    "bits",
+    "what was read, written and read again has the same keys and bits",
+    "the scaling is multiplied into A or B, or tensors are cast.",
+)
 def _bits(case: FormatCase) -> None:
     with case.written() as (_, path):
         first, second = case.model(), case.model()
@@ -85,6 +104,11 @@ def _bits(case: FormatCase) -> None:
         require_same_state("the model after reading, writing and reading", second.state_dict(), first.state_dict())
 
 
+@as_check(
+    "replaced",
+    "an adapter takes the place of what was written to the same path before",
+    "one file for each layer, and whatever lies in the folder is read; or what was read is kept by its path.",
+)
 def _replaced(case: FormatCase) -> None:
     with case.written() as (_, path):
         case.load(case.model(), path)  # a format must not remember what it reads here
@@ -97,6 +121,12 @@ def _replaced(case: FormatCase) -> None:
         )
 
 
+@as_check(
+    "full disk",
+    "a write that fails on its way leaves what was there, the new adapter, or something that is refused: never "
+    "parts of two, or of one",
+    "one file after another is written in place. replace_files of lora_plugins.formats writes all of them or none.",
+)
 def _full_disk(case: FormatCase) -> None:
     apart = "rank_pattern" in case.patterns
     ranks = [{"rank_pattern": {name: 5}} for name in ("to_q", "to_out")] if apart else [{"r": 5}]
@@ -135,6 +165,12 @@ def _stopped_write(case: FormatCase, new: LoraModel, size: int, old: LoraModel |
     require(found, f"a write failed since no file could have {size + 1} bytes, and what it left is loaded: {before}")
 
 
+@as_check(
+    "whole",
+    "an adapter that is more than an A and a B for each layer (use_rslora, a variant, a head, biases, a part of a "
+    "layer, a changed base) is written whole, or refused with an AdapterFileError before anything is written",
+    "what the format has no place for is left out, as refusals() names nothing.",
+)
 def _whole(case: FormatCase) -> None:
     for what, fields in ADAPTERS.items():
         model = case.model()
@@ -142,6 +178,14 @@ def _whole(case: FormatCase) -> None:
             _require_same_output(f"with {what}", case.run(model), case.run(lora.model))
 
 
+@as_check(
+    "layers",
+    "an adapter of convolutions, an embedding, an nn.MultiheadAttention, layers whose names end alike and have a "
+    "capital or differ only in a dot, or of rank 1, is written whole, or refused with an AdapterFileError "
+    "before anything is written",
+    "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name, by small "
+    "letters, or with '_' for each dot.",
+)
 def _layers(case: FormatCase) -> None:
     for (what, (build, inputs)), r in product(LAYERS.items(), (2, 1)):
         with own_randomness(0):
@@ -174,6 +218,13 @@ def _require_same_output(what: str, found: Tensor, expected: Tensor) -> None:
     require_close(f"the output of the loaded model, of an adapter {what},", found, expected)
 
 
+@as_check(
+    "untouched",
+    "writing leaves the model alone, and what is loaded can be unloaded, bit for bit; no random numbers are drawn, "
+    "modules stay in their mode, and nothing is left in the working directory",
+    "tensors of the model are changed in place, where a copy is meant; the model is run to find its layers; or "
+    "the name of a file has no folder.",
+)
 def _untouched(case: FormatCase) -> None:
     with case.written() as (lora, path), tempfile.TemporaryDirectory() as here, chdir(here):
         before = {key: value.clone() for key, value in lora.model.state_dict().items()}
@@ -200,6 +251,11 @@ def _refused(case: FormatCase, path: Path, model: nn.Module, why: str) -> None:
     refuse(f"{why} is loaded")
 
 
+@as_check(
+    "other model",
+    "an adapter for another model is refused with an AdapterFileError, and the model is untouched",
+    "keys that the model has no layer for are skipped.",
+)
 def _other_model(case: FormatCase) -> None:
     with case.written() as (_, path):
         _refused(case, path, replace(case, width=5).model(), "an adapter for layers of another shape")
@@ -208,6 +264,11 @@ def _other_model(case: FormatCase) -> None:
         _refused(case, path, smaller, "an adapter with layers that the model does not have")
 
 
+@as_check(
+    "damaged",
+    "a file that was cut is refused with an AdapterFileError, and the model is untouched",
+    "an error of a parser is passed on as it is.",
+)
 def _damaged(case: FormatCase) -> None:
     with case.written() as (_, path):
         files = [file for file in (path, *path.rglob("*")) if file.is_file() and file.stat().st_size > 16]
@@ -219,6 +280,12 @@ def _damaged(case: FormatCase) -> None:
             file.write_bytes(data)
 
 
+@as_check(
+    "surplus",
+    "a file of safetensors with a tensor of another name than those that are known is refused with an "
+    "AdapterFileError, and the model is untouched",
+    "tensors are looked up by name, and what was not asked for is left out. It may be a bias or a magnitude.",
+)
 def _surplus(case: FormatCase) -> None:
     with case.written() as (_, path):
         for file in (path, *path.rglob("*")):
@@ -233,6 +300,11 @@ def _surplus(case: FormatCase) -> None:
             file.write_bytes(data)
 
 
+@as_check(
+    "pickle",
+    "nothing is unpickled to recognize, read or sum up a file: whoever made it could have anything run",
+    "torch.load without weights_only=True, or a cache of Python objects.",
+)
 def _pickle(case: FormatCase) -> None:
     with case.written() as (_, path):
         case.load(case.model(), path)  # libraries that reading imports would keep what refuses
@@ -241,6 +313,11 @@ def _pickle(case: FormatCase) -> None:
             case.elsewhere.summary(path)
 
 
+@as_check(
+    "summary",
+    "summary has a line for each layer, with its rank and alpha, without a model",
+    "summary needs names from a model, or takes one alpha for all layers.",
+)
 def _summary(case: FormatCase) -> None:
     with case.written() as (lora, path):
         found, expected = (
@@ -251,98 +328,20 @@ def _summary(case: FormatCase) -> None:
 
 
 _CHECKS: tuple[Check[FormatCase], ...] = (
-    Check(
-        "registration", _registration, "the registrar takes the plugin", "name is missing, or options is no mapping."
-    ),
-    Check(
-        "recognized",
-        _recognized,
-        "recognizes knows what write wrote, under the name that it was given, and nothing else; it raises for nothing: "
-        "not for what is not there, empty or no such file",
-        "recognizes opens a file without looking whether it is there, or goes by the ending of its name or the kind of "
-        "file alone, and not by what is in it; or a library writes to that name with an ending, as np.savez does.",
-    ),
-    Check(
-        "output",
-        _output,
-        "an adapter that is written and read computes the same in float64, wherever it is read",
-        "the scaling, alpha / r, is lost, rounded, counted twice, one for all layers, or kept in the plugin object; or "
-        "a file holds the path of another.",
-    ),
-    Check(
-        "bits",
-        _bits,
-        "what was read, written and read again has the same keys and bits",
-        "the scaling is multiplied into A or B, or tensors are cast.",
-    ),
-    Check(
-        "replaced",
-        _replaced,
-        "an adapter takes the place of what was written to the same path before",
-        "one file for each layer, and whatever lies in the folder is read; or what was read is kept by its path.",
-    ),
-    Check(
-        "full disk",
-        _full_disk,
-        "a write that fails on its way leaves what was there, the new adapter, or something that is refused: never "
-        "parts of two, or of one",
-        "one file after another is written in place. replace_files of lora_plugins.formats writes all of them or none.",
-    ),
-    Check(
-        "whole",
-        _whole,
-        "an adapter that is more than an A and a B for each layer (use_rslora, a variant, a head, biases, a part of a "
-        "layer, a changed base) is written whole, or refused with an AdapterFileError before anything is written",
-        "what the format has no place for is left out, as refusals() names nothing.",
-    ),
-    Check(
-        "layers",
-        _layers,
-        "an adapter of convolutions, an embedding, an nn.MultiheadAttention, layers whose names end alike and have a "
-        "capital or differ only in a dot, or of rank 1, is written whole, or refused with an AdapterFileError "
-        "before anything is written",
-        "A and B are squeezed, flattened or transposed, or layers are told apart by a part of their name, by small "
-        "letters, or with '_' for each dot.",
-    ),
-    Check(
-        "untouched",
-        _untouched,
-        "writing leaves the model alone, and what is loaded can be unloaded, bit for bit; no random numbers are drawn, "
-        "modules stay in their mode, and nothing is left in the working directory",
-        "tensors of the model are changed in place, where a copy is meant; the model is run to find its layers; or "
-        "the name of a file has no folder.",
-    ),
-    Check(
-        "other model",
-        _other_model,
-        "an adapter for another model is refused with an AdapterFileError, and the model is untouched",
-        "keys that the model has no layer for are skipped.",
-    ),
-    Check(
-        "damaged",
-        _damaged,
-        "a file that was cut is refused with an AdapterFileError, and the model is untouched",
-        "an error of a parser is passed on as it is.",
-    ),
-    Check(
-        "surplus",
-        _surplus,
-        "a file of safetensors with a tensor of another name than those that are known is refused with an "
-        "AdapterFileError, and the model is untouched",
-        "tensors are looked up by name, and what was not asked for is left out. It may be a bias or a magnitude.",
-    ),
-    Check(
-        "pickle",
-        _pickle,
-        "nothing is unpickled to recognize, read or sum up a file: whoever made it could have anything run",
-        "torch.load without weights_only=True, or a cache of Python objects.",
-    ),
-    Check(
-        "summary",
-        _summary,
-        "summary has a line for each layer, with its rank and alpha, without a model",
-        "summary needs names from a model, or takes one alpha for all layers.",
-    ),
+    _registration,
+    _recognized,
+    _output,
+    _bits,
+    _replaced,
+    _full_disk,
+    _whole,
+    _layers,
+    _untouched,
+    _other_model,
+    _damaged,
+    _surplus,
+    _pickle,
+    _summary,
 )
 
 FORMAT_CHECKS: dict[str, Check[FormatCase]] = by_name(_CHECKS)

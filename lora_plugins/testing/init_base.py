@@ -11,13 +11,18 @@ from torch import nn
 from lora_plugins.adapter import factor_dtype
 from lora_plugins.errors import LoraError
 from lora_plugins.model import LoraModel
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.init_case import InitCase, layer_weights, run
 from lora_plugins.testing.init_start import require_near_start
 from lora_plugins.testing.required import move_values, require, require_close, require_same_state
 from lora_plugins.utils import own_randomness
 
 
+@as_check(
+    "base",
+    "the base weights change if changes_base says so and not else, and unloading gives them back bit for bit",
+    "context.weight is changed in place: it is the model's own, to be read only.",
+)
 def _base(case: InitCase) -> None:
     model = case.model()
     before, output = copy.deepcopy(model.state_dict()), run(model)
@@ -33,6 +38,11 @@ def _base(case: InitCase) -> None:
     require_same_state("the unloaded model", model.state_dict(), before)
 
 
+@as_check(
+    "recipe",
+    "the recipe is a copy, and changed_base gives the same bits each time, and changes neither weight nor recipe",
+    "the recipe holds context.A instead of context.A.clone(), or changed_base draws random numbers.",
+)
 def _recipe(case: InitCase) -> None:
     model = case.model()
     lora = case.adapt(model)
@@ -55,6 +65,11 @@ def _recipe(case: InitCase) -> None:
         require_close(f"the base of {context.layer!r}, computed again,", bases[1], bases[0], 0)
 
 
+@as_check(
+    "files",
+    "an adapter that is saved and loaded onto the original base gives the same bits, without data",
+    "changed_base uses something that is neither the weight nor in the recipe, such as an attribute of the plugin.",
+)
 def _files(case: InitCase) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         lora = case.adapt(case.model(dtype))
@@ -70,6 +85,12 @@ def _load_again(case: InitCase, lora: LoraModel, fresh: nn.Module, what: str) ->
     require_same_state(what, fresh.state_dict(), lora.model.state_dict())
 
 
+@as_check(
+    "stored",
+    "on a base that is stored in fewer bytes, the start is nearer to the untouched weights than what is stored, "
+    "and a saved adapter stores the same bits again",
+    "base_to_store, which is what changed_base returns by default, leaves the recipe or the scaling out.",
+)
 def _stored(case: InitCase) -> None:
     model = case.model()
     untouched = layer_weights(model, case.layers)
@@ -84,6 +105,11 @@ def _stored(case: InitCase) -> None:
     _load_again(case, lora, case.model(), "the loaded model with stored weights")
 
 
+@as_check(
+    "dtype",
+    "A and B are float32 on a base in half precision and float64 on float64, with finite values",
+    "a constant of a fixed type, as torch.eye(r) where torch.eye(r, dtype=context.A.dtype) is meant.",
+)
 def _dtype(case: InitCase) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         model = case.model(dtype)
@@ -95,37 +121,5 @@ def _dtype(case: InitCase) -> None:
             require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite, on a base of {dtype}")
 
 
-BASE_CHECKS: tuple[Check[InitCase], ...] = (
-    Check(
-        "base",
-        _base,
-        "the base weights change if changes_base says so and not else, and unloading gives them back bit for bit",
-        "context.weight is changed in place: it is the model's own, to be read only.",
-    ),
-    Check(
-        "recipe",
-        _recipe,
-        "the recipe is a copy, and changed_base gives the same bits each time, and changes neither weight nor recipe",
-        "the recipe holds context.A instead of context.A.clone(), or changed_base draws random numbers.",
-    ),
-    Check(
-        "files",
-        _files,
-        "an adapter that is saved and loaded onto the original base gives the same bits, without data",
-        "changed_base uses something that is neither the weight nor in the recipe, such as an attribute of the plugin.",
-    ),
-    Check(
-        "stored",
-        _stored,
-        "on a base that is stored in fewer bytes, the start is nearer to the untouched weights than what is stored, "
-        "and a saved adapter stores the same bits again",
-        "base_to_store, which is what changed_base returns by default, leaves the recipe or the scaling out.",
-    ),
-    Check(
-        "dtype",
-        _dtype,
-        "A and B are float32 on a base in half precision and float64 on float64, with finite values",
-        "a constant of a fixed type, as torch.eye(r) where torch.eye(r, dtype=context.A.dtype) is meant.",
-    ),
-)
+BASE_CHECKS: tuple[Check[InitCase], ...] = (_base, _recipe, _files, _stored, _dtype)
 """Checks of the base under a start, and of its files."""

@@ -14,7 +14,7 @@ from lora_plugins.errors import LoraError, TargetError
 from lora_plugins.inplace import detached_weight
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import InitContext, SlotCalibration
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.init_case import InitCase, Small, layer_weights, run
 from lora_plugins.testing.required import (
     TIGHT,
@@ -34,6 +34,11 @@ _DEPENDENT = 1e-5
 """What rows that depend on each other are off by, at most, as factors in float32 are rounded."""
 
 
+@as_check(
+    "registration",
+    "the registrar takes the plugin, and check_options takes its options",
+    "an attribute such as name is missing, or an option has no default.",
+)
 def _registration(case: InitCase) -> None:
     case.registry()
     merged = {**case.init.options, **case.options}
@@ -41,6 +46,13 @@ def _registration(case: InitCase) -> None:
     case.init.check_options(merged)
 
 
+@as_check(
+    "filled",
+    "fill gives every value of A and B, in place, also for weights with rows and columns of zeros, as pruning "
+    "leaves them, and for inputs that are always zero; or it refuses these by a TargetError",
+    "a new tensor is made instead of context.A.copy_(...), ranks beyond those of the weight are left out, or "
+    "something is divided by a norm or a variance that may be zero.",
+)
 def _filled(case: InitCase) -> None:
     for context in _started(case):
         _require_finite(context)
@@ -80,6 +92,11 @@ def _zeroed(tensor: Tensor) -> Tensor:
     return zeroed
 
 
+@as_check(
+    "device",
+    "what fill makes is where A and B are, whatever torch's default device is",
+    "torch.randn(shape) where torch.randn(shape, device=context.A.device) is meant.",
+)
 def _device(case: InitCase) -> None:
     there, elsewhere = _started(case), case.contexts(case.model())
     # A tensor that is made without saying where lands on the default device, which is none here.
@@ -95,6 +112,12 @@ def _require_same_factors(got: Sequence[InitContext], expected: Sequence[InitCon
         require_close(f"B of {own.layer!r}{how}", own.B, wanted.B, 0)
 
 
+@as_check(
+    "trainable",
+    "of each rank, the row of A or the column of B is not zero, nor are both the same combination of others: else "
+    "it never gets a gradient, or none of its own",
+    "both factors start at zero, or the ranks that a decomposition does not have do; or one row is drawn for all.",
+)
 def _trainable(case: InitCase) -> None:
     for context in _started(case):
         possible = min(len(context.A), *context.weight.shape)
@@ -121,7 +144,19 @@ def _independent_ranks(context: InitContext) -> int:
     return int(torch.linalg.matrix_rank(normalize(torch.cat(both, 1)), rtol=_DEPENDENT))
 
 
-def _identity(case: InitCase, **fields: Any) -> None:
+@as_check(
+    "identity",
+    "the adapted model starts as the untouched one, or, where the base changes, as near to it as its ranks allow; "
+    "with identity=False it does not",
+    "no factor is zero and nothing makes up for it, changed_base takes out another product than that of A and B or "
+    "puts another weight in the place of the model's, or identity is declared wrongly.",
+)
+def _identity(case: InitCase) -> None:
+    _require_start(case)
+
+
+def _require_start(case: InitCase, **fields: Any) -> None:
+    """Requires the start that the init declares, with further fields of the config."""
     model = case.model(torch.float64)
     before, weights = run(model), layer_weights(model, case.layers)
     lora = case.adapt(model, **fields)
@@ -174,12 +209,24 @@ def _off(lora: LoraModel, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight - base, weight - layer_weights(lora.model, [name])[name]
 
 
+@as_check(
+    "scaling",
+    "the start does not depend on alpha and use_rslora",
+    "the update is scaling * B @ A, and fill or changed_base leaves context.scaling out.",
+)
 def _scaling(case: InitCase) -> None:
     if case.init.identity:
         for fields in ({"alpha": 0.25}, {"alpha": 64.0}, {"alpha": 3.0, "use_rslora": True}):
-            _identity(case, **fields)
+            _require_start(case, **fields)
 
 
+@as_check(
+    "reproducible",
+    "the same model starts with the same bits whatever was drawn before, in whatever order its layers are started "
+    "and whatever torch's default type is, and the random numbers of the process, Python's and NumPy's stay",
+    "a function is called without generator=context.generator, or makes a tensor without dtype=context.A.dtype; or "
+    "the plugin keeps something between calls.",
+)
 def _reproducible(case: InitCase) -> None:
     first, second, third = case.model(), case.model(), case.model()
     case.adapt(first)
@@ -195,6 +242,12 @@ def _reproducible(case: InitCase) -> None:
     _require_same_factors(_started(case, backwards=True), _started(case), ", started after other layers,")
 
 
+@as_check(
+    "seed",
+    "another seed (which comes from the run's seed and the layer's name) and another weight give another start",
+    "fill makes a generator of its own with a fixed seed, so that all layers start the same. For an init that is "
+    "meant to start all layers the same, such as one of a fixed basis, skip it: skip=['seed'].",
+)
 def _seed(case: InitCase) -> None:
     one, two = (_started(case, seed) for seed in (0, 1))
     for first, second in zip(one, two, strict=True):
@@ -211,6 +264,11 @@ def _started(case: InitCase, seed: int = 0, *, backwards: bool = False) -> Seque
     return contexts
 
 
+@as_check(
+    "pure",
+    "fill leaves the weight, the options and the calibration as they are",
+    "an operation in place on context.weight or context.calibration: work on a copy.",
+)
 def _pure(case: InitCase) -> None:
     for context in case.contexts(case.model()):
         before = copy.deepcopy((dict(context.options), context.calibration))
@@ -228,6 +286,12 @@ def _tensors(calibration: SlotCalibration) -> list[Tensor]:
     return moments if calibration.gradient is None else [*moments, calibration.gradient]
 
 
+@as_check(
+    "ranks",
+    "r=1, and an r larger than the weight has, start with finite values, as near to the untouched model as other "
+    "ranks do, and with ranks that learn, or are refused by a TargetError",
+    "the decomposition of an (out, in) matrix has min(out, in) ranks at most; the others need a start too.",
+)
 def _ranks(case: InitCase) -> None:
     for r in (1, 2, 40):
         model: Small = case.model()
@@ -241,79 +305,20 @@ def _ranks(case: InitCase) -> None:
             refuse(f"r={r} ended in {type(error).__name__}: {error}")
         for name, tensor in model.state_dict().items():
             require(bool(tensor.isfinite().all()), f"{name!r} has values that are not finite, at r={r}")
-        _trainable(replace(case, r=r))
-        _identity(replace(case, r=r))
+        _trainable.run(replace(case, r=r))
+        _require_start(replace(case, r=r))
 
 
 START_CHECKS: tuple[Check[InitCase], ...] = (
-    Check(
-        "registration",
-        _registration,
-        "the registrar takes the plugin, and check_options takes its options",
-        "an attribute such as name is missing, or an option has no default.",
-    ),
-    Check(
-        "filled",
-        _filled,
-        "fill gives every value of A and B, in place, also for weights with rows and columns of zeros, as pruning "
-        "leaves them, and for inputs that are always zero; or it refuses these by a TargetError",
-        "a new tensor is made instead of context.A.copy_(...), ranks beyond those of the weight are left out, or "
-        "something is divided by a norm or a variance that may be zero.",
-    ),
-    Check(
-        "trainable",
-        _trainable,
-        "of each rank, the row of A or the column of B is not zero, nor are both the same combination of others: else "
-        "it never gets a gradient, or none of its own",
-        "both factors start at zero, or the ranks that a decomposition does not have do; or one row is drawn for all.",
-    ),
-    Check(
-        "identity",
-        _identity,
-        "the adapted model starts as the untouched one, or, where the base changes, as near to it as its ranks allow; "
-        "with identity=False it does not",
-        "no factor is zero and nothing makes up for it, changed_base takes out another product than that of A and B or "
-        "puts another weight in the place of the model's, or identity is declared wrongly.",
-    ),
-    Check(
-        "scaling",
-        _scaling,
-        "the start does not depend on alpha and use_rslora",
-        "the update is scaling * B @ A, and fill or changed_base leaves context.scaling out.",
-    ),
-    Check(
-        "reproducible",
-        _reproducible,
-        "the same model starts with the same bits whatever was drawn before, in whatever order its layers are started "
-        "and whatever torch's default type is, and the random numbers of the process, Python's and NumPy's stay",
-        "a function is called without generator=context.generator, or makes a tensor without dtype=context.A.dtype; or "
-        "the plugin keeps something between calls.",
-    ),
-    Check(
-        "pure",
-        _pure,
-        "fill leaves the weight, the options and the calibration as they are",
-        "an operation in place on context.weight or context.calibration: work on a copy.",
-    ),
-    Check(
-        "seed",
-        _seed,
-        "another seed (which comes from the run's seed and the layer's name) and another weight give another start",
-        "fill makes a generator of its own with a fixed seed, so that all layers start the same. For an init that is "
-        "meant to start all layers the same, such as one of a fixed basis, skip it: skip=['seed'].",
-    ),
-    Check(
-        "device",
-        _device,
-        "what fill makes is where A and B are, whatever torch's default device is",
-        "torch.randn(shape) where torch.randn(shape, device=context.A.device) is meant.",
-    ),
-    Check(
-        "ranks",
-        _ranks,
-        "r=1, and an r larger than the weight has, start with finite values, as near to the untouched model as other "
-        "ranks do, and with ranks that learn, or are refused by a TargetError",
-        "the decomposition of an (out, in) matrix has min(out, in) ranks at most; the others need a start too.",
-    ),
+    _registration,
+    _filled,
+    _trainable,
+    _identity,
+    _scaling,
+    _reproducible,
+    _pure,
+    _seed,
+    _device,
+    _ranks,
 )
 """Checks of the values that an init gives."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_plugins.inplace import detached_weight
 from lora_plugins.plugins import LayerPlugin, Slot
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.layer_case import Holder, LayerCase, batched, call, is_values, mapped, runs
 from lora_plugins.testing.required import real_tensors_of, refuse, require, require_close, uneven_sum
 
@@ -18,6 +18,12 @@ _OUTPUTS = 12
 """How many elements of the output are looked at."""
 
 
+@as_check(
+    "inputs",
+    "inputs() gives all the vectors (n, in) that the weight's matrix is multiplied by, if the plugin has it",
+    "the vectors have another order of dimensions than the columns of to_matrix(weight), are scaled, or "
+    "leave out what the layer does to its input first.",
+)
 def _inputs(case: LayerCase) -> None:
     if type(case.plugin).inputs is LayerPlugin.inputs:
         return
@@ -65,6 +71,12 @@ def _span_the_gradient(case: LayerCase, model: Holder, slot: Slot, arguments: Se
     )
 
 
+@as_check(
+    "rows",
+    "the rows of the weight's matrix are what the layer puts out, and its columns what they are computed from, or "
+    "rows_are_outputs is False",
+    "the weight has its inputs first: ColumnMajorPlugin is meant, in place of RowMajorPlugin.",
+)
 def _rows_are_outputs(case: LayerCase) -> None:
     """Requires that no weight is viewed the other way round, so that an output is a sum over rows of one column.
 
@@ -198,6 +210,11 @@ def _scaled(case: LayerCase, weights: Collection[str], factor: float) -> Holder:
     return model
 
 
+@as_check(
+    "biases",
+    "biases() names the parameters of the layer that are added to its output, and no others",
+    "the layer calls its bias otherwise than 'bias', or biases() names something else.",
+)
 def _biases(case: LayerCase) -> None:
     layer = case.model().layer
     names = list(case.plugin.biases(layer))
@@ -247,25 +264,4 @@ def _gradient_of(case: LayerCase, name: str, seed: int, factor: float, weights: 
     return found
 
 
-ANSWER_CHECKS: tuple[Check[LayerCase], ...] = (
-    Check(
-        "rows",
-        _rows_are_outputs,
-        "the rows of the weight's matrix are what the layer puts out, and its columns what they are computed from, or "
-        "rows_are_outputs is False",
-        "the weight has its inputs first: ColumnMajorPlugin is meant, in place of RowMajorPlugin.",
-    ),
-    Check(
-        "inputs",
-        _inputs,
-        "inputs() gives all the vectors (n, in) that the weight's matrix is multiplied by, if the plugin has it",
-        "the vectors have another order of dimensions than the columns of to_matrix(weight), are scaled, or "
-        "leave out what the layer does to its input first.",
-    ),
-    Check(
-        "biases",
-        _biases,
-        "biases() names the parameters of the layer that are added to its output, and no others",
-        "the layer calls its bias otherwise than 'bias', or biases() names something else.",
-    ),
-)
+ANSWER_CHECKS: tuple[Check[LayerCase], ...] = (_rows_are_outputs, _inputs, _biases)

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import PLAIN
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.layer_case import (
     VARIANT,
     Holder,
@@ -43,6 +43,12 @@ Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """What messages call it, and the arguments."""
 
 
+@as_check(
+    "calls",
+    "the adapted layer can be called in every way that the untouched one can: with an empty batch, without one, "
+    "with inputs that are not contiguous, with keywords",
+    "branch calls view where reshape is meant, or counts on a number of dimensions or rows.",
+)
 def _calls(case: LayerCase) -> None:
     model = case.adapted()
     for training in (False, True):
@@ -96,6 +102,13 @@ def _names(layer: nn.Module, count: int) -> list[str]:
     return [parameter.name for parameter in parameters] if named and len(parameters) == count else []
 
 
+@as_check(
+    "pure",
+    "a call changes nothing but what the untouched layer changes, keeps nothing, and sees weights and factors as "
+    "they are now, with gradients and without",
+    "branch works in place on its input, on A or on B, draws random numbers, or keeps tensors between calls; or "
+    "the layer keeps what it computes from its weight, which a property in class_attributes has to prevent.",
+)
 def _pure(case: LayerCase) -> None:
     for training in (False, True):
         model = case.adapted().train(training)
@@ -163,6 +176,11 @@ def _same(first: Any, second: Any) -> bool:
     return all(map(torch.equal, first, second)) if has_tensors else bool(first == second)
 
 
+@as_check(
+    "base",
+    "the updates are added to the weights in base, which need be no parameters, and may have others merged",
+    "branch or mixed reads layer.weight instead of base['weight'].",
+)
 def _base(case: LayerCase) -> None:
     """Requires the law of a layer whose weights are no parameters, with merged updates in them or not."""
     model = case.model().eval()
@@ -176,6 +194,12 @@ def _base(case: LayerCase) -> None:
     require_all_close("its output with one of two adapters merged", call(model, inputs), call(reference, inputs))
 
 
+@as_check(
+    "mixed",
+    "in a mixed batch, each row has the output of its own adapter or of the base, if the plugin has mixed",
+    "adapters.index is left out, the last adapter is not the zero of the base, the scaling, which is in B, is "
+    "applied again, or adapters.factors, which branch_takes_rescaling=True promises to take, are not.",
+)
 def _mixed(case: LayerCase) -> None:
     if not case.can_mix:
         return
@@ -273,33 +297,4 @@ def _mixed_near(case: LayerCase, model: Holder, where: str) -> None:
         require_all_close(f"the output of a mixed batch {where}", got, expected, NEAR)
 
 
-CALL_CHECKS: tuple[Check[LayerCase], ...] = (
-    Check(
-        "calls",
-        _calls,
-        "the adapted layer can be called in every way that the untouched one can: with an empty batch, without one, "
-        "with inputs that are not contiguous, with keywords",
-        "branch calls view where reshape is meant, or counts on a number of dimensions or rows.",
-    ),
-    Check(
-        "pure",
-        _pure,
-        "a call changes nothing but what the untouched layer changes, keeps nothing, and sees weights and factors as "
-        "they are now, with gradients and without",
-        "branch works in place on its input, on A or on B, draws random numbers, or keeps tensors between calls; or "
-        "the layer keeps what it computes from its weight, which a property in class_attributes has to prevent.",
-    ),
-    Check(
-        "base",
-        _base,
-        "the updates are added to the weights in base, which need be no parameters, and may have others merged",
-        "branch or mixed reads layer.weight instead of base['weight'].",
-    ),
-    Check(
-        "mixed",
-        _mixed,
-        "in a mixed batch, each row has the output of its own adapter or of the base, if the plugin has mixed",
-        "adapters.index is left out, the last adapter is not the zero of the base, the scaling, which is in B, is "
-        "applied again, or adapters.factors, which branch_takes_rescaling=True promises to take, are not.",
-    ),
-)
+CALL_CHECKS: tuple[Check[LayerCase], ...] = (_calls, _pure, _base, _mixed)

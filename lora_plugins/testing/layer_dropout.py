@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_plugins.errors import TargetError
 from lora_plugins.inplace import factors, layer_state, own_tensors_of
 from lora_plugins.plugins import PLAIN, Slot
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.layer_case import (
     VARIANT,
     Holder,
@@ -63,6 +63,13 @@ class _Pair(NamedTuple):
     positions: tuple[tuple[int, ...], tuple[int, ...]]
 
 
+@as_check(
+    "dropout",
+    "in training mode dropout drops single elements of the branch's input and nothing else, by a mask from torch's "
+    "generator; in eval mode nothing; a layer without a branch for its class refuses it",
+    "branch does not call term.drop(x) for each term, drops the input of the base as well, or drops something "
+    "other than x, such as A(x) or the update; or its mask comes from NumPy, Python or a generator of its own.",
+)
 def _dropout(case: LayerCase) -> None:
     if not case.has_branch or case.plugin.lookup:
         _is_refused(case)
@@ -292,6 +299,13 @@ def _add_up(both: Tensor, one: Tensor, other: Tensor) -> bool:
     return distinct and float((both - one - other).abs().max()) <= _ALIKE * size
 
 
+@as_check(
+    "variant",
+    "with a variant, whose update is any matrix, the layer computes W + that matrix, with dropout too if the "
+    "plugin says branch_takes_delta=True",
+    "branch does not add term.delta where a term has one and only there, detaches it, or drops nothing of its "
+    "input then.",
+)
 def _variant(case: LayerCase) -> None:
     if not case.plugin.rows_are_outputs:
         return  # refused by name when it is planned
@@ -310,6 +324,12 @@ def _variant(case: LayerCase) -> None:
         require_sum(case, {"variant": first}, {"variant": second})
 
 
+@as_check(
+    "function",
+    "called with the weight of the adapted layer and any bias, the plugin's function computes what the layer with "
+    "that bias does, dropout included",
+    "the layer's forward does more than the function, or branch reads other attributes of the layer than its bias.",
+)
 def _function(case: LayerCase) -> None:
     """Requires that a function of torch, called with the weight of a layer and a bias, is the layer with that bias."""
     function = type(case.plugin).function
@@ -329,28 +349,4 @@ def _function(case: LayerCase) -> None:
     require_all_close(f"the output of {function.__name__}, called with the weight,", got, call(other, inputs))
 
 
-DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (
-    Check(
-        "dropout",
-        _dropout,
-        "in training mode dropout drops single elements of the branch's input and nothing else, by a mask from torch's "
-        "generator; in eval mode nothing; a layer without a branch for its class refuses it",
-        "branch does not call term.drop(x) for each term, drops the input of the base as well, or drops something "
-        "other than x, such as A(x) or the update; or its mask comes from NumPy, Python or a generator of its own.",
-    ),
-    Check(
-        "function",
-        _function,
-        "called with the weight of the adapted layer and any bias, the plugin's function computes what the layer with "
-        "that bias does, dropout included",
-        "the layer's forward does more than the function, or branch reads other attributes of the layer than its bias.",
-    ),
-    Check(
-        "variant",
-        _variant,
-        "with a variant, whose update is any matrix, the layer computes W + that matrix, with dropout too if the "
-        "plugin says branch_takes_delta=True",
-        "branch does not add term.delta where a term has one and only there, detaches it, or drops nothing of its "
-        "input then.",
-    ),
-)
+DROPOUT_CHECKS: tuple[Check[LayerCase], ...] = (_dropout, _function, _variant)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plugins.inplace import factors, layer_state
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.layer_case import Holder, LayerCase, adapter_leaves, call, require_lawful, runs
 from lora_plugins.testing.required import real_tensors_of, require
 
@@ -41,6 +41,13 @@ def cancelling(case: LayerCase, dtype: torch.dtype, rounded: str) -> Holder:
     return model
 
 
+@as_check(
+    "dtype",
+    "A and B are float32 on a base in half precision and are used as such, the output keeps the base's type, also "
+    "under autocast, and A and B follow model.double()",
+    "branch returns the type of A instead of that of the untouched output, or casts A and B to that of x: cast x "
+    "to the type of A, and end with y + update.to(y.dtype).",
+)
 def _dtype(case: LayerCase) -> None:
     for dtype in HALVES:
         _on_a_base_of(case, dtype)
@@ -101,13 +108,4 @@ def _gradients(
     return torch.autograd.grad(total, leaves, allow_unused=True)
 
 
-DTYPE_CHECKS: tuple[Check[LayerCase], ...] = (
-    Check(
-        "dtype",
-        _dtype,
-        "A and B are float32 on a base in half precision and are used as such, the output keeps the base's type, also "
-        "under autocast, and A and B follow model.double()",
-        "branch returns the type of A instead of that of the untouched output, or casts A and B to that of x: cast x "
-        "to the type of A, and end with y + update.to(y.dtype).",
-    ),
-)
+DTYPE_CHECKS: tuple[Check[LayerCase], ...] = (_dtype,)

@@ -12,7 +12,7 @@ from lora_plugins.errors import near
 from lora_plugins.inplace import detached_weight, layer_state
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot, class_path
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
@@ -43,6 +43,13 @@ _SETTINGS: tuple[dict[str, Any], ...] = ({}, {"use_rslora": True}, {"memory": "l
 """Fields of a config that change the settings of a term."""
 
 
+@as_check(
+    "registration",
+    "the registrar takes the plugin, and the layer that was built is of its module_type and has the weights that "
+    "slots() and parts() name",
+    "an attribute such as name or module_type is missing or misspelt, or a weight in slots() or parts() is; or "
+    "build() makes another class.",
+)
 def _registration(case: LayerCase) -> None:
     layer = case.model().layer
     found = case.registry().layer_for(type(layer))
@@ -103,6 +110,13 @@ def _named_weights(case: LayerCase, layer: nn.Module) -> Iterator[tuple[Slot, Te
             yield slot, detached_weight(layer, slot.tensor)
 
 
+@as_check(
+    "layout",
+    "to_matrix views each weight as a matrix (out, in), and from_matrix lays such a matrix out as the weight: "
+    "inverses of each other, that move values and compute nothing",
+    "from_matrix transposes where to_matrix does not, to_matrix scales, or a grouped weight's rows are counted "
+    "wrongly; or slots() or parts() names a weight that the layer does not have.",
+)
 def _layout(case: LayerCase) -> None:
     layer = case.model().layer
     for slot, weight in _named_weights(case, layer):
@@ -138,6 +152,12 @@ def _overlap(one: Slot, other: Slot) -> bool:
     return one.rows is None or other.rows is None or max(one.rows[0], other.rows[0]) < min(one.rows[1], other.rows[1])
 
 
+@as_check(
+    "law",
+    "the adapted layer computes in float64 what the untouched layer computes with W + scaling * B @ A",
+    "branch leaves out an option of the layer (bias, stride, padding, groups), term.scaling or a slot's rows, or "
+    "gives an output of another form; or branch_types has a class whose forward does more.",
+)
 def _law(case: LayerCase) -> None:
     for parts in case.selections():
         for fields in _SETTINGS:
@@ -175,6 +195,12 @@ def _has_one_form(case: LayerCase, training: bool) -> bool:
     return True
 
 
+@as_check(
+    "gradients",
+    "in training and eval mode A, B, biases and inputs get the gradients of the law, not all zero for A and B",
+    "branch detaches something, works in place on a tensor that autograd needs, or has an autograd function with a "
+    "wrong backward.",
+)
 def _gradients(case: LayerCase) -> None:
     for parts in case.selections():
         for fields in _SETTINGS:
@@ -242,6 +268,12 @@ def _gradients_of(module: nn.Module, inputs: Sequence[Any], leaves: Sequence[Ten
     return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, found, strict=True)]
 
 
+@as_check(
+    "several",
+    "several active adapters add up, and a weighted combination is the sum of their weighted updates",
+    "branch uses terms[0], or its slot, or the first two, instead of looping over all terms; or slots() tests the "
+    "class by type(layer), which is another one once the layer is adapted.",
+)
 def _several(case: LayerCase) -> None:
     model = case.model()
     lora = case.adapt(model)
@@ -260,42 +292,4 @@ def _several(case: LayerCase) -> None:
         require_sum(case, {"fused_parts": first}, {"fused_parts": second})
 
 
-LAW_CHECKS: tuple[Check[LayerCase], ...] = (
-    Check(
-        "registration",
-        _registration,
-        "the registrar takes the plugin, and the layer that was built is of its module_type and has the weights that "
-        "slots() and parts() name",
-        "an attribute such as name or module_type is missing or misspelt, or a weight in slots() or parts() is; or "
-        "build() makes another class.",
-    ),
-    Check(
-        "layout",
-        _layout,
-        "to_matrix views each weight as a matrix (out, in), and from_matrix lays such a matrix out as the weight: "
-        "inverses of each other, that move values and compute nothing",
-        "from_matrix transposes where to_matrix does not, to_matrix scales, or a grouped weight's rows are counted "
-        "wrongly; or slots() or parts() names a weight that the layer does not have.",
-    ),
-    Check(
-        "law",
-        _law,
-        "the adapted layer computes in float64 what the untouched layer computes with W + scaling * B @ A",
-        "branch leaves out an option of the layer (bias, stride, padding, groups), term.scaling or a slot's rows, or "
-        "gives an output of another form; or branch_types has a class whose forward does more.",
-    ),
-    Check(
-        "gradients",
-        _gradients,
-        "in training and eval mode A, B, biases and inputs get the gradients of the law, not all zero for A and B",
-        "branch detaches something, works in place on a tensor that autograd needs, or has an autograd function with a "
-        "wrong backward.",
-    ),
-    Check(
-        "several",
-        _several,
-        "several active adapters add up, and a weighted combination is the sum of their weighted updates",
-        "branch uses terms[0], or its slot, or the first two, instead of looping over all terms; or slots() tests the "
-        "class by type(layer), which is another one once the layer is adapted.",
-    ),
-)
+LAW_CHECKS: tuple[Check[LayerCase], ...] = (_registration, _layout, _law, _gradients, _several)

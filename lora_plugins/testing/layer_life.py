@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_plugins.inplace import base_class_of
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import Slot
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.layer_case import (
     Holder,
     LayerCase,
@@ -49,6 +49,12 @@ def _require_restored(
     require_same_state(what, kept, expected)
 
 
+@as_check(
+    "merge",
+    "merging computes the same output, unmerging restores every bit, and merging for good leaves the plain layer",
+    "from_matrix or branch does something else without gradients than with them; or the layer keeps what it "
+    "computed from its weight before it was adapted, which forget has to drop.",
+)
 def _merge(case: LayerCase) -> None:
     model = case.model().eval()
     original = copy.deepcopy(model.state_dict())
@@ -71,6 +77,13 @@ def _merge(case: LayerCase) -> None:
     require_all_close("the output, merged for good,", call(plain, inputs), adapted)
 
 
+@as_check(
+    "unload",
+    "unloading gives the layer back: its class, its attributes, its state dict, bit for bit, and its output",
+    "branch or slots keeps something on the layer: a plugin may read a layer and change nothing of it; or the "
+    "layer keeps what it computed from its adapted weight, which a property in class_attributes has to prevent, or "
+    "forget to drop.",
+)
 def _unload(case: LayerCase) -> None:
     model = case.model().train()
     original, before = copy.deepcopy(model.state_dict()), set(vars(model.layer))
@@ -119,6 +132,11 @@ class _Twice(Holder):
         return [tensors_of(super().forward(*both[:half])), tensors_of(super().forward(*both[half:]))]
 
 
+@as_check(
+    "aliases",
+    "a layer that stands in the model under two names has one adapter, which acts under both",
+    "something is remembered by layer, such as its last output.",
+)
 def _aliases(case: LayerCase) -> None:
     model = _Twice(case.model()).eval()
     before = copy.deepcopy(model.state_dict())
@@ -137,6 +155,11 @@ def _aliases(case: LayerCase) -> None:
     _require_restored("the unloaded model", model.state_dict(), before, _Twice(case.model()).eval(), both)
 
 
+@as_check(
+    "keys",
+    "the state dict keeps every key of the base and gains lora_A and lora_B of each slot, which alone are trained",
+    "two slots have the same part, or a part is no identifier.",
+)
 def _keys(case: LayerCase) -> None:
     model = case.model()
     base, expected = copy.deepcopy(model.state_dict()), set(model.state_dict())
@@ -153,6 +176,11 @@ def _keys(case: LayerCase) -> None:
     require_same_state("the model after its base was loaded", {k: model.state_dict()[k] for k in base}, base)
 
 
+@as_check(
+    "device",
+    "A and B follow model.to(device), and the layer runs where the untouched layer runs",
+    "branch makes a tensor without device=x.device.",
+)
 def _device(case: LayerCase) -> None:
     model, untouched = case.adapted().train(), case.model().train()
     inputs = case.arguments(model.layer)
@@ -172,11 +200,21 @@ def _device(case: LayerCase) -> None:
     require(not left, f"{left} did not move with model.to(device)")
 
 
+@as_check(
+    "deepcopy",
+    "copy.deepcopy gives an adapted model that computes the same and shares nothing with the original",
+    "the plugin object holds something that cannot be copied. A plugin is stateless: keep it free of attributes.",
+)
 def _deepcopy(case: LayerCase) -> None:
     model = case.adapted().eval()
     _compare_copy(case, model, copy.deepcopy(model), "copy")
 
 
+@as_check(
+    "pickle",
+    "an adapted model can be pickled, and comes back as it was",
+    "the plugin's class is defined inside a function, or the plugin object holds a lambda, a lock or a file.",
+)
 def _pickle(case: LayerCase) -> None:
     model = case.adapted().eval()
     _compare_copy(case, model, pickle.loads(pickle.dumps(model)), "pickled copy")
@@ -195,6 +233,11 @@ def _compare_copy(case: LayerCase, model: Holder, other: Holder, what: str) -> N
     LoraModel(other).unload()
 
 
+@as_check(
+    "compile",
+    "torch.compile(fullgraph=True) compiles the adapted layer wherever it compiles the untouched one",
+    "branch decides by the value of a tensor (.item(), if x.sum() > 0), prints, or calls what torch cannot trace.",
+)
 def _compile(case: LayerCase) -> None:
     if case.backend is None:
         return
@@ -218,6 +261,11 @@ def _compiles(module: nn.Module, inputs: tuple[Any, ...], backend: str) -> bool:
     return all(torch.allclose(first, second) for first, second in zip(got, expected, strict=True))
 
 
+@as_check(
+    "files",
+    "an adapter that is saved and loaded onto a fresh base gives the same bits",
+    "slots depend on something other than the layer's class and options, such as its identity.",
+)
 def _files(case: LayerCase) -> None:
     model = case.adapted().eval()
     inputs = case.arguments(model.layer)
@@ -229,6 +277,11 @@ def _files(case: LayerCase) -> None:
     require_all_close("the output of the loaded model", call(fresh, inputs), call(model, inputs), 0)
 
 
+@as_check(
+    "stateless",
+    "the plugin object is the same before and after, and slots() gives the same each time",
+    "the plugin keeps something of a layer in an attribute; one plugin object serves all layers of all models.",
+)
 def _stateless(case: LayerCase) -> None:
     before = repr(vars(case.plugin))
     model = case.model().train()
@@ -243,67 +296,14 @@ def _stateless(case: LayerCase) -> None:
 
 
 LIFE_CHECKS: tuple[Check[LayerCase], ...] = (
-    Check(
-        "merge",
-        _merge,
-        "merging computes the same output, unmerging restores every bit, and merging for good leaves the plain layer",
-        "from_matrix or branch does something else without gradients than with them; or the layer keeps what it "
-        "computed from its weight before it was adapted, which forget has to drop.",
-    ),
-    Check(
-        "unload",
-        _unload,
-        "unloading gives the layer back: its class, its attributes, its state dict, bit for bit, and its output",
-        "branch or slots keeps something on the layer: a plugin may read a layer and change nothing of it; or the "
-        "layer keeps what it computed from its adapted weight, which a property in class_attributes has to prevent, or "
-        "forget to drop.",
-    ),
-    Check(
-        "aliases",
-        _aliases,
-        "a layer that stands in the model under two names has one adapter, which acts under both",
-        "something is remembered by layer, such as its last output.",
-    ),
-    Check(
-        "keys",
-        _keys,
-        "the state dict keeps every key of the base and gains lora_A and lora_B of each slot, which alone are trained",
-        "two slots have the same part, or a part is no identifier.",
-    ),
-    Check(
-        "device",
-        _device,
-        "A and B follow model.to(device), and the layer runs where the untouched layer runs",
-        "branch makes a tensor without device=x.device.",
-    ),
-    Check(
-        "deepcopy",
-        _deepcopy,
-        "copy.deepcopy gives an adapted model that computes the same and shares nothing with the original",
-        "the plugin object holds something that cannot be copied. A plugin is stateless: keep it free of attributes.",
-    ),
-    Check(
-        "pickle",
-        _pickle,
-        "an adapted model can be pickled, and comes back as it was",
-        "the plugin's class is defined inside a function, or the plugin object holds a lambda, a lock or a file.",
-    ),
-    Check(
-        "compile",
-        _compile,
-        "torch.compile(fullgraph=True) compiles the adapted layer wherever it compiles the untouched one",
-        "branch decides by the value of a tensor (.item(), if x.sum() > 0), prints, or calls what torch cannot trace.",
-    ),
-    Check(
-        "files",
-        _files,
-        "an adapter that is saved and loaded onto a fresh base gives the same bits",
-        "slots depend on something other than the layer's class and options, such as its identity.",
-    ),
-    Check(
-        "stateless",
-        _stateless,
-        "the plugin object is the same before and after, and slots() gives the same each time",
-        "the plugin keeps something of a layer in an attribute; one plugin object serves all layers of all models.",
-    ),
+    _merge,
+    _unload,
+    _aliases,
+    _keys,
+    _device,
+    _deepcopy,
+    _pickle,
+    _compile,
+    _files,
+    _stateless,
 )

@@ -14,7 +14,7 @@ from lora_plugins.config import LoraConfig
 from lora_plugins.devices import usable_device
 from lora_plugins.model import LoraModel
 from lora_plugins.plugins import STORAGES, StoragePlugin, storage_options
-from lora_plugins.testing.check import Check, by_name, chosen, elsewhere, one_of, run
+from lora_plugins.testing.check import Check, as_check, by_name, chosen, elsewhere, one_of, run
 from lora_plugins.testing.registry_under_test import registry_with
 from lora_plugins.testing.required import (
     CPU,
@@ -100,11 +100,21 @@ class StorageCase:
             return torch.randn(3, 48).to(self.device)
 
 
+@as_check(
+    "registration",
+    "the registrar takes the plugin, and the plugin its options",
+    "name is missing, or options has min_size, which all storages have.",
+)
 def _registration(case: StorageCase) -> None:
     registry_with(STORAGES, case.plugin)
     _ = case.options
 
 
+@as_check(
+    "names",
+    "what is stored has names that a module's attributes can have, and one of the tensors holds integers",
+    "a tensor is called as something that every module has; or the codes are floating numbers.",
+)
 def _names(case: StorageCase) -> None:
     for weight in case.weights():
         stored = case.store(weight)
@@ -114,6 +124,12 @@ def _names(case: StorageCase) -> None:
         require(bool(whole), f"all of {list(stored)} are of floating types")
 
 
+@as_check(
+    "dense",
+    "restore gives float32 in the shape of the weight, off by less than half of its norm, of what is stored alone",
+    "sizes that the blocks do not divide are cut or filled at the wrong end; values have no scale of their own, or "
+    "that of other rows; store writes into the weight; or the plugin object keeps something.",
+)
 def _dense(case: StorageCase) -> None:
     shapes = ((f"of shape {tuple(weight.shape)}", weight) for weight in case.weights())
     for what, weight in (*shapes, *case.scaled()):
@@ -123,11 +139,17 @@ def _dense(case: StorageCase) -> None:
         require(error < 0.5, f"the dense weight {what} is off by {error:.0%}")
 
 
+@as_check("zeros", "zeros stay zeros", "a block is divided by its largest value, which is zero.")
 def _zeros(case: StorageCase) -> None:
     weight = torch.zeros(8, 96, device=case.device)
     require_close("the dense weight of zeros", case.restore(case.store(weight), weight.shape), weight, 0)
 
 
+@as_check(
+    "outliers",
+    "a weight with one large value stays finite",
+    "a scale is stored in half precision, which ends at 65504.",
+)
 def _outliers(case: StorageCase) -> None:
     for weight in case.weights():
         weight.view(-1)[0] = 1e5
@@ -135,6 +157,13 @@ def _outliers(case: StorageCase) -> None:
         require(bool(dense.isfinite().all()), "a weight with a large value becomes one that is not finite")
 
 
+@as_check(
+    "bits",
+    "the same weight gives the same bits each time, after whatever weights were stored before, with any number of "
+    "threads, any default type of torch and no random numbers",
+    "a mean over many values, whose order of summation depends on the machine; a table that the plugin object "
+    "learns from the weights that it sees; or a tensor that is made without its dtype.",
+)
 def _bits(case: StorageCase) -> None:
     others = [case.elsewhere.store(weight, case.options) for weight in reversed([*case.weights()])]
     threads = torch.get_num_threads()
@@ -157,6 +186,11 @@ def _bits(case: StorageCase) -> None:
     require_unmoved(before)
 
 
+@as_check(
+    "untouched",
+    "neither the weight nor what is stored nor the options are changed, and the first two share no memory",
+    "a view of the weight is stored, restore scales what is stored in place, or store writes into its options.",
+)
 def _untouched(case: StorageCase) -> None:
     options = case.options  # once, as a model has them: the case makes them anew each time
     given = copy.deepcopy(dict(options))
@@ -172,6 +206,11 @@ def _untouched(case: StorageCase) -> None:
     require(dict(options) == given, f"the options were {given} and are {dict(options)}")
 
 
+@as_check(
+    "stateless",
+    "restore and rows compute from what is stored as it is now, whatever lay in its memory before",
+    "a dense weight is kept between calls.",
+)
 def _stateless(case: StorageCase) -> None:
     for weight in case.weights():
         stored, other = case.store(weight), case.store(weight.flip(0) - weight)
@@ -193,6 +232,11 @@ def _made_dense(case: StorageCase, stored: Mapping[str, Tensor], index: Tensor, 
     return {"restore": case.restore(stored, shape), "rows": case.rows(stored, index, shape)}
 
 
+@as_check(
+    "rows",
+    "rows gives the rows of what restore gives, bit for bit, for any shape of indices",
+    "the columns of a row are counted in the first dimension only, where a kernel has several.",
+)
 def _rows(case: StorageCase) -> None:
     for weight in case.weights():
         stored = case.store(weight)
@@ -203,6 +247,12 @@ def _rows(case: StorageCase) -> None:
             require_close(f"rows of the dense weight of shape {tuple(weight.shape)}", rows, dense[index], 0)
 
 
+@as_check(
+    "device",
+    "what is made is where the weight is, or what is stored of it",
+    "torch.arange(16) where torch.arange(16, device=codes.device) is meant; or the plugin object keeps a table "
+    "that it made for another device, as in TABLE[codes] where TABLE.to(codes.device)[codes] is meant.",
+)
 def _device(case: StorageCase) -> None:
     for weight in case.weights():
         index = torch.arange(len(weight), device=case.device)
@@ -234,18 +284,31 @@ def _made_nowhere(
         raise
 
 
+@as_check(
+    "size", "a weight takes at most half of its bytes in float32", "codes of 4 bits lie in a byte each, or in int64."
+)
 def _size(case: StorageCase) -> None:
     weight = torch.randn(256, 256).to(case.device)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in case.store(weight).values())
     require(stored <= 2 * weight.numel(), f"{weight.numel()} values take {stored} bytes")
 
 
+@as_check(
+    "copies",
+    "a deep copy and a pickled copy of a model with stored weights compute the same",
+    "the plugin's class is defined inside a function, or the plugin object holds a lambda, a lock or a file.",
+)
 def _copies(case: StorageCase) -> None:
     model, x = case.model(), case.batch()
     for what, twin in (("deep copy", copy.deepcopy(model)), ("pickled copy", pickle.loads(pickle.dumps(model)))):
         require_close(f"the output of a {what} of a model", twin(x), model(x), 0)
 
 
+@as_check(
+    "compile",
+    "torch.compile(fullgraph=True) compiles a layer whose weight is stored",
+    "restore decides by the value of a tensor (.item(), if scales.max() > 0).",
+)
 def _compile(case: StorageCase) -> None:
     model, x = case.model(), case.batch()
     try:
@@ -256,83 +319,19 @@ def _compile(case: StorageCase) -> None:
 
 
 _CHECKS: tuple[Check[StorageCase], ...] = (
-    Check(
-        "registration",
-        _registration,
-        "the registrar takes the plugin, and the plugin its options",
-        "name is missing, or options has min_size, which all storages have.",
-    ),
-    Check(
-        "names",
-        _names,
-        "what is stored has names that a module's attributes can have, and one of the tensors holds integers",
-        "a tensor is called as something that every module has; or the codes are floating numbers.",
-    ),
-    Check(
-        "dense",
-        _dense,
-        "restore gives float32 in the shape of the weight, off by less than half of its norm, of what is stored alone",
-        "sizes that the blocks do not divide are cut or filled at the wrong end; values have no scale of their own, or "
-        "that of other rows; store writes into the weight; or the plugin object keeps something.",
-    ),
-    Check("zeros", _zeros, "zeros stay zeros", "a block is divided by its largest value, which is zero."),
-    Check(
-        "outliers",
-        _outliers,
-        "a weight with one large value stays finite",
-        "a scale is stored in half precision, which ends at 65504.",
-    ),
-    Check(
-        "bits",
-        _bits,
-        "the same weight gives the same bits each time, after whatever weights were stored before, with any number of "
-        "threads, any default type of torch and no random numbers",
-        "a mean over many values, whose order of summation depends on the machine; a table that the plugin object "
-        "learns from the weights that it sees; or a tensor that is made without its dtype.",
-    ),
-    Check(
-        "untouched",
-        _untouched,
-        "neither the weight nor what is stored nor the options are changed, and the first two share no memory",
-        "a view of the weight is stored, restore scales what is stored in place, or store writes into its options.",
-    ),
-    Check(
-        "stateless",
-        _stateless,
-        "restore and rows compute from what is stored as it is now, whatever lay in its memory before",
-        "a dense weight is kept between calls.",
-    ),
-    Check(
-        "rows",
-        _rows,
-        "rows gives the rows of what restore gives, bit for bit, for any shape of indices",
-        "the columns of a row are counted in the first dimension only, where a kernel has several.",
-    ),
-    Check(
-        "device",
-        _device,
-        "what is made is where the weight is, or what is stored of it",
-        "torch.arange(16) where torch.arange(16, device=codes.device) is meant; or the plugin object keeps a table "
-        "that it made for another device, as in TABLE[codes] where TABLE.to(codes.device)[codes] is meant.",
-    ),
-    Check(
-        "size",
-        _size,
-        "a weight takes at most half of its bytes in float32",
-        "codes of 4 bits lie in a byte each, or in int64.",
-    ),
-    Check(
-        "copies",
-        _copies,
-        "a deep copy and a pickled copy of a model with stored weights compute the same",
-        "the plugin's class is defined inside a function, or the plugin object holds a lambda, a lock or a file.",
-    ),
-    Check(
-        "compile",
-        _compile,
-        "torch.compile(fullgraph=True) compiles a layer whose weight is stored",
-        "restore decides by the value of a tensor (.item(), if scales.max() > 0).",
-    ),
+    _registration,
+    _names,
+    _dense,
+    _zeros,
+    _outliers,
+    _bits,
+    _untouched,
+    _stateless,
+    _rows,
+    _device,
+    _size,
+    _copies,
+    _compile,
 )
 
 STORAGE_CHECKS: dict[str, Check[StorageCase]] = by_name(_CHECKS)

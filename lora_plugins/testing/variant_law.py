@@ -9,7 +9,7 @@ from lora_plugins.adapter import adapter_parameters
 from lora_plugins.errors import near
 from lora_plugins.inplace import own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
-from lora_plugins.testing.check import Check
+from lora_plugins.testing.check import Check, as_check
 from lora_plugins.testing.required import MODES, Named, require, require_close
 from lora_plugins.testing.variant_case import VariantCase, deltas, move
 
@@ -33,10 +33,16 @@ def require_own_names(case: VariantCase) -> None:
     case.variant.delta_weight(weight, A, B, 1.0, own)
 
 
+@as_check("registration", "the registrar takes the plugin", "name is missing, or an attribute is wrong.")
 def _registration(case: VariantCase) -> None:
     case.registry()
 
 
+@as_check(
+    "shapes",
+    "first_values gives the tensors that shapes announces, with names that can follow lora_, finite",
+    "shapes counts inputs where outputs are meant, or returns another set of names than first_values.",
+)
 def _shapes(case: VariantCase) -> None:
     require_own_names(case)
     lora = case.adapt(case.model())
@@ -57,6 +63,11 @@ def _shapes(case: VariantCase) -> None:
     require(lora.plans["default"].trainable == total, f"the plan counts {lora.plans['default'].trainable} of {total}")
 
 
+@as_check(
+    "identity",
+    "the adapted model starts as the untouched one, since B or, in an embedding, A starts at zero",
+    "first_values does not belong to the weight it is handed: the init may have changed it.",
+)
 def _identity(case: VariantCase) -> None:
     _starts_untouched(case, case.model(), "the output at the start")
 
@@ -76,6 +87,13 @@ def _tensors(lora: LoraModel) -> list[tuple[str, nn.Parameter]]:
     return [pair for slot in planned.slots for pair in slot_tensors(layer, "default", slot).items()]
 
 
+@as_check(
+    "gradients",
+    "A, B and the variant's own tensors get gradients, which are those of delta_weight",
+    "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad(); or it does not "
+    "hold constant what row_factors holds constant; or it gives something else in each call, by random numbers or "
+    "a count of calls.",
+)
 def _gradients(case: VariantCase) -> None:
     lora = case.trained()
     tensors = _tensors(lora)
@@ -90,6 +108,12 @@ def _gradients(case: VariantCase) -> None:
         require_close(f"the gradient of {name!r}", one, wanted)
 
 
+@as_check(
+    "trainable",
+    "from the start, A, B and the variant's own tensors all learn",
+    "of two factors both start at zero, so that neither gets a gradient. In an embedding it is A that starts at "
+    "zero, and B is drawn.",
+)
 def _trainable(case: VariantCase) -> None:
     """Requires that each tensor leaves its first value, if need be after others that started at zero left theirs."""
     lora = case.adapt(case.model())
@@ -104,6 +128,11 @@ def _trainable(case: VariantCase) -> None:
     require(not still, f"after {len(tensors)} steps, {still} have their first values")
 
 
+@as_check(
+    "scaling",
+    "the start does not depend on alpha, and the update does",
+    "first_values or delta_weight leaves the scaling out.",
+)
 def _scaling(case: VariantCase) -> None:
     for alpha in (0.5, 64.0):
         _starts_untouched(case, case.model(), f"the output at the start with alpha={alpha}", alpha=alpha)
@@ -114,6 +143,11 @@ def _scaling(case: VariantCase) -> None:
         require(not same, "the update is the same with another alpha")
 
 
+@as_check(
+    "branch",
+    "the layer computes W + delta_weight with gradients and without, in training and, with dropout, on average",
+    "delta_weight gives something else in another mode.",
+)
 def _branch(case: VariantCase) -> None:
     for dropout in (0.0,) if case.looks_up else (0.0, 0.5):
         lora = case.trained(dropout=dropout)
@@ -132,6 +166,7 @@ def _branch(case: VariantCase) -> None:
         require(error < 0.25, f"with dropout, the mean over 300 draws is off by {error:.0%} of the update")
 
 
+@as_check("zeros", "rows of zeros in the weight start and learn like others", "a division by the norm of a row.")
 def _zeros(case: VariantCase) -> None:
     """Layers that start at zero, as those that are added to a trained model do, have rows without a direction."""
     model = case.model()
@@ -145,6 +180,7 @@ def _zeros(case: VariantCase) -> None:
         require(bool(found.isfinite().all()), "where two rows of the weight are zero, a gradient is not finite")
 
 
+@as_check("ranks", "any rank works, and each rank counts", "delta_weight counts on a number of ranks.")
 def _ranks(case: VariantCase) -> None:
     for r in (1, 9):
         model = case.model()
@@ -163,6 +199,12 @@ def _ranks(case: VariantCase) -> None:
                 require(not same, f"with r={r} the update does not depend on the rank {at}")
 
 
+@as_check(
+    "dtype",
+    "A, B and own tensors are float32 on a base in half precision, whose type the output keeps; on one in float64, "
+    "the update is computed in that",
+    "a fixed type, as torch.ones(n) where A.new_ones(n) is meant, or .float().",
+)
 def _dtype(case: VariantCase) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         lora = case.trained(dtype)
@@ -191,61 +233,15 @@ def _updates(lora: LoraModel) -> Tensor:
 
 
 LAW_CHECKS: tuple[Check[VariantCase], ...] = (
-    Check(
-        "registration", _registration, "the registrar takes the plugin", "name is missing, or an attribute is wrong."
-    ),
-    Check(
-        "shapes",
-        _shapes,
-        "first_values gives the tensors that shapes announces, with names that can follow lora_, finite",
-        "shapes counts inputs where outputs are meant, or returns another set of names than first_values.",
-    ),
-    Check(
-        "identity",
-        _identity,
-        "the adapted model starts as the untouched one, since B or, in an embedding, A starts at zero",
-        "first_values does not belong to the weight it is handed: the init may have changed it.",
-    ),
-    Check(
-        "gradients",
-        _gradients,
-        "A, B and the variant's own tensors get gradients, which are those of delta_weight",
-        "delta_weight works on detached or converted copies, as with .item(), .data or torch.no_grad(); or it does not "
-        "hold constant what row_factors holds constant; or it gives something else in each call, by random numbers or "
-        "a count of calls.",
-    ),
-    Check(
-        "trainable",
-        _trainable,
-        "from the start, A, B and the variant's own tensors all learn",
-        "of two factors both start at zero, so that neither gets a gradient. In an embedding it is A that starts at "
-        "zero, and B is drawn.",
-    ),
-    Check(
-        "scaling",
-        _scaling,
-        "the start does not depend on alpha, and the update does",
-        "first_values or delta_weight leaves the scaling out.",
-    ),
-    Check(
-        "branch",
-        _branch,
-        "the layer computes W + delta_weight with gradients and without, in training and, with dropout, on average",
-        "delta_weight gives something else in another mode.",
-    ),
-    Check(
-        "zeros",
-        _zeros,
-        "rows of zeros in the weight start and learn like others",
-        "a division by the norm of a row.",
-    ),
-    Check("ranks", _ranks, "any rank works, and each rank counts", "delta_weight counts on a number of ranks."),
-    Check(
-        "dtype",
-        _dtype,
-        "A, B and own tensors are float32 on a base in half precision, whose type the output keeps; on one in float64, "
-        "the update is computed in that",
-        "a fixed type, as torch.ones(n) where A.new_ones(n) is meant, or .float().",
-    ),
+    _registration,
+    _shapes,
+    _identity,
+    _gradients,
+    _trainable,
+    _scaling,
+    _branch,
+    _zeros,
+    _ranks,
+    _dtype,
 )
 """Checks of what a variant computes."""

@@ -10,7 +10,7 @@ import torch
 
 from lora_plugins.inplace import layer_state
 from lora_plugins.model import LoraModel
-from lora_plugins.testing.check import Check, elsewhere
+from lora_plugins.testing.check import Check, as_check, elsewhere
 from lora_plugins.testing.required import (
     MODES,
     move_values,
@@ -24,6 +24,11 @@ from lora_plugins.testing.required import (
 from lora_plugins.testing.variant_case import VariantCase, deltas, move
 
 
+@as_check(
+    "pure",
+    "delta_weight and first_values change nothing that they are handed, draw no random numbers and keep nothing",
+    "an operation in place on A, B or an own tensor, or a tensor kept from an earlier call.",
+)
 def _pure(case: VariantCase) -> None:
     before = random_states()
     lora = case.trained()
@@ -67,6 +72,7 @@ def _follows_the_base(case: VariantCase, lora: LoraModel) -> None:
     require_close("the output after the weight moved", output, case.run(other), 0)
 
 
+@as_check("device", "what is made is where the weight is", "torch.ones(n) where A.new_ones(n) is meant.")
 def _device(case: VariantCase) -> None:
     lora = case.trained()
     expected = case.expected(lora)
@@ -78,6 +84,11 @@ def _device(case: VariantCase) -> None:
     require_close("the output with another default device", got, expected)
 
 
+@as_check(
+    "base",
+    "delta_weight leaves the weight that it is handed alone",
+    "an operation in place, such as weight.add_(...): the weight is the model's own.",
+)
 def _base_untouched(case: VariantCase) -> None:
     model = case.model()
     weight = model[0]._parameters["weight"]
@@ -88,6 +99,11 @@ def _base_untouched(case: VariantCase) -> None:
     require_close("the base weight after a step", weight, before, 0)
 
 
+@as_check(
+    "merging",
+    "merged, the plain layer computes the same; unmerged and unloaded, all bits are what they were",
+    "delta_weight returns the new weight instead of by what it changes.",
+)
 def _merging(case: VariantCase) -> None:
     lora = case.trained()
     plain = {key: value.clone() for key, value in lora.model.state_dict().items() if "lora_" not in key}
@@ -100,6 +116,12 @@ def _merging(case: VariantCase) -> None:
     require_same_state("the unloaded model", lora.model.state_dict(), plain)
 
 
+@as_check(
+    "copies",
+    "a deep copy and a pickled copy of the model compute the same",
+    "state is kept on the plugin and not in tensors; its class is defined inside a function, or the plugin object "
+    "holds a lambda, a lock or a file.",
+)
 def _copies(case: VariantCase) -> None:
     lora = case.trained()
     for what, twin in (("deep", copy.deepcopy(lora.model)), ("pickled", pickle.loads(pickle.dumps(lora.model)))):
@@ -108,6 +130,11 @@ def _copies(case: VariantCase) -> None:
         require(state.adapters["default"].variant is not None, f"the {what} copy has lost its variant")
 
 
+@as_check(
+    "compile",
+    "torch.compile(fullgraph=True) compiles the adapted layer",
+    "delta_weight or row_factors decides by the value of a tensor (.item(), if own['gate'] > 0).",
+)
 def _compile(case: VariantCase) -> None:
     lora = case.trained()
     try:
@@ -117,6 +144,11 @@ def _compile(case: VariantCase) -> None:
         torch.compiler.reset()
 
 
+@as_check(
+    "files",
+    "an adapter that is saved and loaded computes the same bits",
+    "delta_weight uses something that is neither a tensor of the adapter nor the weight.",
+)
 def _files(case: VariantCase) -> None:
     other = replace(case, variant=case.elsewhere)
     lora, fresh = case.trained(), case.model()
@@ -127,49 +159,5 @@ def _files(case: VariantCase) -> None:
     require_close("the output of the loaded model", case.run(fresh), case.run(lora.model), 0)
 
 
-LIFE_CHECKS: tuple[Check[VariantCase], ...] = (
-    Check(
-        "pure",
-        _pure,
-        "delta_weight and first_values change nothing that they are handed, draw no random numbers and keep nothing",
-        "an operation in place on A, B or an own tensor, or a tensor kept from an earlier call.",
-    ),
-    Check(
-        "device",
-        _device,
-        "what is made is where the weight is",
-        "torch.ones(n) where A.new_ones(n) is meant.",
-    ),
-    Check(
-        "base",
-        _base_untouched,
-        "delta_weight leaves the weight that it is handed alone",
-        "an operation in place, such as weight.add_(...): the weight is the model's own.",
-    ),
-    Check(
-        "merging",
-        _merging,
-        "merged, the plain layer computes the same; unmerged and unloaded, all bits are what they were",
-        "delta_weight returns the new weight instead of by what it changes.",
-    ),
-    Check(
-        "copies",
-        _copies,
-        "a deep copy and a pickled copy of the model compute the same",
-        "state is kept on the plugin and not in tensors; its class is defined inside a function, or the plugin object "
-        "holds a lambda, a lock or a file.",
-    ),
-    Check(
-        "compile",
-        _compile,
-        "torch.compile(fullgraph=True) compiles the adapted layer",
-        "delta_weight or row_factors decides by the value of a tensor (.item(), if own['gate'] > 0).",
-    ),
-    Check(
-        "files",
-        _files,
-        "an adapter that is saved and loaded computes the same bits",
-        "delta_weight uses something that is neither a tensor of the adapter nor the weight.",
-    ),
-)
+LIFE_CHECKS: tuple[Check[VariantCase], ...] = (_pure, _device, _base_untouched, _merging, _copies, _compile, _files)
 """Checks of a variant's adapters in use."""
