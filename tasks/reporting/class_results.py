@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lora_plugins.tasks.pages import ClassResult
@@ -42,13 +41,6 @@ def most_confused(confusion: Tensor) -> tuple[tuple[int, int, int], ...]:
     counts, places = mistakes.topk(min(MOST_CONFUSED, len(mistakes)))
     pairs = zip(counts.tolist(), places.tolist(), strict=True)
     return tuple((place // len(confusion), place % len(confusion), count) for count, place in pairs if count)
-
-
-def count_confusion(targets: Tensor, predicted: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """The confusion matrix (true, predicted) of labels of any shape, without those that are ignored."""
-    counted = targets != ignore_index
-    flat = targets[counted] * classes + predicted[counted]
-    return torch.bincount(flat, minlength=classes**2).reshape(classes, classes)
 
 
 def mean_iou(confusion: Tensor) -> float | None:

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from lora_plugins.tasks.data import Batch
 from lora_plugins.tasks.pages import Example
-from lora_plugins.tasks.reporting.class_results import count_confusion, mean_iou
+from lora_plugins.tasks.reporting.class_results import mean_iou
 from lora_plugins.tasks.reporting.figures import as_pixels
 from lora_plugins.tasks.reporting.val_loaders import samples_of, val_precision
 from lora_plugins.tasks.segmentation import IGNORED, Mask, class_colors, colorize, palette_image
@@ -69,7 +70,7 @@ def judge(task: VisionTask, loader: DataLoader[Any]) -> Judged:
         targets, logits = _targets_and_logits(task, Batch.read(batch))
         predicted = logits.argmax(1)
         losses.append(_losses(logits, targets, ignored).cpu())
-        confusion += count_confusion(targets, predicted, classes, ignored).cpu()
+        confusion += multiclass_confusion_matrix(predicted, targets, **task.metric_options).cpu()
         has_ignored |= bool((targets == ignored).any())
         shown += [
             frozenset(np.unique(torch.stack([true, guess]).cpu().numpy()).tolist()) - {ignored}
@@ -116,7 +117,7 @@ def _with_masks(task: VisionTask, common: Example, targets: Tensor, logits: Tens
     classes, ignored, predicted = task.model_config.num_classes, task.ignore_index, logits.argmax(1)
     size = (common.width, common.height)
     truth, guess = (_mask_url(mask[0].cpu().numpy(), classes, ignored, size) for mask in (targets, predicted))
-    score = mean_iou(count_confusion(targets, predicted, classes, ignored).cpu())
+    score = mean_iou(multiclass_confusion_matrix(predicted, targets, **task.metric_options).cpu())
     return replace(common, truth=truth, prediction=guess, score=score)
 
 

@@ -1,8 +1,12 @@
 """The samples that a report shows."""
 
 import torch
+from torch.utils.data import DataLoader
 
-from lora_plugins.tasks.reporting.sample_choice import MOST, PER_CLASS, Judged, choose
+from lora_plugins.tasks import SemanticSegmentationTask
+from lora_plugins.tasks.reporting.sample_choice import MOST, PER_CLASS, Judged, choose, judge
+
+from ..conftest import tiny_segformer
 
 
 def judged(losses, classes):
@@ -30,3 +34,15 @@ def test_there_is_a_limit():
 
 def test_a_small_split_is_shown_whole():
     assert choose(judged([1.0, 2.0], [{0}, {0}]), 8) == [1, 0]
+
+
+def test_ignored_labels_are_not_counted():
+    task = SemanticSegmentationTask(tiny_segformer(3), ignore_index=255).eval()
+    images, targets = torch.rand(2, 3, 64, 64), torch.randint(3, (2, 64, 64))
+    targets[0, :, :10] = 255
+    loader = DataLoader([{"image": image, "target": target} for image, target in zip(images, targets, strict=True)])
+    with torch.no_grad():
+        predicted, found = task(images).argmax(1), judge(task, loader)
+    pairs = [(targets == true) & (predicted == guess) for true in range(3) for guess in range(3)]
+    assert found.has_ignored
+    assert found.confusion.flatten().tolist() == [int(pair.sum()) for pair in pairs]
