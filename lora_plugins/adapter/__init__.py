@@ -16,7 +16,6 @@ from lora_plugins.adapter.content import (
     factor_dtype,
     init_context,
     initialize,
-    slot_matrix,
 )
 from lora_plugins.adapter.elsewhere import check_here, check_not_fused, check_not_sharded
 from lora_plugins.adapter.integrity import check_complete, check_in_place, check_norms
@@ -89,7 +88,6 @@ __all__ = [
     "new_stored_weights",
     "present_state",
     "set_active",
-    "slot_matrix",
     "swap",
     "to_store",
     "unload",

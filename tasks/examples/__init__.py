@@ -7,7 +7,6 @@ from lora_plugins.tasks.examples.comparison import METHODS
 from lora_plugins.tasks.examples.comparison import main as compare_main
 from lora_plugins.tasks.examples.comparison import run as run_comparison
 from lora_plugins.tasks.examples.diffusion_pretraining import main as pretrain_diffusion_main
-from lora_plugins.tasks.examples.diffusion_pretraining import pretrain_diffusion
 from lora_plugins.tasks.examples.digit_pictures import DigitPicturesDataModule
 from lora_plugins.tasks.examples.digit_reader import DigitReader
 from lora_plugins.tasks.examples.digits import DigitsDataModule
@@ -33,7 +32,6 @@ __all__ = [
     "compare_main",
     "load_digit_splits",
     "pretrain",
-    "pretrain_diffusion",
     "pretrain_diffusion_main",
     "pretrain_main",
     "run_comparison",

@@ -4,7 +4,7 @@ They are made from data alone, so that nothing here knows of models or takes lon
 """
 
 from lora_plugins.tasks.pages.command import report_main
-from lora_plugins.tasks.pages.metric_kinds import MetricKind, kind_of
+from lora_plugins.tasks.pages.metric_kinds import kind_of
 from lora_plugins.tasks.pages.page import Example, SampleRecord, render_comparison, render_report, render_samples
 from lora_plugins.tasks.pages.run_record import (
     ClassResult,
@@ -22,7 +22,6 @@ __all__ = [
     "Costs",
     "Example",
     "Metric",
-    "MetricKind",
     "PlanRow",
     "RunRecord",
     "SampleRecord",
