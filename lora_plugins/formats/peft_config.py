@@ -34,10 +34,6 @@ WRITTEN_FOR = "0.21.2"
 """The version of PEFT whose files are written, and the newest that is known to apply `out_proj` twice."""
 
 
-def _anything(_name: str, _value: Any) -> None:
-    """A field that is only reported, or checked elsewhere."""
-
-
 def _check_expression(name: str, value: Any) -> None:
     """A regular expression."""
     check_name(name, value)
@@ -75,8 +71,7 @@ def _by_expression(check: Check) -> Check:
     return check_map
 
 
-_READ: Mapping[str, Check] = {
-    "peft_type": _anything,
+_CHECKED: Mapping[str, Check] = {
     "r": check_rank,
     "lora_alpha": check_alpha,
     "target_modules": _check_targets,
@@ -85,7 +80,6 @@ _READ: Mapping[str, Check] = {
     "bias": choice_of("none", "all", "lora_only"),
     "use_rslora": check_flag,
     "modules_to_save": _check_expressions,
-    "init_lora_weights": _anything,
     "layers_to_transform": _check_numbers,
     "layers_pattern": _check_expressions,
     "rank_pattern": _by_expression(check_rank),
@@ -93,15 +87,12 @@ _READ: Mapping[str, Check] = {
     "use_dora": check_flag,
     "lora_bias": check_flag,
     "target_parameters": check_names,
-    "peft_version": _anything,
-    "base_model_name_or_path": _anything,
-    "revision": _anything,
-    "task_type": _anything,
 }
-"""The fields that mean something here, and what they can hold; None is like no field."""
+"""The fields that say what an adapter computes, and what they can hold; None is like no field."""
 
-_IDLE = frozenset(
+_UNCHECKED = frozenset(
     [
+        *("peft_type", "init_lora_weights", "peft_version", "base_model_name_or_path", "revision", "task_type"),
         "auto_mapping",
         "inference_mode",
         "fan_in_fan_out",
@@ -118,7 +109,7 @@ _IDLE = frozenset(
         "monteclora_config",
     ]
 )
-"""The fields that say nothing of what a saved plain adapter computes, outside of training."""
+"""The fields that are only reported or checked elsewhere, or say nothing of what a saved adapter computes."""
 
 _REFUSED: Mapping[str, str] = {
     "trainable_token_indices": "trained tokens of an embedding have no place here",
@@ -162,7 +153,7 @@ class PeftConfig:
                 "new versions of PEFT have: exactly for some methods, for others as near as the rank allows."
             )
         wrong = [f"{key} = {fields[key]!r}: {reason}" for key, reason in _REFUSED.items() if fields.get(key)]
-        unknown = fields.keys() - _READ.keys() - _IDLE - _REFUSED.keys()
+        unknown = fields.keys() - _CHECKED.keys() - _UNCHECKED - _REFUSED.keys()
         wrong += [f"{key} = {fields[key]!r}: it is not known here" for key in sorted(unknown) if fields[key]]
         if wrong:
             said = "\n  ".join(["adapter_config.json says what cannot be expressed here:", *wrong])
@@ -173,7 +164,7 @@ class PeftConfig:
         self.fields = {key: _single(key, value) for key, value in given.items()}
         self._counts = patterns
         try:
-            for key, check in _READ.items():
+            for key, check in _CHECKED.items():
                 if key in self.fields:
                     check(key, self.fields[key])
         except ConfigError as error:
