@@ -8,17 +8,18 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lora_plugins.inplace import own_mode, set_own_mode
 from lora_plugins.utils import ending
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Puts a module into eval mode inside a `with` block, and gives each part its own mode back."""
-    training = {part: part.training for part in module.modules()}
+    modes = {part: own_mode(part) for part in module.modules()}
 
     def put_back() -> None:
-        for part, mode in training.items():
-            part.training = mode
+        for part, mode in modes.items():
+            set_own_mode(part, mode)
 
     with ending(put_back):
         module.eval()
