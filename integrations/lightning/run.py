@@ -28,7 +28,7 @@ from lora_plugins.integrations.lightning.training import (
     LeftOut,
     LostWrites,
     ResumedState,
-    explain_computed_weight,
+    explain_error_of_torch,
     explain_merged_module,
     explain_plain_network,
     keep_base_of_averages,
@@ -166,7 +166,7 @@ class Run:
 
     def explain(self, trainer: Trainer, error: BaseException, *, merged: bool) -> None:
         """Adds to an error what may have caused it."""
-        explain_computed_weight(error)
+        explain_error_of_torch(error)
         if self.late_changes is not None:  # fit has ended
             if merged:
                 explain_merged_module(error)

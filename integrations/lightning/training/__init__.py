@@ -19,7 +19,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
     stores_changed_base,
 )
 from lora_plugins.integrations.lightning.training.explained_errors import (
-    explain_computed_weight,
+    explain_error_of_torch,
     explain_merged_module,
     explain_plain_network,
 )
@@ -51,7 +51,7 @@ __all__ = [
     "complete_optimizers",
     "copy_into_averages",
     "drop_averages",
-    "explain_computed_weight",
+    "explain_error_of_torch",
     "explain_merged_module",
     "explain_plain_network",
     "freeze_again",

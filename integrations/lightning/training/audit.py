@@ -25,7 +25,6 @@ from lora_plugins.integrations.lightning.module import (
 from lora_plugins.integrations.lightning.strategies import reshard
 from lora_plugins.integrations.lightning.training.averages import renews_statistics
 from lora_plugins.integrations.lightning.training.changes_within_run import ChangesWithinRun
-from lora_plugins.integrations.lightning.training.explained_errors import explain_error_of_torch
 from lora_plugins.integrations.lightning.training.first_steps import FirstSteps
 from lora_plugins.integrations.lightning.training.frozen_base import changed, check_unchanged
 from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
@@ -186,7 +185,6 @@ class Audit:
         """Adds to an error what may have caused it."""
         self._lost_writes.stop()
         self._by_hand.explain(error)
-        explain_error_of_torch(error)
 
     def _check_unchanged(self) -> None:
         tensors = self._still()

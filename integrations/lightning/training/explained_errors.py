@@ -1,8 +1,5 @@
 """Notes on errors of a run that say what about adapters may have caused them."""
 
-_OF_A_COMPUTED_WEIGHT = "non-leaf Tensor"
-"""What optimizers of torch say of a tensor that is computed."""
-
 _MERGED = (
     "The adapter was saved and merged before this, in on_fit_end of the LoraCallback, and the module has no A and B "
     "any more. A callback behind it, as every ModelCheckpoint is, loads values of the training there: let it do so in "
@@ -14,6 +11,10 @@ _OF_PLAIN_NETWORKS = ("Unexpected key(s)", ".lora_A")
 """Words of the error that torch raises where a network that is not adapted is to take the state of one that is."""
 
 _OF_TORCH = {
+    "non-leaf Tensor": (
+        "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the adapter. "
+        "Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in full."
+    ),
     # A gradient with respect to a tensor that is frozen, or on no way to the loss.
     "differentiated Tensor": (
         "If the gradient is one with respect to the weight of a layer, as in the adaptive weight of an adversarial "
@@ -37,16 +38,6 @@ _OF_TORCH = {
 """What may have caused an error of torch, by words of it."""
 
 
-def explain_computed_weight(error: BaseException) -> None:
-    """Adds a note to an optimizer's error about a tensor that is computed, as the weight of an adapted layer is."""
-    if _OF_A_COMPUTED_WEIGHT in str(error):
-        error.add_note(
-            "The weight of an adapted layer, as in AdamW([self.head.weight]), is computed from the base and the "
-            "adapter. Give the optimizer self.head.parameters(), or name the layer in modules_to_save to train it in "
-            "full."
-        )
-
-
 def explain_merged_module(error: BaseException) -> None:
     """Adds a note, once, to an error about keys of an adapter, which a merged module does not have any more."""
     if ".lora_" in str(error) and _MERGED not in getattr(error, "__notes__", ()):
@@ -68,7 +59,7 @@ def explain_plain_network(error: BaseException) -> None:
 
 
 def explain_error_of_torch(error: BaseException) -> None:
-    """Adds notes to an error of torch about a gradient that there is not, or a parameter that a group has already."""
+    """Adds notes to an error of torch about a parameter that an optimizer does not take, or a missing gradient."""
     said = f"{error} {error.__context__}"  # which the module may have caught
     for words, note in _OF_TORCH.items():
         if words in said:
