@@ -79,7 +79,7 @@ def open_image(path: Path, resized_to: Sequence[int] | None = None) -> Image.Ima
     return decode_image(path, str(path), resized_to)
 
 
-def decode_image(source: str | Path | IO[bytes], name: str, resized_to: Sequence[int] | None = None) -> Image.Image:
+def decode_image(source: str | Path | IO[bytes], name: str, resized_to: Sequence[int] | None) -> Image.Image:
     """Decodes an image and rotates it as its EXIF orientation says, whatever else is wrong in its EXIF.
 
     A JPEG that is much larger than `resized_to`, height and width that it or a crop of it gets then, is decoded at a
