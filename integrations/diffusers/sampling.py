@@ -1,8 +1,8 @@
 """Samples pictures from a pipeline, the same ones for the same seeds."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from lora_plugins import ConfigError
 from lora_plugins.errors import counted
 from lora_plugins.field_checks import check_count, finite, optional
-from lora_plugins.utils import ending
+from lora_plugins.inplace import held_in_eval_mode
 
 _PLAIN: Mapping[str, bool] = {"use_resolution_binning": False, "clean_caption": False}
 """Arguments that PixArt's pipelines take: the size that was asked for, and the prompt as it was written."""
@@ -104,17 +104,7 @@ def sample(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sa
     return pictures
 
 
-@contextmanager
-def in_eval_mode(pipe: Any) -> Iterator[None]:
+def in_eval_mode(pipe: Any) -> AbstractContextManager[None]:
     """Puts all parts of a pipeline into eval mode inside a `with` block."""
-    modules = [m for part in pipe.components.values() if isinstance(part, nn.Module) for m in part.modules()]
-    training = [module for module in modules if module.training]
-
-    def put_back() -> None:
-        for module in training:
-            module.training = True
-
-    with ending(put_back):
-        for module in training:
-            module.training = False
-        yield
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return held_in_eval_mode(module for part in parts for module in part.modules())

@@ -52,6 +52,7 @@ from lora_plugins.inplace.weights import (
     LostWeightError,
     detached_weight,
     frozen_statistics,
+    held_in_eval_mode,
     weight_key,
 )
 
@@ -85,6 +86,7 @@ __all__ = [
     "frozen_statistics",
     "full_name",
     "has_statistics",
+    "held_in_eval_mode",
     "holder_of",
     "holders",
     "is_frozen",

@@ -6,8 +6,8 @@
 - *effective*: `W + ΔW` over the active adapters, which `layer.weight` answers with; see `deltas`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -87,11 +87,15 @@ def _dense_of(layer: nn.Module, value: Any) -> Tensor:
     return note(make(), make)
 
 
-@contextmanager
-def frozen_statistics(layer: nn.Module) -> Iterator[None]:
+def frozen_statistics(layer: nn.Module) -> AbstractContextManager[None]:
     """Keeps what computes a layer's weights from moving statistics of its own, as spectral norm does in training."""
     parametrizations = layer._modules.get("parametrizations")
-    modules = [layer, *(parametrizations.modules() if parametrizations else ())]
+    return held_in_eval_mode([layer, *(parametrizations.modules() if parametrizations else ())])
+
+
+@contextmanager
+def held_in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Holds modules, and not what is in them, in eval mode for the duration of the block."""
     moving = [module for module in modules if module.training]
 
     def put_back() -> None:
