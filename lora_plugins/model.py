@@ -388,8 +388,8 @@ class LoraModel(metaclass=Told):
         Args:
             path: The folder, which is made if it does not exist, or the file where the format has files.
             adapter_name: Which adapter; by default the only active one.
-            format: `lora_plugins`, our own folder (see `lora_plugins.files.folder`), `peft`, `diffusers`, `kohya`, or
-                the name of an installed format.
+            format: `lora_plugins`, our own folder (see `lora_plugins.files.folder`), `peft`, `diffusers`, `kohya`,
+                `comfyui`, or the name of an installed format.
             format_options: Options of that format.
 
         Returns:

@@ -21,7 +21,7 @@ class AdapterFile:
 
     Args:
         path: Its path.
-        format: Its format: `lora_plugins`, `peft`, `diffusers`, `kohya`, or the name of an installed one.
+        format: Its format: `lora_plugins`, `peft`, `diffusers`, `kohya`, `comfyui`, or the name of an installed one.
         format_options: Options of that format.
     """
 

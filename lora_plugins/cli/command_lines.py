@@ -18,7 +18,9 @@ def convert_parser() -> Parser:
     parser = Parser(prog="lora-plugins convert", description="Write an adapter in another format.")
     parser.add_argument("source", help="a folder or file of any format, or hf://owner/name")
     parser.add_argument("target", type=Path, help="the folder or file to write")
-    parser.add_argument("--to", required=True, help="the format to write: lora_plugins, peft, diffusers, kohya, ...")
+    parser.add_argument(
+        "--to", required=True, help="the format to write: lora_plugins, peft, diffusers, kohya, comfyui, ..."
+    )
     parser.add_argument("--from", dest="source_format", help="the format to read, where the file does not tell")
     parser.add_argument(
         "--model",

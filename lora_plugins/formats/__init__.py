@@ -4,6 +4,7 @@ None of them imports the library that it is named after. A format of layers with
 which needs to know names and nothing of models.
 """
 
+from lora_plugins.formats.comfyui import ComfyFormat
 from lora_plugins.formats.components import COMPONENTS
 from lora_plugins.formats.converted import convert
 from lora_plugins.formats.diffusers import DiffusersFormat
@@ -29,5 +30,5 @@ __all__ = [
 @hookimpl
 def lora_plugins_register_formats(registrar: FormatRegistrar) -> None:
     """Registers every built-in format."""
-    for plugin in (OwnFormat(), PeftFormat(), DiffusersFormat(), KohyaFormat()):
+    for plugin in (OwnFormat(), PeftFormat(), DiffusersFormat(), KohyaFormat(), ComfyFormat()):
         registrar.add(plugin)

@@ -141,9 +141,9 @@ def part_of(names: Iterable[str], model: nn.Module | None, asked: str | None) ->
     return {name: (_in_files(part), name) for name in split}
 
 
-def denoiser_of(model: nn.Module) -> str:
-    """Returns the name of the denoiser, in a pipeline or where the model itself is one."""
-    return "unet" if "unet" in _children(model) or part_told(model) == "unet" else "transformer"
+def denoiser_of(model: nn.Module, asked: str | None) -> str:
+    """Returns the name of the denoiser, in a pipeline or where the model itself is one; see `paths_read`."""
+    return "unet" if "unet" in {asked, part_told(model), *_children(model)} else "transformer"
 
 
 def with_conditioner(part: str, name: str, model: nn.Module) -> tuple[str, str]:

@@ -59,12 +59,8 @@ class DiffusersFormat(PipelineFormat):
 
     def recognizes(self, path: Path) -> bool:
         """Whether a file, or that of a folder, has keys of diffusers, with a part of a pipeline in front or without."""
-        file = _file(path)
-        keys = [*read_shapes(file)] if file.is_file() else []
-        if file.name == TENSORS_OF_PEFT:  # whose alphas are beside it
-            keys = [key for key in keys if not key.startswith(PREFIX)]
-        placed = [found for key in keys if (found := placed_key(key)) is not None]
-        return any(part != ALONE or kind not in ("alpha", *BESIDE.values()) for part, _, kind in placed)
+        parts = parts_in(path)
+        return bool(parts) and ORIGINAL not in parts
 
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a file; see `PortableFormat`."""
@@ -94,7 +90,7 @@ class DiffusersFormat(PipelineFormat):
         }
         if model is None:
             return _adapter(layers, beside, {part: part for part in parts}, configs)
-        _name_denoiser(denoiser_of(model), layers, beside, configs)
+        _name_denoiser(denoiser_of(model, options["component"]), layers, beside, configs)
         paths = paths_read(layers, model, options["component"])
         for part, path_in_model in paths.items():
             within = submodule(model, path_in_model)
@@ -116,6 +112,16 @@ class DiffusersFormat(PipelineFormat):
         header = {"format": "pt", METADATA: json.dumps(said, indent=2, sort_keys=True)}
         write_tensors(path if path.suffix == ".safetensors" else path / TENSORS, tensors, header)
         return path
+
+
+def parts_in(path: Path) -> set[str]:
+    """Returns the parts of a pipeline that keys of a file, or that of a folder, are of; none if it is no such file."""
+    file = _file(path)
+    keys = [*read_shapes(file)] if file.is_file() else []
+    if file.name == TENSORS_OF_PEFT:  # whose alphas are beside it
+        keys = [key for key in keys if not key.startswith(PREFIX)]
+    placed = [found for key in keys if (found := placed_key(key)) is not None]
+    return {part for part, _, kind in placed if part != ALONE or kind not in ("alpha", *BESIDE.values())}
 
 
 def _file(path: Path) -> Path:

@@ -138,7 +138,7 @@ class KohyaFormat(PipelineFormat):
         if (unknown := _unknown_denoiser(parts, model)) is not None:
             warnings.warn(
                 f"{path}: the layers of {unknown} have the names of diffusers, which others do not know in this "
-                "format. lora_plugins reads it; for diffusers, write format='diffusers'.",
+                "format. lora_plugins reads it; for diffusers, write format='diffusers', for ComfyUI 'comfyui'.",
                 stacklevel=2,
             )
         layers = without_rslora(adapter)
@@ -207,14 +207,14 @@ def _keys(layers: Mapping[str, PortableLayer], names: Mapping[str, str]) -> dict
 
 def _tensors_of(layer: PortableLayer) -> dict[str, Tensor]:
     """Returns the tensors of a layer by the endings of their keys."""
-    tensors = {"lora_down.weight": layer.A, "lora_up.weight": layer.B, "alpha": _number(layer.alpha)}
+    tensors = {"lora_down.weight": layer.A, "lora_up.weight": layer.B, "alpha": number(layer.alpha)}
     if layer.magnitude is not None:
         ones = [1] * (layer.B.dim() - 1)
         tensors["dora_scale"] = layer.magnitude.reshape(-1, *ones)
     return tensors
 
 
-def _number(value: float) -> Tensor:
+def number(value: float) -> Tensor:
     """Returns a number as a tensor, in single precision where that has it."""
     single = torch.tensor(value, dtype=torch.float32, device="cpu")
     return single if float(single) == value else single.to(torch.float64).fill_(value)

@@ -6,7 +6,7 @@ that a model has no layers for are left out.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, count, takewhile
@@ -18,7 +18,7 @@ from torch import nn
 from lora_plugins.errors import AdapterFileError, listing
 from lora_plugins.formats.changes import Beside
 from lora_plugins.formats.components import class_names
-from lora_plugins.formats.original_tables import TRANSFORMERS
+from lora_plugins.formats.original_tables import IN_COMFYUI, TRANSFORMERS, Table
 from lora_plugins.formats.portable import PortableLayer
 from lora_plugins.inplace import full_name, model_modules, own_parameters, submodule
 from lora_plugins.plan import former_names
@@ -92,8 +92,13 @@ class Place:
         }
 
 
-def original_places(model: nn.Module) -> dict[str, Place]:
-    """Returns by original name where a layer is in a model of diffusers, or a parameter; empty for other models."""
+def original_places(
+    model: nn.Module, tables: Sequence[Mapping[str, Table]] = (TRANSFORMERS, IN_COMFYUI)
+) -> dict[str, Place]:
+    """Returns by original name where a layer is in a model of diffusers, or a parameter; empty for other models.
+
+    Names of the first tables come first.
+    """
     classes = class_names(model)
     modules = model_modules(model)
     names = dict.fromkeys(entry.name for entry in modules)
@@ -101,8 +106,8 @@ def original_places(model: nn.Module) -> dict[str, Place]:
         return {original: Place((name,)) for name, original in _of_unet(names)}
     names |= dict.fromkeys(own_parameters(modules))
     places = {}
-    tables = [table for name, table in TRANSFORMERS.items() if name in classes]
-    for original, ours in chain.from_iterable(_of_transformer(table, names) for table in tables):
+    own = [table for by_class in tables for name, table in by_class.items() if name in classes]
+    for original, ours in chain.from_iterable(_of_transformer(table, names) for table in own):
         owner = submodule(model, ours[0].rpartition(".")[0])
         places[original] = Place(ours, type(owner).__name__ in _SWAPPED)
     return places
@@ -193,9 +198,7 @@ def _on_the_way(names: Collection[str]) -> Iterator[tuple[str, str]]:
         yield f"{block}.upsamplers.0.conv", f"output_blocks.{number}.{behind}.conv"
 
 
-def _of_transformer(
-    table: Mapping[str, tuple[str, ...]], names: Collection[str]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _of_transformer(table: Table, names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yields original names and the layers of a transformer that are in each."""
     for original, ours in table.items():
         for numbers in _numbers(ours[0], names):

@@ -91,6 +91,7 @@ _STABLE_DIFFUSION_3: Table = {
     "joint_blocks.*.context_block.mlp.fc2": ("transformer_blocks.*.ff_context.net.2",),
     "joint_blocks.*.context_block.adaLN_modulation.1": ("transformer_blocks.*.norm1_context.linear",),
     "x_embedder.proj": ("pos_embed.proj",),
+    "context_embedder": ("context_embedder",),
     **_pair("t_embedder", "time_text_embed.timestep_embedder"),
     **_pair("y_embedder", "time_text_embed.text_embedder"),
     "final_layer.linear": ("proj_out",),
@@ -163,7 +164,8 @@ _HUNYUAN: Table = {
         },
     ),
     **_layers_in({"single_blocks.*": "single_transformer_blocks.*.attn"}, _QK_NORMS),
-    **_FLUX_BLOCKS,
+    "single_blocks.*.linear1": _FLUX_BLOCKS["single_blocks.*.linear1"],
+    "single_blocks.*.linear2": _FLUX_BLOCKS["single_blocks.*.linear2"],
     "txt_in.input_embedder": (f"{_REFINER}.proj_in",),
     **_pair("txt_in.t_embedder", f"{_REFINER}.time_text_embed.timestep_embedder"),
     **_pair("txt_in.c_embedder", f"{_REFINER}.time_text_embed.text_embedder", ("linear_1", "linear_2")),
@@ -178,13 +180,30 @@ _HUNYUAN: Table = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-"""What all of Hunyuan's models have. ComfyUI calls their blocks as it does Flux's."""
+"""What all of Hunyuan's models have."""
+
+_HUNYUAN_IN_COMFYUI: Table = {
+    **_FLUX_BLOCKS,
+    **_pair("txt_in.t_embedder", f"{_REFINER}.time_text_embed.timestep_embedder", _IN_OUT),
+    **_pair("txt_in.c_embedder", f"{_REFINER}.time_text_embed.text_embedder", _IN_OUT),
+    "txt_in.individual_token_refiner.blocks.*.self_attn.qkv": tuple(f"{_REFINER_BLOCK}.{name}" for name in _QKV),
+    "txt_in.individual_token_refiner.blocks.*.self_attn.proj": (f"{_REFINER_BLOCK}.attn.to_out.0",),
+    "txt_in.individual_token_refiner.blocks.*.mlp.0": (f"{_REFINER_BLOCK}.ff.net.0.proj",),
+    "txt_in.individual_token_refiner.blocks.*.mlp.2": (f"{_REFINER_BLOCK}.ff.net.2",),
+}
+"""What ComfyUI calls otherwise, the blocks as it does Flux's."""
 
 _HUNYUAN_VIDEO: Table = {
     **_HUNYUAN,
     **_pair("time_in", "time_text_embed.timestep_embedder"),
     **_pair("guidance_in", "time_text_embed.guidance_embedder"),
     **_pair("vector_in", "time_text_embed.text_embedder", _IN_OUT),
+}
+
+_HUNYUAN_VIDEO_IN_COMFYUI: Table = {
+    **_HUNYUAN_IN_COMFYUI,
+    **_pair("time_in", "time_text_embed.timestep_embedder", _IN_OUT),
+    **_pair("guidance_in", "time_text_embed.guidance_embedder", _IN_OUT),
 }
 
 _BYT5: Table = {
@@ -211,12 +230,25 @@ _HUNYUAN_VIDEO_1_5: Table = {
     "vision_in.proj.4": ("image_embedder.norm_out",),
 }
 
+_HUNYUAN_VIDEO_1_5_IN_COMFYUI: Table = {
+    **_HUNYUAN_IN_COMFYUI,
+    **_pair("time_in", "time_embed.timestep_embedder", _IN_OUT),
+    **_pair("time_r_in", "time_embed.timestep_embedder_r", _IN_OUT),
+}
+
 _HUNYUAN_IMAGE: Table = {
     **_HUNYUAN,
     **_BYT5,
     **_pair("time_in", "time_guidance_embed.timestep_embedder"),
     **_pair("time_r_in", "time_guidance_embed.timestep_embedder_r"),
     **_pair("guidance_in", "time_guidance_embed.guidance_embedder"),
+}
+
+_HUNYUAN_IMAGE_IN_COMFYUI: Table = {
+    **_HUNYUAN_IN_COMFYUI,
+    **_pair("time_in", "time_guidance_embed.timestep_embedder", _IN_OUT),
+    **_pair("time_r_in", "time_guidance_embed.timestep_embedder_r", _IN_OUT),
+    **_pair("guidance_in", "time_guidance_embed.guidance_embedder", _IN_OUT),
 }
 
 _WAN_ATTENTION = {
@@ -573,6 +605,7 @@ TRANSFORMERS: Mapping[str, Table] = {
     "Flux3Transformer2DModel": _FLUX_3,
     "FluxTransformer2DModel": _FLUX,
     "HeliosTransformer3DModel": _WAN,
+    "HiDreamImageTransformer2DModel": {},
     "HunyuanImageTransformer2DModel": _HUNYUAN_IMAGE,
     "HunyuanVideo15Transformer3DModel": _HUNYUAN_VIDEO_1_5,
     "HunyuanVideoFramepackTransformer3DModel": _HUNYUAN_VIDEO,
@@ -586,6 +619,7 @@ TRANSFORMERS: Mapping[str, Table] = {
     "MiniMaxH3Transformer3DModel": _MINIMAX_H3,
     "MochiTransformer3DModel": _MOCHI,
     "PixArtTransformer2DModel": _PIXART,
+    "QwenImageTransformer2DModel": {},
     "SD3Transformer2DModel": _STABLE_DIFFUSION_3,
     "SanaTransformer2DModel": _SANA,
     "SanaVideoTransformer3DModel": _SANA_VIDEO,
@@ -597,3 +631,11 @@ TRANSFORMERS: Mapping[str, Table] = {
     "ZImageTransformer2DModel": _Z_IMAGE,
 }
 """The tables by class of diffusers; layers that are not in one have their own names in both."""
+
+IN_COMFYUI: Mapping[str, Table] = {
+    "HunyuanImageTransformer2DModel": _HUNYUAN_IMAGE_IN_COMFYUI,
+    "HunyuanVideo15Transformer3DModel": _HUNYUAN_VIDEO_1_5_IN_COMFYUI,
+    "HunyuanVideoFramepackTransformer3DModel": _HUNYUAN_VIDEO_IN_COMFYUI,
+    "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO_IN_COMFYUI,
+}
+"""The tables of names that only ComfyUI has, where it changed the original ones."""

@@ -273,6 +273,13 @@ def test_every_layer_has_a_name_where_no_converter_can_be_asked(build):
                 "double_blocks.0.img_mlp.fc1": "double_blocks.0.img_mlp.0",
                 "double_blocks.0.img_mod.linear": "double_blocks.0.img_mod.lin",
                 "single_blocks.0.modulation.linear": "single_blocks.0.modulation.lin",
+                "time_in.mlp.2": "time_in.out_layer",
+                "txt_in.t_embedder.mlp.0": "txt_in.t_embedder.in_layer",
+                "txt_in.c_embedder.linear_1": "txt_in.c_embedder.in_layer",
+                "txt_in.individual_token_refiner.blocks.0.self_attn_qkv": (
+                    "txt_in.individual_token_refiner.blocks.0.self_attn.qkv"
+                ),
+                "txt_in.individual_token_refiner.blocks.0.mlp.fc2": "txt_in.individual_token_refiner.blocks.0.mlp.2",
             }.items()
         ),
     ],

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save, save_file
 
 from lora_plugins import AdapterFileError, ConfigError
 from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, replace_files
+from lora_plugins.formats.comfyui import ComfyFormat
 from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.own import OwnFormat
@@ -38,6 +39,10 @@ def test_diffusers(format_check):
 
 def test_kohya(format_check):
     format_check(KohyaFormat(), "adapter.safetensors", options=IN_A_PIPELINE)
+
+
+def test_comfyui(format_check):
+    format_check(ComfyFormat(), "adapter.safetensors", options=IN_A_PIPELINE)
 
 
 class Locking(PeftFormat):
