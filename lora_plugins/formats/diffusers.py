@@ -68,7 +68,7 @@ class DiffusersFormat(PipelineFormat):
         tensors, metadata = read_tensors(file)
         if model is not None:
             refuse_alternating_rows(tensors, model)
-        parts = _parts(tensors, model)
+        parts = _parts(tensors, model, options["component"])
         beside = {part: take_beside(found) for part, found in parts.items()}
         of_header = _configs(metadata, parts, options["patterns"])
         configs = of_header or _configs_beside(file, parts, options["patterns"])
@@ -132,17 +132,33 @@ def _file(path: Path) -> Path:
     return of_peft if not own.is_file() and is_of_pipeline(read_shapes(of_peft)) else own
 
 
-def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, _Part]:
+def _parts(tensors: Mapping[str, Tensor], model: nn.Module | None, asked: str | None) -> dict[str, _Part]:
+    """Returns the tensors of each part, of those alone that are read where one is asked for."""
     children = set() if model is None else {name for name, _ in model.named_children()} - {*COMPONENTS}
     found = {key: placed_key(key, children) for key in tensors}
     refuse_keys([key for key, place in found.items() if place is None])
     placed = {key: _with_conditioner(place, model) for key, place in found.items() if place is not None}
+    if model is not None and asked is not None:
+        placed = _of_read_parts(placed, model, asked)
     refuse_repeated(placed)
     _refuse_several(placed)
     parts: dict[str, _Part] = {}
     for key, (part, name, kind) in placed.items():
         parts.setdefault(part, {}).setdefault(name, {})[kind] = tensors[key]
     return parts
+
+
+def _of_read_parts(
+    placed: Mapping[str, tuple[str, str, str]], model: nn.Module, asked: str
+) -> dict[str, tuple[str, str, str]]:
+    """Returns the places of those keys that are of the part which is asked for, whatever the others hold."""
+    denoiser = denoiser_of(model, asked)
+    owners = {key: denoiser if part in (ORIGINAL, ALONE) else part for key, (part, _, _) in placed.items()}
+    names: dict[str, list[str]] = {}
+    for key, (_, name, _) in placed.items():
+        names.setdefault(owners[key], []).append(name)
+    read = paths_read(names, model, asked)
+    return {key: place for key, place in placed.items() if owners[key] in read}
 
 
 def _with_conditioner(place: tuple[str, str, str], model: nn.Module | None) -> tuple[str, str, str]:

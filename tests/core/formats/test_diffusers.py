@@ -380,6 +380,26 @@ class TestRefused:
         save_file(named, tmp_path / FILE)
         refused(UNET, tmp_path, untouched, "layers of the adapters 'first', 'second'.* a file of its own")
 
+    @pytest.mark.parametrize(
+        "others",
+        [
+            ["a.lora_A.first.weight", "b.lora_A.second.weight"],
+            ["a.lora_A.first.weight", "a.lora_A.second.weight"],
+            ["a.lora_A.weight"],
+        ],
+        ids=["several adapters", "several adapters of a layer", "half a layer"],
+    )
+    def test_not_for_a_part_that_is_left_out(self, others, tmp_path, untouched):
+        expected = with_peft(UNET, lora_alpha=2)
+        saved_by_diffusers(tmp_path, metadata=False, unet=expected)
+        beside = {f"text_encoder.{key}": torch.ones(1, 4) for key in others}
+        save_file({**load_file(tmp_path / FILE), **beside}, tmp_path / FILE)
+        model = UNET.build()
+        LoraModel.load_adapter(model, tmp_path, format_options={"component": "unet"})
+        assert UNET.difference(model, expected) <= TOLERANCE
+        with untouched(encoder := TEXT.build()), pytest.raises(AdapterFileError):
+            LoraModel.load_adapter(encoder, tmp_path, format_options={"component": "text_encoder"})
+
     def test_a_key_that_is_left_over(self, tmp_path, untouched):
         saved_by_diffusers(tmp_path, metadata=False, unet=with_peft(UNET))
         save_file({**load_file(tmp_path / FILE), "unet.more": torch.zeros(1)}, tmp_path / FILE)
