@@ -571,7 +571,7 @@ def test_layers_of_other_families_have_to_be_named():
     assert len(lora.plans["default"].layers) == 16
 
 
-FILES = {"diffusers": "transformer.", "kohya": "lora_transformer_"}
+FILES = {"diffusers": "transformer.", "kohya": "lora_transformer_", "comfyui": "diffusion_model."}
 
 
 @pytest.mark.filterwarnings("ignore:.*which others do not know in this format:UserWarning")
