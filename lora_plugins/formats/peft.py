@@ -19,6 +19,7 @@ from lora_plugins.field_checks import choice_of, optional
 from lora_plugins.files import PICKLED
 from lora_plugins.formats.diffusers_keys import is_of_pipeline
 from lora_plugins.formats.layer_tensors import check_factors
+from lora_plugins.formats.peft_adalora import folded
 from lora_plugins.formats.peft_attention import as_applied, with_attention, with_transposed
 from lora_plugins.formats.peft_config import WRITTEN_FOR, PeftConfig, config_fields
 from lora_plugins.formats.peft_keys import layer_keys, sorted_tensors, value_keys
@@ -63,6 +64,7 @@ class PeftFormat(PortableFormat):
         folder = _only_folder(path)
         config = PeftConfig(read_json(folder / CONFIG), options["patterns"])
         tensors, _ = read_tensors(_tensor_file(folder))
+        tensors = folded(tensors) if config.is_adalora else tensors
         modules = places_by_name(model) if model is not None else {}
         found = sorted_tensors(tensors, modules)
         config.check_expressions([*modules, *found.factors])

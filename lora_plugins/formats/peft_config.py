@@ -25,6 +25,7 @@ from lora_plugins.field_checks import (
     shown,
 )
 from lora_plugins.files import check_expressions
+from lora_plugins.formats import peft_adalora
 from lora_plugins.formats.peft_patterns import PeftPatterns
 from lora_plugins.formats.peft_version import version_of
 from lora_plugins.formats.portable import PortableLayer, commonest
@@ -146,14 +147,20 @@ class PeftConfig:
 
     def __init__(self, fields: Mapping[str, Any], patterns: str | None) -> None:
         optional(choice_of("first", "longest"))("format_options: patterns", patterns)
-        if str(fields.get("peft_type")).upper() != "LORA":
+        method = str(fields.get("peft_type")).upper()
+        if method not in ("LORA", peft_adalora.METHOD):
             raise AdapterFileError(
-                f"The adapter is of PEFT's method {fields.get('peft_type')!r}; only 'LORA' can be read. Merge it in "
-                "PEFT, and use the merged model; or write it as LoRA with peft.save_as_lora(path, model, rank), which "
-                "new versions of PEFT have: exactly for some methods, for others as near as the rank allows."
+                f"The adapter is of PEFT's method {fields.get('peft_type')!r}; only 'LORA' and 'ADALORA' can be read. "
+                "Merge it in PEFT, and use the merged model; or write it as LoRA with peft.save_as_lora(path, model, "
+                "rank), which new versions of PEFT have: exactly for some methods, for others as near as the rank "
+                "allows."
             )
+        self.is_adalora = method == peft_adalora.METHOD
+        if self.is_adalora:
+            fields = {"init_r": 12, **fields, **peft_adalora.UNUSED}  # by default PEFT's own rank
         wrong = [f"{key} = {fields[key]!r}: {reason}" for key, reason in _REFUSED.items() if fields.get(key)]
         unknown = fields.keys() - _CHECKED.keys() - _UNCHECKED - _REFUSED.keys()
+        unknown -= peft_adalora.IDLE if self.is_adalora else set()
         wrong += [f"{key} = {fields[key]!r}: it is not known here" for key in sorted(unknown) if fields[key]]
         if wrong:
             said = "\n  ".join(["adapter_config.json says what cannot be expressed here:", *wrong])
@@ -167,6 +174,8 @@ class PeftConfig:
             for key, check in _CHECKED.items():
                 if key in self.fields:
                     check(key, self.fields[key])
+            if self.is_adalora:
+                check_rank("init_r", self.fields.get("init_r"))
         except ConfigError as error:
             raise AdapterFileError(f"adapter_config.json is damaged: {error} Copy the file again.") from error
 
@@ -189,14 +198,16 @@ class PeftConfig:
             )
         return str(init).lower()
 
-    def rank(self, name: str, A: Tensor, B: Tensor) -> int:
+    def rank(self, name: str, A: Tensor, B: Tensor) -> float:
         """Returns the rank by which the scaling of a layer is defined: that of its tensors, or a higher one.
 
-        Decompositions have no more ranks than the matrix, whatever the config says.
+        Decompositions have no more ranks than the matrix, whatever the config says, and AdaLoRA has fewer than it had.
 
         Raises:
             AdapterFileError: If the config says another one.
         """
+        if self.is_adalora:
+            return peft_adalora.divisor(self.fields["init_r"])
         said = self._patterns.ranks(name)
         r, full = len(A), min(len(B), A[0].numel())
         if r == full < said[0] and self.init in _CHANGED_INITS:
@@ -213,8 +224,10 @@ class PeftConfig:
             )
         return r
 
-    def alpha(self, name: str, rank: int) -> float:
+    def alpha(self, name: str, rank: float) -> float:
         """Returns the numerator of the scaling of a layer whose rank the config says; see `PeftPatterns`."""
+        if self.is_adalora:
+            return float(self.fields.get("lora_alpha", 8))
         return self._patterns.alpha(name, rank)
 
     def check_parts(self, name: str, *, magnitude: bool, bias: bool) -> None:

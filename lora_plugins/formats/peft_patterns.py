@@ -88,7 +88,7 @@ class PeftPatterns:
         """Returns the ranks that a layer may have."""
         return [rank for rank, _, _ in self._pairs(name)]
 
-    def alpha(self, name: str, rank: int) -> float:
+    def alpha(self, name: str, rank: float) -> float:
         """Returns the numerator of the scaling of a layer that has one of its possible ranks.
 
         Raises:
