@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,7 +53,7 @@ class DiffusersFormat(PipelineFormat):
     """
 
     name = "diffusers"
-    file_names = (TENSORS,)
+    file_names: ClassVar[Sequence[str]] = (TENSORS,)
     options: ClassVar[Mapping[str, Any]] = {"component": None, "patterns": None}
     first_reading: ClassVar[Mapping[str, Any]] = {"patterns": "first"}
 
