@@ -146,7 +146,7 @@ class LoraCallback(Callback):
 
     Args:
         config: What is adapted, and how.
-        adapter_name: Name of the adapter.
+        adapter_name: Name of the adapter. LoraCallbacks with one target have a name each.
         merge_on_fit_end: Whether the adapter is merged into the module when `fit` ends.
         dequantize: Whether a merged or exported model has dense weights where the config stores those of the base in
             fewer bytes (`quantize`), which cannot hold a merged update.
@@ -497,8 +497,10 @@ class LoraCallback(Callback):
                 best_checkpoint(trainer)
             if not self.merge_on_fit_end:
                 warn_if_spawned(trainer)
-        every = lora_callbacks(trainer)
-        check_shared(["merge_on_fit_end"], self._group(trainer), "with one target are merged together")
+        every, group = lora_callbacks(trainer), self._group(trainer)
+        merging = ["merge_on_fit_end", *(["max_error"] if self.merge_on_fit_end else [])]
+        check_shared(merging, group, "with one target are merged together")
+        check_shared(["train_mode"], group, "with one target leave it in one mode")
         check_shared(["merge_source"], every, "of one trainer leave one module with the weights of one moment")
         check_shared(vars(self.rates), every, "of one trainer share its optimizers")
 

@@ -247,11 +247,25 @@ class TestTwoAdapters:
             assert found == pytest.approx(float(logged), rel=1e-6)
         assert values(module).keys() == values(Classifier()).keys()
 
-    def test_options_that_contradict_each_other_are_refused(self, tmp_path):
-        first, second = self.callbacks(tmp_path)
-        second.merge_on_fit_end = False
-        with pytest.raises(ConfigError, match=r"merge_on_fit_end differs: True of 'a', False of 'b'"):
-            trainer(tmp_path, [first, second]).fit(Classifier(), loader())
+    @pytest.mark.parametrize(
+        ("option", "given", "told"),
+        [
+            ("merge_on_fit_end", (True, False), "True of 'a', False of 'b'"),
+            ("max_error", (0.5, 0.1), r"0\.5 of 'a', 0\.1 of 'b'"),
+            ("train_mode", (False, True), "False of 'a', True of 'b'"),
+        ],
+    )
+    def test_options_that_contradict_each_other_are_refused(self, tmp_path, option, given, told):
+        callbacks = self.callbacks(tmp_path)
+        for callback, value in zip(callbacks, given, strict=True):
+            setattr(callback, option, value)
+        with pytest.raises(ConfigError, match=f"with one target .* {option} differs: {told}"):
+            trainer(tmp_path, callbacks).fit(Classifier(), loader())
+
+    def test_max_error_of_no_merge_is_that_of_each(self, tmp_path):
+        callbacks = self.callbacks(tmp_path, merge_on_fit_end=False)
+        callbacks[0].max_error = 0.5
+        trainer(tmp_path, callbacks).fit(Classifier(), loader())
 
 
 class Tied(Classifier):
