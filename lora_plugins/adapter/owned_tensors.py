@@ -74,7 +74,8 @@ class OwnedTensors:
                 if other != adapter:
                     raise StateError(
                         f"The adapters {other!r} and {adapter!r} cannot be active together: each has its own value "
-                        f"of {name!r}. Activate one of them, or combine them with add_weighted_adapter."
+                        f"of {name!r}. Activate one of them, combine them with add_weighted_adapter, or have only one "
+                        "that trains it (modules_to_save, bias, norm) or whose init changes it."
                     )
 
     def check_there(self, model: nn.Module, adapters: Iterable[str]) -> None:
