@@ -46,6 +46,14 @@ def parameters_of(optimizers: Iterable[Optimizable]) -> set[int]:
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
+def have_place(module: nn.Module, configured: Any) -> bool:
+    """Returns whether optimizers have something of A and B, or a group of which it is clear that they belong there."""
+    optimizers = _optimizers_of(configured)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    missing, layers = _missing(module, optimizers), layers_of_factors(module)
+    return not _lack_factors(module, missing, layers) or bool(_clear_homes(missing, layers, groups))
+
+
 def complete_optimizers(module: nn.Module, configured: Any) -> None:
     """Adds adapters to an optimizer that was built before they existed, in place, and warns.
 
@@ -57,14 +65,10 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     Raises:
         StateError: If there is no optimizer, or it is not clear where the missing tensors belong.
     """
-    # Wrappers of an optimizer need be no subclass of torch's; whether it takes one is for Lightning to say.
-    optimizers = [leaf for leaf in flatten(configured) if hasattr(leaf, "param_groups")]
+    optimizers = _optimizers_of(configured)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    trained, held = trained_parameters(module), parameters_of(optimizers)
-    missing = {name: p for name, p in trained.items() if id(p) not in held}
-    layers = layers_of_factors(module)
-    factors = trained.keys() & layers.keys()
-    if missing and factors and factors <= missing.keys():
+    missing, layers = _missing(module, optimizers), layers_of_factors(module)
+    if _lack_factors(module, missing, layers):
         if not optimizers:
             given = configured.get("optimizer", configured) if isinstance(configured, Mapping) else configured
             raise StateError(
@@ -73,7 +77,9 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
             )
         missing = _add_to_groups(missing, layers, groups)
     if missing:
-        teachers = [copy.name for copy in find_copies(module, held) if copy.frozen]  # which the module moves by hand
+        teachers = [
+            copy.name for copy in find_copies(module, parameters_of(optimizers)) if copy.frozen
+        ]  # which the module moves by hand
         missing = {name: p for name, p in missing.items() if not within(name, teachers)}
     if missing:
         rank_zero_warn(
@@ -84,20 +90,34 @@ def complete_optimizers(module: nn.Module, configured: Any) -> None:
     _warn_of_idle(module, optimizers)
 
 
+def _optimizers_of(configured: Any) -> list[Any]:
+    """Returns what has parameter groups; wrappers need be no subclass of torch's Optimizer, which Lightning judges."""
+    return [leaf for leaf in flatten(configured) if hasattr(leaf, "param_groups")]
+
+
+def _missing(module: nn.Module, optimizers: Iterable[Optimizable]) -> dict[str, nn.Parameter]:
+    held = parameters_of(optimizers)
+    return {name: p for name, p in trained_parameters(module).items() if id(p) not in held}
+
+
+def _lack_factors(module: nn.Module, missing: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module]) -> bool:
+    """Returns whether all A and B that are trained are missing, of which there are some."""
+    factors = trained_parameters(module).keys() & layers.keys()
+    return bool(factors) and factors <= missing.keys()
+
+
 def _add_to_groups(
     missing: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module], groups: list[dict[str, Any]]
 ) -> dict[str, nn.Parameter]:
     """Adds what belongs to the groups, A and B to that of the weight of their layer, and returns what does not."""
-    homes = _homes({name: layers[name] for name in missing if name in layers}, groups)
-    if not homes and len(groups) == 1:
-        homes = dict.fromkeys(missing, groups)
-    if not homes or any(len(found) > 1 for found in homes.values()):
+    homes = _clear_homes(missing, layers, groups)
+    if not homes:
         raise StateError(
             f"{counted(len(missing), 'trainable tensor is', 'trainable tensors are')} in no optimizer and would never "
             f"move: {listing(missing)}. There are {len(groups)} parameter groups, so it is not clear where they "
             f"belong. {_ADVICE}"
         )
-    for name, (group,) in homes.items():
+    for name, group in homes.items():
         group["params"].append(missing[name])
         if NAMES in group:
             group[NAMES].append(name)
@@ -107,6 +127,17 @@ def _add_to_groups(
         f"one. {_ADVICE}"
     )
     return {name: p for name, p in missing.items() if name not in homes}
+
+
+def _clear_homes(
+    missing: Mapping[str, nn.Parameter], layers: Mapping[str, nn.Module], groups: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Returns the group that what is missing belongs to, by name; empty if that is not clear."""
+    homes = _homes({name: layers[name] for name in missing if name in layers}, groups)
+    if not homes and len(groups) == 1:
+        homes = dict.fromkeys(missing, groups)
+    clear = all(len(found) == 1 for found in homes.values())
+    return {name: group for name, (group,) in homes.items()} if clear else {}
 
 
 def _homes(layers: Mapping[str, nn.Module], groups: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -280,6 +280,43 @@ class GroupedByTable(Grouped):
         return torch.optim.AdamW(self.groups(named.items()), lr=0.1)
 
 
+class GroupedByLeaf(Grouped):
+    """Takes the parameters of modules without children, and asserts that none is left."""
+
+    def configure_optimizers(self):
+        leaves = [module for module in self.modules() if not list(module.children())]
+        taken = {id(p) for module in leaves for p in module.parameters()}
+        named = dict(self.named_parameters())
+        assert taken == {id(p) for p in named.values()}
+        return torch.optim.AdamW(self.groups(named.items()), lr=0.1)
+
+
+class GroupedByType(Grouped):
+    """Sorts by the exact class of the layer, and takes nothing of others."""
+
+    def configure_optimizers(self):
+        named = [
+            (f"{path}.{name}", p)
+            for path, layer in self.named_modules()
+            for name, p in layer.named_parameters(recurse=False)
+            if type(layer) in (nn.Linear, nn.BatchNorm1d)
+        ]
+        return torch.optim.AdamW(self.groups(named), lr=0.1)
+
+
+class GroupedByAttribute(Grouped):
+    """As YOLO: takes the attributes of layers that are parameters."""
+
+    def configure_optimizers(self):
+        named = [
+            (f"{path}.{name}", getattr(layer, name))
+            for path, layer in self.named_modules()
+            for name in ("weight", "bias")
+            if isinstance(getattr(layer, name, None), nn.Parameter)
+        ]
+        return torch.optim.AdamW(self.groups(named), lr=0.1)
+
+
 @pytest.mark.parametrize(
     ("module", "failed"),
     [
@@ -289,6 +326,9 @@ class GroupedByTable(Grouped):
         (GroupedByClassIfTrained, "AssertionError"),
         (GroupedByLayer, "ValueError: can't optimize a non-leaf Tensor"),
         (GroupedByTable, "KeyError: 'net.0.lora_A.default'"),
+        (GroupedByLeaf, "AssertionError"),
+        (GroupedByType, "adapted layers"),
+        (GroupedByAttribute, "adapted layers"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters:UserWarning")
@@ -299,7 +339,7 @@ def test_factors_join_the_group_of_their_weight(module, failed, options, tmp_pat
     seed_everything(0)
     trainer(tmp_path, [callback]).fit(by_hand, loader())
     seed_everything(0)
-    fails = pytest.warns(UserWarning, match=f"configure_optimizers failed.*{failed}") if failed else nullcontext()
+    fails = pytest.warns(UserWarning, match=f"configure_optimizers .*{failed}") if failed else nullcontext()
     with pytest.warns(UserWarning, match="to the group of the weight"), fails:
         trainer(tmp_path, [callback]).fit(made, loader())
     assert differing(values(by_hand), values(made)) == set()
