@@ -26,6 +26,9 @@ base output, its update and their sum, and sums of at most twelve products. No m
 ORIGINALS = ("parametrizations.weight.original0", "parametrizations.weight.original1")
 """Where weight norm keeps magnitude and direction."""
 
+TOKENS = ("bias_k", "bias_v")
+"""What attention calls biases and has as one more key and value: it is added to nothing."""
+
 
 @dataclass(frozen=True)
 class PlannedSlot:
@@ -246,7 +249,9 @@ class Reference:
         own = {self.first[name] for name in self.first if _within(name, saved)}
         biases = {
             "none": set(),
-            "all": {name for name in self.parameters if "bias" in name.rpartition(".")[2]},
+            "all": {
+                name for name in self.parameters if "bias" in (last := name.rpartition(".")[2]) and last not in TOKENS
+            },
             "lora_only": {f"{name}.{bias}" for name in spec.sites for bias in self.sites[name].biases},
         }[spec.bias]
         return tuple(name for name in self.parameters if name in own | biases)
@@ -508,3 +513,7 @@ def _make_plain(model: Zoo, weight: str) -> None:
 
 def _within(name: str, roots: set[str]) -> bool:
     return any(name == root or name.startswith(root + ".") for root in roots)
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name and name not in TOKENS

@@ -238,6 +238,73 @@ class RecurrentBlock(Block):
         return self.lstm(x.view(-1, 3, 4))[0]
 
 
+class GatedBlock(Block):
+    """Gated recurrent units of two layers and both directions, whose weights are not alike."""
+
+    sites = (
+        Site(
+            "gru",
+            tensors={
+                f"{kind}_l{layer}{way}": f"weight_{kind}_l{layer}{way}"
+                for layer in range(2)
+                for way in ("", "_reverse")
+                for kind in ("ih", "hh")
+            },
+            biases=tuple(
+                f"bias_{kind}_l{layer}{way}" for layer in range(2) for way in ("", "_reverse") for kind in ("ih", "hh")
+            ),
+            mixes=False,
+            drops=False,
+        ),
+    )
+    saves = ("gru",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 2, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self.gru(x.view(-1, 3, 4))[0]
+
+
+class CellBlock(Block):
+    """A recurrent layer of one step, without biases."""
+
+    sites = (Site("cell", tensors={"ih": "weight_ih", "hh": "weight_hh"}, biases=(), mixes=False, drops=False),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.RNNCell(4, 3, bias=False)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self.cell(x[:, :4], torch.tanh(x[:, 4:7]))
+
+
+class ExtendedBlock(Block):
+    """Attention with all options: a key and a value that are parameters, and others of zeros."""
+
+    sites = (
+        Site(
+            "mha",
+            tensors={"": "in_proj_weight"},
+            parts={part: ("in_proj_weight", 4 * i, 4 * i + 4) for i, part in enumerate("qkv")},
+            biases=("in_proj_bias",),
+            mixes=False,
+        ),
+        Site("mha.out_proj", mixes=False, read=True),
+    )
+    saves = ("mha.out_proj",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        x = x.view(-1, 3, 4).transpose(0, 1)
+        mask = torch.ones(3, 3, dtype=torch.bool, device=x.device).triu(1)
+        return self.mha(x, x, x, attn_mask=mask)[0].transpose(0, 1)
+
+
 class TiedBlock(Block):
     """Two layers with one weight."""
 
@@ -358,12 +425,18 @@ BLOCKS = {
     "depthwise": lambda: ConvBlock(nn.Conv2d(3, 3, 3, padding=1, groups=3), (3, 2, 2)),
     "circular": lambda: ConvBlock(nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular", bias=False), (3, 2, 2)),
     "transposed": lambda: TransposedBlock(nn.ConvTranspose1d(2, 4, 3, stride=2, groups=2), (2, 6)),
+    "transposed2d": lambda: TransposedBlock(
+        nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1, output_padding=1, dilation=2), (3, 2, 2)
+    ),
     "centered": CenteredBlock,
     "embedding": lambda: EmbeddingBlock(padding_idx=0),
     "frequency": lambda: EmbeddingBlock(scale_grad_by_freq=True),
     "attention": AttentionBlock,
     "cross": CrossBlock,
     "recurrent": RecurrentBlock,
+    "recurrent_gated": GatedBlock,
+    "recurrent_cell": CellBlock,
+    "attention_extended": ExtendedBlock,
     "tied": TiedBlock,
     "tokens": TokensBlock,
     "twice": TwiceBlock,
