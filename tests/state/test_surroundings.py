@@ -47,6 +47,10 @@ def differentiated_again(model: nn.Module) -> Callable[..., Outputs]:
     return model
 
 
+# Of a tensor that is computed before a compiled part, torch asks whether it has a gradient. It hides its own warning of
+# that by a way that does not reach warnings that are errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
 SURROUNDINGS = {
     each.__name__: each
     for each in (compiled, checkpointed, called_with_own_tensors, in_inference_mode, differentiated_again)

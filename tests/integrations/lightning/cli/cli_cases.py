@@ -6,7 +6,7 @@ import pytest
 
 TOYS = "tests.integrations.lightning.toys"
 
-needs_vision = pytest.mark.skipif(find_spec("PIL") is None, reason="needs the extra vision")
+needs_vision = pytest.mark.skipif(find_spec("timm") is None, reason="needs the extra vision")
 """For what is of the tasks."""
 
 
