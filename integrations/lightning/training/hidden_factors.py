@@ -63,16 +63,15 @@ def _without_factors(module: nn.Module) -> Iterator[None]:
     """
     layers = [each for each in module.modules() if STATE in vars(each)]
     active = [(layer, layer_state(layer).active) for layer in layers]
-    hidden = [
-        (layer, *item) for layer in layers for item in layer._modules.items() if isinstance(item[1], AdapterTensors)
-    ]
+    children = [(layer, *child) for layer in layers for child in layer.named_children()]
+    hidden = [(layer, name, child) for layer, name, child in children if isinstance(child, AdapterTensors)]
     owned = named_parameters(module, aliases=True)
     weights = [owned[name] for name in adapted_weights(module) if name in owned]
     thawed = [weight for weight in weights if weight.is_floating_point() and not weight.requires_grad]
 
     def put_back() -> None:
         for layer, name, factors in hidden:
-            layer._modules[name] = factors
+            layer.add_module(name, factors)
         for layer, names in active:
             layer_state(layer).active = names
             refresh_class(layer)
@@ -84,7 +83,7 @@ def _without_factors(module: nn.Module) -> Iterator[None]:
             layer_state(layer).active = ()
             refresh_class(layer)
         for layer, name, _ in reversed(hidden):  # so that they come back in their order if some of them were deleted
-            del layer._modules[name]
+            delattr(layer, name)
         for weight in thawed:
             weight.requires_grad_()
         yield
