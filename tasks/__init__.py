@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         DigitsDataModule,
         ReadDigits,
     )
-    from lora_plugins.tasks.inference import export_task, load_task, merged_task, predict_folder
+    from lora_plugins.tasks.inference import export_task, load_base, load_task, merged_task, predict_folder
     from lora_plugins.tasks.models import ModelConfig
     from lora_plugins.tasks.reporting import (
         BeforeAfter,
@@ -86,6 +86,7 @@ __all__ = [
     "WeightsError",
     "draw_predictions",
     "export_task",
+    "load_base",
     "load_task",
     "merged_task",
     "predict_folder",
@@ -103,7 +104,7 @@ _ROOMS = {
     ),
     **dict.fromkeys(("DataError", "ReportError", "WeightsError"), "errors"),
     **dict.fromkeys(("DigitPicturesDataModule", "DigitScenesDataModule", "DigitsDataModule", "ReadDigits"), "examples"),
-    **dict.fromkeys(("export_task", "load_task", "merged_task", "predict_folder"), "inference"),
+    **dict.fromkeys(("export_task", "load_base", "load_task", "merged_task", "predict_folder"), "inference"),
     "ModelConfig": "models",
     **dict.fromkeys(
         ("BeforeAfter", "HtmlReport", "PredictionPicture", "TensorBoardImages", "draw_predictions"), "reporting"

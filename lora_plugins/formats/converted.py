@@ -34,9 +34,9 @@ def convert(
     """
     needed = f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME"
     if not isinstance(source_format, PortableFormat) or not isinstance(target_format, PortableFormat):
-        raise ConfigError(f"{needed}.")
+        raise ConfigError(f"{needed}, as `lora-plugins convert --help` has some.")
     if not source_format.full_names:
-        raise ConfigError(f"{needed}.")
+        raise ConfigError(f"{needed}, as `lora-plugins convert --help` has some.")
     adapter = source_format.load(source, None, read_options)
     if any(name.startswith(f"{ORIGINAL}.") for name in adapter.layers):
         raise ConfigError(f"{source} names layers as the original implementation does. {needed}.")

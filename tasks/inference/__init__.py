@@ -5,7 +5,7 @@
 
 from lora_plugins.tasks.inference.export import export_task
 from lora_plugins.tasks.inference.export import main as export_main
-from lora_plugins.tasks.inference.loading import AdapterTask, load_task, merged_task, task_of_adapter
+from lora_plugins.tasks.inference.loading import AdapterTask, load_base, load_task, merged_task, task_of_adapter
 from lora_plugins.tasks.inference.predict import main as predict_main
 from lora_plugins.tasks.inference.predict import predict_folder
 from lora_plugins.tasks.inference.probabilities import (
@@ -21,6 +21,7 @@ __all__ = [
     "export_main",
     "export_task",
     "label_probabilities",
+    "load_base",
     "load_task",
     "mask_labels",
     "mask_probabilities",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from lora_plugins import LoraModel
 from lora_plugins.errors import ConfigError, LoraError, sentence
@@ -64,12 +65,32 @@ def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask
         return _load(path, weights)
 
 
+def load_base(path: str | Path, weights: str | Path | None = None) -> nn.Module:
+    """Builds what an adapter folder of one of our tasks goes onto, with the weights of the base.
+
+    `lora-plugins convert FOLDER TARGET --to peft --model lora_plugins.tasks:load_base FOLDER` needs it.
+
+    Args:
+        path: The folder.
+        weights: Where the base is now, if it was moved since.
+
+    Returns:
+        The module of the task that is adapted, its network unless the callback had another target, in eval mode.
+
+    Raises:
+        WeightsError: If there is no such folder, or if it has no provenance, or one that cannot be built.
+    """
+    check_path("path", path)
+    optional(check_path)("weights", weights)
+    source = task_of_adapter(Path(path))
+    return source.target_in(source.build(weights).eval())
+
+
 def _load(path: Path, weights: str | Path | None) -> VisionTask:
     if path.is_dir():
         source = task_of_adapter(path)
         provenance, task = source.provenance, source.build(weights)
-        target = task.get_submodule(provenance.get("target") or "")
-        LoraModel.load_adapter(target, path)
+        LoraModel.load_adapter(source.target_in(task), path)
     elif path.suffix == SAFETENSORS:
         provenance = _checked(_metadata(path), path)
         model = _whole(provenance, str(path))
@@ -118,6 +139,10 @@ class AdapterTask:
                     "run, export_to of the LoraCallback, would hold all; or train on weights that are in a file."
                 )
             return _task_class(self.provenance, self.path)(**_arguments(self.provenance, weights))
+
+    def target_in(self, task: VisionTask) -> nn.Module:
+        """Returns the module of the task that the adapter goes onto."""
+        return task.get_submodule(self.provenance.get("target") or "")
 
 
 def task_of_adapter(path: Path) -> AdapterTask:

@@ -147,6 +147,7 @@ GIVEN = {
     "TextToImageTask": {"model": "package:digits_diffusion"},
     "draw_predictions": {"task": SEGMENTER, "loader": DataLoader([0]), "indices": [0], "path": "masks.png"},
     "export_task": {"task": SEGMENTER, "path": "model.pt2"},
+    "load_base": {"path": "adapter"},
     "load_task": {"path": "adapter"},
     "merged_task": {"path": "adapter"},
     "predict_folder": {"task": SEGMENTER, "images": "pictures", "out": "out"},

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from lora_plugins import LoraError
+from lora_plugins import LoraError, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.tasks import (
     DigitsDataModule,
@@ -20,6 +20,7 @@ from lora_plugins.tasks import (
     ModelConfig,
     SemanticSegmentationTask,
     WeightsError,
+    load_base,
     load_task,
 )
 from lora_plugins.tasks.models import CLASSIFIERS, build_network
@@ -38,6 +39,17 @@ def test_the_task_comes_back_with_its_classes(fitted, kind, file):
     assert again.class_names == task.class_names
     images = torch.rand(2, 3, 16, 16) if kind == "labels" else torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("labels", 16), ("masks", 64)])
+def test_the_base_of_an_adapter_serves_its_conversion(fitted, kind, size, tmp_path):
+    folder = str(fitted[kind][1]["adapter"])
+    model = ["--model", "lora_plugins.tasks:load_base", folder]
+    assert main(["convert", folder, str(tmp_path / "for_peft"), "--to", "peft", *model]) == 0
+    network = load_base(folder)
+    LoraModel.load_adapter(network, tmp_path / "for_peft")
+    again, images = load_task(folder).network, torch.rand(2, 3, size, size)
+    torch.testing.assert_close(network(images), again(images), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("file", ["checkpoint", "adapter"])
