@@ -37,7 +37,7 @@ def predict_parser() -> Parser:
     parser.add_argument("images", nargs="+", help="images, folders of images, or patterns: 'photos/*/*.jpg'")
     parser.add_argument("--out", type=place, default="predicted", help="the folder to write into (default: predicted)")
     parser.add_argument("--window", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="sliding window of masks")
-    parser.add_argument("--overlap", type=float, default=0.25, help="share of a window that overlaps with the next")
+    parser.add_argument("--overlap", type=float, help="share of a window that overlaps with the next (default: 0.25)")
     parser.add_argument("--flips", action="store_true", help="average over each image and its mirror image")
     parser.add_argument("--skip", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--weights", metavar="FILE", help=MOVED)

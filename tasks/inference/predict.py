@@ -29,7 +29,7 @@ from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import as_png, left_out, one_left_out, read_image
 from lora_plugins.tasks.inference.given_images import given_images
 from lora_plugins.tasks.inference.loading import load_task
-from lora_plugins.tasks.inference.probabilities import label_probabilities, mask_labels
+from lora_plugins.tasks.inference.probabilities import OVERLAP, label_probabilities, mask_labels
 from lora_plugins.tasks.segmentation import MAX_CLASSES, SemanticSegmentationTask, class_colors, overlay, palette_image
 from lora_plugins.tasks.training import VisionTask
 from lora_plugins.utils import put_files, remove_leftovers, replace_file
@@ -59,7 +59,7 @@ def predict_folder(
     out: str | Path,
     *,
     window: Size | None = None,
-    overlap: float = 0.25,
+    overlap: float = OVERLAP,
     flips: bool = False,
     on_problem: str = ERROR,
 ) -> list[Path]:
@@ -99,15 +99,17 @@ def main(given: Namespace) -> int:
     """Runs the command; returns the exit code.
 
     Raises:
-        LoraError: As `predict_folder` and `load_task` do.
+        LoraError: As `predict_folder` and `load_task` do, and for an overlap without a window.
     """
+    if given.overlap is not None and given.window is None:
+        raise ConfigError("--overlap is that of windows. Say --window HEIGHT WIDTH too, or leave it out.")
     device = usable_device(given.device, "--device")
     files = predict_folder(
         load_task(given.model, given.weights).to(device),
         given.images,
         given.out,
         window=given.window,
-        overlap=given.overlap,
+        overlap=OVERLAP if given.overlap is None else given.overlap,
         flips=given.flips,
         on_problem=SKIP if given.skip else ERROR,
     )

@@ -16,6 +16,9 @@ from lora_plugins.tasks.training import VisionTask, is_of_sizes
 
 WINDOWS_PER_BATCH = 4
 
+OVERLAP = 0.25
+"""Share of a window that overlaps with the next one, by default."""
+
 
 def label_probabilities(task: VisionTask, image: Tensor, *, flips: bool = False) -> Tensor:
     """The probability of each class, (classes,).
@@ -31,7 +34,7 @@ def mask_probabilities(
     image: Tensor,
     *,
     window: Size | None = None,
-    overlap: float = 0.25,
+    overlap: float = OVERLAP,
     flips: bool = False,
 ) -> Tensor:
     """The probability of each class at each pixel, (classes, H, W).
@@ -58,7 +61,7 @@ def mask_labels(
     image: Tensor,
     *,
     window: Size | None = None,
-    overlap: float = 0.25,
+    overlap: float = OVERLAP,
     flips: bool = False,
 ) -> Tensor:
     """The most probable class at each pixel, (H, W), 8-bit; probabilities of a large image would fill the memory.

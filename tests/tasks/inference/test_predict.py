@@ -114,11 +114,12 @@ class TestPredict:
         ("kind", "options", "message"),
         [
             ("labels", ["--window", "8", "8"], "A window is for masks"),
-            ("masks", ["--overlap", "1"], "share of the window"),
+            ("masks", ["--window", "64", "64", "--overlap", "1"], "share of the window"),
+            ("masks", ["--overlap", "0.5"], "--overlap is that of windows. Say --window HEIGHT WIDTH too"),
             ("labels", ["--out", __file__], "which is a file. Name a folder."),
             ("labels", ["--device", "gpu7"], "--device is 'gpu7', which torch cannot use here"),
         ],
-        ids=["window of labels", "overlap", "out", "device"],
+        ids=["window of labels", "overlap", "overlap without a window", "out", "device"],
     )
     def test_options_that_cannot_be(self, fitted, tmp_path, capsys, kind, options, message):
         write_image(tmp_path / "images" / "a.png", noise())
