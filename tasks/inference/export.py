@@ -83,13 +83,15 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 
     Raises:
         ConfigError: For another suffix, an unknown image size or one that the network does not take, a missing
-            package, ONNX of a task in half precision, or the file of the task's own weights.
+            package, ONNX of a task in half precision, the file of the task's own weights, or a size for `.safetensors`.
         WeightsError: If the logits of the file differ from those of the task; it is not written then.
     """
     check_fields({"task": task, "path": path, "size": size}, _CHECKS)
     path = _checked(path)
     if path.exists() and path.resolve() == Path(task.model_config.weights).resolve():
         raise ConfigError(f"The file is {path}, which the task is read from: it would be replaced. Name a new file.")
+    if size is not None and path.suffix == SAFETENSORS:
+        raise ConfigError("size (--size) is that of a program's images, and a .safetensors file holds weights alone.")
     with evaluated_on(task, "cpu"):  # a program keeps the device that it is made on
         return _write_weights(task, path) if path.suffix == SAFETENSORS else _write_program(task, path, size)
 

@@ -56,6 +56,7 @@ def load_task(path: str | Path, weights: str | Path | None = None) -> VisionTask
     Raises:
         WeightsError: If there is no such file, or if it has no provenance, or one that cannot be built.
         AdapterFileError: If an adapter does not fit its base.
+        ConfigError: If `weights` are given for a file that has no adapter.
     """
     check_path("path", path)
     optional(check_path)("weights", weights)
@@ -93,12 +94,15 @@ def _load(path: Path, weights: str | Path | None) -> VisionTask:
         LoraModel.load_adapter(source.target_in(task), path)
     elif path.suffix == SAFETENSORS:
         provenance = _checked(_metadata(path), path)
+        _check_needed(weights, path)
         model = _whole(provenance, str(path))
         task = _task_class(provenance, path)(**{**provenance["arguments"], "model": model})
     else:
         checkpoint = read_checkpoint(path)
         provenance = _checked(checkpoint.get(PROVENANCE_KEY), path)
         adapted = KEY in checkpoint
+        if not adapted:
+            _check_needed(weights, path)
         model = _arguments(provenance, weights)["model"] if adapted else _whole(provenance, NONE)
         task = task_of_checkpoint(_task_class(provenance, path), checkpoint, model=model)
         if not adapted:  # an adapter that is trained on it has this base
@@ -106,6 +110,14 @@ def _load(path: Path, weights: str | Path | None) -> VisionTask:
             task.hparams["model"] = asdict(task.model_config)
     task.adopt_images(provenance)
     return task.eval()
+
+
+def _check_needed(weights: str | Path | None, path: Path) -> None:
+    if weights is not None:
+        raise ConfigError(
+            f"weights (--weights) is {weights}, which would not be read: it is the base of an adapter, and {path} "
+            "holds all weights itself. Leave it out."
+        )
 
 
 @dataclass(frozen=True)

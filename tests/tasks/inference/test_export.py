@@ -155,6 +155,12 @@ class TestExport:
         assert said.endswith("It was trained with 16x16: leave `size` (--size) out.\n")
         assert not [*tmp_path.iterdir()]
 
+    def test_weights_alone_have_no_size_of_images(self, fitted, tmp_path, capsys):
+        files = [str(fitted["labels"][1]["adapter"]), str(tmp_path / "m.safetensors")]
+        assert export([*files, "--size", "24", "24"]) == 1
+        assert "size (--size) is that of a program's images" in capsys.readouterr().err
+        assert not [*tmp_path.iterdir()]
+
     def test_a_size_is_needed(self, fitted, tmp_path):
         task = load_task(fitted["masks"][1]["merged"])
         task.image_size = None

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from lora_plugins import LoraError, LoraModel
+from lora_plugins import ConfigError, LoraError, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.tasks import (
     DigitsDataModule,
@@ -72,6 +72,12 @@ def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
         now.rename(base)
     images = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(again(images), task(images), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["merged", "merged checkpoint"])
+def test_weights_for_a_file_that_has_all_are_refused(fitted, file):
+    with pytest.raises(ConfigError, match=r"weights \(--weights\) is other\.pth, which would not be read"):
+        load_task(fitted["labels"][1][file], "other.pth")
 
 
 @pytest.mark.parametrize("file", ["checkpoint", "adapter"])
