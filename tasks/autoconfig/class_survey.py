@@ -10,7 +10,7 @@ from lora_plugins.tasks.autoconfig.lookalikes import (
     MASKS_FOLDER,
     check_are_classes,
     check_has_classes,
-    list_in,
+    labels_in,
 )
 from lora_plugins.tasks.autoconfig.readable import check_no_problems, unreadable
 from lora_plugins.tasks.errors import DataError
@@ -40,7 +40,7 @@ def class_survey(data: Path, flags: Flags) -> Survey:
     if len(classes) < 2:
         raise DataError(
             f"{folders[TRAIN]} holds one class, {classes[0]!r}, and there is nothing to tell apart. Make a folder of "
-            f"images for each class, at least two.{list_in(data)}"
+            f"images for each class, at least two.{labels_in(data)}"
         )
     unread = [
         *(beside(data, splits) if splits else ()),
@@ -59,14 +59,14 @@ def _split_folders(data: Path) -> tuple[list[str], dict[str, Path]]:
         raise DataError(
             f"{data} holds {what}. Make a folder of images for each class, {data}/CLASS/NAME.jpg; or put masks beside "
             f"the images, {data}/{IMAGES_FOLDER}/NAME.jpg and {data}/{MASKS_FOLDER}/NAME.png (or --masks DIR)."
-            f"{list_in(data)}"
+            f"{labels_in(data)}"
         )
     splits = splits_in(data)
     folders = {split: data / split for split in splits} or {TRAIN: data}
     if splits and not has_folders(folders[TRAIN]) and image_files(folders[TRAIN]):
         raise DataError(
             f"{folders[TRAIN]} is taken for the train split, and holds images, no folder for each class. If {TRAIN!r} "
-            f"is a class, give its folder another name.{list_in(data) or list_in(folders[TRAIN])}"
+            f"is a class, give its folder another name.{labels_in(data) or labels_in(folders[TRAIN])}"
         )
     for split in splits[1:]:
         check_has_classes(data, split)

@@ -9,7 +9,17 @@ from pathlib import Path
 from lora_plugins.errors import listing
 from lora_plugins.tasks.autoconfig.folders import SPLIT_NAMES, has_folders, holds_folders_alone, holds_images
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import IMAGE_SUFFIXES, READERS, TEST, TRAIN, VAL, image_files, subfolders
+from lora_plugins.tasks.files import (
+    ANNOTATIONS,
+    DRAWN_FIRST,
+    IMAGE_SUFFIXES,
+    READERS,
+    TEST,
+    TRAIN,
+    VAL,
+    image_files,
+    subfolders,
+)
 
 IMAGES_FOLDER, MASKS_FOLDER = "images", "masks"
 
@@ -20,7 +30,7 @@ OF_IMAGES, OF_MASKS = (
 
 JPEG = frozenset({".jpg", ".jpeg"})
 
-OF_BOXES = frozenset({".json", ".xml", ".txt"})
+OF_BOXES = ANNOTATIONS | {".txt"}
 """Endings of files with boxes and polygons."""
 
 
@@ -37,7 +47,7 @@ def without_masks(data: Path) -> DataError:
     way = f"train on {data / IMAGES_FOLDER}" if are_classes else "make a folder for each class"
     return DataError(
         f"{data / IMAGES_FOLDER} has no masks beside it: there is no {data / MASKS_FOLDER}.{hint} To classify, "
-        f"{way}.{list_in(data)}"
+        f"{way}.{labels_in(data)}"
     )
 
 
@@ -88,7 +98,7 @@ def check_has_classes(data: Path, split: str) -> None:
     if not has_folders(folder := data / split):
         raise DataError(
             f"{folder} is taken for the {split} split, and holds no folder for each class. Images without labels are "
-            f"no split: move them out of {data}, and ask lora-plugins predict for their labels.{list_in(folder)}"
+            f"no split: move them out of {data}, and ask lora-plugins predict for their labels.{labels_in(folder)}"
         )
 
 
@@ -117,10 +127,13 @@ def images_of_list_elsewhere(data: Path, first: str) -> DataError:
     )
 
 
-def list_in(data: Path) -> str:
-    """Names the lists of images that lie in a folder, if there are some."""
+def labels_in(data: Path) -> str:
+    """Names the lists of images that lie in a folder or, if there is none, a file that may have boxes or polygons."""
     found = [str(path) for path in sorted(data.iterdir()) if path.suffix in READERS]
-    return f" To take what a list says of them, train on that: {' or '.join(found[:3])}." if found else ""
+    if found:
+        return f" To take what a list says of them, train on that: {' or '.join(found[:3])}."
+    drawn = next((path for path in sorted(data.iterdir()) if path.suffix.lower() in ANNOTATIONS), None)
+    return f" {drawn} is no list: {DRAWN_FIRST}." if drawn else ""
 
 
 def _holds_boxes(folder: Path) -> bool:
@@ -130,4 +143,4 @@ def _holds_boxes(folder: Path) -> bool:
 
 def boxes(folder: Path) -> str:
     """Returns what to say of a folder with boxes or polygons."""
-    return f"{folder} holds no images: boxes and polygons (YOLO, COCO) have to be drawn as masks first."
+    return f"{folder} holds no images: {DRAWN_FIRST}."

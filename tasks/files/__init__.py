@@ -27,10 +27,20 @@ from lora_plugins.tasks.files.image_io import (
     read_image,
     shown_size,
 )
-from lora_plugins.tasks.files.sample_lists import READERS, path_key, read_list, read_text, row_split
+from lora_plugins.tasks.files.sample_lists import (
+    ANNOTATIONS,
+    DRAWN_FIRST,
+    READERS,
+    path_key,
+    read_list,
+    read_text,
+    row_split,
+)
 from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL, check_shares, hold_out, leaves_one
 
 __all__ = [
+    "ANNOTATIONS",
+    "DRAWN_FIRST",
     "IMAGE_SUFFIXES",
     "MASK_SUFFIXES",
     "NO_IMAGE",

@@ -60,6 +60,12 @@ READERS: Mapping[str, Callable[[str, Path], list[Row]]] = {
 }
 
 
+ANNOTATIONS = frozenset({".json", ".xml"})
+"""Endings of files of boxes and polygons, as programs write them in which people draw these."""
+
+DRAWN_FIRST = "boxes and polygons (YOLO, COCO) have to be drawn as masks first"
+
+
 def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
     """Reads the rows of a CSV or JSON lines file, and checks that each has the required columns.
 
@@ -68,7 +74,8 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
             than a text or a whole number there.
     """
     if path.suffix not in READERS:
-        raise DataError(f"{path} ends in {path.suffix!r}; a list of samples ends in {', '.join(READERS)}.")
+        hint = f"; {DRAWN_FIRST}" if path.suffix.lower() in ANNOTATIONS else ""
+        raise DataError(f"{path} ends in {path.suffix!r}; a list of samples ends in {', '.join(READERS)}{hint}.")
     rows = READERS[path.suffix](read_text(path), path)
     if not rows:
         raise DataError(f"{path} holds no row.")

@@ -368,6 +368,14 @@ TREES = {
         ["train2017/0.jpg", "val2017/0.jpg", "annotations/instances.json"],
         "not all of which are folders of images of a class. .*annotations holds no images: boxes and polygons",
     ),
+    "a file of COCO beside images": (
+        ["images/0.jpg", "annotations.json"],
+        r"has no masks beside it.*annotations\.json is no list: boxes and polygons .* have to be drawn as masks first",
+    ),
+    "a file of LabelMe for each image": (
+        ["0.jpg", "0.json"],
+        r"nothing says what is on them.*0\.json is no list: boxes and polygons",
+    ),
     "boxes by split": (["images/train/0.jpg", "labels/train/0.txt"], "labels holds no images: boxes and polygons"),
     "boxes within a split": (
         ["train/images/0.jpg", "train/labels/"],

@@ -21,6 +21,16 @@ def test_values_that_are_no_text_are_refused(tmp_path, column, value):
         read_list(tmp_path / written(tmp_path / "list.jsonl", rows), ("image", "label"))
 
 
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [("a.json", "; boxes and polygons (YOLO, COCO) have to be drawn as masks first."), ("a.xlsx", ".ndjson.")],
+    ids=["of a program that draws", "another"],
+)
+def test_a_file_of_another_kind_is_refused(tmp_path, name, ending):
+    with pytest.raises(DataError, match=rf"a list of samples ends in \.csv, .*{re.escape(ending)}$"):
+        read_list(tmp_path / name, ("image", "label"))
+
+
 def test_whole_numbers_are_texts_too(tmp_path):
     path = tmp_path / written(tmp_path / "list.jsonl", [{"image": 7, "label": 0}])
     assert read_list(path, ("image", "label")) == [{"image": 7, "label": 0}]
