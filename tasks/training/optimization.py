@@ -89,8 +89,8 @@ def _check_class(name: str, kind: type[LRScheduler], value: object) -> None:
         raise ConfigError(
             f"{name} is {kind.__name__}, which takes {second.name!r} after the optimizer, where it is given the number "
             f"of all steps. Give a function: lambda optimizer, steps: {kind.__name__}(optimizer, {second.name}=...). "
-            f"In YAML, take another class, such as CosineAnnealingLR, or the section `{name}:` that stands beside "
-            "`model:`, whose scheduler is stepped after each epoch."
+            f"In YAML, take another class, such as CosineAnnealingLR, or the sections `optimizer:` and `{name}:` that "
+            "stand beside `model:`, whose scheduler is stepped after each epoch."
         )
 
 

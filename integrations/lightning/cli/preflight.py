@@ -232,6 +232,9 @@ def _check_amount(given: Mapping[str, Any]) -> None:
         limit = value_at(given, "trainer", name)
         if limit == 0 and not isinstance(limit, bool):
             raise ConfigError(f"trainer.{name} is 0, and fit would train nothing, and leave that as its results.")
+    batches = value_at(given, "trainer", "accumulate_grad_batches")
+    if isinstance(batches, int) and batches < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches is {batches}, and a step is of 1 batch or more.")
 
 
 _CHECKS: tuple[Callable[[Mapping[str, Any]], None], ...] = (

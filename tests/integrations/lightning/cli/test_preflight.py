@@ -47,6 +47,10 @@ OF_THE_RECIPE = {
         f"no {limit}": (f"--trainer.{limit} 0", f"trainer.{limit} is 0, and fit would train nothing")
         for limit in ("max_epochs", "max_steps", "limit_train_batches")
     },
+    "steps of no batch": (
+        "--trainer.accumulate_grad_batches 0",
+        "trainer.accumulate_grad_batches is 0, and a step is of 1 batch or more",
+    ),
     "no checkpoint": ("--ckpt_path {folder}/lost.ckpt", "no file {folder}/lost.ckpt"),
     **{
         f"{flag} of a variable that is not set": (
