@@ -229,6 +229,7 @@ class TextToImageTask(BaseTask):
 
     def on_train_start(self) -> None:
         """Lets each process draw noise of its own: they were seeded alike."""
+        super().on_train_start()
         if self.trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 

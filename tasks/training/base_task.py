@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import AdamW
 
 from lora_plugins import ConfigError
+from lora_plugins.errors import listing
 from lora_plugins.field_checks import Check, check_fields, number_from, optional
 from lora_plugins.integrations.lightning import LoraCheckpointMixin
 from lora_plugins.tasks.training.optimization import (
@@ -59,6 +61,13 @@ class BaseTask(LoraCheckpointMixin):
         check_optimizer(optimizer, lr=lr, weight_decay=weight_decay, default=default)
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         self.lr_scheduler, self.ema = lr_scheduler, ema
+        given = {
+            "optimizer": optimizer is not None,
+            "lr": lr != default[0],
+            "weight_decay": weight_decay != default[1],
+            "lr_scheduler": lr_scheduler is not None,
+        }
+        self._chosen, self._is_asked = [name for name, chosen in given.items() if chosen], False
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average, if there is one."""
@@ -70,6 +79,7 @@ class BaseTask(LoraCheckpointMixin):
         Raises:
             ConfigError: If a scheduler is to follow a training without end.
         """
+        self._is_asked = True
         make = self.optimizer or partial(AdamW, lr=self.lr, weight_decay=self.weight_decay)
         optimizer = make([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
@@ -79,6 +89,15 @@ class BaseTask(LoraCheckpointMixin):
             raise ConfigError("lr_scheduler needs to know the number of steps. Set max_epochs or max_steps.")
         scheduler = self.lr_scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Warns if arguments are not used, since the section `optimizer:` of a configuration replaces the optimizer."""
+        is_own = type(self).configure_optimizers is BaseTask.configure_optimizers
+        if self._chosen and is_own and not self._is_asked:
+            rank_zero_warn(
+                "The section `optimizer:` replaces the optimizer of the task. Not used of model.init_args: "
+                f"{listing(self._chosen)}. What is meant for the optimizer belongs in `optimizer:` and `lr_scheduler:`."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Writes the provenance into a checkpoint."""

@@ -55,6 +55,25 @@ class TestOptimizer:
         assert type(optimizer) is torch.optim.AdamW
         assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.02, 0.3)
 
+    @pytest.mark.parametrize(
+        ("options", "unused"),
+        [({"lr": 0.01, "lr_scheduler": warmup_cosine}, ["'lr', 'lr_scheduler'"]), ({}, [])],
+        ids=["with arguments", "without"],
+    )
+    def test_arguments_that_another_configuration_replaces_are_told(self, trainer, recwarn, options, unused):
+        task = ImageClassificationTask(tiny_vit(), **options)
+        task.configure_optimizers = lambda: torch.optim.SGD(task.parameters(), lr=0.1)  # as LightningCLI does
+        trainer(max_steps=1).fit(task, datamodule=digits())
+        said = [str(each.message) for each in recwarn if "`optimizer:`" in str(each.message)]
+        assert [message.partition("init_args: ")[2].partition(".")[0] for message in said] == unused
+
+    def test_a_class_with_an_optimizer_of_its_own_is_told_nothing(self, trainer):
+        class Own(ImageClassificationTask):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+        trainer(max_steps=1).fit(Own(tiny_vit(), lr=0.01), datamodule=digits())
+
     def test_another_takes_its_place(self, trainer):
         run = trainer(max_steps=1)
         sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
