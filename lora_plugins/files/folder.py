@@ -9,7 +9,7 @@ leaves the old adapter or the new one.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lora_plugins.errors import AdapterFileError, nothing_there
 from lora_plugins.files.manifest import TENSOR_FILE, checked_manifest, is_as_written, sealed
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
-from lora_plugins.utils import check_regular, remove_leftovers, replace_file
+from lora_plugins.utils import check_regular, ending, remove_leftovers, replace_file
 from lora_plugins.writable import check_writable_folder
 
 _WRITTEN = re.compile(f"{TENSOR_FILE.pattern}|{re.escape(MANIFEST)}")
@@ -39,13 +39,23 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
     digest = hashlib.sha256(data).hexdigest()
     name = f"adapter-{digest[:16]}.safetensors"
     manifest = {**packed.manifest, "file": name, "sha256": digest}
-    replace_file(folder / name, data)
-    replace_file(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
-    for old in folder.iterdir():
-        if old.name != name and TENSOR_FILE.fullmatch(old.name):
-            old.unlink(missing_ok=True)
+    others = [path for path in folder.iterdir() if path.name != name and TENSOR_FILE.fullmatch(path.name)]
+    own = [] if (folder / name).exists() else [folder / name]
+    with ending(lambda: _remove(others if _names(folder / MANIFEST, name) else own)):
+        replace_file(folder / name, data)
+        replace_file(folder / MANIFEST, json.dumps(sealed(manifest), indent=1).encode())
     remove_leftovers(folder, _WRITTEN)
     return folder
+
+
+def _names(manifest: Path, tensor_file: str) -> bool:
+    """Whether the manifest that is in its place names a tensor file."""
+    return manifest.is_file() and json.dumps(tensor_file).encode() in manifest.read_bytes()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> PackedAdapter:

@@ -24,6 +24,7 @@ from tests.core.file_cases import (
     own_tensors,
     tensor_file,
 )
+from tests.state.interrupted import passed, stopped
 
 
 class TestRoundTrip:
@@ -253,6 +254,25 @@ class TestKilledWhileWriting:
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
         lora.save_adapter(tmp_path)
         assert len(list(tmp_path.iterdir())) == 2
+
+    @pytest.mark.parametrize("again", [False, True], ids=["first save", "second save"])
+    def test_a_stopped_save_leaves_no_file_without_a_manifest(self, tmp_path, again):
+        old, new = (PackedAdapter({"format_version": 2}, {"a": torch.full((2,), value)}) for value in (0.0, 1.0))
+        before = {*write(tmp_path / "old", old).iterdir()} if again else set()
+        after = {*write(tmp_path / "new", new).iterdir()}
+
+        def start(at):
+            folder = tmp_path / f"stopped-{at}"
+            return write(folder, old) if again else folder
+
+        counted = start("counted")
+        lines = passed(lambda: write(counted, new))
+        for at in (at for at, line in enumerate(lines) if line.startswith(("files/", "utils/"))):
+            folder = start(at)
+            where, raised = stopped(lambda folder=folder: write(folder, new), at)
+            left = {path.name for path in folder.glob("*")}
+            assert raised, where
+            assert left in [{path.name for path in whole} for whole in (before, after)], where
 
     def test_what_killed_processes_left_is_removed_by_the_next_save(self, tmp_path):
         lora = adapt(build())
