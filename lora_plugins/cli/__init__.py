@@ -8,17 +8,17 @@ from lora_plugins.cli.commands import INTERRUPTED, TERMINATED, Command, installe
 from lora_plugins.cli.parser import Parser
 from lora_plugins.cli.pipes import exit_on_closed_output
 from lora_plugins.cli.plain_warnings import plain_warnings
-from lora_plugins.cli.starting import ctrl_c_calls, importing, without_collections
+from lora_plugins.cli.starting import importing, signal_calls, without_collections
 
 __all__ = [
     "INTERRUPTED",
     "TERMINATED",
     "Command",
     "Parser",
-    "ctrl_c_calls",
     "exit_on_closed_output",
     "importing",
     "installed_commands",
     "plain_warnings",
+    "signal_calls",
     "without_collections",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_plugins.cli.commands import CORE_COMMANDS, INTERRUPTED, Command, installed_commands
 from lora_plugins.cli.pipes import exit_on_closed_output, print_any_text
 from lora_plugins.cli.plain_warnings import plain_warnings
-from lora_plugins.cli.starting import keep_freed_memory, share_processors
+from lora_plugins.cli.starting import keep_freed_memory, share_processors, stopping_at_sigterm
 from lora_plugins.errors import LoraError, PluginError, TargetError, near
 from lora_plugins.names import DISTRIBUTION, TRACEBACK_VARIABLE
 
@@ -46,13 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 after an error that was printed, or 130 where Ctrl-C ended it.
+
+    Raises:
+        SystemExit: After SIGTERM, with the code of shells, 143, which is told.
     """
     print_any_text()
     share_processors()
     keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(given)
+        with stopping_at_sigterm():
+            return _dispatch(given)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED

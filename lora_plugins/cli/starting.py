@@ -7,10 +7,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
 
-from lora_plugins.cli.commands import INTERRUPTED
+from lora_plugins.cli.commands import INTERRUPTED, TERMINATED
 
 _SPINS = "GOMP_SPINCOUNT"
 
@@ -65,14 +65,41 @@ def without_collections() -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Holds a block that only imports, without collections; Ctrl-C ends the process in it at once.
+    """Holds a block that only imports, without collections; Ctrl-C and SIGTERM end the process in it at once.
 
-    The exception of Python may be lost: in a callback, where it is ignored, or in a package that catches what an import
-    raises. A handler that a program has set by itself stays.
+    An exception may be lost: in a callback, where it is ignored, or in a package that catches what an import raises. A
+    handler that a program has set by itself stays.
     """
-    is_ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with ctrl_c_calls(_end) if is_ours else nullcontext(), without_collections():
+    with ExitStack() as stack:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            stack.enter_context(signal_calls(signal.SIGINT, _end))
+        if isinstance(signal.getsignal(signal.SIGTERM), _Stop):
+            stack.enter_context(signal_calls(signal.SIGTERM, _end))
+        stack.enter_context(without_collections())
         yield
+
+
+@contextmanager
+def stopping_at_sigterm() -> Iterator[None]:
+    """Lets SIGTERM stop a block as an exception does, which removes temporary files and locks; a second one kills.
+
+    A handler that a program has set by itself stays.
+    """
+    is_default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with signal_calls(signal.SIGTERM, _Stop()) if is_default else nullcontext():
+        yield
+
+
+class _Stop:
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def __call__(self, number: int, _: Any) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != self.process:  # forked by a library, which ends it so
+            signal.raise_signal(number)
+        os.write(2, _SAID[signal.Signals(number)])
+        raise SystemExit(TERMINATED)
 
 
 @contextmanager
@@ -81,25 +108,28 @@ def _ctrl_c_afterwards() -> Iterator[None]:
         yield
         return
     asked: list[int] = []
-    with ctrl_c_calls(lambda number, _: asked.append(number)):
+    with signal_calls(signal.SIGINT, lambda number, _: asked.append(number)):
         yield
     if asked:
         signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
-def ctrl_c_calls(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Calls a handler at Ctrl-C in place of the present one, in the main thread: no other one can set one."""
+def signal_calls(number: int, handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Calls a handler at a signal in place of the present one, in the main thread: no other one can set one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handler)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
-def _end(*_: Any) -> NoReturn:
-    os.write(2, b"Interrupted.\n")
-    os._exit(INTERRUPTED)
+_SAID = {signal.SIGINT: b"Interrupted.\n", signal.SIGTERM: b"Ended by SIGTERM.\n"}
+
+
+def _end(number: int, _: Any) -> NoReturn:
+    os.write(2, _SAID[signal.Signals(number)])
+    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)

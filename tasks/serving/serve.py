@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 
+from lora_plugins.cli import TERMINATED
 from lora_plugins.devices import usable_device
 from lora_plugins.errors import counted
 from lora_plugins.tasks.command_lines import check_adapters
@@ -28,6 +29,8 @@ def main(given: Namespace) -> int:
     try:
         uvicorn.run(app, host=given.host, port=given.port, log_level="warning")
     except SystemExit as ended:  # it has said why
+        if ended.code == TERMINATED:  # SIGTERM, which uvicorn passes on once the answers of the moment are sent
+            raise
         place = f"--host {given.host} --port {given.port}"
         print(f"error: nothing can be served at {place}. Name another host or port.", file=sys.stderr)
         return 1 if ended.code else 0

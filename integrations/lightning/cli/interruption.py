@@ -1,6 +1,7 @@
 """Ctrl-C: the first one ends a fit as if it were over and saves what there is; the second one ends at once."""
 
 import os
+import signal
 import sys
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -8,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lora_plugins.cli import INTERRUPTED, ctrl_c_calls
+from lora_plugins.cli import INTERRUPTED, signal_calls
 
 _STOPPING = "Stopping, to save what there is. Ctrl-C again ends at once."
 _NOTHING = "Interrupted before training: nothing was saved."
@@ -48,7 +49,7 @@ class Interruption(Callback):
 
     def listening(self) -> AbstractContextManager[None]:
         """Handles Ctrl-C in place of Python, in the main thread of a single process."""
-        return ctrl_c_calls(self._answer)
+        return signal_calls(signal.SIGINT, self._answer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the trainer, for processes that are spawned."""

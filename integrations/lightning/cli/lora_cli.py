@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from typing import Any, NoReturn
@@ -16,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
-from lora_plugins.cli import TERMINATED, without_collections
+from lora_plugins.cli import TERMINATED, signal_calls, without_collections
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, places_of_results
 from lora_plugins.integrations.lightning.checkpoint import written_by
@@ -169,7 +171,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             SystemExit: After SIGTERM, with the code of shells; that of Lightning's own says that all went well.
         """
         places = places_of_results(self.trainer) if writes_files(self.trainer) else []
-        with self.interruption.listening(), held(places):
+        with self.interruption.listening(), _sigterm_after_batch(self.trainer), held(places):
             try:
                 self.trainer.fit(model, **kwargs)
             except SIGTERMException as error:
@@ -218,6 +220,19 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         trained = [parameter for parameter in lightning_module.parameters() if parameter.requires_grad]
         optimizer.param_groups[0]["params"][:] = trained
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+
+
+@contextmanager
+def _sigterm_after_batch(trainer: Trainer) -> Iterator[None]:
+    """Leaves SIGTERM to Lightning while it trains, which ends after the batch, and calls the handler that was there."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler):
+        yield
+        return
+    with signal_calls(
+        signal.SIGTERM, lambda number, frame: None if trainer.received_sigterm else handler(number, frame)
+    ):
+        yield
 
 
 def _refuse(parser: LightningArgumentParser, message: str, *_: Any) -> NoReturn:

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from lora_plugins.cli import INTERRUPTED, importing, without_collections
+from lora_plugins.cli import INTERRUPTED, TERMINATED, importing, without_collections
+from tests.core.processes import run_python
 
 
 @pytest.mark.parametrize("collects", [True, False])
@@ -25,21 +26,65 @@ def test_collecting_goes_on_as_before(collects):
 
 
 CAUGHT = """
-import signal
+import signal, sys
 from lora_plugins.cli import importing
+from lora_plugins.cli.starting import stopping_at_sigterm
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background of a script does not have
-with importing():
+with stopping_at_sigterm(), importing():
     try:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.Signals[sys.argv[1]])
     except BaseException:  # as packages do around what they can do without
         pass
 print("went on")
 """
 
 
-def test_ctrl_c_during_imports_is_not_lost():
-    done = subprocess.run([sys.executable, "-c", CAUGHT], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "Interrupted.\n")
+@pytest.mark.parametrize(
+    ("name", "code", "said"), [("SIGINT", INTERRUPTED, "Interrupted."), ("SIGTERM", TERMINATED, "Ended by SIGTERM.")]
+)
+def test_a_signal_during_imports_is_not_lost(name, code, said):
+    done = subprocess.run([sys.executable, "-c", CAUGHT, name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"{said}\n")
+
+
+STOPPED = """
+import os, signal, sys
+from lora_plugins.cli.main import main
+{before}
+moved = os.rename
+os.rename = os.replace = lambda *paths: (signal.raise_signal(signal.SIGTERM), moved(*paths))
+sys.exit(main(["new-plugin", "my-plugin"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "said"),
+    [
+        pytest.param("", TERMINATED, "Ended by SIGTERM.\n", id="a program"),
+        pytest.param("signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))", 7, "", id="a handler of the program's"),
+    ],
+)
+def test_sigterm_removes_what_is_temporary(tmp_path, before, code, said):
+    done = run_python("-c", STOPPED.format(before=before), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (code, said)
+    assert [*tmp_path.iterdir()] == []
+
+
+FORKED = """
+import os, signal, sys
+from lora_plugins.cli.starting import stopping_at_sigterm
+with stopping_at_sigterm():
+    child = os.fork()
+    if not child:
+        signal.raise_signal(signal.SIGTERM)
+    print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_sigterm_ends_a_forked_process_without_a_word():
+    done = run_python("-c", FORKED)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{int(signal.SIGTERM)}\n", "")
 
 
 class Loop:

@@ -3,9 +3,12 @@
 import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 
 import pytest
 
+from lora_plugins.cli import TERMINATED
 from lora_plugins.cli.main import main
 
 
@@ -53,3 +56,19 @@ def test_a_port_that_is_taken_is_named(adapters, capsys):
         port = taken.getsockname()[1]
         assert main(["serve", str(adapters), "--port", str(port)]) == 1
     assert f"error: nothing can be served at --host 127.0.0.1 --port {port}." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_is_no_port_that_is_taken(adapters):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", "-m", "lora_plugins", "serve", str(adapters), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        while process.poll() is None:
+            with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (TERMINATED, "Ended by SIGTERM.\n")
