@@ -81,7 +81,12 @@ class Results:
         if self.export_to is not None and trainer.is_global_zero:
             with temporarily_merged(target, self.max_error, dequantize=self.dequantize):
                 tensors = plain_state_dict(target)
-            paths["Merged model"] = write_safetensors(Path(self.export_to), tensors, entries)
+            try:
+                paths["Merged model"] = write_safetensors(Path(self.export_to), tensors, entries)
+            except OSError as error:
+                if self.files:
+                    error.add_note(f"The adapter is saved: {listing(file.path for file in self.files)}.")
+                raise
         return paths
 
     def _warn_of_moved(self, module: nn.Module, target: nn.Module, written: Set[str]) -> None:

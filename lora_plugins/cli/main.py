@@ -62,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         ours = _lora_error(error)
-        message = _of_place(error) if ours is None else _with_notes(ours)
+        message = _of_place(error) if ours is None else str(ours)
         if message is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
         if ours is not None:
             _print_plugin_failure(ours)
-        return _fail(message)
+        return _fail("\n".join([message, *getattr(ours or error, "__notes__", ())]))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -155,11 +155,6 @@ def _lora_error(error: BaseException) -> LoraError | None:
     while found is not None and not isinstance(found, LoraError):
         found = found.__cause__
     return found
-
-
-def _with_notes(error: LoraError) -> str:
-    """Returns what an error says, and what was noted of it on its way here."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def _of_place(error: Exception) -> str | None:

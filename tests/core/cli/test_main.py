@@ -163,22 +163,30 @@ class TestCommandsOfOthers:
         with pytest.raises(ModuleNotFoundError, match="no_such_library"):
             main(["stumble"])
 
-    def test_notes_of_an_error_are_told(self, distribution, capsys):
-        text = """
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [
+            ("ConfigError('it cannot be')", "it cannot be"),
+            ("OSError(28, 'full', 'it')", f"{os.strerror(28)} for it. Make room, or name a place on another disk."),
+        ],
+        ids=["ours", "a full disk"],
+    )
+    def test_notes_of_an_error_are_told(self, distribution, capsys, error, told):
+        text = f"""
             from lora_plugins.cli import Command
             from lora_plugins import ConfigError
 
             def run(arguments):
-                error = ConfigError("it cannot be")
+                error = {error}
                 error.add_note("It happened on a copy.")
                 raise error
 
-            COMMANDS = {"stumble": Command("", run)}
+            COMMANDS = {{"stumble": Command("", run)}}
         """
         mine = textwrap.dedent(text)
         distribution("noting", "[lora_plugins.commands]\nit = commands_of_noting:COMMANDS\n", commands_of_noting=mine)
         assert main(["stumble"]) == 1
-        assert capsys.readouterr().err == "error: it cannot be\nIt happened on a copy.\n"
+        assert capsys.readouterr().err == f"error: {told}\nIt happened on a copy.\n"
 
     def test_an_error_while_another_was_handled_is_told_itself(self, distribution):
         text = """

@@ -19,6 +19,7 @@ from lora_plugins.cli.main import main
 from lora_plugins.files import OWN_ENTRIES
 from lora_plugins.integrations.lightning import AdapterFile, LoraCallback
 from lora_plugins.integrations.lightning.adapter_files import adapter_files, check_room
+from lora_plugins.testing.full_disk import no_file_beyond
 from tests.integrations.lightning.toys import CONFIG, Classifier, FillsItsBackboneIn, loader, lora, trainer
 
 X = torch.linspace(-1, 1, 20).view(5, 4)
@@ -51,6 +52,16 @@ def test_every_file_is_the_adapter_that_was_trained(tmp_path, merge, capsys):
     out = capsys.readouterr().out
     assert f"Adapter: {tmp_path / 'ours'}" in out
     assert f"Adapter for peft: {tmp_path / 'theirs'}" in out
+
+
+def test_a_full_disk_at_the_merged_model_says_that_the_adapter_is_saved(tmp_path):
+    wide, merged = Classifier(width=4000), tmp_path / "merged.safetensors"
+    with no_file_beyond(100_000), pytest.raises(OSError, match="File too large") as raised:
+        fitted(tmp_path, tmp_path / "adapter", wide, export_to=merged)
+    assert raised.value.__notes__ == [f"The adapter is saved: {str(tmp_path / 'adapter')!r}."]
+    assert raised.value.filename == str(merged)
+    assert not merged.exists()
+    LoraModel.load_adapter(Classifier(width=4000).net, tmp_path / "adapter")
 
 
 class Counting(nn.Identity):
