@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -34,6 +35,8 @@ from lora_plugins.integrations.lightning.writer import writes_files
 
 _FROM_FILE = "sub_configs" if "sub_configs" in signature(ArgumentParser.add_argument).parameters else "enable_path"
 """The option of jsonargparse that lets a section be the path of a file; called otherwise before 4.49."""
+
+_KEEPING = "To keep what is there, press Ctrl-C twice, and name other places: save_adapter_to, export_to."
 
 
 class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
@@ -164,13 +167,16 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
             self.trainer.test(model, **kwargs)
 
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
-        """Fits, handles Ctrl-C, and prints where everything is.
+        """Fits, handles Ctrl-C, and prints where everything is, and before it which results it will replace.
 
         Raises:
             ConfigError: If another run is about to write the same results.
             SystemExit: After SIGTERM, with the code of shells; that of Lightning's own says that all went well.
         """
         places = places_of_results(self.trainer) if writes_files(self.trainer) else []
+        earlier = [place for place in places if Path(place).exists()]
+        if earlier and not kwargs.get("ckpt_path"):
+            print_lines([f"{listing(earlier)}: of an earlier run, and replaced when this one ends. {_KEEPING}"])
         with self.interruption.listening(), _sigterm_after_batch(self.trainer), held(places):
             try:
                 self.trainer.fit(model, **kwargs)

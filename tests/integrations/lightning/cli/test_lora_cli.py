@@ -228,6 +228,22 @@ def test_a_place_that_another_run_will_write_is_refused(config, tmp_path, capsys
     assert [each.name for each in (tmp_path / "runs").iterdir()] == [place.name]
 
 
+def test_results_of_an_earlier_run_that_will_be_replaced_are_said(config, tmp_path, capsys):
+    places = {"save_adapter_to": str(tmp_path / "adapter"), "export_to": str(tmp_path / "m.safetensors")}
+    path = config(lora_callback=places)
+
+    def said(*arguments):
+        assert main(["fit", "--config", path, *arguments]) == 0, capsys.readouterr().err
+        return [line for line in capsys.readouterr().out.splitlines() if "earlier run" in line]
+
+    assert said() == []
+    (line,) = said()
+    assert line.startswith(", ".join(map(repr, places.values())))
+    assert "Ctrl-C twice" in line
+    assert said("--trainer.fast_dev_run", "true") == []  # writes none
+    assert said("--trainer.max_epochs", "2", "--ckpt_path", checkpoint(tmp_path)) == []  # goes on with that run
+
+
 def test_override_of_a_users_own_optimizer_is_said_and_that_of_our_tasks_is_not(config, tmp_path):
     trainer_section = {"logger": False, "max_epochs": 1, "enable_progress_bar": False, "accelerator": "cpu"}
     with warnings.catch_warnings(record=True) as caught:
