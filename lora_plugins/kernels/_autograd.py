@@ -1,5 +1,6 @@
 """What the functions with a hand-written gradient have in common."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -116,6 +117,20 @@ def rounded(
     if not in_full_weight:
         weight, A, B = weight.to(dtype), A.to(dtype), B.to(dtype)
     return x.to(dtype), weight, None if bias is None else bias.to(dtype), A, B
+
+
+def backward_in_full(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Returns a backward that computes in the types of its forward, also where it is called under autocast.
+
+    Autocast had its say in the forward, or was switched off there: it must not round what is computed again.
+    """
+
+    @functools.wraps(backward)
+    def in_types_of_the_forward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with in_full(gradient):
+            return backward(ctx, gradient)
+
+    return in_types_of_the_forward
 
 
 def law_gradients(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plugins.kernels._autograd import call_under_autocast, law_gradients, save, saved
+from lora_plugins.kernels._autograd import backward_in_full, call_under_autocast, law_gradients, save, saved
 from lora_plugins.kernels._channels import gradient_of_bias
 from lora_plugins.kernels._conv_products import (
     ConvOptions,
@@ -60,6 +60,7 @@ class _LoraConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @backward_in_full
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, small = saved(ctx)
         options: ConvOptions = ctx.options

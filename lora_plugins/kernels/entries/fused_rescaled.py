@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_plugins.kernels._autograd import Options, call_under_autocast, law_gradients, save, saved
+from lora_plugins.kernels._autograd import Options, backward_in_full, call_under_autocast, law_gradients, save, saved
 from lora_plugins.kernels._channels import as_rows, gradient_of_bias, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
 from lora_plugins.kernels._kernel import Kernel
@@ -90,6 +90,7 @@ class _Rescaled(torch.autograd.Function):
         return layer.outputs(y, x)
 
     @staticmethod
+    @backward_in_full
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, matrix, *own = saved(ctx)
         options: RescaledOptions = ctx.options

@@ -266,3 +266,27 @@ def test_a_backward_is_that_of_the_weights_of_its_forward(change):
         change(each)
         found += torch.autograd.grad(output.square().sum(), x)
     torch.testing.assert_close(*found, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        pytest.param(LAYERS["small"], (64, 6), marks=needs("fused_linear", "fused_rescaled"), id="linear"),
+        pytest.param(LAYERS["conv"], (2, 3, 9, 9), marks=needs("fused_conv", "fused_rescaled"), id="conv"),
+    ],
+)
+def test_autocast_around_a_backward_rounds_nothing(make, shape, variant, dtype):
+    """As where a part of a model switches autocast off, and the backward is called within the block as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).to(dtype)
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"], init="none", variant=variant))
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    wanted = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    found = []
+    for enabled in (False, True):
+        loss = model(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(loss, wanted))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
