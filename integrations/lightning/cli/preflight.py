@@ -15,7 +15,7 @@ from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import near, near_matches, no_folder
 from lora_plugins.field_checks import is_whole
 from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, read_arguments, value_at
-from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED
+from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED, SHORT
 from lora_plugins.writable import check_writable_file, check_writable_folder
 
 _OF_CHECKPOINTS = frozenset({"last", "hpc"})
@@ -27,6 +27,13 @@ _IN_SHARDED = (".metadata", "meta.pt", "checkpoint", "latest")
 
 _OURS = "lora_plugins."
 """How the paths of our classes begin."""
+
+_OF_OPTIMIZER: Mapping[str, str] = {
+    "lr": "--optimizer.init_args.lr",
+    "weight_decay": "--optimizer.init_args.weight_decay",
+    "lr_scheduler": "--lr_scheduler",
+}
+"""Arguments by which our tasks are optimized if there is no section `optimizer:`, and the flags for where it is."""
 
 _OF_A_FOLDER = "FolderDataModule"
 """How the names of the data modules end that read a folder of the user's, `root`."""
@@ -50,6 +57,8 @@ def check(
     _check_trainer(given)
     _check_sections(given)
     lora = _lora_of(given)
+    if command == "fit":
+        _check_optimization(arguments, given)
     for one in (*_CHECKS, *(_CHECKS_OF_WRITING if writes else ())):
         one(given)
     return lora
@@ -86,6 +95,21 @@ def _lora_of(given: Mapping[str, Any]) -> LoraConfig | None:
         return LoraConfig(**section)
     except TypeError as error:
         raise ConfigError(f"lora: {error}") from error
+
+
+def _check_optimization(arguments: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Refuses flags of what the section `optimizer:` replaces; in a file, such as a recipe, they may stand beside it."""
+    if not given.get("optimizer") or not str(value_at(given, "model", "class_path")).startswith(_OURS):
+        return
+    flags = {argument.partition("=")[0] for argument in arguments}
+    for name, instead in _OF_OPTIMIZER.items():
+        flag = f"--model.init_args.{name}"
+        if flag in flags and value_at(given, "model", "init_args", name) is not None:
+            short = next((f" ({short})" for short, each in SHORT.items() if each.stands_for == flag), "")
+            raise ConfigError(
+                f"{flag}{short} would not be read: the section `optimizer:` replaces how the task is optimized by "
+                f"itself. Write {instead}, or leave out that section: --optimizer null."
+            )
 
 
 def _check_classes(given: Mapping[str, Any]) -> None:

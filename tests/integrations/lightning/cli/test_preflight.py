@@ -113,6 +113,16 @@ AT_ONCE = {
     "a key twice": (["--config", "{folder}/twice.yaml"], "the key 'r' comes twice in one table in line 1, column 24"),
     "a section twice": (["--config", "{folder}/sections.yaml"], "the key 'lora' comes twice in one table in line 3"),
     "nothing": ([], "the configuration has no `model:`, and needs it."),
+    "rate beside a section optimizer": (
+        ["--config", "recipe:dreambooth", "--lr", "0.1"],
+        "--model.init_args.lr (--lr) would not be read: the section `optimizer:` replaces how the task is optimized by "
+        "itself. Write --optimizer.init_args.lr, or leave out that section: --optimizer null.",
+    ),
+    "schedule beside a section optimizer": (
+        ["--config=recipe:dreambooth", "--model.init_args.lr_scheduler=lora_plugins.tasks.warmup_cosine"],
+        "--model.init_args.lr_scheduler would not be read: the section `optimizer:` replaces how the task is "
+        "optimized by itself. Write --lr_scheduler",
+    ),
     "a text without a model": (["--config", "data: 1\nlora: null\n"], "the configuration has no `model:`"),
     **{name: (["--config", "recipe:cls", *flags.split(" ")], said) for name, (flags, said) in OF_THE_RECIPE.items()},
 }
