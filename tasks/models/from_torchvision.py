@@ -3,6 +3,7 @@
 Their auxiliary classifier, which is only for a second loss, is left out.
 """
 
+from inspect import signature
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -39,11 +40,15 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _create(config: ModelConfig) -> nn.Module:
-    from torchvision.models import get_model, list_models, segmentation
+    from torchvision.models import get_model, get_model_builder, list_models, segmentation
 
     names = list_models(module=segmentation)
     if config.name not in names:
         raise unknown("segmenter of torchvision:", config.name, names)
+    options = signature(get_model_builder(config.name)).parameters.keys() - {"kwargs"}  # which torchvision passes over
+    for option in config.options:
+        if option not in options:
+            raise unknown(f"option of torchvision's {config.name}:", option, options)
     keywords = {"weights": None, "weights_backbone": None, "num_classes": config.num_classes, **config.options}
     with building(config):
         module = get_model(config.name, **keywords)

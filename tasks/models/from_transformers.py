@@ -71,10 +71,7 @@ def _named_architecture(config: ModelConfig, auto: Any) -> Any:
     known = {cls.model_type for cls in auto._model_mapping}
     if config.name not in known:
         raise unknown(f"model type for {auto.__name__}:", config.name, known)
-    fields = CONFIG_MAPPING[config.name]().to_dict()
-    for option in config.options:
-        if option not in fields:
-            raise unknown(f"option of transformers' {config.name}:", option, fields)
+    _check_options(config, CONFIG_MAPPING[config.name]())
     return AutoConfig.for_model(config.name, num_labels=config.num_classes, **config.options)
 
 
@@ -86,11 +83,21 @@ def _fetched_architecture(config: ModelConfig) -> Any:
         types = unknown("model type of transformers", config.name, CONFIG_MAPPING)
         raise ConfigError(f"{types} It is no folder and no model of the hub (OWNER/NAME) either.")
     try:
-        return AutoConfig.from_pretrained(config.name, num_labels=config.num_classes, **config.options)
+        architecture = AutoConfig.from_pretrained(config.name, num_labels=config.num_classes, **config.options)
     except OSError as error:
         raise ConfigError(
             f"There is no configuration to be read for {config.name!r}: {_reason(config.name, error)}"
         ) from error
+    _check_options(config, architecture)
+    return architecture
+
+
+def _check_options(config: ModelConfig, architecture: Any) -> None:
+    """Checks that options are fields of a configuration: the library passes over others, or reads by them."""
+    fields = {*architecture.to_dict(), *architecture.attribute_map}
+    for option in config.options:
+        if option not in fields:
+            raise unknown(f"option of transformers' {config.name}:", option, fields)
 
 
 def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import ViTConfig
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import ImageClassificationTask, ModelConfig, SemanticSegmentationTask, WeightsError
@@ -80,6 +81,10 @@ SEGMENTATION_ERRORS = {
     "option": (lambda: unet(encoder_name="resnet18", decoder_chanels=[8]), "Did you mean 'decoder_channels'"),
     "option of a timm encoder": (lambda: unet(bogus=1), "bogus"),
     "option of segformer": (lambda: tiny_segformer(hiddensizes=[8]), "Did you mean 'hidden_sizes'"),
+    "option of torchvision": (
+        lambda: ModelConfig("torchvision", "lraspp_mobilenet_v3_large", 3, "none", {"weights_backbon": "DEFAULT"}),
+        "Unknown option of torchvision's lraspp_mobilenet_v3_large: 'weights_backbon'. Did you mean 'weights_backbone'",
+    ),
 }
 
 
@@ -87,6 +92,20 @@ SEGMENTATION_ERRORS = {
 def test_wrong_names_of_segmenters(config, message):
     with pytest.raises(ConfigError, match=message):
         SemanticSegmentationTask(config())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"hidden_dropout_probb": 0.5}, "'hidden_dropout_probb'. Did you mean 'hidden_dropout_prob'"),
+        ({"revision": "old"}, "'revision'"),
+    ],
+    ids=["misspelt", "of what reads"],
+)
+def test_wrong_options_of_a_folder_of_transformers(option, message, tmp_path):
+    ViTConfig(**TINY_HF_VIT).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"Unknown option of transformers' {tmp_path}: {message}"):
+        ImageClassificationTask(ModelConfig("transformers", str(tmp_path), 3, "none", option, HALF, HALF))
 
 
 @pytest.mark.parametrize(
