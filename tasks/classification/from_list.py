@@ -8,7 +8,7 @@ from lora_plugins.field_checks import check_names, optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import MAX_LISTED, unknown
-from lora_plugins.tasks.files import path_key, read_list, row_split
+from lora_plugins.tasks.files import SPLIT_COLUMN, check_split_column, path_key, read_list, row_split
 
 
 class ImageListDataModule(ImageDataModule):
@@ -19,7 +19,7 @@ class ImageListDataModule(ImageDataModule):
         root: The folder that paths are relative to; by default that of the list.
         image_column: The column with the path of the image.
         label_column: The column with the name of the class.
-        split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
+        split_column: The column that says `train`, `val` or `test`; without a `split`, `val_share` splits the rows.
         classes: Names of the classes, in order; by default all labels, sorted.
         **options: The arguments of `ImageDataModule`.
 
@@ -34,7 +34,7 @@ class ImageListDataModule(ImageDataModule):
         root: str | None = None,
         image_column: str = "image",
         label_column: str = "label",
-        split_column: str = "split",
+        split_column: str = SPLIT_COLUMN,
         classes: Sequence[str] | None = None,
         **options: Any,
     ) -> None:
@@ -62,7 +62,9 @@ class ImageListDataModule(ImageDataModule):
         problems: list[str] = []
         labels: dict[Path, tuple[str, int]] = {}
         targets = {name: at for at, name in reversed([*enumerate(self.class_names)])}  # the first of a name counts
-        for number, row in enumerate(read_list(self.file, (image, label)), 1):
+        rows = read_list(self.file, (image, label))
+        check_split_column(self.file, rows, split)
+        for number, row in enumerate(rows, 1):
             where = f"Row {number} of {self.file}"
             name, path = str(row[label]), self.root / str(row[image])
             if name not in targets:

@@ -17,6 +17,9 @@ from lora_plugins.tasks.files.splits import TEST, TRAIN, VAL
 Row = Mapping[str, Any]
 SPLIT_NAMES: Mapping[str, str] = {TRAIN: TRAIN, VAL: VAL, "valid": VAL, "validation": VAL, TEST: TEST}
 
+SPLIT_COLUMN = "split"
+"""The column that says which split a row is of, unless another one is named."""
+
 _NO_COMMAS = ";\t|"
 """What else separates columns, as in what spreadsheets save where the comma is that of numbers."""
 
@@ -111,6 +114,16 @@ def read_text(path: Path) -> str:
         raise DataError(f"There is no file {path}: {nothing_there(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}. It has to be a text in UTF-8.") from error
+
+
+def check_split_column(path: Path, rows: Sequence[Row], column: str) -> None:
+    """Checks that a list has the column of splits that is named for it; the usual one it may lack.
+
+    Raises:
+        DataError: If it has not: all rows would be of the train split.
+    """
+    if column != SPLIT_COLUMN and not any(column in row for row in rows):
+        raise DataError(f"{path} has no column {column!r}, which is named as its split_column. {near(column, rows[0])}")
 
 
 def row_split(row: Row, column: str, where: str) -> str:

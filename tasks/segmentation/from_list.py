@@ -6,7 +6,7 @@ from typing import Any
 from lora_plugins.field_checks import optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import Item
-from lora_plugins.tasks.files import path_key, read_list, row_split
+from lora_plugins.tasks.files import SPLIT_COLUMN, check_split_column, path_key, read_list, row_split
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -18,7 +18,7 @@ class MaskListDataModule(MaskDataModule):
         root: The folder that paths are relative to; by default that of the list.
         image_column: The column with the path of the image.
         mask_column: The column with the path of the mask.
-        split_column: The column that says `train`, `val` or `test`. If there is none, `val_share` splits the rows.
+        split_column: The column that says `train`, `val` or `test`; without a `split`, `val_share` splits the rows.
         **options: The arguments of `MaskDataModule`.
 
     Raises:
@@ -32,7 +32,7 @@ class MaskListDataModule(MaskDataModule):
         root: str | None = None,
         image_column: str = "image",
         mask_column: str = "mask",
-        split_column: str = "split",
+        split_column: str = SPLIT_COLUMN,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -47,7 +47,9 @@ class MaskListDataModule(MaskDataModule):
         """The rows by split."""
         image, mask, split = self.columns
         items: dict[str, list[Item]] = {}
-        for number, row in enumerate(read_list(self.file, (image, mask)), 1):
+        rows = read_list(self.file, (image, mask))
+        check_split_column(self.file, rows, split)
+        for number, row in enumerate(rows, 1):
             image_path, mask_path = (self.root / str(row[column]) for column in (image, mask))
             name = row_split(row, split, f"Row {number} of {self.file}")
             key = path_key(row[mask], self.root)

@@ -98,7 +98,7 @@ def _lora_of(given: Mapping[str, Any]) -> LoraConfig | None:
 
 
 def _check_optimization(arguments: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Refuses flags of what the section `optimizer:` replaces; in a file, such as a recipe, they may stand beside it."""
+    """Refuses flags of what the section `optimizer:` replaces; in a file, such as a recipe, it may stand beside it."""
     if not given.get("optimizer") or not str(value_at(given, "model", "class_path")).startswith(_OURS):
         return
     flags = {argument.partition("=")[0] for argument in arguments}

@@ -50,6 +50,12 @@ class TestLists:
         assert {item.target for item in items["train"]} == {500, 501}
         assert len(compared) < 10 * len(rows)
 
+    def test_the_column_of_splits_that_is_named_has_to_be_there(self, class_folders):
+        path = written(class_folders / "list.csv", [{**row, "fold": row["split"]} for row in self.rows(class_folders)])
+        assert {*ImageListDataModule(path, split_column="fold").find()[0]} == {"train", "val"}
+        with pytest.raises(DataError, match=r"list.csv has no column 'folds', which is .* split_column. Did .* 'fold'"):
+            ImageListDataModule(path, split_column="folds", val_share=0.5).find()
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
