@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_plugins import ConfigError, LoraModel, Plan
+from lora_plugins.field_checks import shown
 from lora_plugins.plugins import OWN_FORMAT
 from lora_plugins.writable import check_space, check_writable_file, check_writable_folder, check_writable_place
 
@@ -56,7 +57,7 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
     """Returns the files that an option names; a path alone is our own folder.
 
     Raises:
-        ConfigError: If something else is given, or a path twice.
+        ConfigError: If something else is given, options for our own folder, or a path twice.
     """
     several = [] if given is None else given
     entries = list(several) if isinstance(several, Sequence) and not isinstance(several, str) else [several]
@@ -64,6 +65,11 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
     for file in files:
         if not isinstance(file, AdapterFile) or not isinstance(file.path, str | Path):
             raise ConfigError(f"save_adapter_to holds {file!r}. An entry is a path, or an AdapterFile(path, format).")
+        if file.is_ours and file.format_options:
+            raise ConfigError(
+                f"save_adapter_to: format_options of {file.path} are {shown(dict(file.format_options))}, and our own "
+                "folder has none. Say which format they are of, as in format='peft', or leave them out."
+            )
     check_distinct([file.path for file in files])
     return files
 

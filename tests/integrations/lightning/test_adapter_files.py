@@ -224,6 +224,11 @@ def test_an_unknown_format_is_told_before_training(tmp_path):
         pytest.param([Path("a"), AdapterFile("./b/../a/", "peft")], "Two results", id="twice, in other words"),
         pytest.param(3, r"holds 3\. An entry is a path, or an AdapterFile", id="a number alone"),
         pytest.param([AdapterFile(3)], r"holds AdapterFile\(path=3, .*An entry is a path", id="a number in a file"),
+        pytest.param(
+            [AdapterFile("web.safetensors", format_options={"component": "unet"})],
+            r"format_options of web.safetensors are {'component': 'unet'}, and our own folder has none. Say which",
+            id="options of no format",
+        ),
         pytest.param([3], r"holds 3\. An entry is a path, or an AdapterFile", id="a number"),
     ],
 )
