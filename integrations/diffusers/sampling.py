@@ -19,6 +19,9 @@ from lora_plugins.inplace import held_in_eval_mode
 _PLAIN: Mapping[str, bool] = {"use_resolution_binning": False, "clean_caption": False}
 """Arguments that PixArt's pipelines take: the size that was asked for, and the prompt as it was written."""
 
+_NEGATES = "true_cfg_scale"
+"""An argument of pipelines, such as Flux's, without which they pass over a negative prompt."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,7 +36,7 @@ class Sampling:
         batch_size: How many pictures are sampled at once. It can change their last bits.
 
     Raises:
-        ConfigError: For a number that is none, or a height without a width.
+        ConfigError: For a number that is none, a height without a width, or a negative prompt without guidance.
     """
 
     steps: int = 30
@@ -51,9 +54,18 @@ class Sampling:
         optional(check_count)("width", self.width)
         if (self.height is None) != (self.width is None):  # pipelines of Stable Diffusion would ignore the one
             raise ConfigError(f"height is {self.height} and width is {self.width}: give both, or neither.")
+        if self.negative_prompt and self.guidance <= 1:
+            raise ConfigError(
+                f"negative_prompt is what guidance leads away from, and guidance is {self.guidance:g}, which is none. "
+                "Set it above 1, or leave the negative prompt out."
+            )
 
     def arguments(self, pipe: Any, count: int) -> dict[str, Any]:
-        """Returns the arguments of a pipeline's call for a number of pictures."""
+        """Returns the arguments of a pipeline's call for a number of pictures.
+
+        Raises:
+            ConfigError: If there is a negative prompt that the pipeline would not read.
+        """
         given = {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance,
@@ -62,6 +74,11 @@ class Sampling:
             "negative_prompt": [self.negative_prompt] * count if self.negative_prompt else None,
         }
         taken = inspect.signature(type(pipe).__call__).parameters
+        if self.negative_prompt and _NEGATES in taken:
+            raise ConfigError(
+                f"A {type(pipe).__name__} does not lead away from a negative prompt: its guidance is part of what the "
+                "model was trained on. Leave negative_prompt out."
+            )
         plain = {name: value for name, value in _PLAIN.items() if name in taken}
         return {**plain, **{name: value for name, value in given.items() if value is not None}}
 
@@ -80,7 +97,7 @@ def sample(pipe: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: Sa
 
     Raises:
         ConfigError: If a prompt is empty, there is not one seed for each, torch cannot take a seed, or the pipeline
-            refuses what it is to draw, such as a height.
+            refuses what it is to draw, such as a height, or would not read the negative prompt.
     """
     sampling = sampling or Sampling()
     if len(prompts) != len(seeds):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from lora_plugins import ConfigError
 from lora_plugins.integrations.diffusers import Sampling, contact_sheet, sample
-from tests.integrations.diffusers.pipelines import build
+from tests.integrations.diffusers.pipelines import PIPELINES, build
 
 PROMPTS = ["a photo of sks dog", "a cat", "a dog"]
 
@@ -36,6 +36,8 @@ def test_bad_input_is_named():
         Sampling(steps=0)
     with pytest.raises(ConfigError, match="height is 16 and width is None: give both"):
         Sampling(height=16)
+    with pytest.raises(ConfigError, match="negative_prompt is what guidance leads away from, and guidance is 1, which"):
+        Sampling(guidance=1, negative_prompt="a cat")
     with pytest.raises(ConfigError, match=f"A seed is {2**64}; torch takes"):
         sample(pipe, PROMPTS[:1], [2**64])
 
@@ -50,6 +52,17 @@ def test_bad_input_is_named():
 def test_what_the_pipeline_refuses_is_told(sampling, said):
     with pytest.raises(ConfigError, match=f"The StableDiffusionPipeline refuses to draw this: .*{said}"):
         sample(build("Stable Diffusion"), PROMPTS[:1], [0], sampling)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_negative_prompt_is_read_or_refused(name):
+    pipe, negative = build(name), Sampling(steps=2, negative_prompt="a cat")
+    if name == "Flux":
+        with pytest.raises(ConfigError, match="A FluxPipeline does not lead away from a negative prompt"):
+            sample(pipe, PROMPTS[:1], [0], negative)
+        return
+    led, plain = (sample(pipe, PROMPTS[:1], [0], each)[0].tobytes() for each in (negative, Sampling(steps=2)))
+    assert led != plain
 
 
 def test_a_contact_sheet_holds_all_pictures():
