@@ -209,15 +209,23 @@ class TextToImageTask(BaseTask):
             self.pipe.to(self.device)
 
     def on_fit_start(self) -> None:
-        """Moves the autoencoder, forgets an earlier fit, and checks that no text encoder is adapted and not trained.
+        """Moves the autoencoder, forgets an earlier fit, and checks that text encoders are trained if they are to be.
 
         Raises:
-            ConfigError: If one is.
+            ConfigError: If an adapter is on one that is not, or on none where they are.
         """
         self.pipe.vae.to(self.device)  # which is no module of the task: it is neither trained nor saved
         for memory in (self._latents, self._conditions):  # pictures and encoders may have changed since
             memory.rows.clear()
-        if self.train_text_encoder or model_state(self.parts) is None:
+        if model_state(self.parts) is None:
+            return
+        encoders = [self.parts[name] for name in self.family.text_encoders if name in self.parts]
+        if self.train_text_encoder:
+            if not any(parameter.requires_grad for part in encoders for parameter in part.parameters()):
+                raise ConfigError(
+                    "train_text_encoder is true, and the adapter trains nothing in a text encoder. Leave "
+                    "target_modules out, or name layers of one there; or set `train_text_encoder: false`."
+                )
             return
         names = [layer.name for plan in LoraModel(self.parts).plans.values() for layer in plan.layers]
         inside = [name for name in names if not name.startswith(f"{self.family.denoiser}.")]

@@ -330,6 +330,14 @@ def test_bad_input_is_named_before_anything_is_trained(folders, pictures, tmp_pa
         fit(TextToImageTask(folder), pictures(resolution=15))
     with pytest.raises(ConfigError, match=r"text_encoder.*is not trained"):
         fit(TextToImageTask(folder), pictures(), config=LoraConfig(r=2, target_modules=["to_q", "q_proj"]))
+    with pytest.raises(
+        ConfigError, match="train_text_encoder is true, and the adapter trains nothing in a text encoder"
+    ):
+        fit(
+            TextToImageTask(folder, train_text_encoder=True),
+            pictures(),
+            config=LoraConfig(r=2, target_modules=["to_q"]),
+        )
     with pytest.raises(ConfigError, match=r"precision is bf16-true.* Set `dtype`"):
         fit(TextToImageTask(folder), pictures(), precision="bf16-true")
     with pytest.raises(TargetError, match="to_qq"):
