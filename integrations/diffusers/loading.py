@@ -18,18 +18,21 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, *, revi
     Args:
         model: A folder that a pipeline's `save_pretrained` wrote, or a name on the Hugging Face Hub.
         dtype: The type of its weights.
-        revision: The branch, tag or commit on the Hub.
+        revision: The branch, tag or commit on the Hub; a folder has none.
 
     Returns:
         The pipeline, with its progress bar off.
 
     Raises:
-        ConfigError: If there is no such pipeline, or it is of a kind that is not served, or diffusers is not installed.
+        ConfigError: If there is no such pipeline, or it is of a kind that is not served, or diffusers is not installed;
+            or for a revision of a folder.
     """
     DiffusionPipeline: Any = _diffusers().DiffusionPipeline
     folder = Path(model)
     if folder.exists() and not (folder / INDEX).is_file():
         raise ConfigError(f"{folder} has no {INDEX}: it is no pipeline. Give the folder that save_pretrained wrote.")
+    if folder.exists() and revision is not None:
+        raise ConfigError(f"revision is {revision!r}, and {folder} is a folder, of which there is one. Leave it out.")
     if not folder.exists() and (str(model).count("/") != 1 or str(model).startswith((".", "/"))):
         raise ConfigError(
             f"There is no folder {folder.absolute()}, and {str(model)!r} is no name on the Hub, such as owner/name."

@@ -30,12 +30,12 @@ class HubDataset:
 
     Args:
         name: A hub name such as `ethz/food101`, a folder that `save_to_disk` wrote, or one that `load_dataset` reads.
-        subset: The configuration of the data set, for those that have several.
+        subset: The configuration of the data set, for those that have several; `save_to_disk` writes one.
         splits: The data set's own name for each of our splits, such as `{val: validation}`; by default the usual ones.
         image_columns: The columns with images.
 
     Raises:
-        ConfigError: If `datasets` is not installed, or a column or split does not exist.
+        ConfigError: If `datasets` is not installed, there is no such column or split, or a subset of a saved one.
         DataError: If the data set cannot be loaded.
     """
 
@@ -127,11 +127,15 @@ def _load(name: str, subset: str | None) -> Any:
             "Data sets of the hub need the package datasets: pip install 'lora-plugins[datasets]'"
         ) from error
     folder = Path(name)
+    is_one = (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+    saved = is_one or (folder / "dataset_dict.json").is_file()
+    if saved and subset is not None:
+        raise ConfigError(
+            f"subset is {subset!r}, and {name} was saved by save_to_disk, which has no others. Leave it out."
+        )
     try:
-        if (folder / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(name)
-        if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
-            return {TRAIN: datasets.load_from_disk(name)}
+        if saved:
+            return {TRAIN: datasets.load_from_disk(name)} if is_one else datasets.load_from_disk(name)
         return datasets.load_dataset(name, subset)
     # A data set that is a script, which `datasets` no longer runs, is a RuntimeError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

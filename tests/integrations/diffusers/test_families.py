@@ -48,6 +48,12 @@ def test_a_pipeline_is_loaded_from_its_folder(name, tmp_path):
     assert first.tobytes() == second.tobytes()
 
 
+def test_a_folder_has_no_revisions(tmp_path):
+    build("Stable Diffusion").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"revision is 'old', and {tmp_path} is a folder, of which there is one"):
+        load_pipeline(tmp_path, revision="old")
+
+
 @every
 def test_default_layers(name):
     pipe = build(name)

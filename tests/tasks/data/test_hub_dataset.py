@@ -34,6 +34,12 @@ class TestHub:
         assert [len(data.splits[split]) for split in ("train", "val")] == [6, 2]
         assert data.splits["val"][1]["target"] == 1
 
+    @pytest.mark.parametrize("part", ["", "train"], ids=["splits", "one split"])
+    def test_what_was_saved_has_no_subsets(self, labeled_rows, part):
+        folder = str(labeled_rows / part)
+        with pytest.raises(ConfigError, match=f"subset is 'plain_text', and {folder} was saved by save_to_disk"):
+            loaded(HubImageDataModule(folder, subset="plain_text", **SIZE))
+
     @pytest.fixture(params=UNLABELED.values(), ids=UNLABELED)
     def unlabeled_rows(self, request, tmp_path, labeled_rows):
         """The labeled rows, of which row 2 of the train split has no label."""
