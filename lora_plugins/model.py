@@ -38,7 +38,7 @@ from lora_plugins.adapter import (
 )
 from lora_plugins.arguments import chosen_names, with_checked_arguments
 from lora_plugins.config import LoraConfig
-from lora_plugins.errors import StateError, noted
+from lora_plugins.errors import ConfigError, StateError, noted
 from lora_plugins.files import (
     TENSOR_FILES,
     PackedAdapter,
@@ -56,6 +56,9 @@ from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, default_registry
 from lora_plugins.utils import outside_inference
 from lora_plugins.words import MEMBERS, Told, said_of_member
 from lora_plugins.writable import check_writable_place
+
+DEFAULT = "default"
+"""Name of an adapter that is given none."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -99,7 +102,7 @@ class LoraModel(metaclass=Told):
 
     Raises:
         TargetError: If a pattern matches nothing or a targeted layer cannot be adapted. The model is untouched.
-        ConfigError: If the init learns from data and there are none.
+        ConfigError: If the init learns from data and there are none, or a name or data are given and no config.
         StateError: If there is no config and the model is not adapted.
 
     Example:
@@ -119,7 +122,7 @@ class LoraModel(metaclass=Told):
         self,
         model: nn.Module,
         config: LoraConfig | None = None,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT,
         *,
         registry: Registry | None = None,
         init_data: InitData | Calibration | None = None,
@@ -132,6 +135,12 @@ class LoraModel(metaclass=Told):
             check_not_nested(model)
             handle = type(self).__name__
             raise StateError(f"The model has no adapter. Give {handle} a LoraConfig, or use {handle}.load_adapter.")
+        elif adapter_name != DEFAULT or init_data is not None:
+            given = f"adapter_name {adapter_name!r}" if init_data is None else "init_data"
+            raise ConfigError(
+                f"{type(self).__name__} was given {given} and no config, without which it adds no adapter. Give it a "
+                "LoraConfig; among adapters that are there, set_adapter chooses."
+            )
 
     def __repr__(self) -> str:
         state = model_state(self.model)

@@ -228,6 +228,8 @@ def test_an_argument_of_a_function_of_any_other_type_is_no_error_of_python(funct
             lambda: LoraModel(net(), LoraConfig(init="eva", target_modules=["0"]), init_data=[torch.ones(1, 4)]),
             r"init_data is a list. Write InitData\(batches\)",
         ),
+        (lambda: LoraModel(lora().model, adapter_name="b"), "was given adapter_name 'b' and no config, .*set_adapter"),
+        (lambda: LoraModel(lora().model, init_data=InitData([])), "LoraModel was given init_data and no config"),
     ],
 )
 def test_an_argument_is_told_what_it_is(call, said):
