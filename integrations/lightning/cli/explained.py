@@ -14,6 +14,7 @@ from types import FrameType
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.optim.lr_scheduler import LRScheduler
 
 from lora_plugins import ConfigError
 from lora_plugins.errors import LoraError, near, near_matches
@@ -69,7 +70,7 @@ def explained(message: str, flags: Iterable[str] = ()) -> str:
 
 @contextmanager
 def explained_run() -> Iterator[None]:
-    """Turns errors of Lightning about arguments, and those of too little memory, into one message.
+    """Turns errors of Lightning about arguments, schedulers' and those of too little memory into one message.
 
     Raises:
         ConfigError: Of such an error.
@@ -81,6 +82,14 @@ def explained_run() -> Iterator[None]:
         if lacking := _NO_DATA.match(said):
             said = f"Neither the data nor the module has a {lacking[1]}. Name a data module with one by `data:`."
         raise ConfigError(said) from error
+    except ZeroDivisionError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") != LRScheduler.__module__ or "self" not in frame.f_locals:
+            raise
+        raise ConfigError(
+            f"{type(frame.f_locals['self']).__name__} divides by zero, by one of its arguments that are 0: "
+            f"{', '.join(_arguments_of_zero(frame))}. Give the number that is meant, of steps or of epochs."
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and _OF_THE_CPU not in str(error):
             raise
@@ -89,6 +98,14 @@ def explained_run() -> Iterator[None]:
             f"The memory of the device is too small{': ' if said else ''}{said}. Take a smaller --batch-size, "
             "--trainer.precision bf16-mixed, smaller images, or --model.init_args.gradient_checkpointing true."
         ) from error
+
+
+def _arguments_of_zero(frame: FrameType) -> list[str]:
+    """Returns the arguments of a scheduler, in one of whose methods a frame is, that are 0, and not by default."""
+    scheduler = frame.f_locals["self"]
+    values = {**vars(scheduler), **frame.f_locals}
+    parameters = inspect.signature(type(scheduler)).parameters
+    return [name for name, each in parameters.items() if values.get(name) == 0 and each.default != 0]
 
 
 @contextmanager

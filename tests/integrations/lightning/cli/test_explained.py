@@ -1,11 +1,14 @@
 """What is said of errors that a run ends with."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.cli.explained import explained_run
-from tests.integrations.lightning.toys import Classifier, trainer
+from tests.integrations.lightning.toys import Classifier, loader, trainer
 
 
 def of_torch():
@@ -35,6 +38,38 @@ def test_where_there_is_no_data_it_is_said_where_it_belongs(method, loader, tmp_
         getattr(trainer(tmp_path, []), method)(Classifier())
 
 
-def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="must match"), explained_run():
-        torch.zeros(2) + torch.zeros(3)
+class Stepped(Classifier):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def configure_optimizers(self):
+        (optimizer,), _ = super().configure_optimizers()
+        return [optimizer], [self.make(optimizer)]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (partial(lr_scheduler.CosineAnnealingLR, T_max=0), "CosineAnnealingLR .*: T_max"),
+        (partial(lr_scheduler.StepLR, step_size=0), "StepLR .*: step_size"),
+        (partial(lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=9, div_factor=0), "OneCycleLR .*: div_factor"),
+    ],
+    ids=["in a step", "after a while", "at once"],
+)
+def test_a_scheduler_that_divides_by_zero_is_named_with_its_arguments(make, said, tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{said}\. Give the number that is meant"), explained_run():
+        trainer(tmp_path, [], max_epochs=3).fit(Stepped(make), loader())
+
+
+@pytest.mark.parametrize(
+    ("run", "error", "said"),
+    [
+        (lambda: torch.zeros(2) + torch.zeros(3), RuntimeError, "must match"),
+        (lambda: 1 / 0, ZeroDivisionError, "division"),
+    ],
+    ids=["of torch", "of the user"],
+)
+def test_other_errors_pass(run, error, said):
+    with pytest.raises(error, match=said), explained_run():
+        run()
