@@ -1,12 +1,16 @@
 """The errors of lora_plugins, and the near matches that their messages offer."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _HALF = 100
 """Characters that are shown of either end of a long text."""
+
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]+:")
+"""What addresses begin with, as a part of a path; a drive has one letter."""
 
 
 class LoraError(Exception):
@@ -124,6 +128,10 @@ def _break(path: Path) -> tuple[Path, str]:
 def _lacking(parent: Path, missing: str, there: Iterable[Path]) -> str:
     if (link := parent / missing).is_symlink():
         return f"{link} is a link to {link.readlink()}, where nothing is."
+    if _SCHEME.fullmatch(missing):
+        return "An address is not read: download what is there, and name that file or folder."
+    if missing == "-":
+        return "The standard input is not read: name a file or folder."
     beside = [each.name for each in there if not each.name.startswith(".")]
     hint = f" {near(missing, beside)}" if beside and len(parent.parts) > 1 else ""
     return f"{parent} has no {missing!r}.{hint}"

@@ -1,5 +1,7 @@
 """Near matches, and the words around them."""
 
+from pathlib import Path
+
 import pytest
 
 from lora_plugins.errors import counted, near, no_folder, nothing_there, quoted, sentence
@@ -46,6 +48,21 @@ def test_a_link_that_leads_nowhere(tmp_path, explain):
     link.symlink_to("gone")
     assert explain(link / "cat").endswith(f"{link} is a link to gone, where nothing is.")
     assert explain(link).endswith(f"{link} is a link to gone, where nothing is.")
+
+
+@pytest.mark.parametrize("explain", [no_folder, nothing_there])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("https://example.org/cat.png", "An address is not read"),
+        ("s3://cats/", "An address is not read"),
+        ("-", "The standard input is not read"),
+        ("c:", "has no 'c:'"),
+    ],
+)
+def test_what_is_no_path(tmp_path, monkeypatch, explain, given, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in explain(Path(given))
 
 
 @pytest.mark.parametrize("said", ["It failed", "It failed.\n", "Did it fail?", "It failed!"])
