@@ -20,7 +20,7 @@ from lora_plugins.inplace.made_again import note
 from lora_plugins.inplace.stored_weight import stored_weight
 from lora_plugins.inplace.weight_hooks import weight_hooks
 from lora_plugins.plugins import LazyWeights
-from lora_plugins.utils import ending
+from lora_plugins.utils import autocast_dtype, ending
 
 
 def raw_weight(layer: nn.Module, name: str) -> Tensor:
@@ -122,9 +122,16 @@ def own_parameter(layer: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def weight_with_merged(layer: nn.Module, name: str) -> Tensor:
-    """Returns the weight that active updates are added to: the raw one, or one with merged updates in it."""
+    """Returns the weight that active updates are added to: the raw one, or one with merged updates in it.
+
+    Under autocast, one of 8 bits is in the type that autocast computes in, which holds all its values: torch has no
+    sums of 8 bits, and an update that is rounded to them is mostly lost.
+    """
     merged = layer_state(layer).merged.get(name)
-    return raw_weight(layer, name) if merged is None else merged
+    weight = raw_weight(layer, name) if merged is None else merged
+    if weight.dtype.itemsize > 1 or not layer_state(layer).active:
+        return weight
+    return weight.to(autocast_dtype(weight) or weight.dtype)
 
 
 class LazyWeightsOf(LazyWeights):

@@ -138,6 +138,29 @@ def test_under_autocast(name, type_name, mode):
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", [name for name in NAMES if "std" not in name])  # which torch does not compute
+def test_weights_of_8_bits_lose_nothing_of_an_update_under_autocast(name, variant):
+    """They compute as the same values do in the type of autocast, to the last bit."""
+    if variant == "dora" and "transpose" in name:
+        pytest.skip("rows of its matrix are no outputs")
+    torch.manual_seed(0)
+    layer = CASES[name].make().to(torch.bfloat16).requires_grad_(False)
+    inputs = [x.bfloat16() if x.is_floating_point() else x for x in CASES[name].inputs()]
+    few_bits = layer.weight.to(torch.float8_e4m3fn)
+    found = []
+    for weight in (few_bits, few_bits.bfloat16()):
+        model = nn.Sequential(copy.deepcopy(layer))
+        model[0].weight = nn.Parameter(weight, requires_grad=False)
+        torch.manual_seed(1)
+        LoraModel(model, LoraConfig(r=2, alpha=0.01, init="none", variant=variant))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(*inputs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), trained)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_updates_of_a_linear_layer_that_are_added_term_by_term(dtype, variant):
     torch.manual_seed(0)
