@@ -141,7 +141,7 @@ class StackedAdapters:
         shape = [1] * y.ndim
         shape[axis] = y.shape[axis]
         rescaled = y * self.factors[self.index].view(len(y), *shape[1:])
-        return (rescaled if bias is None else rescaled + bias.view(shape)).to(y.dtype)
+        return (rescaled if bias is None else rescaled + bias.view(shape).to(rescaled.dtype)).to(y.dtype)
 
 
 def _factors(terms: Sequence[Term], weight: Callable[[], Tensor]) -> Tensor:

@@ -161,6 +161,22 @@ def test_weights_of_8_bits_lose_nothing_of_an_update_under_autocast(name, varian
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["linear", "conv2d-groups1-stride1-dilation1-zeros"])
+def test_a_mixed_batch_of_a_layer_of_8_bits_under_autocast(name, variant):
+    torch.manual_seed(0)
+    layer = CASES[name].make().to(torch.float8_e4m3fn)
+    (x,) = CASES[name].inputs()
+    found = []
+    for dtype in (torch.float8_e4m3fn, torch.bfloat16):
+        model = nn.Sequential(copy.deepcopy(layer).to(dtype)).eval()
+        torch.manual_seed(1)
+        lora = LoraModel(model, LoraConfig(r=2, init="none", variant=variant), "a")
+        with lora.mixed_batch(["a", *[None] * (len(x) - 1)]), torch.autocast("cpu", torch.bfloat16):
+            found.append(model(x.bfloat16()))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_updates_of_a_linear_layer_that_are_added_term_by_term(dtype, variant):
     torch.manual_seed(0)
