@@ -30,8 +30,13 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
     def branch(self, layer: nn.Embedding, base: Mapping[str, Tensor], terms: Sequence[Term], input: Tensor) -> Tensor:
         """Looks `input`, any shape of indices, up in W and in the columns of A; returns `(..., dim)`.
 
-        Options that concern whole rows of `W + ΔW` need those rows, so there the updated weight is formed.
+        Options that concern whole rows of `W + ΔW` need those rows, so there the updated weight is formed. Autocast,
+        which leaves an embedding alone, does not round the update either.
         """
+        with in_full(terms[0].A):
+            return self._look_up(layer, base, terms, input)
+
+    def _look_up(self, layer: nn.Embedding, base: Mapping[str, Tensor], terms: Sequence[Term], input: Tensor) -> Tensor:
         if layer.max_norm is not None or layer.scale_grad_by_freq:
             return self._look_up_rows(layer, base["weight"], terms, input)
         y = _base_rows(layer, base, input)
@@ -52,7 +57,8 @@ class EmbeddingPlugin(ColumnMajorPlugin[nn.Embedding]):
         y = _base_rows(layer, base, input)
         indices = input.reshape(len(input), input.shape[1:].numel())
         rows = adapters.A.mT[adapters.index[:, None], indices]
-        y = y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
+        with in_full(rows):
+            y = y + torch.bmm(rows, adapters.B[adapters.index].mT).view(y.shape).to(y.dtype)
         return adapters.rescale(y, None, -1)
 
     def mixing_problem(self, layer: nn.Embedding) -> str:
@@ -86,6 +92,5 @@ def _update_rows(term: Term, input: Tensor) -> Tensor:
 
 def _rescaled_rows(weight: Tensor, term: Term, rescaling: Rescaling, rows: Tensor, input: Tensor) -> Tensor:
     """Adds an update to rows that were looked up, and rescales their sum by factors of the whole updated weight."""
-    with in_full(rows):
-        direction, factors = direction_and_factors(weight, term, rescaling)
-        return (factors * (rows.to(direction.dtype) + _update_rows(term, input))).to(rows.dtype)
+    direction, factors = direction_and_factors(weight, term, rescaling)
+    return (factors * (rows.to(direction.dtype) + _update_rows(term, input))).to(rows.dtype)

@@ -76,6 +76,31 @@ def test_autocast_leaves_float64_alone(case: LayerCase):
 
 
 @all_layers
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_autocast_rounds_no_update_of_a_layer_that_it_leaves_alone(case: LayerCase, variant):
+    """As an embedding: what is adapted computes what is merged, with the gradients of a step without autocast."""
+    torch.manual_seed(0)
+    model, inputs = Holder(case.make()), [x.float() if x.is_floating_point() else x for x in case.inputs()]
+    try:
+        lora = adapt(model, variant=variant)
+    except TargetError:
+        pytest.skip("the layer has no such variant")
+
+    def results(*, enabled: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(*inputs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [output, *torch.autograd.grad(output.float().square().sum(), trained)]
+
+    with lora.disable_adapter(), torch.no_grad():
+        expected = model(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            is_left_alone = torch.equal(model(*inputs), expected)
+    if is_left_alone:
+        torch.testing.assert_close(results(enabled=True), results(enabled=False), rtol=1e-6, atol=1e-6)
+
+
+@all_layers
 def test_the_meta_device_computes_shapes(case: LayerCase):
     model = make(case)
     adapt(model)
