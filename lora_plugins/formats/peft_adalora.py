@@ -16,10 +16,8 @@ METHOD = "ADALORA"
 IDLE = frozenset(["target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"])
 """The fields of its config that LoRA's does not have."""
 
-UNUSED = dict.fromkeys(
-    ["r", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "init_lora_weights"]
-)
-"""The fields that it does not use, as none. Its `rank_pattern` says which ranks it kept; the file has no others."""
+UNUSED = frozenset(["r", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "init_lora_weights"])
+"""The fields that it does not use. Its `rank_pattern` says which ranks it kept; the file has no others."""
 
 _KEY = re.compile(r"(.+)\.lora_([ABE])(?:\.default)?")
 

@@ -89,7 +89,10 @@ _CHECKED: Mapping[str, Check] = {
     "lora_bias": check_flag,
     "target_parameters": check_names,
 }
-"""The fields that say what an adapter computes, and what they can hold; None is like no field."""
+"""The fields that say what an adapter computes, and what they can hold; None is like no field, but for two of them."""
+
+_NEVER_NONE = frozenset(["r", "lora_alpha"])
+"""The scaling of every layer, which PEFT cannot compute of None: nothing says that it would be that of the defaults."""
 
 _UNCHECKED = frozenset(
     [
@@ -157,7 +160,8 @@ class PeftConfig:
             )
         self.is_adalora = method == peft_adalora.METHOD
         if self.is_adalora:
-            fields = {"init_r": 12, **fields, **peft_adalora.UNUSED}  # by default PEFT's own rank
+            used = {key: value for key, value in fields.items() if key not in peft_adalora.UNUSED}
+            fields = {"init_r": 12, **used}  # by default PEFT's own rank
         wrong = [f"{key} = {fields[key]!r}: {reason}" for key, reason in _REFUSED.items() if fields.get(key)]
         unknown = fields.keys() - _CHECKED.keys() - _UNCHECKED - _REFUSED.keys()
         unknown -= peft_adalora.IDLE if self.is_adalora else set()
@@ -165,7 +169,7 @@ class PeftConfig:
         if wrong:
             said = "\n  ".join(["adapter_config.json says what cannot be expressed here:", *wrong])
             raise AdapterFileError(f"{said}\nWhere PEFT can merge it, merge it there, and use the merged model.")
-        given = {key: value for key, value in fields.items() if value is not None}
+        given = {key: value for key, value in fields.items() if value is not None or key in _NEVER_NONE}
         if given.get("layers_pattern") == "":  # PEFT asks whether it is true
             del given["layers_pattern"]
         self.fields = {key: _single(key, value) for key, value in given.items()}

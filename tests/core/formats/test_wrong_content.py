@@ -100,6 +100,8 @@ def test_a_field_of_another_type_is_refused_or_means_something(field, tmp_path):
         ("r", "8", "r is a rank, a whole number from 1"),
         ("lora_alpha", "16", "lora_alpha is a positive, finite number, not '16'"),
         ("lora_alpha", "", "lora_alpha is a positive, finite number, not ''"),
+        ("lora_alpha", None, "lora_alpha is a positive, finite number, not None"),
+        ("r", None, "r is a rank, a whole number from 1 to 65536, not None"),
         ("lora_dropout", 2, "lora_dropout is a probability"),
         ("bias", "some", "bias is 'some'"),
         ("use_rslora", "false", "use_rslora is True or False, not 'false'"),
