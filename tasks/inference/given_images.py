@@ -73,8 +73,10 @@ def _readable(paths: Sequence[Path], on_problem: str, resized_to: Size | None) -
     found = [*followed(reading, "Reading files", len(paths))]
     problems = [str(each) for each in found if isinstance(each, DataError)]
     message = f"{len(problems)} of {len(paths)} images cannot be read:\n{listed(problems)}"
-    if problems and (on_problem == ERROR or len(problems) == len(paths)):
+    if problems and on_problem == ERROR:
         raise DataError(f"{message}\nWith --skip (on_problem='skip'), such images are left out.")
+    if len(problems) == len(paths):
+        raise DataError(message)
     if problems:
         rank_zero_warn(message)
     return [path for path, each in zip(paths, found, strict=True) if not isinstance(each, DataError)]

@@ -147,6 +147,15 @@ class TestPredict:
             assert predict([*files, "--skip"]) == 0
         assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
 
+    def test_images_of_which_none_is_left(self, fitted, tmp_path, capsys):
+        broken = tmp_path / "a.png"
+        broken.write_bytes(b"no picture")
+        files = [str(fitted["labels"][1]["merged"]), str(broken), "--out", str(tmp_path / "out")]
+        assert predict([*files, "--skip"]) == 1
+        said = capsys.readouterr().err
+        assert "1 of 1 images cannot be read" in said
+        assert "--skip" not in said
+
     @pytest.mark.parametrize("kind", ["labels", "masks"])
     def test_all_images_are_read_before_the_first_prediction(self, fitted, tmp_path, kind):
         """Or else hours of predictions would be lost at the last image."""
