@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.integrations.lightning.checkpoint import written_by
 from lora_plugins.integrations.lightning.console import FitConsole
+from lora_plugins.integrations.lightning.shims import is_fast_dev_run
 
 PROGRAM = "lora-plugins"
 
@@ -42,7 +43,9 @@ def closing_lines(
     validated = _commands(files, saved) if trainer.enable_validation else []
     following = (commands or validated) + _inspection(trainer)
     following = (following + console.to_paste)[:3]
-    return [*lines, *(["Next:", *(f"  {line}" for line in following)] if following else [])]
+    if not following or is_fast_dev_run(trainer):  # which leaves no file to go on with
+        return lines
+    return [*lines, "Next:", *(f"  {line}" for line in following)]
 
 
 def _files_of_lightning(trainer: Trainer) -> dict[str, Any]:

@@ -84,7 +84,20 @@ def test_one_field_in_a_variable_of_another_prefix_is_refused(config, monkeypatc
         LoraCLI(args=["--config", config(lora=None)], parser_kwargs=options, run=False)
 
 
+class Followed(Classifier):
+    """Names the next command itself."""
+
+    def next_commands(self, trainer):
+        return {"Predict": "lora-plugins predict adapter IMAGES"}
+
+
 class TestFit:
+    @pytest.mark.parametrize("is_trial", [False, True], ids=["fit", "fast_dev_run"])
+    def test_names_next_commands_where_there_are_files_for_them(self, config, capsys, is_trial):
+        path = config(model={"class_path": f"{__name__}.Followed"})
+        assert main(["fit", "--config", path, "--trainer.fast_dev_run", str(is_trial).lower()]) == 0
+        assert ("lora-plugins predict adapter IMAGES" in capsys.readouterr().out) is not is_trial
+
     def test_prints_the_plan_and_where_the_adapter_is(self, config, tmp_path, capsys):
         assert main(["fit", "--config", config()]) == 0
         out = capsys.readouterr().out
