@@ -257,13 +257,18 @@ def _is_a_table(found: re.Match[str]) -> bool:
     return any(is_dataclass(_imported(each)) for each in _tried(found.string[: found.start()]))
 
 
+_OF_OTHERS = ("torch.optim", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
+"""Packages of which a configuration may name classes without their paths."""
+
+
 def _class_path(found: re.Match[str], cls: str, flags: list[str]) -> str:
     if _is_a_table(found):
         return f"it is {_TYPES['dict']}, or the path of a file that holds one, and {found[1]!r} was given."
     name = found[1].rpartition(".")[2]
-    shipped = {each: f"{package}.{each}" for package in LISTED for each in importlib.import_module(package).__all__}
-    alike = difflib.get_close_matches(name, shipped, n=1, cutoff=0.7)
-    hint = f" Did you mean {shipped[alike[0]]!r}?" if alike else ", such as torch.optim.AdamW."
+    packages = (*_OF_OTHERS, *LISTED)
+    known = {each: f"{package}.{each}" for package in packages for each in importlib.import_module(package).__all__}
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f" Did you mean {known[alike[0]]!r}?" if alike else ", such as torch.optim.AdamW."
     return f"{found[1]!r} is not the path of a class{'.' if alike else ''}{hint}"
 
 

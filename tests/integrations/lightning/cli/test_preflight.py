@@ -158,7 +158,17 @@ LATER = {
     "a module for a class": ("--model lora_plugins.tasks", "'lora_plugins.tasks' is no class of a LightningModule"),
     "a name of Lightning's": ("--trainer.accelerator gpuu", "trainer: You selected an invalid accelerator name"),
     "a number of Lightning's": ("--trainer.devices seven", "trainer: `devices` selected with"),
-    "no class": ("--optimizer AdamX", "optimizer: 'AdamX' is not the path of a class"),
+    "no class": ("--optimizer Best", "optimizer: 'Best' is not the path of a class, such as torch.optim.AdamW."),
+    "no optimizer": ("--optimizer AdmaW", "'AdmaW' is not the path of a class. Did you mean 'torch.optim.AdamW'?"),
+    "no scheduler": (
+        "--lr_scheduler CosineAnealingLR",
+        "is not the path of a class. Did you mean 'torch.optim.lr_scheduler.CosineAnnealingLR'?",
+    ),
+    "no callback": (
+        "--trainer.callbacks+=EarlyStoping",
+        "is not the path of a class. Did you mean 'lightning.pytorch.callbacks.EarlyStopping'?",
+    ),
+    "no logger": ("--trainer.logger CVSLogger", "Did you mean 'lightning.pytorch.loggers.CSVLogger'?"),
     "no package": (
         "--data.class_path DigitDataModule",
         "'DigitDataModule' is not the path of a class. Did you mean 'lora_plugins.tasks.DigitsDataModule'?",
