@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.integrations.lightning.checkpoint import written_by
 from lora_plugins.integrations.lightning.console import FitConsole
-from lora_plugins.integrations.lightning.shims import is_fast_dev_run
+from lora_plugins.integrations.lightning.writer import writes_files
 
 PROGRAM = "lora-plugins"
 
@@ -43,7 +43,7 @@ def closing_lines(
     validated = _commands(files, saved) if trainer.enable_validation else []
     following = (commands or validated) + _inspection(trainer)
     following = (following + console.to_paste)[:3]
-    if not following or is_fast_dev_run(trainer):  # which leaves no file to go on with
+    if not following or not writes_files(trainer):  # as in a fast_dev_run, which leaves none to go on with
         return lines
     return [*lines, "Next:", *(f"  {line}" for line in following)]
 
