@@ -60,8 +60,8 @@ def saved_hint(pattern: str, names: Sequence[str], layers: Sequence[str]) -> str
 
 
 def _every_layer(pattern: str, sites: Sequence[Site], names: Sequence[str]) -> str:
-    """Hints at the words for all layers: `all` in a list, and PEFT's `all-linear`."""
-    if pattern == "all":
+    """Hints at the words for all layers: `all` or a star in a list, and PEFT's `all-linear`."""
+    if pattern in ("all", "*"):
         return "Write target_modules='all', not in a list, for every layer that a plugin adapts."
     if pattern != "all-linear":
         return ""
@@ -94,9 +94,16 @@ def _expressions(pattern: str, patterns: Sequence[str], names: Sequence[str]) ->
         entries = [each if _is_expression(each, names) else rf"(?:.*\.)?{exact_expression(each)}" for each in patterns]
         whole = "|".join(entries)
         yield f"{said} As a regular expression, target_modules={whole!r} matches {listing(_matched(whole, names), 2)}."
+    if "*" not in pattern:
+        return
+    whole = ".*".join(exact_expression(part) for part in pattern.split("*"))
+    meant = [] if is_risky(whole) else _matched(whole, names)
     end = pattern.rpartition("*")[2].lstrip(".")
-    if end not in ("", pattern) and (found := [name for name in names if ends_with(end, name)]):
+    found = [name for name in names if ends_with(end, name)] if end else []
+    if found and len(found) <= len(meant or found):  # an end that matches more than the pattern would adapt more
         yield f"{said} {[end]} matches {listing(found, 2)}."
+    elif meant:
+        yield f"{said} As a regular expression, target_modules={whole!r} matches {listing(meant, 2)}."
 
 
 def _is_expression(entry: str, names: Sequence[str]) -> bool:

@@ -45,7 +45,15 @@ ANSWERED = [
         fused, [".*qkv", ".*proj"], {"target_modules": ".*qkv|.*proj"}, "As a regular expression", id="two expressions"
     ),
     pytest.param(fused, ["*.qkv"], {"target_modules": ["qkv"]}, "end of a name", id="glob"),
+    pytest.param(fused, ["*attn*"], {"target_modules": ".*attn.*"}, "As a regular expression", id="glob around a word"),
+    pytest.param(
+        fused, ["head", "blocks.*.at*"], {"target_modules": r"blocks\..*\.at.*"}, "end of a name", id="glob in a path"
+    ),
+    pytest.param(
+        fused, ["*.0.*.qkv"], {"target_modules": r".*\.0\..*\.qkv"}, "end of a name", id="glob narrower than its end"
+    ),
     pytest.param(fused, ["all"], {"target_modules": "all"}, "not in a list", id="all in a list"),
+    pytest.param(fused, ["*"], {"target_modules": "all"}, "not in a list", id="star in a list"),
     pytest.param(fused, "all-linear", {"target_modules": ["qkv", "proj", "head"]}, "PEFT", id="all-linear"),
     pytest.param(fused, ["all-linear"], {"target_modules": "all"}, "convolutions too", id="all-linear in a list"),
     pytest.param(fused, ["query", "value"], PARTS, "one matrix", id="query and value of a fused layer"),
