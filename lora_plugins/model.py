@@ -51,14 +51,12 @@ from lora_plugins.files import (
 )
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
+from lora_plugins.names import DEFAULT_ADAPTER
 from lora_plugins.plan import Plan, make_plan, parameter_counts
 from lora_plugins.plugins import FORMATS, OWN_FORMAT, Registry, default_registry
 from lora_plugins.utils import outside_inference
 from lora_plugins.words import MEMBERS, Told, said_of_member
 from lora_plugins.writable import check_writable_place
-
-DEFAULT = "default"
-"""Name of an adapter that is given none."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -122,7 +120,7 @@ class LoraModel(metaclass=Told):
         self,
         model: nn.Module,
         config: LoraConfig | None = None,
-        adapter_name: str = DEFAULT,
+        adapter_name: str = DEFAULT_ADAPTER,
         *,
         registry: Registry | None = None,
         init_data: InitData | Calibration | None = None,
@@ -135,7 +133,7 @@ class LoraModel(metaclass=Told):
             check_not_nested(model)
             handle = type(self).__name__
             raise StateError(f"The model has no adapter. Give {handle} a LoraConfig, or use {handle}.load_adapter.")
-        elif adapter_name != DEFAULT or init_data is not None:
+        elif adapter_name != DEFAULT_ADAPTER or init_data is not None:
             given = f"adapter_name {adapter_name!r}" if init_data is None else "init_data"
             raise ConfigError(
                 f"{type(self).__name__} was given {given} and no config, without which it adds no adapter. Give it a "

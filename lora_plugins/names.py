@@ -6,5 +6,8 @@ DISTRIBUTION = "lora-plugins"
 MANIFEST = "adapter.json"
 """Name of the manifest in an adapter folder."""
 
+DEFAULT_ADAPTER = "default"
+"""Name of an adapter that is given none."""
+
 TRACEBACK_VARIABLE = "LORA_PLUGINS_TRACEBACK"
 """Environment variable; if it is set, the program shows errors with their traceback."""

@@ -24,6 +24,7 @@ from lora_plugins.arguments import with_checked_arguments
 from lora_plugins.errors import listing
 from lora_plugins.integrations.diffusers.families import default_targets, denoising_family
 from lora_plugins.integrations.diffusers.parts import parts_beside, parts_of
+from lora_plugins.names import DEFAULT_ADAPTER
 from lora_plugins.plan import matches
 from lora_plugins.plugins import OWN_FORMAT
 
@@ -58,7 +59,7 @@ class LoraPipeline(LoraModel):
         self,
         pipe: Any,
         config: LoraConfig | None = None,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT_ADAPTER,
         *,
         registry: Registry | None = None,
         init_data: InitData | Calibration | None = None,

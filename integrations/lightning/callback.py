@@ -106,6 +106,7 @@ from lora_plugins.integrations.lightning.training import (
 )
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
+from lora_plugins.names import DEFAULT_ADAPTER
 
 allow_class_path()
 
@@ -178,7 +179,7 @@ class LoraCallback(Callback):
         self,
         config: LoraConfig,
         *,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT_ADAPTER,
         merge_on_fit_end: bool = True,
         dequantize: bool = False,
         merge_source: Literal["last", "best"] = "last",

@@ -25,6 +25,7 @@ from lora_plugins.integrations.transformers.guard import TrainingGuard, check_ac
 from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
+from lora_plugins.names import DEFAULT_ADAPTER
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
@@ -85,7 +86,7 @@ class LoraTrainer(Trainer):
         self,
         *args: Any,
         lora_config: LoraConfig | None = None,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT_ADAPTER,
         merge_on_train_end: bool = False,
         dequantize: bool = False,
         max_error: float = DEFAULT_MAX_ERROR,

@@ -30,6 +30,7 @@ from lora_plugins.formats.places import places_by_name
 from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat, UntoldError
 from lora_plugins.formats.tensor_file import read_json, read_shapes, read_tensors, write_described_tensors
+from lora_plugins.names import DEFAULT_ADAPTER
 from lora_plugins.writable import check_writable_folder
 
 CONFIG = "adapter_config.json"
@@ -79,7 +80,7 @@ class PeftFormat(PortableFormat):
         adapter = PortableAdapter(
             layers=layers,
             values=found.values,
-            name=folder.name if folder.parent == path and ADAPTER_NAME.fullmatch(folder.name) else "default",
+            name=folder.name if folder.parent == path and ADAPTER_NAME.fullmatch(folder.name) else DEFAULT_ADAPTER,
             use_rslora=config.fields.get("use_rslora", False),
             dropout=config.fields.get("lora_dropout", 0.0),
             init=config.init,

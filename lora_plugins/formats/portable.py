@@ -7,6 +7,8 @@ from typing import Literal, TypeVar
 
 from torch import Tensor
 
+from lora_plugins.names import DEFAULT_ADAPTER
+
 Value = TypeVar("Value", int, float)
 
 
@@ -78,7 +80,7 @@ class PortableAdapter:
 
     layers: Mapping[str, PortableLayer]
     values: Mapping[str, Tensor] = field(default_factory=dict)
-    name: str = "default"
+    name: str = DEFAULT_ADAPTER
     use_rslora: bool = False
     dropout: float = 0.0
     init: str = "kaiming"
