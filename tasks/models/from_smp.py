@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unfetched, unknown
 from lora_plugins.tasks.models.from_timm import check_name
-from lora_plugins.tasks.models.model_config import ModelConfig, building
+from lora_plugins.tasks.models.model_config import ModelConfig, building, check_options_of
 from lora_plugins.tasks.models.network import Network, children_except, is_inside
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
@@ -60,7 +60,9 @@ def _create(config: ModelConfig) -> nn.Module:
     if config.name not in decoders:
         raise unknown("decoder of segmentation-models-pytorch:", config.name, decoders)
     encoder = _encoder(config)
-    _check_options(config, decoders[config.name])
+    # A decoder passes unknown options on to its encoder: timm's encoders refuse them, smp's own ignore them.
+    if not encoder.startswith(TIMM):
+        check_options_of("smp's", config, signature(decoders[config.name]).parameters)
     weights = "imagenet" if config.weights == PRETRAINED else None
     try:
         with building(config):
@@ -70,14 +72,6 @@ def _create(config: ModelConfig) -> nn.Module:
             )
     except OSError as error:
         raise unfetched(f"the encoder {encoder}", error) from error
-
-
-def _check_options(config: ModelConfig, decoder: type) -> None:
-    # A decoder passes unknown options on to its encoder: timm's encoders refuse them, smp's own ignore them.
-    options = set(signature(decoder).parameters)
-    for option in config.options.keys() - options:
-        if not _encoder(config).startswith(TIMM):
-            raise unknown(f"option of smp's {config.name}:", option, options)
 
 
 def _encoder(config: ModelConfig) -> str:

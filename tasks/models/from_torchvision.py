@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lora_plugins.tasks.errors import unfetched, unknown
-from lora_plugins.tasks.models.model_config import ModelConfig, building
+from lora_plugins.tasks.models.model_config import ModelConfig, building, check_options_of
 from lora_plugins.tasks.models.network import Network
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, load_strict, read_weights
 
@@ -45,10 +45,8 @@ def _create(config: ModelConfig) -> nn.Module:
     names = list_models(module=segmentation)
     if config.name not in names:
         raise unknown("segmenter of torchvision:", config.name, names)
-    options = signature(get_model_builder(config.name)).parameters.keys() - {"kwargs"}  # which torchvision passes over
-    for option in config.options:
-        if option not in options:
-            raise unknown(f"option of torchvision's {config.name}:", option, options)
+    # What comes as one of its `kwargs`, torchvision passes over.
+    check_options_of("torchvision's", config, signature(get_model_builder(config.name)).parameters.keys() - {"kwargs"})
     keywords = {"weights": None, "weights_backbone": None, "num_classes": config.num_classes, **config.options}
     with building(config):
         module = get_model(config.name, **keywords)

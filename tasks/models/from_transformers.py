@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks.errors import unknown
-from lora_plugins.tasks.models.model_config import ModelConfig, building
+from lora_plugins.tasks.models.model_config import ModelConfig, building, check_options_of
 from lora_plugins.tasks.models.network import Network, children_except
 from lora_plugins.tasks.models.new_head import class_dependent_modules
 from lora_plugins.tasks.models.weights import NONE, PRETRAINED, Difference, new_modules, read_weights
@@ -93,11 +93,8 @@ def _fetched_architecture(config: ModelConfig) -> Any:
 
 
 def _check_options(config: ModelConfig, architecture: Any) -> None:
-    """Checks that options are fields of a configuration: the library passes over others, or reads by them."""
-    fields = {*architecture.to_dict(), *architecture.attribute_map}
-    for option in config.options:
-        if option not in fields:
-            raise unknown(f"option of transformers' {config.name}:", option, fields)
+    # The library passes over what is no field of its configuration, or reads by it.
+    check_options_of("transformers'", config, {*architecture.to_dict(), *architecture.attribute_map})
 
 
 def _load(config: ModelConfig, auto: Any, architecture: Any) -> tuple[Any, tuple[str, ...]]:

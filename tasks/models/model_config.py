@@ -1,7 +1,7 @@
 """Which network a task trains, in values that a YAML file can hold."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,6 +20,7 @@ from lora_plugins.field_checks import (
     shown,
 )
 from lora_plugins.tasks.argument_checks import instance_of
+from lora_plugins.tasks.errors import unknown
 
 AUTO, TRAIN, NEW = "auto", "train", "new"
 HEADS = (AUTO, TRAIN, NEW)
@@ -114,6 +115,17 @@ _CHECKS: Mapping[str, Check] = {
     "head": choice_of(*HEADS),
 }
 """What the fields can be, by name; that there is such a source is checked by whoever builds the network."""
+
+
+def check_options_of(library: str, config: ModelConfig, known: Collection[str]) -> None:
+    """Refuses options that a library, such as `smp's`, would pass over.
+
+    Raises:
+        ConfigError: Of the first that it does not know, with near names.
+    """
+    for option in config.options:
+        if option not in known:
+            raise unknown(f"option of {library} {config.name}:", option, known)
 
 
 @contextmanager
