@@ -13,7 +13,7 @@ from lora_plugins.tasks.autoconfig.lookalikes import images_of_list_elsewhere
 from lora_plugins.tasks.autoconfig.mask_coding import mask_coding
 from lora_plugins.tasks.autoconfig.readable import check_no_problems, equal_sizes, unreadable
 from lora_plugins.tasks.errors import DataError
-from lora_plugins.tasks.files import TRAIN, read_list, row_split
+from lora_plugins.tasks.files import SPLIT_COLUMN, TRAIN, read_list, row_split
 
 Rows = Sequence[Mapping[str, Any]]
 Pairs = Sequence[tuple[Path, Path]]
@@ -51,7 +51,7 @@ def list_survey(data: Path, flags: Flags) -> Survey:
 def _splits(data: Path, rows: Rows) -> dict[str, Rows]:
     splits: dict[str, list[Mapping[str, Any]]] = {}
     for number, row in enumerate(rows, 1):
-        splits.setdefault(row_split(row, "split", f"Row {number} of {data}"), []).append(row)
+        splits.setdefault(row_split(row, SPLIT_COLUMN, f"Row {number} of {data}"), []).append(row)
     if TRAIN not in splits:
         raise DataError(f"No row of {data} is of the split {TRAIN!r}.")
     return {**splits}

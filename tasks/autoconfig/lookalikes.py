@@ -129,10 +129,10 @@ def images_of_list_elsewhere(data: Path, first: str) -> DataError:
 
 def labels_in(data: Path) -> str:
     """Names the lists of images that lie in a folder or, if there is none, a file that may have boxes or polygons."""
-    found = [str(path) for path in sorted(data.iterdir()) if path.suffix in READERS]
-    if found:
-        return f" To take what a list says of them, train on that: {' or '.join(found[:3])}."
-    drawn = next((path for path in sorted(data.iterdir()) if path.suffix.lower() in ANNOTATIONS), None)
+    paths = sorted(data.iterdir())
+    if lists := [str(path) for path in paths if path.suffix in READERS]:
+        return f" To take what a list says of them, train on that: {' or '.join(lists[:3])}."
+    drawn = next((path for path in paths if path.suffix.lower() in ANNOTATIONS), None)
     return f" {drawn} is no list: {DRAWN_FIRST}." if drawn else ""
 
 

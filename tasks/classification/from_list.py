@@ -8,7 +8,7 @@ from lora_plugins.field_checks import check_names, optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import ImageDataModule, Item
 from lora_plugins.tasks.errors import MAX_LISTED, unknown
-from lora_plugins.tasks.files import SPLIT_COLUMN, check_split_column, path_key, read_list, row_split
+from lora_plugins.tasks.files import SPLIT_COLUMN, path_key, read_list, row_split
 
 
 class ImageListDataModule(ImageDataModule):
@@ -62,9 +62,7 @@ class ImageListDataModule(ImageDataModule):
         problems: list[str] = []
         labels: dict[Path, tuple[str, int]] = {}
         targets = {name: at for at, name in reversed([*enumerate(self.class_names)])}  # the first of a name counts
-        rows = read_list(self.file, (image, label))
-        check_split_column(self.file, rows, split)
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(read_list(self.file, (image, label), split), 1):
             where = f"Row {number} of {self.file}"
             name, path = str(row[label]), self.root / str(row[image])
             if name not in targets:

@@ -69,8 +69,10 @@ ANNOTATIONS = frozenset({".json", ".xml"})
 DRAWN_FIRST = "boxes and polygons (YOLO, COCO) have to be drawn as masks first"
 
 
-def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
+def read_list(path: Path, columns: Sequence[str], split_column: str = SPLIT_COLUMN) -> list[Row]:
     """Reads the rows of a CSV or JSON lines file, and checks that each has the required columns.
+
+    The usual column of splits may lack; if another one is named, one row at least has it.
 
     Raises:
         DataError: If the file is missing, of another kind or empty, if a row lacks a column, or holds something other
@@ -99,6 +101,9 @@ def read_list(path: Path, columns: Sequence[str]) -> list[Row]:
                     f"Row {number} of {path} has {shown(row[column])} in the column {column!r}, where a text or a "
                     "whole number is expected."
                 )
+    if split_column != SPLIT_COLUMN and not any(split_column in row for row in rows):
+        given = f"{split_column!r}, which is named as its split_column"
+        raise DataError(f"{path} has no column {given}. {near(split_column, rows[0])}")
     return rows
 
 
@@ -114,16 +119,6 @@ def read_text(path: Path) -> str:
         raise DataError(f"There is no file {path}: {nothing_there(path)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}. It has to be a text in UTF-8.") from error
-
-
-def check_split_column(path: Path, rows: Sequence[Row], column: str) -> None:
-    """Checks that a list has the column of splits that is named for it; the usual one it may lack.
-
-    Raises:
-        DataError: If it has not: all rows would be of the train split.
-    """
-    if column != SPLIT_COLUMN and not any(column in row for row in rows):
-        raise DataError(f"{path} has no column {column!r}, which is named as its split_column. {near(column, rows[0])}")
 
 
 def row_split(row: Row, column: str, where: str) -> str:

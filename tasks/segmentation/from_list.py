@@ -6,7 +6,7 @@ from typing import Any
 from lora_plugins.field_checks import optional
 from lora_plugins.tasks.argument_checks import check_columns, check_path
 from lora_plugins.tasks.data import Item
-from lora_plugins.tasks.files import SPLIT_COLUMN, check_split_column, path_key, read_list, row_split
+from lora_plugins.tasks.files import SPLIT_COLUMN, path_key, read_list, row_split
 from lora_plugins.tasks.segmentation.mask_module import MaskDataModule
 
 
@@ -47,9 +47,7 @@ class MaskListDataModule(MaskDataModule):
         """The rows by split."""
         image, mask, split = self.columns
         items: dict[str, list[Item]] = {}
-        rows = read_list(self.file, (image, mask))
-        check_split_column(self.file, rows, split)
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(read_list(self.file, (image, mask), split), 1):
             image_path, mask_path = (self.root / str(row[column]) for column in (image, mask))
             name = row_split(row, split, f"Row {number} of {self.file}")
             key = path_key(row[mask], self.root)
