@@ -6,13 +6,19 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from lora_plugins.cli.commands import INTERRUPTED, TERMINATED
 
 _SPINS = "GOMP_SPINCOUNT"
+
+_ENDS: Mapping[int, tuple[int, bytes]] = {
+    signal.SIGINT: (INTERRUPTED, b"Interrupted.\n"),
+    signal.SIGTERM: (TERMINATED, b"Ended by SIGTERM.\n"),
+}
+"""The codes and the words with which signals end a process."""
 
 _KEPT = {-3: 2**30, -1: 2**31 - 1}
 """By their numbers in GNU's malloc.h, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes."""
@@ -98,8 +104,7 @@ class _Stop:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != self.process:  # forked by a library, which ends it so
             signal.raise_signal(number)
-        os.write(2, _SAID[signal.Signals(number)])
-        raise SystemExit(TERMINATED)
+        raise SystemExit(_told(number))
 
 
 @contextmanager
@@ -127,9 +132,12 @@ def signal_calls(number: int, handler: Callable[[int, Any], object]) -> Iterator
         signal.signal(number, before)
 
 
-_SAID = {signal.SIGINT: b"Interrupted.\n", signal.SIGTERM: b"Ended by SIGTERM.\n"}
-
-
 def _end(number: int, _: Any) -> NoReturn:
-    os.write(2, _SAID[signal.Signals(number)])
-    os._exit(INTERRUPTED if number == signal.SIGINT else TERMINATED)
+    os._exit(_told(number))
+
+
+def _told(number: int) -> int:
+    """Says which signal ends the process, and returns the code of shells for it."""
+    code, said = _ENDS[number]
+    os.write(2, said)
+    return code

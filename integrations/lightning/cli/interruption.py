@@ -1,9 +1,13 @@
-"""Ctrl-C: the first one ends a fit as if it were over and saves what there is; the second one ends at once."""
+"""Ctrl-C: the first one ends a fit as if it were over and saves what there is; the second one ends at once.
+
+SIGTERM ends it after the batch, and saves nothing.
+"""
 
 import os
 import signal
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -81,3 +85,16 @@ def _say(line: str) -> None:
     terminal = sys.__stderr__ is not None and sys.__stderr__.isatty()
     text = f"\r\x1b[2K{line}{_SHOW_CURSOR}\n" if terminal else f"{line}\n"
     os.write(2, text.encode())
+
+
+@contextmanager
+def sigterm_after_batch(trainer: Trainer) -> Iterator[None]:
+    """Leaves SIGTERM to Lightning while it trains, which ends after the batch, and calls the handler that was there."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler):
+        yield
+        return
+    with signal_calls(
+        signal.SIGTERM, lambda number, frame: None if trainer.received_sigterm else handler(number, frame)
+    ):
+        yield

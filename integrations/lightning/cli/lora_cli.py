@@ -2,10 +2,8 @@
 
 import os
 import re
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -19,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 from lora_plugins import ConfigError, LoraConfig, LoraError
-from lora_plugins.cli import TERMINATED, signal_calls, without_collections
+from lora_plugins.cli import TERMINATED, without_collections
 from lora_plugins.errors import listing
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks, places_of_results
 from lora_plugins.integrations.lightning.checkpoint import written_by
@@ -27,7 +25,7 @@ from lora_plugins.integrations.lightning.cli.checkpoint_arguments import Checkpo
 from lora_plugins.integrations.lightning.cli.closing import closing_lines
 from lora_plugins.integrations.lightning.cli.explained import explained, explained_building
 from lora_plugins.integrations.lightning.cli.held_places import held
-from lora_plugins.integrations.lightning.cli.interruption import Interruption
+from lora_plugins.integrations.lightning.cli.interruption import Interruption, sigterm_after_batch
 from lora_plugins.integrations.lightning.cli.optimizer_section import OptimizerSection
 from lora_plugins.integrations.lightning.cli.short_flags import SHORT
 from lora_plugins.integrations.lightning.console import FitConsole, plain_metrics, print_lines, print_plan
@@ -177,7 +175,7 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         earlier = [place for place in places if Path(place).exists()]
         if earlier and not kwargs.get("ckpt_path"):
             print_lines([f"{listing(earlier)}: of an earlier run, and replaced when this one ends. {_KEEPING}"])
-        with self.interruption.listening(), _sigterm_after_batch(self.trainer), held(places):
+        with self.interruption.listening(), sigterm_after_batch(self.trainer), held(places):
             try:
                 self.trainer.fit(model, **kwargs)
             except SIGTERMException as error:
@@ -226,19 +224,6 @@ class LoraCLI(CheckpointArguments, OptimizerSection, LightningCLI):
         trained = [parameter for parameter in lightning_module.parameters() if parameter.requires_grad]
         optimizer.param_groups[0]["params"][:] = trained
         return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
-
-
-@contextmanager
-def _sigterm_after_batch(trainer: Trainer) -> Iterator[None]:
-    """Leaves SIGTERM to Lightning while it trains, which ends after the batch, and calls the handler that was there."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if not callable(handler):
-        yield
-        return
-    with signal_calls(
-        signal.SIGTERM, lambda number, frame: None if trainer.received_sigterm else handler(number, frame)
-    ):
-        yield
 
 
 def _refuse(parser: LightningArgumentParser, message: str, *_: Any) -> NoReturn:
