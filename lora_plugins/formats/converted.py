@@ -33,9 +33,11 @@ def convert(
         AdapterFileError: If the source is damaged, or cannot be expressed in the other format. Nothing is written then.
     """
     needed = f"From {source_format.name!r} to {target_format.name!r} the base model is needed: --model MODULE:NAME"
-    if not isinstance(source_format, PortableFormat) or not isinstance(target_format, PortableFormat):
-        raise ConfigError(f"{needed}, as `lora-plugins convert --help` has some.")
-    if not source_format.full_names:
+    if not (
+        isinstance(source_format, PortableFormat)
+        and isinstance(target_format, PortableFormat)
+        and source_format.full_names
+    ):
         raise ConfigError(f"{needed}, as `lora-plugins convert --help` has some.")
     adapter = source_format.load(source, None, read_options)
     if any(name.startswith(f"{ORIGINAL}.") for name in adapter.layers):

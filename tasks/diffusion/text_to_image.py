@@ -219,8 +219,8 @@ class TextToImageTask(BaseTask):
             memory.rows.clear()
         if model_state(self.parts) is None:
             return
-        encoders = [self.parts[name] for name in self.family.text_encoders if name in self.parts]
         if self.train_text_encoder:
+            encoders = [self.parts[name] for name in self.family.text_encoders if name in self.parts]
             if not any(parameter.requires_grad for part in encoders for parameter in part.parameters()):
                 raise ConfigError(
                     "train_text_encoder is true, and the adapter trains nothing in a text encoder. Leave "

@@ -83,8 +83,10 @@ def load_base(path: str | Path, weights: str | Path | None = None) -> nn.Module:
     """
     check_path("path", path)
     optional(check_path)("weights", weights)
-    source = task_of_adapter(Path(path))
-    return source.target_in(source.build(weights).eval())
+    path = Path(path)
+    with _building(path):
+        source = task_of_adapter(path)
+        return source.target_in(source.build(weights).eval())
 
 
 def _load(path: Path, weights: str | Path | None) -> VisionTask:

@@ -61,13 +61,8 @@ class BaseTask(LoraCheckpointMixin):
         check_optimizer(optimizer, lr=lr, weight_decay=weight_decay, default=default)
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         self.lr_scheduler, self.ema = lr_scheduler, ema
-        given = {
-            "optimizer": optimizer is not None,
-            "lr": lr != default[0],
-            "weight_decay": weight_decay != default[1],
-            "lr_scheduler": lr_scheduler is not None,
-        }
-        self._chosen, self._is_asked = [name for name, chosen in given.items() if chosen], False
+        self._defaults = {"optimizer": None, "lr": default[0], "weight_decay": default[1], "lr_scheduler": None}
+        self._is_asked = False
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average, if there is one."""
@@ -92,11 +87,12 @@ class BaseTask(LoraCheckpointMixin):
 
     def on_train_start(self) -> None:
         """Warns if arguments are not used, since the section `optimizer:` of a configuration replaces the optimizer."""
+        chosen = [name for name, default in self._defaults.items() if getattr(self, name) != default]
         is_own = type(self).configure_optimizers is BaseTask.configure_optimizers
-        if self._chosen and is_own and not self._is_asked:
+        if chosen and is_own and not self._is_asked:
             rank_zero_warn(
                 "The section `optimizer:` replaces the optimizer of the task. Not used of model.init_args: "
-                f"{listing(self._chosen)}. What is meant for the optimizer belongs in `optimizer:` and `lr_scheduler:`."
+                f"{listing(chosen)}. What is meant for the optimizer belongs in `optimizer:` and `lr_scheduler:`."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -21,6 +21,6 @@ def test_a_scheduler_alone_does_not_matter_where_nothing_is_trained(config):
     assert main(["validate", "--config", config(optimizer=None, lora=None)]) == 0
 
 
-def test_both_are_used(config, tmp_path):
+def test_both_together_train(config, tmp_path):
     assert main(["fit", "--config", config()]) == 0
     assert (tmp_path / "adapter").is_dir()
