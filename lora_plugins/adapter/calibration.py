@@ -21,7 +21,7 @@ from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
 from lora_plugins.arguments import with_checked_call
 from lora_plugins.errors import ConfigError, PluginError, noted
 from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
-from lora_plugins.inplace import base_class_of, own_mode, set_own_mode, submodule
+from lora_plugins.inplace import base_class_of, own_mode, readable, set_own_mode, submodule
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import RankRequest, SlotCalibration
 from lora_plugins.utils import ending, outside_inference, own_randomness, run_seed
@@ -126,6 +126,7 @@ def calibrate(model: nn.Module, plan: Plan, data: InitData) -> Calibration:
     with (
         without_adapters(model) if state is not None else nullcontext(),
         _undisturbed(model),
+        readable(model.modules()),
         own_randomness(seed, model, data.batches),
         _without_compilers(),
     ):

@@ -20,6 +20,7 @@ from lora_plugins.inplace.library_weights import (
     foreign_weights,
     library_weights,
     pin_attributes,
+    readable,
     unpin_attributes,
 )
 from lora_plugins.inplace.loading import factors_of, let_load, watch_loading
@@ -114,6 +115,7 @@ __all__ = [
     "put_marks",
     "put_stored",
     "quantizer_marks",
+    "readable",
     "recompute",
     "refresh_class",
     "remover",

@@ -3,7 +3,7 @@
 What a weight of theirs cannot do is said by `foreign_problem`, while planning.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +53,21 @@ def unpin_attributes(layer: nn.Module) -> None:
     """Undoes `pin_attributes`."""
     for key in [key for key in layer.__dict__ if key.startswith(_PINNED)]:
         layer.__dict__[key.removeprefix(_PINNED)] = layer.__dict__.pop(key)
+
+
+@contextmanager
+def readable(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Pins the attributes of layers for the duration of the block, where they are not pinned already."""
+    loose = [layer for layer in layers if not any(key.startswith(_PINNED) for key in layer.__dict__)]
+
+    def undo() -> None:
+        for layer in loose:
+            unpin_attributes(layer)
+
+    with ending(undo):
+        for layer in loose:
+            pin_attributes(layer)
+        yield
 
 
 @contextmanager

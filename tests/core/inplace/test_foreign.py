@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraConfig, LoraModel, MergeError, TargetError
+from lora_plugins import InitData, LoraConfig, LoraModel, MergeError, TargetError
 from lora_plugins.inplace import detached_weight, put_marks, quantizer_marks
 from tests.core.inplace.test_stored import kept
 
@@ -173,6 +173,18 @@ def test_train_validate_train(make):
     again = results(model)
     for name, value in expected.items():
         assert torch.equal(again[name], value), name
+
+
+@models
+def test_an_init_that_learns_from_data_leaves_the_weights_readable(make):
+    """On a processor with avx512_bf16, a forward of bitsandbytes' own in eval mode packs 4-bit weights anew."""
+    model = make()
+    before, attributes = detached_weight(model[0], "weight"), [sorted(vars(layer)) for layer in model]
+    lora = LoraModel(model, LoraConfig(**{**CONFIG.to_dict(), "init": "eva"}), init_data=InitData([x()]))
+    assert torch.equal(detached_weight(model[0], "weight"), before)
+    model.train()(x()).sum().backward()
+    lora.unload()
+    assert [sorted(vars(layer)) for layer in model] == attributes
 
 
 def _is_torchao(tensor):
