@@ -125,7 +125,7 @@ def _quantized_forward(base: Any, foreign: Foreign, has_branch: bool) -> Any:
         dtype = foreign.dtype(layer, layer._parameters[name])
         return inner(layer, x.to(dtype), *args, **kwargs).to(x.dtype)
 
-    return making_again(inner if foreign.forward is None else cast)
+    return making_again(cast if foreign.forward is not None or issubclass(base, nn.Linear) else inner)
 
 
 @once_for_each_class

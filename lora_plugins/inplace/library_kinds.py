@@ -20,8 +20,8 @@ class Foreign:
 
     Args:
         title: What messages call it.
-        dense: Returns the dense value of a weight of a layer.
-        dtype: Returns the type of that value.
+        dense_values: Returns the dense value of a weight of a layer, in any type.
+        own_dtype: Returns the type of that value in a layer without a bias.
         problem: Says why updates cannot be added to it; empty if they can.
         elements: Returns how many values a weight has once it is dense.
         forward: Computes what the layer does, with the dense weight that it answers with and an input of its type; None
@@ -33,14 +33,23 @@ class Foreign:
     """
 
     title: str
-    dense: Callable[[Any, Any], Tensor]
-    dtype: Callable[[Any, Any], torch.dtype]
+    dense_values: Callable[[Any, Any], Tensor]
+    own_dtype: Callable[[Any, Any], torch.dtype]
     problem: Callable[[Any, Any], str]
     elements: Callable[[Any], int]
     forward: Callable[..., Tensor] | None = None
     dense_class: type[nn.Module] | None = None
     pinned: tuple[tuple[str, Any], ...] = ()
     breaks: bool = False
+
+    def dense(self, layer: Any, weight: Any) -> Tensor:
+        """Returns the dense value of a weight of a layer."""
+        return self.dense_values(layer, weight).to(self.dtype(layer, weight))
+
+    def dtype(self, layer: Any, weight: Any) -> torch.dtype:
+        """Returns the type of the dense value: that of the bias, which a dense layer adds and a cast of it reaches."""
+        bias = getattr(layer, "bias", None)
+        return bias.dtype if isinstance(bias, Tensor) else self.own_dtype(layer, weight)
 
 
 def foreign_kind(value: object) -> Foreign | None:
@@ -83,13 +92,12 @@ def _elements_4_bits(weight: Any) -> int:
 def _dense_8_bits(layer: Any, weight: Any) -> Tensor:
     scales = weight.SCB if weight.SCB is not None else layer.state.SCB
     scales = scales.float().to(weight.device)  # which a move of the whole model leaves behind
-    dense: Tensor = (weight.data.float() * (scales[:, None] / 127)).to(_dtype_8_bits(layer, weight))
+    dense: Tensor = weight.data.float() * (scales[:, None] / 127)
     return dense
 
 
 def _dtype_8_bits(layer: Any, weight: Any) -> torch.dtype:
-    dtype: torch.dtype = torch.float32 if layer.bias is None else layer.bias.dtype  # its own is known to nobody
-    return dtype
+    return torch.float32  # its own is known to nobody
 
 
 def _problem_8_bits(layer: Any, weight: Any) -> str:
@@ -102,7 +110,7 @@ def _problem_8_bits(layer: Any, weight: Any) -> str:
 
 def _dense_gguf(layer: Any, weight: Any) -> Tensor:
     utilities: Any = sys.modules[type(weight).__module__]  # of diffusers, which made the weight
-    dense: Tensor = utilities.dequantize_gguf_tensor(weight).to(layer.compute_dtype)
+    dense: Tensor = utilities.dequantize_gguf_tensor(weight)
     return dense
 
 
@@ -123,8 +131,7 @@ def _elements_gguf(weight: Any) -> int:
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
     """Computes what a linear layer of these libraries does, with the dense weight that it answers with."""
-    weight = layer.weight
-    return F.linear(x, weight, None if layer.bias is None else layer.bias.to(weight.dtype))
+    return F.linear(x, layer.weight, layer.bias)
 
 
 def _dense_torchao(layer: Any, weight: Any) -> Tensor:

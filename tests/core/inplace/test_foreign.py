@@ -139,6 +139,34 @@ def test_the_law_holds_for_the_dense_values(make, fields):
 
 
 @models
+@pytest.mark.parametrize("fields", [{}, {"variant": "dora"}], ids=["lora", "dora"])
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-6), (torch.bfloat16, 2e-2)], ids=["wider", "narrower"])
+def test_the_bias_decides_the_type(make, fields, dtype, off):
+    """`prepare_model_for_kbit_training` of PEFT casts all but the quantized weights, biases too."""
+    model = make()
+    for name, parameter in model.named_parameters():
+        if name in ("0.bias", "4.weight", "4.bias"):
+            parameter.data = parameter.data.to(dtype)
+    LoraModel(model, LoraConfig(**{**CONFIG.to_dict(), **fields}))
+    randomized(model)
+    layer, inputs = model[0], x().to(dtype)
+    expected = nn.functional.linear(inputs, layer.weight, layer.bias)
+    assert expected.dtype == dtype
+    torch.testing.assert_close(layer(inputs), expected, rtol=off, atol=off)
+    model(inputs).sum().backward()
+    merged = LoraModel(model.eval()).merge_and_unload(dequantize=True, max_error=0.5)
+    torch.testing.assert_close(merged[0](inputs), expected, rtol=off, atol=off)
+
+
+@models
+def test_an_adapter_fits_biases_of_another_type(make, tmp_path):
+    model, other = make(), make()
+    model[0].bias.data = model[0].bias.data.bfloat16()
+    LoraModel(model, CONFIG).save_adapter(tmp_path)
+    LoraModel.load_adapter(other, tmp_path)
+
+
+@models
 def test_the_dense_values_are_counted(make):
     model, dense = pair(make)
     quantized, floats = (LoraModel(each).plans["default"] for each in (model, dense))
