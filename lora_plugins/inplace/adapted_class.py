@@ -24,7 +24,7 @@ from lora_plugins.inplace.described_tensor import DescribedTensor, described
 from lora_plugins.inplace.frozen_norm import own_mode, set_class
 from lora_plugins.inplace.held_weights import held, holding, is_of_torch
 from lora_plugins.inplace.layer_state import base_class_of, constructor, generated_class, layer_state, state_of
-from lora_plugins.inplace.library_kinds import Foreign
+from lora_plugins.inplace.library_kinds import Foreign, put_class_back
 from lora_plugins.inplace.library_weights import foreign_weights
 from lora_plugins.inplace.placed_weights import is_placed
 from lora_plugins.inplace.shards import is_kept_in_parts
@@ -37,6 +37,15 @@ from lora_plugins.plugins import LayerPlugin
 def _reduce(layer: Any, protocol: Any) -> Any:
     # The generated class has no import path; it is made again from its base class.
     return _rebuild, _arguments(layer), layer.__getstate__()
+
+
+def _unpickled(base: Any, weights: tuple[str, ...]) -> Callable[[Any, dict[str, Any]], None]:
+    def set_state(layer: Any, state: dict[str, Any]) -> None:
+        base.__setstate__(layer, state)
+        for name in weights:
+            put_class_back(layer._parameters.get(name))
+
+    return set_state
 
 
 def _copied(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -55,6 +64,8 @@ def _extra_repr(layer: nn.Module) -> str:
 def _arguments(layer: nn.Module) -> tuple[Any, ...]:
     """Returns the arguments of `adapted_class` for a layer."""
     state = layer_state(layer)
+    for name in state.weight_names:
+        put_class_back(layer._parameters.get(name))
     kinds = foreign_weights(layer)
     foreign = next((kinds[name] for name in state.weight_names if name in kinds), None)
     stored = tuple(stored_weights(layer))
@@ -112,6 +123,7 @@ def adapted_class(
         namespace |= holding(base, weights)
     if foreign is not None:
         namespace["forward"] = _quantized_forward(base, foreign, has_branch)
+        namespace["__setstate__"] = _unpickled(base, weights)
     return generated_class(f"Lora{name}", base, namespace)
 
 

@@ -62,6 +62,16 @@ def foreign_kind(value: object) -> Foreign | None:
     return _KINDS.get(f"{cls.__module__}.{cls.__name__}")
 
 
+def put_class_back(value: object) -> None:
+    """Gives a quantized weight that was pickled its class again: pickle keeps its attributes, but not the class."""
+    if type(value) is not nn.Parameter:
+        return
+    for mark, path in _MARKS.items():
+        if mark in value.__dict__:
+            module, _, name = path.rpartition(".")
+            value.__class__ = getattr(sys.modules[module], name)  # where the class of its layer is, too
+
+
 def _dense_4_bits(layer: Any, weight: Any) -> Tensor:
     functional: Any = sys.modules["bitsandbytes.functional"]  # of whoever made the weight
     dense: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -160,6 +170,9 @@ def _problem_torchao(layer: Any, weight: Any) -> str:
 
 
 _TORCHAO = Foreign("torchao", _dense_torchao, _own_dtype, _problem_torchao, torch.numel)
+
+_MARKS = {"quant_state": "bitsandbytes.nn.modules.Params4bit", "SCB": "bitsandbytes.nn.modules.Int8Params"}
+"""Attributes that only one kind has, with the import path of its type."""
 
 _KINDS = {
     "bitsandbytes.nn.modules.Params4bit": Foreign(

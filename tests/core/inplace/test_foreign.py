@@ -1,6 +1,7 @@
 """Layers that bitsandbytes and torchao quantized are adapted in place, or refused by name while planning."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -256,6 +257,22 @@ def test_copies(make):
     model, _ = pair(make)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x()), model(x()))
+
+
+@pytest.mark.parametrize("make", [eight_bits, *(make for name, make in MODELS.items() if "nf4" in name)])
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_pickles(make, active):
+    """Pickle makes a plain parameter of a subclass, which the layers of bitsandbytes put up with."""
+    model, _ = pair(make)
+    lora = LoraModel(model)
+    lora.add_adapter("other", LoraConfig(target_modules=["0"]))
+    expected = model(x())
+    lora.set_adapter(active)
+    twin = pickle.loads(pickle.dumps(model))
+    LoraModel(twin).set_adapter("default")
+    assert torch.equal(twin(x()), expected)
+    merged = LoraModel(twin).merge_and_unload(dequantize=True)
+    torch.testing.assert_close(merged(x()), expected)
 
 
 @models
