@@ -64,14 +64,17 @@ class StorageCase:
         """Yields weights of several shapes, around zero and far from it, the same each time."""
         for seed, (shape, (mean, deviation)) in enumerate(product(SHAPES, ((0, 1), (3, 0.1)))):
             with own_randomness(seed):
-                yield (mean + deviation * torch.randn(shape)).to(self.device)
+                yield (mean + deviation * torch.randn(shape, dtype=torch.float32)).to(self.device)
 
     def scaled(self) -> Iterator[tuple[str, Tensor]]:
         """Yields the first weight small, large, and with rows that grow, by what it is."""
         weight = next(self.weights())
         yield "of small values", weight * 1e-5
         yield "of large values", weight * 1e4
-        yield "whose rows grow", weight * torch.logspace(-3, 0, len(weight), device=self.device)[:, None]
+        yield (
+            "whose rows grow",
+            weight * torch.logspace(-3, 0, len(weight), dtype=weight.dtype, device=self.device)[:, None],
+        )
 
     def store(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns what is stored of a weight."""
@@ -88,7 +91,7 @@ class StorageCase:
     def model(self) -> nn.Sequential:
         """Builds a model of one adapted layer, whose weight is stored; the same each time."""
         with own_randomness(0):
-            model = nn.Sequential(nn.Linear(48, 64)).to(self.device)
+            model = nn.Sequential(nn.Linear(48, 64, dtype=torch.float32)).to(self.device)
         options = {**self.given, "min_size": 0}
         config = LoraConfig(r=2, quantize=self.plugin.name, quantize_options=options, init="none")
         LoraModel(model, config, registry=registry_with(STORAGES, self.plugin))
@@ -97,7 +100,7 @@ class StorageCase:
     def batch(self) -> Tensor:
         """Returns what the model is called with, the same each time."""
         with own_randomness(1):
-            return torch.randn(3, 48).to(self.device)
+            return torch.randn(3, 48, dtype=torch.float32).to(self.device)
 
 
 @as_check(
@@ -141,7 +144,7 @@ def _dense(case: StorageCase) -> None:
 
 @as_check("zeros", "zeros stay zeros", "a block is divided by its largest value, which is zero.")
 def _zeros(case: StorageCase) -> None:
-    weight = torch.zeros(8, 96, device=case.device)
+    weight = torch.zeros(8, 96, dtype=torch.float32, device=case.device)
     require_close("the dense weight of zeros", case.restore(case.store(weight), weight.shape), weight, 0)
 
 
@@ -182,7 +185,7 @@ def _bits(case: StorageCase) -> None:
             with context():
                 require_close(f"the dense weight, made again{name},", case.restore(stored, weight.shape), dense, 0)
     before = random_states()
-    case.store(torch.ones(64, 64, device=case.device))
+    case.store(torch.ones(64, 64, dtype=torch.float32, device=case.device))
     require_unmoved(before)
 
 
@@ -288,7 +291,7 @@ def _made_nowhere(
     "size", "a weight takes at most half of its bytes in float32", "codes of 4 bits lie in a byte each, or in int64."
 )
 def _size(case: StorageCase) -> None:
-    weight = torch.randn(256, 256).to(case.device)
+    weight = torch.randn(256, 256, dtype=torch.float32).to(case.device)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in case.store(weight).values())
     require(stored <= 2 * weight.numel(), f"{weight.numel()} values take {stored} bytes")
 

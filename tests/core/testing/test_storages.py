@@ -18,6 +18,16 @@ def test_built_in(storage_check, plugin, options):
     storage_check(plugin, options=options)
 
 
+@pytest.mark.parametrize("plugin", [NF4Storage(), Int8Storage()], ids=lambda plugin: plugin.name)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_weights_are_float32_whatever_the_default_type_is(plugin, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        check_storage_plugin(plugin)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Unnamed(NF4Storage):
     name = ""
 
