@@ -9,6 +9,9 @@ from lora_plugins.errors import AdapterFileError
 from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plugins import INITS, LAYERS, STORAGES, VARIANTS, PluginKind, Registry
 
+TO_HAVE_IT = "Install it, let it load, or give it in code: registry=build_registry([(name, plugin)])."
+"""What to do about a plugin that is not here."""
+
 Origin = Mapping[str, Any]
 """The name of a plugin's object, and the distribution and version that it came from, as far as they were known."""
 
@@ -23,7 +26,7 @@ def whose(found: Origin) -> str:
     """Returns the distribution and version of an object of a plugin, for messages."""
     if not found.get("distribution"):
         return "an unknown distribution"
-    return f"{found['distribution']} {found.get('version', '')}".strip()
+    return f"{found['distribution']} {found.get('version') or ''}".removesuffix(" -").strip()
 
 
 def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> None:
@@ -47,8 +50,7 @@ def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Reg
     )
     if missing:
         raise AdapterFileError(
-            f"The adapter was made with {', '.join(missing)}, which is not here. Install it, or let it load."
-            f"{registry.absent()}"
+            f"The adapter was made with {', '.join(missing)}, which is not here. {TO_HAVE_IT}{registry.absent()}"
         ) from registry.cause()
 
 

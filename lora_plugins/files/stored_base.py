@@ -15,7 +15,7 @@ from torch import nn
 from lora_plugins.adapter import AdapterContent, check_not_owned, new_stored_weights, to_store
 from lora_plugins.errors import AdapterFileError, LoraError, listing
 from lora_plugins.files.fingerprint import checksum
-from lora_plugins.files.origins import origin, whose
+from lora_plugins.files.origins import TO_HAVE_IT, origin, whose
 from lora_plugins.inplace import StoredWeight, found_tensor, holder_of, of_all_modules, state_of, stored_weights
 from lora_plugins.plan import Plan
 from lora_plugins.plugins import STORAGES, Registry, Storage, storage_options
@@ -110,8 +110,8 @@ def _storage(entry: Mapping[str, Any], registry: Registry) -> Storage:
     name = str(entry.get("storage"))
     if name not in registry.of(STORAGES):
         raise AdapterFileError(
-            f"The adapter was trained on weights stored as {name!r} of {whose(entry)}, which is not here. Install it, "
-            f"or let it load.{registry.absent()}"
+            f"The adapter was trained on weights stored as {name!r} of {whose(entry)}, which is not here. "
+            f"{TO_HAVE_IT}{registry.absent()}"
         ) from registry.cause()
     plugin = registry.get(STORAGES, name)
     try:

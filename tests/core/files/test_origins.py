@@ -56,6 +56,8 @@ def model() -> nn.ModuleDict:
 def test_the_distribution_of_a_plugin_that_is_not_here_is_named(fields, what, tmp_path):
     registry = registry_of(OtherLayer(), OtherInit(), OtherVariant())
     LoraModel(model(), LoraConfig(r=2, **fields), registry=registry).save_adapter(tmp_path)
+    with pytest.raises(AdapterFileError, match=rf"{what} of \(given in code\), which is not here.*registry=build_reg"):
+        LoraModel.load_adapter(model(), tmp_path)
     text = (tmp_path / MANIFEST).read_text().replace("(given in code)", "their-package")
     write_manifest(tmp_path, json.loads(text.replace('"version": "-"', '"version": "1.2"')))
     with pytest.raises(AdapterFileError, match=rf"made with the {what} of their-package 1\.2, which is not here"):
