@@ -30,6 +30,7 @@ from lora_plugins.integrations.lightning.training import (
     ResumedState,
     explain_error_of_torch,
     explain_merged_module,
+    explain_missing_gradient,
     explain_plain_network,
     keep_base_of_averages,
     parameters_of,
@@ -167,6 +168,7 @@ class Run:
     def explain(self, trainer: Trainer, error: BaseException, *, merged: bool) -> None:
         """Adds to an error what may have caused it."""
         explain_error_of_torch(error)
+        explain_missing_gradient(error)
         if self.late_changes is not None:  # fit has ended
             if merged:
                 explain_merged_module(error)

@@ -21,6 +21,7 @@ from lora_plugins.integrations.lightning.training.calibration_data import (
 from lora_plugins.integrations.lightning.training.explained_errors import (
     explain_error_of_torch,
     explain_merged_module,
+    explain_missing_gradient,
     explain_plain_network,
 )
 from lora_plugins.integrations.lightning.training.frozen_base import check_backbone, freeze_again, frozen_names
@@ -53,6 +54,7 @@ __all__ = [
     "drop_averages",
     "explain_error_of_torch",
     "explain_merged_module",
+    "explain_missing_gradient",
     "explain_plain_network",
     "freeze_again",
     "frozen_names",

@@ -1,5 +1,8 @@
 """Notes on errors of a run that say what about adapters may have caused them."""
 
+import re
+from traceback import extract_tb
+
 _MERGED = (
     "The adapter was saved and merged before this, in on_fit_end of the LoraCallback, and the module has no A and B "
     "any more. A callback behind it, as every ModelCheckpoint is, loads values of the training there: let it do so in "
@@ -9,6 +12,14 @@ _MERGED = (
 
 _OF_PLAIN_NETWORKS = ("Unexpected key(s)", ".lora_A")
 """Words of the error that torch raises where a network that is not adapted is to take the state of one that is."""
+
+_NO_GRADIENT = (
+    "If it is the gradient of a parameter: the base is frozen, and the `grad` of a frozen parameter is None. Leave "
+    "those out (`if p.grad is not None`), or name their modules in modules_to_save to train them in full."
+)
+
+_READS_GRADIENT = re.compile(r"\bgrad")
+"""What a line has that does something with gradients; `no_grad` is none."""
 
 _OF_TORCH = {
     "non-leaf Tensor": (
@@ -64,3 +75,11 @@ def explain_error_of_torch(error: BaseException) -> None:
     for words, note in _OF_TORCH.items():
         if words in said:
             error.add_note(note)
+
+
+def explain_missing_gradient(error: BaseException) -> None:
+    """Adds a note to an error about a None where a line does something with gradients."""
+    if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
+        lines = (frame.line or "" for frame in extract_tb(error.__traceback__))
+        if any(map(_READS_GRADIENT.search, lines)):
+            error.add_note(_NO_GRADIENT)

@@ -826,3 +826,39 @@ def test_error_of_torch_about_what_is_frozen_says_what_to_do(tmp_path, module, a
     with pytest.raises(RuntimeError, match="require grad") as caught:
         fit(tmp_path, module(), LoraConfig(r=2, target_modules=["net.0"]))
     assert advice in "".join(caught.value.__notes__)
+
+
+class ReadsGradients(Callback):
+    """Does something with the gradient of every parameter, as what clips or projects gradients by hand does."""
+
+    def __init__(self, read):
+        self.read = read
+
+    def on_after_backward(self, trainer, module):
+        self.read(module)
+
+
+READINGS = [
+    pytest.param(lambda module: [p.grad.mul_(0.5) for p in module.parameters()], id="its method"),
+    pytest.param(lambda module: torch.cat([p.grad.view(-1) for p in module.parameters()]), id="in one vector"),
+    pytest.param(lambda module: [2 * p.grad for p in module.parameters()], id="a product"),
+    pytest.param(lambda module: torch.stack([torch.norm(p.grad) for p in module.parameters()]), id="a norm"),
+]
+
+
+class TestGradientsOfFrozenParameters:
+    @pytest.mark.parametrize("read", READINGS)
+    def test_error_says_that_there_are_none(self, tmp_path, read):
+        with pytest.raises((AttributeError, TypeError), match="NoneType") as caught:
+            trainer(tmp_path, [lora(), ReadsGradients(read)]).fit(Classifier(), loader())
+        assert "`grad` of a frozen parameter is None" in "".join(caught.value.__notes__)
+
+    def test_those_that_skip_them_are_left_alone(self, tmp_path):
+        read = ReadsGradients(lambda module: [p.grad.mul_(0.5) for p in module.parameters() if p.requires_grad])
+        trainer(tmp_path, [lora(), read]).fit(Classifier(), loader())
+
+    def test_error_about_another_none_has_no_note(self, tmp_path):
+        read = ReadsGradients(lambda module: module.trainer.logger.log_graph(module))
+        with pytest.raises(AttributeError, match="NoneType") as caught:
+            trainer(tmp_path, [lora(), read]).fit(Classifier(), loader())
+        assert not hasattr(caught.value, "__notes__")
