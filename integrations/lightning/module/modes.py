@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Mapping
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lora_plugins.adapter import present_state
+from lora_plugins.adapter import adapter_tensors, present_state
 from lora_plugins.errors import counted, listing
-from lora_plugins.inplace import AdapterTensors, is_frozen, model_modules, own_mode, state_of
+from lora_plugins.inplace import AdapterTensors, is_frozen, model_modules, own_mode
 from lora_plugins.utils import path_starts, plain_name, within
 
 
@@ -32,15 +32,7 @@ def set_training_mode(target: nn.Module, averages: Collection[nn.Module]) -> Non
             f"{counted(len(changed), 'module')} arrived in eval mode and had to be put into training mode: "
             f"{listing(changed, 3)}. Use LoraCallback(train_mode=False) to keep their mode."
         )
-    own = dict.fromkeys(name for name, part in kept.items() if part not in averages)
-    layers = [name for name, child in named if state_of(child) is not None]
-    adapted = [name for name in layers if within(name, own)]
-    if adapted:
-        rank_zero_info(
-            f"{listing(own, 3)} arrived frozen and in eval mode, and stay so, though adapters are on "
-            f"{counted(len(adapted), 'layer')} of it: dropout does nothing there. Call train() on it before fit if it "
-            "is to be trained as usual."
-        )
+    _tell_trained(target, [name for name, part in kept.items() if part not in averages])
 
 
 def modes_of_frozen_norms(module: nn.Module) -> dict[str, bool]:
@@ -57,6 +49,24 @@ def set_modes_of_frozen_norms(module: nn.Module, modes: Mapping[str, bool]) -> N
     for entry in model_modules(module):
         if entry.name in modes and is_frozen(entry.module):
             entry.module.train(modes[entry.name])
+
+
+def _tell_trained(target: nn.Module, parts: Collection[str]) -> None:
+    """Says which parts stay frozen and in eval mode although adapters train them.
+
+    It is a warning where adapters are on others as well: patterns have matched a teacher or a loss network, it seems.
+    """
+    trained = {name.rsplit(".", 2)[0] for name, factor in adapter_tensors(target).items() if factor.requires_grad}
+    adapted = [name for name in trained if within(name, parts)]
+    if adapted:
+        adapted_parts = [part for part in parts if any(within(name, [part]) for name in adapted)]
+        tell = rank_zero_info if len(adapted) == len(trained) else rank_zero_warn
+        tell(
+            f"{listing(adapted_parts, 3)} arrived frozen and in eval mode, and stay so, though adapters train "
+            f"{counted(len(adapted), 'layer')} there: dropout does nothing. Leave what is to stay as it is, such as a "
+            "teacher or a loss network, out with exclude_modules; call train() before fit on what is to be trained as "
+            "usual."
+        )
 
 
 def _kept_in_eval_mode(

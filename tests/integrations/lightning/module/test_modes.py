@@ -120,6 +120,34 @@ def test_frozen_modules_in_eval_mode_stay_so(tmp_path, config, merge):
     assert all(child.training for child in module.net.modules())
 
 
+class WithLossNetwork(Classifier):
+    """Has a loss network that its author froze and put into eval mode, and hands it what needs gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.percept = nn.Sequential(nn.Linear(3, 5), nn.Tanh()).requires_grad_(False).eval()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.percept(self(batch[0])).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
+class TestFrozenPartThatAdaptersTrain:
+    def test_beside_parts_that_are_not_frozen_it_is_warned_of(self, tmp_path):
+        with pytest.warns(UserWarning, match=r"'percept' arrived frozen and in eval mode.*1 layer there.*exclude_mod"):
+            trainer(tmp_path, [LoraCallback(LoraConfig(r=2))]).fit(WithLossNetwork(), loader())
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param(LoraConfig(r=2, target_modules=["percept.0"]), id="nothing but it"),
+            pytest.param(LoraConfig(r=2, exclude_modules=["percept.0"]), id="all but it"),
+        ],
+    )
+    def test_otherwise_there_is_no_warning(self, tmp_path, config):
+        trainer(tmp_path, [LoraCallback(config)]).fit(WithLossNetwork(), loader())
+
+
 @pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:UserWarning")  # as without the callback
 @pytest.mark.parametrize("part", ["net", "teacher"])
 def test_frozen_modules_that_something_is_wrapped_around_stay_in_eval_mode(tmp_path, part):
