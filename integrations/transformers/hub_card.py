@@ -7,6 +7,7 @@ from transformers import TrainerState
 
 from lora_plugins.hub import CardContent, model_card
 from lora_plugins.plugins import FORMATS, OWN_FORMAT, default_registry
+from lora_plugins.utils import replace_file
 
 _END = "train_runtime"
 """What the Trainer logs when a training ends, before it loads the best checkpoint."""
@@ -18,7 +19,7 @@ def write_card(
     """Writes `README.md` into an adapter folder."""
     summary = default_registry().get(FORMATS, OWN_FORMAT).summary(folder)
     content = CardContent(repository, OWN_FORMAT, summary, base_model, license, measured(state, best=best))
-    (folder / "README.md").write_text(model_card(content), encoding="utf-8")
+    replace_file(folder / "README.md", model_card(content).encode())
 
 
 def measured(state: TrainerState, *, best: bool) -> dict[str, float]:

@@ -26,6 +26,7 @@ from lora_plugins.integrations.transformers.hub_card import write_card
 from lora_plugins.integrations.transformers.reloading import holds_adapter, restore
 from lora_plugins.merge import DEFAULT_MAX_ERROR, check_merge_later
 from lora_plugins.names import DEFAULT_ADAPTER
+from lora_plugins.utils import replace_torch_file
 
 _DECLARED = "_hf_peft_config_loaded"
 """Private attribute by which the Trainer tells that a quantized model has adapters."""
@@ -247,7 +248,7 @@ class LoraTrainer(Trainer):
         preparing: Any = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if preparing is not None:
             preparing.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        replace_torch_file(folder / TRAINING_ARGS_NAME, self.args)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restores the adapter from a checkpoint, before the optimizer is made."""

@@ -3,7 +3,13 @@
 Every other room may use them.
 """
 
-from lora_plugins.utils.atomic_file import put_files, remove_leftovers, replace_file, replace_files
+from lora_plugins.utils.atomic_file import (
+    put_files,
+    remove_leftovers,
+    replace_file,
+    replace_files,
+    replace_torch_file,
+)
 from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.collection import without_collection
 from lora_plugins.utils.constants import on_device
@@ -57,6 +63,7 @@ __all__ = [
     "remove_leftovers",
     "replace_file",
     "replace_files",
+    "replace_torch_file",
     "run_seed",
     "saved_tensors_take_hooks",
     "seeded",

@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import io
 import os
 import re
 import secrets
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from zlib import crc32
+
+import torch
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
 """The name of a temporary file."""
@@ -27,6 +30,13 @@ def replace_file(path: Path, data: bytes) -> None:
     a file, gets this one.
     """
     replace_files({path: data})
+
+
+def replace_torch_file(path: Path, value: object) -> None:
+    """Writes what `torch.save` writes, as `replace_file` does: its own errors name no file, nor that a disk is full."""
+    data = io.BytesIO()
+    torch.save(value, data)
+    replace_file(path, data.getvalue())
 
 
 def replace_files(files: Mapping[Path, bytes]) -> None:

@@ -24,6 +24,7 @@ from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoi
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import check_arguments, original
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.names import MANIFEST
+from lora_plugins.utils import replace_torch_file
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -206,7 +207,7 @@ def _as_written(path: Any, folder: Path, *, weights_only: bool) -> Path | None:
 def _write(checkpoint: dict[str, Any], folder: Path) -> Path:
     """Writes a checkpoint to a file, since a class with a loader of its own may read it more than once."""
     path = folder / "checkpoint.ckpt"
-    torch.save(checkpoint, path)
+    replace_torch_file(path, checkpoint)
     return path
 
 

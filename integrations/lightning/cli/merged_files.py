@@ -1,14 +1,12 @@
 """The commands `export` and `merge`: a checkpoint with an adapter becomes a file that needs no lora_plugins."""
 
 import importlib
-import io
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 
 from lora_plugins import ConfigError, LoraModel
@@ -24,7 +22,7 @@ from lora_plugins.integrations.lightning.module import (
 )
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.names import TRACEBACK_VARIABLE
-from lora_plugins.utils import replace_file
+from lora_plugins.utils import replace_torch_file
 from lora_plugins.writable import check_writable_file
 
 _OF_TRAINING = (
@@ -133,9 +131,7 @@ def merge_checkpoint(
     read = read_checkpoint(checkpoint, allow_globals=allow_globals, weights_only=weights_only)
     kept = {key: value for key, value in read.items() if key not in (KEY, *_OF_TRAINING)}
     output.parent.mkdir(parents=True, exist_ok=True)
-    data = io.BytesIO()
-    torch.save({**kept, "state_dict": whole_state_dict(module)}, data)
-    replace_file(output, data.getvalue())
+    replace_torch_file(output, {**kept, "state_dict": whole_state_dict(module)})
     return output
 
 

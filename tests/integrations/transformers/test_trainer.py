@@ -10,6 +10,7 @@ from torch import nn
 from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, MergeError, StateError, TargetError
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.transformers import LoraTrainer
+from tests.core.full_disk import files_of_at_most
 from tests.integrations.transformers.toys import (
     BEST,
     SEGFORMER,
@@ -50,6 +51,17 @@ class TestCheckpoints:
         LoraModel.load_adapter(again, last)
         assert not differing(values(again), values(run.model))
         assert torch.equal(logits(again, data()), logits(run.model, data()))
+
+    def test_a_full_disk_keeps_the_earlier_arguments(self, tmp_path):
+        run = trainer(tmp_path / "run")
+        LoraModel(run.model).save_adapter(tmp_path / "final")  # written again, it is what it was
+        (tmp_path / "final" / "training_args.bin").write_bytes(b"before")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()}
+        size = max(map(len, before.values()))
+        run.args.run_name = "x" * size
+        with files_of_at_most(size), pytest.raises(OSError, match=r"File too large: .*/final/training_args\.bin"):
+            run.save_model(tmp_path / "final")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()} == before
 
     def test_save_model_writes_an_adapter_folder(self, tmp_path):
         run = trainer(tmp_path / "run")

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import tempfile
 from abc import ABC
 from typing import Generic, TypeVar
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
+from tests.core.full_disk import files_of_at_most
 from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, shown_by_lightning
 from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
 
@@ -46,6 +48,17 @@ def test_an_adapter_folder_is_told_from_a_checkpoint(tmp_path):
 
     with pytest.raises(AdapterFileError, match=r"is an adapter folder.*LoraModel.load_adapter\(module, '.*adapter'\)"):
         Loading.load_from_checkpoint(tmp_path / "adapter")
+
+
+def test_a_full_disk_for_temporary_files_is_told(tmp_path, monkeypatch):
+    run = trainer(tmp_path, [lora()])
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with files_of_at_most(100), pytest.raises(OSError, match=r"File too large: .*/temporary/"):
+        load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 class TestOneLiner:
