@@ -31,8 +31,11 @@ def save_file(
     except BaseException as error:
         if trainer.is_global_zero:
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as fsspec's
-            error.filename = str(path)
+        if isinstance(error, OSError) and error.errno is not None:
+            places = {error.filename, error.filename2}
+            if places == {None} or str(partial) in places:  # fsspec's name none, or one that nobody has given
+                error.filename = str(path)
+                del error.filename2
         raise
 
 
