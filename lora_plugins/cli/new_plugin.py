@@ -56,14 +56,19 @@ def write(name: str, into: Path) -> Path:
         raise ConfigError(f"{into} is not a folder. Make it first, or choose another with --into.")
     check_writable_folder(folder, "The package")
     templates = resources.files("lora_plugins.cli") / "template"
-    with tempfile.TemporaryDirectory(dir=into, prefix=".new-plugin-") as temporary:
-        made = Path(temporary) / folder.name
-        for path, template in FILES.items():
-            target = made / path.format(**values)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            text = (templates / template).read_text(encoding="utf-8")
-            target.write_text(Template(text).substitute(values), encoding="utf-8")
-        os.rename(made, folder)
+    texts = {path: (templates / template).read_text(encoding="utf-8") for path, template in FILES.items()}
+    try:
+        with tempfile.TemporaryDirectory(dir=into, prefix=".new-plugin-") as temporary:
+            made = Path(temporary) / folder.name
+            for path, text in texts.items():
+                target = made / path.format(**values)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(Template(text).substitute(values), encoding="utf-8")
+            os.rename(made, folder)
+    except OSError as error:
+        error.filename = str(folder)  # and not what is in the temporary folder
+        del error.filename2
+        raise
     return folder
 
 

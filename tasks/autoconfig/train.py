@@ -180,9 +180,11 @@ def _yaml(made: Mapping[str, Any], arguments: Sequence[str]) -> str:
 
 
 def _write(path: Path, text: str, flag: str = "--out DIR") -> None:
+    from lora_plugins.utils import replace_file  # brings torch along
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        replace_file(path, text.encode())
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror or error}. Name another place: {flag}."

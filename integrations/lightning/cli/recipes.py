@@ -64,7 +64,11 @@ def _copy(recipe: Path, path: Path) -> None:
         raise ConfigError(f"{path} exists already. Name another file.")
     check_writable_file(path, "The file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(recipe, path)
+    try:
+        shutil.copyfile(recipe, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     print(f"Written: {path}")
 
 

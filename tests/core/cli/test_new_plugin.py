@@ -8,6 +8,7 @@ import pytest
 
 from lora_plugins.cli.main import main
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
+from tests.core.full_disk import files_of_at_most
 from tests.core.processes import run_tests
 
 
@@ -48,6 +49,13 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path, capsys):
     assert main(["new-plugin", "mine", "--into", str(tmp_path)]) == 1
     assert "exists already" in capsys.readouterr().err
     assert list((tmp_path / "lora-plugins-mine").iterdir()) == []
+
+
+def test_a_full_disk_is_told_of_the_package(tmp_path, capsys):
+    with files_of_at_most(100):
+        assert main(["new-plugin", "mine", "--into", str(tmp_path)]) == 1
+    assert f" for {tmp_path / 'lora-plugins-mine'}. Make room" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that nobody can write into")

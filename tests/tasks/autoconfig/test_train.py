@@ -14,6 +14,7 @@ from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import SemanticSegmentationTask
+from tests.core.full_disk import files_of_at_most
 
 from ..conftest import noise, write_image
 
@@ -86,6 +87,16 @@ def test_the_written_configuration_gives_the_same_adapter(kind, suffix, folders,
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
     manifest = json.loads((tmp_path / "again" / "adapter.json").read_text())
     assert manifest["config"]["r"] == 2
+
+
+def test_a_full_disk_keeps_the_earlier_configuration(folders, tmp_path, capsys):
+    given = ["train", *folders("labels"), "--plan", "--save-config", "it.yaml"]
+    (tmp_path / "it.yaml").write_text("before")
+    with files_of_at_most(100):
+        assert main(given) == 1
+    assert "it.yaml cannot be written: File too large" in capsys.readouterr().err
+    assert (tmp_path / "it.yaml").read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "weights.safetensors", "it.yaml"}
 
 
 def test_plan_writes_nothing_but_the_configuration_that_is_asked_for(folders, tmp_path, capsys):

@@ -14,6 +14,7 @@ from lora_plugins import LoraError
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.plugins import LOAD_VARIABLE
+from tests.core.full_disk import files_of_at_most
 from tests.integrations.lightning.cli.cli_cases import needs_vision
 from tests.integrations.lightning.toys import Data
 
@@ -543,6 +544,13 @@ class TestRecipes:
         assert main(["recipes", "copy", "cls", str(tmp_path / "new" / "mine.yaml")]) == 0
         assert main(["recipes", "copy", "cls", str(copied / "it.yaml")]) == 1
         assert f"{copied} is a file. Name another place." in capsys.readouterr().err
+
+    def test_a_full_disk_leaves_no_part_of_a_copy(self, capsys, tmp_path):
+        copied = tmp_path / "mine.yaml"
+        with files_of_at_most(100):
+            assert main(["recipes", "copy", "cls", str(copied)]) == 1
+        assert f" for {copied}. Make room" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_message_that_is_not_known_keeps_its_words():
