@@ -20,7 +20,7 @@ from lora_plugins.errors import AdapterFileError, nothing_there
 from lora_plugins.files.manifest import TENSOR_FILE, checked_manifest, is_as_written, sealed
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
-from lora_plugins.utils import check_regular, ending, remove_leftovers, replace_file
+from lora_plugins.utils import check_regular, ending, read_unmixed, remove_leftovers, replace_file
 from lora_plugins.writable import check_writable_folder
 
 _WRITTEN = re.compile(f"{TENSOR_FILE.pattern}|{re.escape(MANIFEST)}")
@@ -64,6 +64,10 @@ def read(folder: Path) -> PackedAdapter:
     Raises:
         AdapterFileError: If a file is missing, truncated or changed, or the manifest points out of the folder.
     """
+    return read_unmixed(folder / MANIFEST, lambda: _read(folder))
+
+
+def _read(folder: Path) -> PackedAdapter:
     manifest = checked_manifest(_read_manifest(folder / MANIFEST))
     if not is_as_written(manifest):
         raise AdapterFileError(

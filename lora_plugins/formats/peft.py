@@ -31,6 +31,7 @@ from lora_plugins.formats.portable import PortableAdapter, PortableLayer
 from lora_plugins.formats.portable_format import PortableFormat, UntoldError
 from lora_plugins.formats.tensor_file import read_json, read_shapes, read_tensors, write_described_tensors
 from lora_plugins.names import DEFAULT_ADAPTER
+from lora_plugins.utils import read_unmixed
 from lora_plugins.writable import check_writable_folder
 
 CONFIG = "adapter_config.json"
@@ -63,8 +64,8 @@ class PeftFormat(PortableFormat):
     def load(self, path: Path, model: nn.Module | None, options: Mapping[str, Any]) -> PortableAdapter:
         """Reads a folder; see `PortableFormat`."""
         folder = _only_folder(path)
-        config = PeftConfig(read_json(folder / CONFIG), options["patterns"])
-        tensors, _ = read_tensors(_tensor_file(folder))
+        fields, tensors = read_unmixed(folder / CONFIG, lambda: _read(folder))
+        config = PeftConfig(fields, options["patterns"])
         tensors = folded(tensors) if config.is_adalora else tensors
         modules = places_by_name(model) if model is not None else {}
         found = sorted_tensors(tensors, modules)
@@ -141,6 +142,10 @@ def _only_folder(path: Path) -> Path:
             "folder of one of them."
         )
     return folders[0]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    return read_json(folder / CONFIG), read_tensors(_tensor_file(folder))[0]
 
 
 def _tensor_file(folder: Path) -> Path:

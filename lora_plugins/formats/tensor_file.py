@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_plugins.errors import AdapterFileError
-from lora_plugins.utils import replace_file, replace_files
+from lora_plugins.utils import read_unmixed, replace_file, replace_files
 from lora_plugins.writable import check_writable_file
 
 LARGEST_HEADER = 16 << 20
@@ -51,6 +51,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     Raises:
         AdapterFileError: As `read_header` does.
     """
+    return read_unmixed(path, lambda: _read_tensors(path))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     metadata = read_header(path).get("__metadata__", {})
     try:
         return safetensors.torch.load(path.read_bytes()), metadata

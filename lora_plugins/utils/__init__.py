@@ -5,6 +5,7 @@ Every other room may use them.
 
 from lora_plugins.utils.atomic_file import (
     put_files,
+    read_unmixed,
     remove_leftovers,
     replace_file,
     replace_files,
@@ -60,6 +61,7 @@ __all__ = [
     "put_value",
     "quantize_dequantize",
     "random_module",
+    "read_unmixed",
     "remove_leftovers",
     "replace_file",
     "replace_files",

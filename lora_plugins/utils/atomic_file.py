@@ -6,12 +6,15 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 from zlib import crc32
 
 import torch
+
+T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
 """The name of a temporary file."""
@@ -71,6 +74,33 @@ def put_files(files: Mapping[Path, bytes]) -> None:
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
+
+
+def read_unmixed(last: Path, read: Callable[[], T]) -> T:
+    """Reads what belongs together, and reads it again if another process has replaced it meanwhile.
+
+    Args:
+        last: The file that `replace_files` exchanges last.
+        read: Reads everything; what it raises of files that are being replaced is passed over.
+    """
+    while True:
+        before = _version(last)
+        try:
+            found = read()
+        except Exception:
+            if _version(last) == before:
+                raise
+        else:
+            if _version(last) == before:
+                return found
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:  # it is not there
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _exchange(temporary: Mapping[Path, Path]) -> None:
