@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from filecmp import cmp
 from pathlib import Path
 from typing import TypeVar
 from zlib import crc32
@@ -45,7 +46,8 @@ def replace_torch_file(path: Path, value: object) -> None:
 def replace_files(files: Mapping[Path, bytes]) -> None:
     """Writes files that belong together so that a process killed at any moment leaves no mixture of old and new ones.
 
-    While they are exchanged, the last one, without which nobody reads the others, is not there.
+    While several of them are exchanged that are not what they were, the last one, without which nobody reads the
+    others, is not there.
 
     Args:
         files: The contents by path, in one folder.
@@ -106,11 +108,19 @@ def _version(path: Path) -> tuple[int, int, int] | None:
 def _exchange(temporary: Mapping[Path, Path]) -> None:
     """Puts temporary files in their places; those that are there already stay."""
     waiting = {path: file for path, file in temporary.items() if file.exists()}
+    changing = [path for path, file in waiting.items() if not _is_same(path, file)]
     *_, last = temporary
-    if len(temporary) > 1 and last in waiting:
+    if len(changing) > 1 and last in waiting:
         last.unlink(missing_ok=True)
     for path, file in waiting.items():
         os.replace(file, path)
+
+
+def _is_same(path: Path, file: Path) -> bool:
+    try:
+        return cmp(path, file, shallow=False)
+    except OSError:  # there is none, or it cannot be read
+        return False
 
 
 def _temporary(path: Path) -> Path:

@@ -46,3 +46,22 @@ def test_there_is_one_adapter_and_no_file_of_the_other(tmp_path, monkeypatch, ca
     found = loaded(tmp_path)
     assert any(torch.equal(found, output) for output in outputs)
     assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_where_only_the_tensors_change_there_is_an_adapter_at_every_moment(tmp_path, monkeypatch):
+    old, new = adapted(2.0), adapted(2.0)
+    with torch.no_grad():
+        new.model[0].lora_B["default"].mul_(3)
+    old.save_adapter(tmp_path, format="peft")
+    replace, found = os.replace, []
+
+    def observed(source, target):
+        found.append(loaded(tmp_path))
+        replace(source, target)
+        found.append(loaded(tmp_path))
+
+    monkeypatch.setattr(os, "replace", observed)
+    new.save_adapter(tmp_path, format="peft")
+    before, after = (each.model(X) for each in (old, new))
+    assert [torch.equal(each, before) for each in found] == [True, False, False, False]
+    assert all(torch.equal(each, after) for each in found[1:])
