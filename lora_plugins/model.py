@@ -48,6 +48,7 @@ from lora_plugins.files import (
     rebuilt_bases,
     saved_name,
     unpack,
+    warn_of_not_finite,
 )
 from lora_plugins.hub import CardContent, located, push
 from lora_plugins.merge import DEFAULT_MAX_ERROR, MergeReport, merge, merge_and_unload, unmerge
@@ -650,4 +651,6 @@ def _read(
     state = model_state(model)
     place = f"the format {chosen.name!r}, reading {found}"
     with base_in_place(model, state) if state else nullcontext(), noted(place):
-        return chosen.read(found, model, registry, options)
+        packed = chosen.read(found, model, registry, options)
+        warn_of_not_finite(found, packed.tensors, model)
+        return packed

@@ -17,6 +17,7 @@ from lora_plugins.files.manifest import (
     tensor_key,
     value_key,
 )
+from lora_plugins.files.not_finite import warn_of_not_finite
 from lora_plugins.files.origins import versions_told
 from lora_plugins.files.other_root import check_root
 from lora_plugins.files.packed import manifest_of, pack, saved_name
@@ -58,5 +59,6 @@ __all__ = [
     "unpack",
     "value_key",
     "versions_told",
+    "warn_of_not_finite",
     "write",
 ]

@@ -17,6 +17,7 @@ from lora_plugins.errors import ConfigError, counted, listing
 from lora_plugins.inplace import StoredWeight, full_name, model_modules, of_all_modules, put_stored, stored_weights
 from lora_plugins.plan import weights_to_store
 from lora_plugins.plugins import Registry, Storage, registry_of
+from lora_plugins.utils import are_finite
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 """What a folder of Hugging Face has: one file, or an index of several."""
@@ -84,8 +85,7 @@ def _made(
     value = value.to(device, old.dtype, copy=storage is None)
     if storage is None:
         return nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    # isfinite of all values would make a second copy of the weight.
-    if value.numel() and not all(bool(end.isfinite()) for end in value.aminmax()):
+    if not are_finite(value):
         raise ConfigError(f"{key!r} has values that are not finite, which cannot be stored as {storage}.")
     return StoredWeight(storage, value, requires_grad=old.requires_grad)
 

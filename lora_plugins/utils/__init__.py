@@ -20,7 +20,7 @@ from lora_plugins.utils.low_rank import low_rank, truncated_svd
 from lora_plugins.utils.memory_format import laid_out_like
 from lora_plugins.utils.paths import path_ends, path_runs, path_starts, within
 from lora_plugins.utils.plain_names import COMPILED, INSERTED, loaded_key, plain_name
-from lora_plugins.utils.precision import common_type, in_float64, single_at_least
+from lora_plugins.utils.precision import are_finite, common_type, in_float64, single_at_least
 from lora_plugins.utils.quantize import BITS, blocks_of, levels, nearest_levels, quantize_dequantize
 from lora_plugins.utils.randomness import own_randomness, random_module, run_seed, seeded
 from lora_plugins.utils.regular_file import check_regular
@@ -35,6 +35,7 @@ __all__ = [
     "INSERTED",
     "KeptTensor",
     "Versions",
+    "are_finite",
     "autocast_dtype",
     "blocks_of",
     "check_regular",

@@ -14,6 +14,15 @@ def common_type(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     return torch.promote_types(*(torch.float32 if dtype.itemsize == 1 else dtype for dtype in (first, second)))
 
 
+def are_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, told by the least and the largest: `isfinite` of all makes a second copy."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    elif tensor.is_floating_point() and tensor.itemsize == 1:  # which have no order in torch
+        tensor = tensor.float()
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
 def in_float64(tensor: Tensor) -> Tensor:
     """Returns a tensor in float64; on the CPU where its own device has no such type, as GPUs of Apple."""
     try:
