@@ -68,12 +68,14 @@ class LoraTrainer(Trainer):
         adapter_name: The adapter that is trained.
         merge_on_train_end: Whether `train` ends with `merge_and_unload`, after the best checkpoint was loaded if one
             was asked for. The trainer then holds an ordinary model.
-        dequantize: Whether the merged model has dense weights where those of the base are stored in fewer bytes.
+        dequantize: Whether the merged model has dense weights where those of the base are stored in fewer bytes; with
+            `merge_on_train_end` only.
         max_error: Share of an update that this merge may lose to rounding, as in `LoraModel.merge_and_unload`.
         **kwargs: As in `transformers.Trainer`.
 
     Raises:
-        ConfigError: If `lora_config` is of another library, or another argument is invalid.
+        ConfigError: If `lora_config` is of another library, or another argument is invalid, as `dequantize` is without
+            `merge_on_train_end`.
         TargetError: If it does not fit the model.
         StateError: If the model has no adapter and none is given, has another one of that name, or is to be sharded by
             FSDP or DeepSpeed; if an optimizer is given that does not hold the adapter, or `optim` names one that steps
@@ -105,6 +107,11 @@ class LoraTrainer(Trainer):
         self.dequantize = dequantize
         self.max_error = max_error
         check_fields(vars(self), _CHECKS)
+        if dequantize and not merge_on_train_end:
+            raise ConfigError(
+                "dequantize=True says how the model is merged, and nothing is merged. Add merge_on_train_end=True, or "
+                "leave it out: merge_and_unload(dequantize=True) takes it later."
+            )
         self._declared: list[nn.Module] | None = []
         self._declare(args[0] if args else kwargs.get("model"))
         try:

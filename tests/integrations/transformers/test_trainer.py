@@ -422,6 +422,13 @@ class TestRefused:
         with pytest.raises(ConfigError, match=f"^{argument} is True or False, not 'no'"):
             trainer(tmp_path, **{argument: "no"})
 
+    def test_dense_weights_without_a_merge(self, tmp_path):
+        """Nothing would be made dense."""
+        model = vit()
+        with pytest.raises(ConfigError, match=r"^dequantize=True.*merge_on_train_end=True"):
+            trainer(tmp_path, model, dequantize=True)
+        assert model_state(model) is None
+
     def test_a_number_that_is_no_name(self, tmp_path):
         with pytest.raises(ConfigError, match=r"^adapter_name holds 1, which is not a name"):
             trainer(tmp_path, adapter_name=1)
