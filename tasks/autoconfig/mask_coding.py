@@ -67,12 +67,14 @@ def mask_coding(
     found = mask_values(paths, read)
     values: list[Any] = sorted(found.where)
     coding = _coded(found.kind, values, names, ignored, found.where)
-    if len(coding.classes) < 2:
-        counted = [value for value in values if value != ignored] or values
-        beside = f" beside the ignored {ignored}" if ignored in values and len(values) > 1 else ""
+    void = ignored if ignored is not None or coding.colors is not None else IGNORED
+    counted = [value for value in values if value != void] or values
+    if len(coding.classes) < 2 or len(counted) < 2:
+        beside = f" beside the ignored {void}" if void in values and len(values) > 1 else ""
+        levels = " 0 and 255 are black and white: name 2 classes, in this order." if values == [BLACK, WHITE] else ""
         raise DataError(
             f"All masks hold one value, {counted[0]}{beside}, and there is nothing to tell apart. A mask holds one "
-            "value for each class, the background included."
+            f"value for each class, the background included.{levels if names and ignored is None else ''}"
         )
     return coding
 

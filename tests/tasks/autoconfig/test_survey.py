@@ -641,6 +641,21 @@ def test_one_value_beside_the_ignored_one(tmp_path, value, flags):
         survey(masked(tmp_path / "data", [0, value]), Flags(ignore_index=0, **flags))
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0, 255], "0 beside the ignored 255, and.* 0 and 255 are black and white: name 2 classes, in this order"),
+        ([2, 255], "2 beside the ignored 255, and"),
+        ([1], "1, and"),
+    ],
+    ids=["black and white", "an index and void", "one index"],
+)
+def test_one_value_with_names_of_more(tmp_path, values, said):
+    """The names would be indices, and one of them would be all that is learned."""
+    with pytest.raises(DataError, match=f"All masks hold one value, {said}"):
+        survey(masked(tmp_path / "data", values), Flags(classes=("a", "b", "c")))
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
 def test_an_image_is_measured_as_its_file_says_that_it_is_turned(tmp_path, kind):
     """Pillow turns a TIFF by itself, and gives the size of what is shown."""
