@@ -27,6 +27,7 @@ from lora_plugins.integrations.lightning.training.averages import renews_statist
 from lora_plugins.integrations.lightning.training.changes_within_run import ChangesWithinRun
 from lora_plugins.integrations.lightning.training.first_steps import FirstSteps
 from lora_plugins.integrations.lightning.training.frozen_base import changed, check_unchanged
+from lora_plugins.integrations.lightning.training.lost_eps import warn_of_lost_eps
 from lora_plugins.integrations.lightning.training.lost_writes import LostWrites
 from lora_plugins.integrations.lightning.training.moved_by_hand import MovedByHand
 from lora_plugins.integrations.lightning.training.optimizer_groups import parameters_of
@@ -74,7 +75,7 @@ class Audit:
         self._changes = ChangesWithinRun(trainer, module, self._alike_copies, teachers)
         self._objects = self._still()  # no weak references, with which `nn.Module.to` cannot swap a tensor
         self._frozen = checksums(self._objects)
-        self._stepped = False
+        self._stepped = self._lost_eps = False
         self._rates: list[float] = []
         self._scale = 1.0
 
@@ -135,10 +136,15 @@ class Audit:
         without_loss = self._module.automatic_optimization and not outputs  # `training_step` returned None
         overflow = loss_scale(self._trainer) < self._scale  # in float16
         skipped = not stepped or without_loss or overflow or renews_statistics(self._trainer)
+        self._name_lost_eps()
         if not skipped and not self._first.after_step(self._rates):
             self._first = None
             self._lost_writes.stop()
             self._check_unchanged()
+
+    def _name_lost_eps(self) -> None:
+        if not self._lost_eps:
+            self._lost_eps = warn_of_lost_eps(self._trainer.optimizers, trained_parameters(self._module))
 
     def before_validation(self) -> None:
         """Checks copies before validation, in which callbacks exchange the whole module."""
@@ -205,6 +211,7 @@ class Audit:
         """
         reshard(self._module)
         self._changes.name_adapters()
+        self._name_lost_eps()
         if self._first is not None:
             self._lost_writes.check()
             self._lost_writes.stop()
