@@ -94,6 +94,21 @@ class Plan:
         return found
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of it, a sentence each: what "all" leaves out, and ranks above those of all weights."""
+        sides = {layer.name: max(map(min, layer.shapes)) for layer in self.layers}
+        beyond = [layer for layer in self.layers if layer.r > sides[layer.name]]
+        said = [*map(str, self.left_out)]
+        if beyond and len(beyond) == len(self.layers):
+            most = max(beyond, key=lambda layer: sides[layer.name])
+            said.append(
+                "no layer can use its rank: that of an update is at most the smaller side of its weight, "
+                f"{sides[most.name]} in {most.name!r} (r={most.r}) and no more in the others; what is above it costs "
+                "memory and learns nothing more"
+            )
+        return tuple(said)
+
+    @property
     def extent(self) -> str:
         """How many layers are adapted, such as `2 layers`."""
         return counted(len(self.layers), "layer")
@@ -139,4 +154,4 @@ class Plan:
         if self.stored:
             kinds = listing(dict.fromkeys(storage.plugin.name for storage in self.stored.values()))
             lines.append(f"stored as {kinds}: {listing(self.stored)}")
-        return "\n".join([*lines, *map(str, self.left_out), self.summary()])
+        return "\n".join([*lines, *self.notes, self.summary()])

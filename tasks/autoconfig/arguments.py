@@ -97,7 +97,7 @@ def _parser() -> Parser:
 def _share(text: str) -> float:
     value = positive(text)
     if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share, from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share: a number above 0 and below 1")
     return value
 
 

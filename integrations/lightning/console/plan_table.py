@@ -34,7 +34,7 @@ def print_plan(plan: Plan, title: str, forgotten: Sequence[str] = ()) -> None:
     notes = [
         *([f"Trained in place: {', '.join([*trained[:_MOST], *more])}"] if trained else []),
         *([f"Looks new, and is not trained: {listing(forgotten)}"] if forgotten else []),
-        *map(str, plan.left_out),
+        *plan.notes,
     ]
     for note in [*notes, plan.summary()]:
         console.print(note)

@@ -433,3 +433,19 @@ def test_a_layer_that_stands_at_several_places_is_planned_once_by_all_names():
     model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared}), "d": shared})
     (layer,) = plan(model).layers
     assert (layer.name, layer.aliases) == ("a", ("b.c", "d"))
+
+
+class TestRanksThatNoWeightCanHave:
+    def net(self):
+        return nn.Sequential(nn.Linear(4, 6), nn.Conv2d(3, 5, 3, groups=1))
+
+    def test_they_are_said_once_with_the_largest_that_has_a_use(self):
+        plan = LoraModel.plan(self.net(), LoraConfig(r=4000))
+        assert len(plan.notes) == 1
+        assert re.search(r"no layer can use its rank: .* 5 in '1' \(r=4000\)", str(plan))
+
+    @pytest.mark.parametrize(
+        "fields", [{"r": 5}, {"r": 4000, "rank_pattern": {"0": 4}}], ids=["one has room", "pattern"]
+    )
+    def test_nothing_is_said_where_a_layer_can_use_it(self, fields):
+        assert LoraModel.plan(self.net(), LoraConfig(**fields)).notes == ()
