@@ -65,7 +65,16 @@ def _absolute(path: Path) -> Path:
 
 def _matching(pattern: str) -> list[Path]:
     found = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
-    return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    loops = {folder for folder in {path.parent for path in paths} if _is_within_itself(folder)}
+    return [path for path in paths if path.parent not in loops]
+
+
+def _is_within_itself(folder: Path) -> bool:
+    """Whether a link on the way to a folder leads back to where the way has been, as often as a pattern follows it."""
+    place = _absolute(folder)
+    way = [each.resolve() for each in (place, *place.parents)]
+    return len({*way}) < len(way)
 
 
 def _readable(paths: Sequence[Path], on_problem: str, resized_to: Size | None) -> list[Path]:

@@ -206,6 +206,18 @@ class TestPredict:
         assert predict(files) == 0
         assert not [path for path, link in linked.items() if path.samefile(link)]
 
+    @pytest.mark.parametrize("link", ["self", "deeper/up"])
+    def test_a_link_that_leads_back_is_not_followed(self, fitted, tmp_path, link):
+        """A pattern would find each image forty times."""
+        for name in ("images/a", "images/deeper/b", "elsewhere/c"):
+            write_image(tmp_path / f"{name}.png", noise())
+        (tmp_path / "images" / link).symlink_to(tmp_path / "images")
+        (tmp_path / "images" / "other").symlink_to(tmp_path / "elsewhere")
+        images, masks = str(tmp_path / "images" / "**" / "*.png"), tmp_path / "out" / "masks"
+        assert predict([str(fitted["masks"][1]["merged"]), images, "--out", str(tmp_path / "out")]) == 0
+        written = {file.relative_to(masks).as_posix() for file in masks.rglob("*.png")}
+        assert written == {"a.png", "deeper/b.png", "other/c.png"}
+
     def test_what_a_killed_command_left_of_masks_is_removed(self, fitted, tmp_path):
         for name in ("a", "deeper/b"):
             write_image(tmp_path / "images" / f"{name}.png", noise())
