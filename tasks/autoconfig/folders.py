@@ -1,5 +1,6 @@
 """The folders of a data set: what they hold, and which of them are splits."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,10 @@ from lora_plugins.tasks.files import TEST, TRAIN, VAL, image_files, images_below
 
 NAMES_FILE = "classes.txt"
 """Names of the classes of masks, one a line, beside the data."""
+
+_COLOR = r"(#[0-9a-fA-F]{6}|\d{1,3}(?:[,;\s]+\d{1,3}){2})"
+_WITH_COLOR = re.compile(rf"{_COLOR}[:,;\s]+\S.*|\S.*[:,;\s]{_COLOR}")
+"""A name with a color, as other programs write it: `road #804080`, `128,64,128 road`."""
 
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
 SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
@@ -58,7 +63,7 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
     """Returns the names of classes that a file beside the data lists; None without such a file.
 
     Raises:
-        DataError: If it lists one twice.
+        DataError: If it lists one twice, or has a color in each line: those are matched with names by their order.
     """
     path = folder / NAMES_FILE
     if not path.is_file():
@@ -67,4 +72,9 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(f"{path} names {listing(twice)} more than once. Each class has a name of its own.")
+    if names and all(map(_WITH_COLOR.fullmatch, names)):
+        raise DataError(
+            f"{path} has colors beside the names, as {names[0]!r}. Write names alone, in the order of the values or "
+            "colors that is printed without this file."
+        )
     return tuple(names)

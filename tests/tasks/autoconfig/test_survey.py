@@ -641,6 +641,25 @@ def test_one_value_beside_the_ignored_one(tmp_path, value, flags):
         survey(masked(tmp_path / "data", [0, value]), Flags(ignore_index=0, **flags))
 
 
+@pytest.mark.parametrize("line", ["{} {}", "{}: {}", "{},{}", "{}\t{}"], ids=["space", "colon", "comma", "tab"])
+@pytest.mark.parametrize("color", ["#ff00{:02x}", "255,0,{}", "255 0 {}", "255, 0, {}"], ids=str)
+@pytest.mark.parametrize("names_first", [True, False], ids=["names first", "colors first"])
+def test_colors_beside_names_are_refused(tmp_path, line, color, names_first):
+    """They would be parts of names, which are matched with the colors of masks by their order."""
+    root = masked(tmp_path / "data", [0, 1])
+    pairs = [(name, color.format(blue)) for blue, name in enumerate(("sky", "wide road"))]
+    lines = [line.format(*(pair if names_first else reversed(pair))) for pair in pairs]
+    (root / "classes.txt").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"classes\.txt has colors beside the names.* Write names alone"):
+        survey(root, Flags())
+
+
+def test_names_that_end_in_numbers_are_names(tmp_path):
+    root = masked(tmp_path / "data", [0, 1])
+    (root / "classes.txt").write_text("sky 1 2 3\nroad 2024\n")
+    assert survey(root, Flags()).coding.classes == ("sky 1 2 3", "road 2024")
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
