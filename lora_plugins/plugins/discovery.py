@@ -15,7 +15,7 @@ from typing import Any
 from lora_plugins.errors import PluginError
 from lora_plugins.names import DISTRIBUTION
 from lora_plugins.plugins.kind import GROUP
-from lora_plugins.plugins.owned import PluginInfo
+from lora_plugins.plugins.owned import UNVERSIONED, PluginInfo
 
 BLOCK_VARIABLE = "LORA_PLUGINS_BLOCK"
 """Environment variable with the names of plugins that are not loaded, separated by commas.
@@ -78,10 +78,10 @@ def sources(
         blocked = "" if info.distribution == DISTRIBUTION else reasons(info)
         yield Source(replace(info, blocked=blocked), point.load)
     for path in (Path(path).expanduser().absolute() for path in [*files_in(LOAD_VARIABLE), *files]):
-        info = PluginInfo(path.stem, str(path), "-", installed=False)
+        info = PluginInfo(path.stem, str(path), UNVERSIONED, installed=False)
         yield Source(info, functools.partial(load_file, path), required=True)
     for name, plugin in extra:
-        info = PluginInfo(name, "(given in code)", "-", installed=False)
+        info = PluginInfo(name, "(given in code)", UNVERSIONED, installed=False)
         yield Source(info, functools.partial(lambda plugin: plugin, plugin))
 
 
@@ -100,7 +100,7 @@ def _reasons(allow: Sequence[str] | None, block: Sequence[str]) -> Callable[[Plu
 
 
 def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist else ("(unknown)", "-")
+    return (point.dist.name, point.dist.version) if point.dist else ("(unknown)", UNVERSIONED)
 
 
 def load_file(path: Path) -> ModuleType:

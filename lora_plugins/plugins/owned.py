@@ -5,6 +5,9 @@ from typing import Any, Generic
 
 from lora_plugins.plugins.kind import P, PluginKind
 
+UNVERSIONED = "-"
+"""Stands for the version of a plugin whose distribution has none or is not known."""
+
 
 @dataclass(frozen=True)
 class PluginInfo:
@@ -51,7 +54,8 @@ class PluginInfo:
     @property
     def owner(self) -> str:
         """The plugin and its distribution, for messages."""
-        return f"{self.name!r} of {self.distribution} {self.version}"
+        version = "" if self.version == UNVERSIONED else f" {self.version}"
+        return f"{self.name!r} of {self.distribution}{version}"
 
 
 @dataclass(frozen=True)

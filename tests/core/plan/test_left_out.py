@@ -34,7 +34,7 @@ class TestTypesWithoutAPlugin:
     def test_a_plugin_that_failed_is_named_there(self):
         registry = build_registry([("mine", object())])
         found = LoraModel.plan(self.model, LoraConfig(r=2), registry=registry)
-        assert "which has 'weight'. Plugin 'mine' of (given in code) - failed: " in str(found.left_out[0])
+        assert "which has 'weight'. Plugin 'mine' of (given in code) failed: " in str(found.left_out[0])
         adapted = LoraModel.plan(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2), registry=registry)
         assert "mine" not in str(adapted)
 

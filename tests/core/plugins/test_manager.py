@@ -319,7 +319,7 @@ class TestTrace:
         for hook in ("lora_plugins_register_layers", "lora_plugins_register_inits"):
             assert f"{hook} [hook]" in written
             assert f"finish {hook}" in written
-        assert f"<Registrar of the inits of 'mine' of {IN_CODE} ->" in written
+        assert f"<Registrar of the inits of 'mine' of {IN_CODE}>" in written
 
     def test_nothing_is_written_else(self, capsys):
         build_registry()
