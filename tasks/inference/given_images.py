@@ -1,6 +1,7 @@
 """The images that a user names: files, folders of images, and patterns of paths."""
 
 import glob
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,14 +67,15 @@ def _absolute(path: Path) -> Path:
 def _matching(pattern: str) -> list[Path]:
     found = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
     paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-    loops = {folder for folder in {path.parent for path in paths} if _is_within_itself(folder)}
+    start = _absolute(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)))
+    loops = {folder for folder in {path.parent for path in paths} if _is_within_itself(folder, start)}
     return [path for path in paths if path.parent not in loops]
 
 
-def _is_within_itself(folder: Path) -> bool:
-    """Whether a link on the way to a folder leads back to where the way has been, as often as a pattern follows it."""
+def _is_within_itself(folder: Path, start: Path) -> bool:
+    """Whether a link between two folders leads back to where the way has been, as often as a pattern follows it."""
     place = _absolute(folder)
-    way = [each.resolve() for each in (place, *place.parents)]
+    way = [each.resolve() for each in (place, *place.parents) if each.is_relative_to(start)]
     return len({*way}) < len(way)
 
 

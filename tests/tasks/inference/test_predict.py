@@ -206,14 +206,16 @@ class TestPredict:
         assert predict(files) == 0
         assert not [path for path, link in linked.items() if path.samefile(link)]
 
+    @pytest.mark.parametrize("through_it", [False, True], ids=["from_the_folder", "through_the_link"])
     @pytest.mark.parametrize("link", ["self", "deeper/up"])
-    def test_a_link_that_leads_back_is_not_followed(self, fitted, tmp_path, link):
+    def test_a_link_that_leads_back_is_not_followed(self, fitted, tmp_path, link, through_it):
         """A pattern would find each image forty times."""
         for name in ("images/a", "images/deeper/b", "elsewhere/c"):
             write_image(tmp_path / f"{name}.png", noise())
         (tmp_path / "images" / link).symlink_to(tmp_path / "images")
         (tmp_path / "images" / "other").symlink_to(tmp_path / "elsewhere")
-        images, masks = str(tmp_path / "images" / "**" / "*.png"), tmp_path / "out" / "masks"
+        start = tmp_path / "images" / (link if through_it else "")
+        images, masks = str(start / "**" / "*.png"), tmp_path / "out" / "masks"
         assert predict([str(fitted["masks"][1]["merged"]), images, "--out", str(tmp_path / "out")]) == 0
         written = {file.relative_to(masks).as_posix() for file in masks.rglob("*.png")}
         assert written == {"a.png", "deeper/b.png", "other/c.png"}
