@@ -50,6 +50,7 @@ def load_quantized(
         The model. Where the call fails or is interrupted, it is untouched.
 
     Raises:
+        TargetError: If a parameter of the model has no shape yet, or a pattern of the config matches nothing.
         MergeError: If a weight would be stored that another layer shares, which keeps it as it is.
         ConfigError: If the config has no `quantize`, the file cannot be read, its keys are not those of the model's
             state dict, a tensor of the model would stay without values, a weight that would be stored has values that

@@ -55,6 +55,7 @@ def weights_to_store(model: nn.Module, config: LoraConfig, registry: Registry) -
         TargetError: As `make_plan` does.
     """
     found = survey(model, registry)
+    _check_shapes(found)
     current = with_current_names(model, config)
     saved = saved_modules(current, found)
     targets = target_sites(current, found, registry, saved)

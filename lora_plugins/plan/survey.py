@@ -97,13 +97,10 @@ def _is_matrix(tensor: Tensor | None) -> bool:
 
 def _served(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:
     """Returns what a plugin says about a layer; on layers that are never targeted it may fail."""
-    module = entry.module
-    if any(parameter is not None and is_lazy(parameter) for parameter in module._parameters.values()):
-        return {}
     try:
         return _answers(entry, plugin)
     except Exception as error:  # a third party's; raised when the layer is targeted
-        return {"failure": failure(plugin, entry.names[:1], base_class_of(module).__name__, error)}
+        return {"failure": failure(plugin, entry.names[:1], base_class_of(entry.module).__name__, error)}
 
 
 def _answers(entry: NamedModule, plugin: LayerPlugin[Any]) -> dict[str, Any]:

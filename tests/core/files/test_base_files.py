@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, load_quantized
+from lora_plugins import ConfigError, LoraConfig, LoraModel, MergeError, TargetError, load_quantized
 from lora_plugins.inplace import StoredWeight
 
 
@@ -139,6 +139,14 @@ def test_a_model_that_is_loaded_already_is_refused(tmp_path, quantize, untouched
     said = r"stored already: 'fc.weight', 'out.weight'\. .* meta device again"
     with untouched(model), pytest.raises(ConfigError, match=said):
         load_quantized(model, path, replace(CONFIG, quantize=quantize))
+
+
+@pytest.mark.parametrize("fields", [{}, {"quantize_modules": ["late"]}], ids=["beside", "stored"])
+def test_a_layer_without_a_shape_is_refused(tmp_path, fields):
+    model, path = empty(), written(tmp_path)
+    model.late = nn.LazyLinear(4, device="meta")
+    with pytest.raises(TargetError, match=r"'late\.weight', 'late\.bias' has no shape yet\. Run the model once"):
+        load_quantized(model, path, replace(CONFIG, **fields))
 
 
 def test_buffers_that_are_one_stay_one(tmp_path):
