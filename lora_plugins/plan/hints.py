@@ -94,8 +94,6 @@ def _expressions(pattern: str, patterns: Sequence[str], names: Sequence[str]) ->
         entries = [each if _is_expression(each, names) else rf"(?:.*\.)?{exact_expression(each)}" for each in patterns]
         whole = "|".join(entries)
         yield f"{said} As a regular expression, target_modules={whole!r} matches {listing(_matched(whole, names), 2)}."
-    if "*" not in pattern:
-        return
     whole = ".*".join(exact_expression(part) for part in pattern.split("*"))
     meant = [] if is_risky(whole) else _matched(whole, names)
     end = pattern.rpartition("*")[2].lstrip(".")

@@ -37,6 +37,10 @@ ANSWERED = [
     pytest.param(fused, "blocks.0.attn.qkv,proj", {"target_modules": ["blocks.0.attn.qkv", "proj"]}, "", id="commas"),
     pytest.param(fused, "['qkv', 'proj']", {"target_modules": ["qkv", "proj"]}, "write a list", id="list in a string"),
     pytest.param(fused, "qkv|proj", {"target_modules": ".*(?:qkv|proj)"}, "whole name", id="unanchored"),
+    pytest.param(
+        fused, "a|b|c|d|e|f|g|h|qkv|proj", {"target_modules": ".*(?:a|b|c|d|e|f|g|h|qkv|proj)"}, "", id="alternatives"
+    ),
+    pytest.param(fused, [".qkv"], {"target_modules": ["qkv"]}, "end of a name", id="dot in front"),
     pytest.param(fused, [".*attn.*"], {"target_modules": ".*attn.*"}, "As a regular expression", id="expression"),
     pytest.param(
         fused, ["head", "qkv|.*proj"], {"target_modules": r"(?:.*\.)?head|qkv|.*proj"}, "end of a name", id="mixed list"
