@@ -145,7 +145,7 @@ class Plan:
 
     def __str__(self) -> str:
         table = [("layer", "class", "plugin", "r", "alpha", "parameters"), *self.rows()]
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]

@@ -61,7 +61,7 @@ class BlockwiseStorage(StoragePlugin):
     def store(self, weight: Tensor, options: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Returns the codes and the scales."""
         blocks, table = blocks_of(weight, options["block_size"]), self.table.to(weight.device)
-        at_once = max(AT_ONCE // options["block_size"], 1)
+        at_once = AT_ONCE // options["block_size"]
         largest = torch.cat([part.abs().amax(1) for part in torch.split(blocks, at_once)])
         scales = _stored_scales(largest, options["double_quant"])
         parts = zip(torch.split(blocks, at_once), torch.split(_scales(scales), at_once), strict=True)
