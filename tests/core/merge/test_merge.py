@@ -132,11 +132,9 @@ def test_a_partial_merge_keeps_the_rest_active():
     assert torch.equal(model(x), expected)
 
 
-def test_a_partial_merge_of_a_computed_weight_is_gone_on_with():
-    model, x = (
-        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))).double(),
-        torch.randn(2, 4).double(),
-    )
+def test_a_partial_merge_of_computed_weights_is_gone_on_with():
+    layers = [nn.utils.parametrizations.weight_norm(nn.Linear(4, size)) for size in (4, 3)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(2, 4).double()
     lora = adapt(model, "a")
     lora.add_adapter("b", LoraConfig(r=3, init="none"))
     lora.set_adapter(["a", "b"])

@@ -27,10 +27,18 @@ def test_a_weight_of_a_type_that_cannot_be_computed_with():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
-@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
-def test_a_sparse_weight(layout):
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    model[1].weight = nn.Parameter(torch.eye(2, 4).to_sparse(layout=layout), requires_grad=False)
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        (lambda: nn.Linear(4, 2), torch.sparse_coo),
+        (lambda: nn.Linear(4, 2), torch.sparse_csr),
+        (lambda: nn.Conv2d(4, 2, 3), torch.sparse_coo),
+    ],
+    ids=["linear-coo", "linear-csr", "convolution-coo"],
+)
+def test_a_sparse_weight(make, layout):
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    model[1].weight = nn.Parameter(model[1].weight.to_sparse(layout=layout), requires_grad=False)
     with pytest.raises(TargetError, match=rf"'1': 'weight' is {layout}, .* make it dense, or exclude the layer"):
         LoraModel(model, LoraConfig(r=2))
     LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
