@@ -87,6 +87,7 @@ class Mutant:
         number: Of the change, in the order of `changes`.
         line: Where it is.
         statement: The line where its statement begins.
+        imported: Whether an import runs it: whichever test comes first, not those that depend on it.
         what: What it does, for the report.
     """
 
@@ -94,6 +95,7 @@ class Mutant:
     number: int
     line: int
     statement: int
+    imported: bool
     what: str
 
 
@@ -174,8 +176,10 @@ def mutants_of(path: Path) -> list[Mutant]:
     for statement in ast.walk(tree):  # outer ones first
         if isinstance(statement, ast.stmt):
             begins |= {id(node): statement.lineno for node in ast.walk(statement)}
+    functions = (each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef))
+    called = {id(node) for function in functions for part in function.body for node in ast.walk(part)}
     return [
-        Mutant(path, number, getattr(node, "lineno", 0), begins[id(node)], what)
+        Mutant(path, number, getattr(node, "lineno", 0), begins[id(node)], id(node) not in called, what)
         for number, (node, what, _) in enumerate(changes(tree))
     ]
 
@@ -274,7 +278,7 @@ class Coverage:
         """At most so many tests that run a line: those of its own file, `FOUND`, its room, then others at random."""
         contexts = self._contexts.get(str(_file(mutant.path)), {})
         ran = {*contexts.get(mutant.line, []), *contexts.get(mutant.statement, [])}
-        named = sorted(ran - {""})  # a line that an import runs is of no test
+        named = [] if mutant.imported else sorted(ran - {""})
         Random(0).shuffle(named)
         core = _part(mutant.path) == "core"
         room = f"tests/core/{mutant.path.parts[0]}/" if core else f"tests/{mutant.path.parent}/"
