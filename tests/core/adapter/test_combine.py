@@ -89,6 +89,17 @@ def test_pruned_combinations_equal_those_of_peft(kind, density):
     torch.testing.assert_close(update_of(lora, "c"), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_of_updates_that_cancel_ties_takes_what_is_positive():
+    layer = nn.Linear(6, 5).double()
+    lora = LoraModel(nn.ModuleDict({"layer": layer}), LoraConfig(r=2, init="none"), "a")
+    lora.add_adapter("opposite", LoraConfig(r=2))
+    with torch.no_grad():
+        layer.lora_A["opposite"].copy_(layer.lora_A["a"])
+        layer.lora_B["opposite"].copy_(-layer.lora_B["a"])
+    lora.add_weighted_adapter(["a", "opposite"], [1.0, 1.0], "c", "ties", density=1.0, rank=5)
+    torch.testing.assert_close(update_of(lora, "c"), update_of(lora, "a").abs(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties"])
 def test_each_layer_drops_elements_of_its_own(kind):
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5)).double()
