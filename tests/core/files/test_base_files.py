@@ -149,6 +149,17 @@ def test_a_layer_without_a_shape_is_refused(tmp_path, fields):
         load_quantized(model, path, replace(CONFIG, **fields))
 
 
+def test_what_is_loaded_does_not_follow_its_file(tmp_path):
+    path = written(tmp_path)
+    model = load_quantized(empty(), path, CONFIG)
+    expected = model(INDEX)
+    with path.open("r+b") as file:  # in place: another file of that name would leave the old one mapped
+        start = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(start)
+        file.write(bytes(path.stat().st_size - start))
+    assert torch.equal(model(INDEX), expected)
+
+
 def test_buffers_that_are_one_stay_one(tmp_path):
     def tied(model):
         model.other = nn.BatchNorm1d(32)
