@@ -320,3 +320,12 @@ def test_a_bad_name_is_refused(name):
 
     registry = registry_of(bad())
     assert "PluginError" in next(info.state for info in registry.plugins if info.name == "mine")
+
+
+def test_a_row_of_zeros_stays_one_until_it_is_trained():
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.weight[1] = 0
+    expected = layer.weight.detach().clone()
+    LoraModel(nn.Sequential(layer), LoraConfig(r=2, variant="dora"))
+    torch.testing.assert_close(layer.weight.detach(), expected)
