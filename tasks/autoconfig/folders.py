@@ -12,9 +12,9 @@ from lora_plugins.tasks.files import TEST, TRAIN, VAL, image_files, images_below
 NAMES_FILE = "classes.txt"
 """Names of the classes of masks, one a line, beside the data."""
 
-_COLOR = r"(#[0-9a-fA-F]{6}|\d{1,3}(?:[,;\s]+\d{1,3}){2})"
-_WITH_COLOR = re.compile(rf"{_COLOR}[:,;\s]+\S.*|\S.*[:,;\s]{_COLOR}")
-"""A name with a color, as other programs write it: `road #804080`, `128,64,128 road`."""
+_COLOR = r"[(\[]?(#[0-9a-fA-F]{6}|\d{1,3}(?:[,;\s]+\d{1,3}){2})[)\]]?"
+_WITH_COLOR = re.compile(rf"{_COLOR}[:,;\s]+\S.*|\S.*[:,;\s]{_COLOR}[:,;\s]*")
+"""A name with a color, as other programs write it: `road #804080`, `128,64,128 road`, `road:128,64,128::`."""
 
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
 SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
@@ -72,9 +72,10 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(f"{path} names {listing(twice)} more than once. Each class has a name of its own.")
-    if names and all(map(_WITH_COLOR.fullmatch, names)):
+    below_header = [name for name in names if not name.startswith("# ")]
+    if below_header and all(map(_WITH_COLOR.fullmatch, below_header)):
         raise DataError(
-            f"{path} has colors beside the names, as {names[0]!r}. Write names alone, in the order of the values or "
-            "colors that is printed without this file."
+            f"{path} has colors beside the names, as {below_header[0]!r}. Write names alone, in the order of the "
+            "values or colors that is printed without this file."
         )
     return tuple(names)

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_plugins.errors import counted
+from lora_plugins.errors import counted, listing
 from lora_plugins.tasks.autoconfig.mask_values import BLACK, GRAY, IN_COLOR, WHITE, Value, mask_values
 from lora_plugins.tasks.errors import DataError
 from lora_plugins.tasks.files import open_image
@@ -67,10 +67,11 @@ def mask_coding(
     found = mask_values(paths, read)
     values: list[Any] = sorted(found.where)
     coding = _coded(found.kind, values, names, ignored, found.where)
-    void = ignored if ignored is not None or coding.colors is not None else IGNORED
-    counted = [value for value in values if value != void] or values
+    void = {ignored} if ignored or coding.colors is not None else {ignored, IGNORED}
+    counted = [each for each in values if each not in void] or [each for each in values if each != ignored] or values
     if len(coding.classes) < 2 or len(counted) < 2:
-        beside = f" beside the ignored {void}" if void in values and len(values) > 1 else ""
+        left_out = [value for value in values if value not in counted]
+        beside = f" beside the ignored {listing(left_out)}" if left_out else ""
         levels = " 0 and 255 are black and white: name 2 classes, in this order." if values == [BLACK, WHITE] else ""
         raise DataError(
             f"All masks hold one value, {counted[0]}{beside}, and there is nothing to tell apart. A mask holds one "

@@ -641,7 +641,11 @@ def test_one_value_beside_the_ignored_one(tmp_path, value, flags):
         survey(masked(tmp_path / "data", [0, value]), Flags(ignore_index=0, **flags))
 
 
-@pytest.mark.parametrize("line", ["{} {}", "{}: {}", "{},{}", "{}\t{}"], ids=["space", "colon", "comma", "tab"])
+@pytest.mark.parametrize(
+    "line",
+    ["{} {}", "{}: {}", "{},{}", "{}\t{}", "{} ({})", "{}:{}::"],
+    ids=["space", "colon", "comma", "tab", "brackets", "more fields"],
+)
 @pytest.mark.parametrize("color", ["#ff00{:02x}", "255,0,{}", "255 0 {}", "255, 0, {}"], ids=str)
 @pytest.mark.parametrize("names_first", [True, False], ids=["names first", "colors first"])
 def test_colors_beside_names_are_refused(tmp_path, line, color, names_first):
@@ -651,6 +655,13 @@ def test_colors_beside_names_are_refused(tmp_path, line, color, names_first):
     lines = [line.format(*(pair if names_first else reversed(pair))) for pair in pairs]
     (root / "classes.txt").write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"classes\.txt has colors beside the names.* Write names alone"):
+        survey(root, Flags())
+
+
+def test_a_header_above_colors_is_no_class(tmp_path):
+    root = masked(tmp_path / "data", [0, 1])
+    (root / "classes.txt").write_text("# label:color_rgb:parts:actions\nsky:255,0,0::\nroad:0,255,0::\n")
+    with pytest.raises(DataError, match=r"has colors beside the names, as 'sky:255,0,0::'"):
         survey(root, Flags())
 
 
@@ -673,6 +684,12 @@ def test_one_value_with_names_of_more(tmp_path, values, said):
     """The names would be indices, and one of them would be all that is learned."""
     with pytest.raises(DataError, match=f"All masks hold one value, {said}"):
         survey(masked(tmp_path / "data", values), Flags(classes=("a", "b", "c")))
+
+
+def test_one_value_beside_two_that_do_not_count(tmp_path):
+    """Without a class for 0, 255 is what counts for nothing too."""
+    with pytest.raises(DataError, match="All masks hold one value, 1 beside the ignored 0, 255, and"):
+        survey(masked(tmp_path / "data", [0, 1, 255]), Flags(classes=("a", "b", "c"), ignore_index=0))
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
