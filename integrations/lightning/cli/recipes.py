@@ -60,15 +60,13 @@ def run(arguments: list[str]) -> int:
 
 
 def _copy(recipe: Path, path: Path) -> None:
+    from lora_plugins.utils import replace_file  # noqa: PLC0415 - brings torch along
+
     if path.exists():
         raise ConfigError(f"{path} exists already. Name another file.")
     check_writable_file(path, "The file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copyfile(recipe, path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    replace_file(path, recipe.read_bytes())
     print(f"Written: {path}")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lora_plugins.cli.main import main
 from lora_plugins.testing import INIT_CHECKS, LAYER_CHECKS
-from tests.core.full_disk import files_of_at_most
+from lora_plugins.testing.full_disk import no_file_beyond
 from tests.core.processes import run_tests
 
 
@@ -52,7 +52,7 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path, capsys):
 
 
 def test_a_full_disk_is_told_of_the_package(tmp_path, capsys):
-    with files_of_at_most(100):
+    with no_file_beyond(100):
         assert main(["new-plugin", "mine", "--into", str(tmp_path)]) == 1
     assert f" for {tmp_path / 'lora-plugins-mine'}. Make room" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

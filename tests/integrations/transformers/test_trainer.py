@@ -10,7 +10,7 @@ from torch import nn
 from lora_plugins import ConfigError, InitData, LoraConfig, LoraModel, MergeError, StateError, TargetError
 from lora_plugins.adapter import model_state
 from lora_plugins.integrations.transformers import LoraTrainer
-from tests.core.full_disk import files_of_at_most
+from lora_plugins.testing.full_disk import no_file_beyond
 from tests.integrations.transformers.toys import (
     BEST,
     SEGFORMER,
@@ -59,7 +59,7 @@ class TestCheckpoints:
         before = {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()}
         size = max(map(len, before.values()))
         run.args.run_name = "x" * size
-        with files_of_at_most(size), pytest.raises(OSError, match=r"File too large: .*/final/training_args\.bin"):
+        with no_file_beyond(size), pytest.raises(OSError, match=r"File too large: .*/final/training_args\.bin"):
             run.save_model(tmp_path / "final")
         assert {path.name: path.read_bytes() for path in (tmp_path / "final").iterdir()} == before
 

@@ -14,7 +14,7 @@ from lora_plugins import LoraConfig, LoraModel
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import SemanticSegmentationTask
-from tests.core.full_disk import files_of_at_most
+from lora_plugins.testing.full_disk import no_file_beyond
 
 from ..conftest import noise, write_image
 
@@ -89,10 +89,17 @@ def test_the_written_configuration_gives_the_same_adapter(kind, suffix, folders,
     assert manifest["config"]["r"] == 2
 
 
+def test_a_configuration_goes_where_a_link_leads(folders, tmp_path):
+    (tmp_path / "it.yaml").symlink_to("other.yaml")
+    assert main(["train", *folders("labels"), "--plan", "--save-config", "it.yaml"]) == 0
+    assert (tmp_path / "it.yaml").is_symlink()
+    assert "lora:" in (tmp_path / "other.yaml").read_text()
+
+
 def test_a_full_disk_keeps_the_earlier_configuration(folders, tmp_path, capsys):
     given = ["train", *folders("labels"), "--plan", "--save-config", "it.yaml"]
     (tmp_path / "it.yaml").write_text("before")
-    with files_of_at_most(100):
+    with no_file_beyond(100):
         assert main(given) == 1
     assert "it.yaml cannot be written: File too large" in capsys.readouterr().err
     assert (tmp_path / "it.yaml").read_text() == "before"

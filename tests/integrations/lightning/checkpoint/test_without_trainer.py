@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_plugins import AdapterFileError, LoraConfig, LoraModel
 from lora_plugins.integrations.lightning import LoraCheckpointMixin, load_from_checkpoint
-from tests.core.full_disk import files_of_at_most
+from lora_plugins.testing.full_disk import no_file_beyond
 from tests.integrations.lightning.checkpoint.checkpoint_cases import by_trainer, shown_by_lightning
 from tests.integrations.lightning.toys import Classifier, differing, loader, lora, trainer, values
 
@@ -56,7 +56,7 @@ def test_a_full_disk_for_temporary_files_is_told(tmp_path, monkeypatch):
     run.save_checkpoint(tmp_path / "it.ckpt")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    with files_of_at_most(100), pytest.raises(OSError, match=r"File too large: .*/temporary/"):
+    with no_file_beyond(100), pytest.raises(OSError, match=r"File too large: .*/temporary/"):
         load_from_checkpoint(Classifier, tmp_path / "it.ckpt")
     assert list((tmp_path / "temporary").iterdir()) == []
 

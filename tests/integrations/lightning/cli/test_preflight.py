@@ -14,7 +14,7 @@ from lora_plugins import LoraError
 from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.plugins import LOAD_VARIABLE
-from tests.core.full_disk import files_of_at_most
+from lora_plugins.testing.full_disk import no_file_beyond
 from tests.integrations.lightning.cli.cli_cases import needs_vision
 from tests.integrations.lightning.toys import Data
 
@@ -547,7 +547,7 @@ class TestRecipes:
 
     def test_a_full_disk_leaves_no_part_of_a_copy(self, capsys, tmp_path):
         copied = tmp_path / "mine.yaml"
-        with files_of_at_most(100):
+        with no_file_beyond(100):
             assert main(["recipes", "copy", "cls", str(copied)]) == 1
         assert f" for {copied}. Make room" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
