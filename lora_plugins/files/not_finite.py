@@ -21,8 +21,8 @@ def warn_of_not_finite(path: Path, tensors: Mapping[str, Tensor], model: nn.Modu
     if wrong:
         warnings.warn(
             f"{path}: {listing(wrong)} of the adapter {'has' if len(wrong) == 1 else 'have'} values that are not "
-            "finite, as after a training that diverged, and so will be the outputs of the model. Load the adapter of "
-            "an earlier checkpoint, or train again with a smaller learning rate.",
+            "finite, as after a training that diverged, and neither will the outputs of the model be. Load the adapter "
+            "of an earlier checkpoint, or train again with a smaller learning rate.",
             stacklevel=2,
         )
 

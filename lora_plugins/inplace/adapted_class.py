@@ -40,6 +40,8 @@ def _reduce(layer: Any, protocol: Any) -> Any:
 
 
 def _unpickled(base: Any, weights: tuple[str, ...]) -> Callable[[Any, dict[str, Any]], None]:
+    """Returns a `__setstate__` that gives weights of a layer the class back that pickle took."""
+
     def set_state(layer: Any, state: dict[str, Any]) -> None:
         base.__setstate__(layer, state)
         for name in weights:
@@ -62,7 +64,7 @@ def _extra_repr(layer: nn.Module) -> str:
 
 
 def _arguments(layer: nn.Module) -> tuple[Any, ...]:
-    """Returns the arguments of `adapted_class` for a layer."""
+    """Returns the arguments of `adapted_class` for a layer, whose weights get the class back that pickle took."""
     state = layer_state(layer)
     for name in state.weight_names:
         put_class_back(layer._parameters.get(name))

@@ -47,9 +47,11 @@ class Foreign:
         return self.dense_values(layer, weight).to(self.dtype(layer, weight))
 
     def dtype(self, layer: Any, weight: Any) -> torch.dtype:
-        """Returns the type of the dense value: that of the bias, which a dense layer adds and a cast of it reaches."""
+        """Returns the type of the dense value: that of the bias, which is added to its product."""
         bias = getattr(layer, "bias", None)
-        return bias.dtype if isinstance(bias, Tensor) else self.own_dtype(layer, weight)
+        if isinstance(bias, Tensor) and bias.is_floating_point() and foreign_kind(bias) is None:
+            return bias.dtype
+        return self.own_dtype(layer, weight)
 
 
 def foreign_kind(value: object) -> Foreign | None:

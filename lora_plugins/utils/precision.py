@@ -18,7 +18,9 @@ def are_finite(tensor: Tensor) -> bool:
     """Whether all values are finite, told by the least and the largest: `isfinite` of all makes a second copy."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    elif tensor.is_floating_point() and tensor.itemsize == 1:  # which have no order in torch
+    if not tensor.is_floating_point():
+        return True
+    if tensor.itemsize == 1:  # which have no order in torch
         tensor = tensor.float()
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in tensor.aminmax())
 

@@ -42,7 +42,9 @@ def test_what_is_finite(dtype):
     assert not are_finite(torch.where(values < 0, math.nan, values).to(dtype))
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(0), torch.zeros(0, 2), torch.tensor([3]), torch.tensor(True)], ids=repr)
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(0), torch.zeros(0, 2), torch.tensor([3], dtype=torch.uint16), torch.tensor(True)], ids=repr
+)
 def test_nothing_and_whole_numbers_are_finite(tensor):
     assert are_finite(tensor)
 
