@@ -108,9 +108,8 @@ def _version(path: Path) -> tuple[int, int, int] | None:
 def _exchange(temporary: Mapping[Path, Path]) -> None:
     """Puts temporary files in their places; those that are there already stay."""
     waiting = {path: file for path, file in temporary.items() if file.exists()}
-    changing = [path for path, file in waiting.items() if not _is_same(path, file)]
     *_, last = temporary
-    if len(changing) > 1 and last in waiting:
+    if len(temporary) > 1 and last in waiting and sum(not _is_same(path, file) for path, file in waiting.items()) > 1:
         last.unlink(missing_ok=True)
     for path, file in waiting.items():
         os.replace(file, path)

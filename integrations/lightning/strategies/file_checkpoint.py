@@ -32,8 +32,8 @@ def save_file(
         if trainer.is_global_zero:
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:
-            places = {error.filename, error.filename2}
-            if places == {None} or str(partial) in places:  # fsspec's name none, or one that nobody has given
+            places = {Path(name).name for name in (error.filename, error.filename2) if name is not None}
+            if not places or partial.name in places:  # fsspec's name none, or one that nobody has given
                 error.filename = str(path)
                 del error.filename2
         raise

@@ -121,16 +121,20 @@ class Fills(SingleDeviceStrategy):
         self.room -= 1
         if self.room <= 0:
             Path(filepath).write_bytes(b"as much as fits")
-            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/tmp1234", None, str(filepath))  # as fsspec
+            moved = "/tmp/tmp1234", None, str(Path(filepath).absolute())  # as fsspec says it
+            raise OSError(errno.ENOSPC, "No space left on device", *moved)
 
 
-def test_a_full_disk_keeps_the_earlier_file_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("place", ["absolute", "relative"])
+def test_a_full_disk_keeps_the_earlier_file_and_nothing_else(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    path = Path("it.ckpt") if place == "relative" else tmp_path / "it.ckpt"
     run = trainer(tmp_path, [lora()], strategy=Fills(torch.device("cpu")))
     run.fit(Classifier(), loader())
-    run.save_checkpoint(tmp_path / "it.ckpt")
-    before = (tmp_path / "it.ckpt").read_bytes()
+    run.save_checkpoint(path)
+    before = path.read_bytes()
     with pytest.raises(OSError, match=r"No space left on device: '[^']*it\.ckpt'$"):
-        run.save_checkpoint(tmp_path / "it.ckpt")
+        run.save_checkpoint(path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"it.ckpt": before}
 
 
