@@ -87,7 +87,7 @@ class Mutant:
         number: Of the change, in the order of `changes`.
         line: Where it is.
         statement: The line where its statement begins.
-        imported: Whether an import runs it: whichever test comes first, not those that depend on it.
+        imported: Whether an import runs it, so that coverage names the test that imported the file first.
         what: What it does, for the report.
     """
 
@@ -275,18 +275,28 @@ class Coverage:
         data.close(force=True)
 
     def tests(self, mutant: Mutant, most: int) -> list[str]:
-        """At most so many tests that run a line: those of its own file, `FOUND`, its room, then others at random."""
+        """At most so many tests that run a line: those of its own file, `FOUND`, its room, then others at random.
+
+        Where an import runs it, they are all tests of its room.
+        """
         contexts = self._contexts.get(str(_file(mutant.path)), {})
         ran = {*contexts.get(mutant.line, []), *contexts.get(mutant.statement, [])}
         named = [] if mutant.imported else sorted(ran - {""})
         Random(0).shuffle(named)
         core = _part(mutant.path) == "core"
-        room = f"tests/core/{mutant.path.parts[0]}/" if core else f"tests/{mutant.path.parent}/"
+        room = _tests_beside(Path("core", mutant.path) if core else mutant.path)
         own = f"/test_{mutant.path.stem.strip('_')}.py"
         return sorted(named, key=lambda test: (own not in test, FOUND not in test, room not in test))[:most] or [
             room,
             *([TYPES] if core else []),
         ]
+
+
+def _tests_beside(path: Path) -> str:
+    """Returns the tests that mirror a source file: its own, or those of the nearest folder that has some."""
+    own = Path("tests", path.parent, f"test_{path.stem.strip('_')}.py")
+    places = [own, *own.parents] if len(path.parts) == 2 else own.parents
+    return str(next(place for place in places if (ROOT / place).exists()))
 
 
 def _measure(folder: Path, measured: Path, part: str) -> None:
