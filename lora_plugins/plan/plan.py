@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of it, a sentence each: what "all" leaves out, and ranks above those of all weights."""
+        """What to know of it, a sentence each: what "all" leaves out, and that no layer can use its rank."""
         sides = {layer.name: max(map(min, layer.shapes)) for layer in self.layers}
         beyond = [layer for layer in self.layers if layer.r > sides[layer.name]]
         said = [*map(str, self.left_out)]

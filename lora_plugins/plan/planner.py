@@ -52,7 +52,7 @@ def weights_to_store(model: nn.Module, config: LoraConfig, registry: Registry) -
     """Returns by full name how the weights of a model are to be stored that has no values yet, nor an adapter.
 
     Raises:
-        TargetError: As `make_plan` does.
+        TargetError: As `make_plan` does, also of a parameter without a shape.
     """
     found = survey(model, registry)
     _check_shapes(found)

@@ -21,7 +21,7 @@ from lora_plugins.plugins.kind import GROUP, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, BranchUse, ColumnMajorPlugin, LayerPlugin, RowMajorPlugin
 from lora_plugins.plugins.lazy_weights import LazyWeights
 from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry, found_plugins, registry_of
-from lora_plugins.plugins.owned import Owned, PluginInfo
+from lora_plugins.plugins.owned import UNVERSIONED, Owned, PluginInfo
 from lora_plugins.plugins.planned import PlannedLayer, Tie
 from lora_plugins.plugins.registrar import Registrar
 from lora_plugins.plugins.registry import Registry
@@ -43,6 +43,7 @@ __all__ = [
     "PLAIN",
     "STORAGES",
     "TRACE_VARIABLE",
+    "UNVERSIONED",
     "VARIANTS",
     "AdapterFormat",
     "AdapterSummary",

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from lora_plugins.plugins import PluginInfo, PluginKind, Registrar, Registry, default_registry
+from lora_plugins.plugins import UNVERSIONED, PluginInfo, PluginKind, Registrar, Registry, default_registry
 
-UNDER_TEST = PluginInfo("under test", "(given to the check)", "-")
+UNDER_TEST = PluginInfo("under test", "(given to the check)", UNVERSIONED)
 """Whom what is checked belongs to."""
 
 

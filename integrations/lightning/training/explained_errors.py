@@ -18,8 +18,8 @@ _NO_GRADIENT = (
     "those out (`if p.grad is not None`), or name their modules in modules_to_save to train them in full."
 )
 
-_READS_GRADIENT = re.compile(r"\bgrad")
-"""What a line has that does something with gradients; `no_grad` is none."""
+_READS_GRADIENT = re.compile(r"\bgrad(?:s|ients?)?\b|\bgrad_")
+"""What a line has that does something with gradients; `no_grad` and `grader` are none."""
 
 _OF_TORCH = {
     "non-leaf Tensor": (

@@ -23,9 +23,9 @@ def warn_of_lost_eps(optimizers: Iterable[Optimizer], trained: Mapping[str, nn.P
     if wrong:
         optimizer, group = lost[id(trained[wrong[0]])]
         rank_zero_warn(
-            f"{listing(wrong, 3)} became NaN or infinite: eps={group['eps']:g} of {type(optimizer).__name__} is 0 in "
-            "float16, in which small gradients have a square of 0 too, and the one is divided by the other. Train with "
-            "precision='16-mixed' or 'bf16-true', or set eps=1e-4 in the optimizer."
+            f"{listing(wrong, 3)} became NaN or infinite. The likely cause: eps={group['eps']:g} of "
+            f"{type(optimizer).__name__} is 0 in float16, in which small gradients have a square of 0 too, and the one "
+            "is divided by the other. Train with precision='16-mixed' or 'bf16-true', or set eps=1e-4 in the optimizer."
         )
     return bool(wrong)
 

@@ -437,7 +437,7 @@ def test_a_layer_that_stands_at_several_places_is_planned_once_by_all_names():
 
 class TestRanksThatNoWeightCanHave:
     def net(self):
-        return nn.Sequential(nn.Linear(4, 6), nn.Conv2d(3, 5, 3, groups=1))
+        return nn.Sequential(nn.Linear(4, 6), nn.Conv2d(3, 5, 3))
 
     def test_they_are_said_once_with_the_largest_that_has_a_use(self):
         plan = LoraModel.plan(self.net(), LoraConfig(r=4000))

@@ -322,7 +322,7 @@ def test_a_bad_name_is_refused(name):
     assert "PluginError" in next(info.state for info in registry.plugins if info.name == "mine")
 
 
-def test_a_row_of_zeros_stays_one_until_it_is_trained():
+def test_dora_leaves_a_row_of_zeros_as_it_is():
     layer = nn.Linear(4, 3)
     with torch.no_grad():
         layer.weight[1] = 0

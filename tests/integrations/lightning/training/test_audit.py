@@ -857,8 +857,13 @@ class TestGradientsOfFrozenParameters:
         read = ReadsGradients(lambda module: [p.grad.mul_(0.5) for p in module.parameters() if p.requires_grad])
         trainer(tmp_path, [lora(), read]).fit(Classifier(), loader())
 
-    def test_error_about_another_none_has_no_note(self, tmp_path):
-        read = ReadsGradients(lambda module: module.trainer.logger.log_graph(module))
+    @pytest.mark.parametrize(
+        "use",
+        [lambda module: module.trainer.logger.log_graph(module), lambda module: module.trainer.logger.grades[0]],
+        ids=["no word of it", "another word"],
+    )
+    def test_error_about_another_none_has_no_note(self, tmp_path, use):
+        read = ReadsGradients(use)
         with pytest.raises(AttributeError, match="NoneType") as caught:
             trainer(tmp_path, [lora(), read]).fit(Classifier(), loader())
         assert not hasattr(caught.value, "__notes__")
