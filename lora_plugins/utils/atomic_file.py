@@ -1,6 +1,5 @@
 """Files that are whole or not there."""
 
-import io
 import os
 import re
 import secrets
@@ -9,13 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from filecmp import cmp
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 from zlib import crc32
 
 import torch
 
 T = TypeVar("T")
+
+Content = bytes | Callable[[BinaryIO], object]
+"""What a file is to hold: its bytes, or what writes them into it."""
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
 """The name of a temporary file."""
@@ -37,13 +40,11 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_torch_file(path: Path, value: object) -> None:
-    """Writes what `torch.save` writes, as `replace_file` does: its own errors name no file, nor that a disk is full."""
-    data = io.BytesIO()
-    torch.save(value, data)
-    replace_file(path, data.getvalue())
+    """Writes what `torch.save` writes, as `replace_file` does, and without a copy in memory."""
+    replace_files({path: partial(_save, value)})
 
 
-def replace_files(files: Mapping[Path, bytes]) -> None:
+def replace_files(files: Mapping[Path, Content]) -> None:
     """Writes files that belong together so that a process killed at any moment leaves no mixture of old and new ones.
 
     While several of them are exchanged that are not what they were, the last one, without which nobody reads the
@@ -57,15 +58,15 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
         remove_leftovers(path.parent, re.compile(re.escape(_beginning(path))))
 
 
-def put_files(files: Mapping[Path, bytes]) -> None:
+def put_files(files: Mapping[Path, Content]) -> None:
     """Writes files as `replace_files` does, which looks through their folder for what killed processes left.
 
     For one of many files: after the last one, `remove_leftovers` looks for all of them.
     """
     temporary = {path: _temporary(path) for path in files}
     try:
-        for path, data in files.items():
-            _write(temporary[path], data, path)
+        for path, content in files.items():
+            _write(temporary[path], content, path)
         try:
             _exchange(temporary)
         except BaseException:
@@ -130,10 +131,22 @@ def _beginning(path: Path) -> str:
     return os.fsencode(path.name)[:_BEGINNING].decode(errors="ignore")
 
 
-def _write(temporary: Path, data: bytes, path: Path) -> None:
+def _save(value: object, file: BinaryIO) -> None:
+    try:
+        torch.save(value, file)
+    except RuntimeError as error:
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise error.__context__ from None  # such as a full disk, which torch tells as a wrong position in the file
+
+
+def _write(temporary: Path, content: Content, path: Path) -> None:
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

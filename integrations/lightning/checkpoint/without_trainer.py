@@ -24,6 +24,7 @@ from lora_plugins.integrations.lightning.checkpoint.reading import read_checkpoi
 from lora_plugins.integrations.lightning.checkpoint.rebuilding import check_arguments, original
 from lora_plugins.integrations.lightning.checkpoint.restoring import restore
 from lora_plugins.names import MANIFEST
+from lora_plugins.utils import replace_torch_file
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -206,14 +207,7 @@ def _as_written(path: Any, folder: Path, *, weights_only: bool) -> Path | None:
 def _write(checkpoint: dict[str, Any], folder: Path) -> Path:
     """Writes a checkpoint to a file, since a class with a loader of its own may read it more than once."""
     path = folder / "checkpoint.ckpt"
-    try:
-        with path.open("wb") as file:
-            torch.save(checkpoint, file)
-    except RuntimeError as error:
-        if not isinstance(error.__context__, OSError):
-            raise
-        error.__context__.filename = str(path)
-        raise error.__context__ from None  # such as a full disk, which torch tells as a wrong position in the file
+    replace_torch_file(path, checkpoint)
     return path
 
 
