@@ -7,7 +7,7 @@ from typing import Any
 from lora_plugins.config import LoraConfig
 from lora_plugins.errors import AdapterFileError
 from lora_plugins.names import DISTRIBUTION
-from lora_plugins.plugins import INITS, LAYERS, STORAGES, UNVERSIONED, VARIANTS, PluginKind, Registry
+from lora_plugins.plugins import INITS, LAYERS, STORAGES, UNVERSIONED, VARIANTS, PluginKind, Registry, versioned
 
 TO_HAVE_IT = "Install it, let it load, or give it in code: registry=build_registry([(name, plugin)])."
 """What to do about a plugin that is not here."""
@@ -26,8 +26,7 @@ def whose(found: Origin) -> str:
     """Returns the distribution and version of an object of a plugin, for messages."""
     if not found.get("distribution"):
         return "an unknown distribution"
-    version = found.get("version") or UNVERSIONED
-    return f"{found['distribution']}{'' if version == UNVERSIONED else f' {version}'}"
+    return versioned(found["distribution"], found.get("version") or UNVERSIONED)
 
 
 def check_origins(manifest: Mapping[str, Any], config: LoraConfig, registry: Registry) -> None:

@@ -21,7 +21,7 @@ from lora_plugins.plugins.kind import GROUP, PluginKind, class_path
 from lora_plugins.plugins.layer import LAYERS, BranchUse, ColumnMajorPlugin, LayerPlugin, RowMajorPlugin
 from lora_plugins.plugins.lazy_weights import LazyWeights
 from lora_plugins.plugins.manager import TRACE_VARIABLE, build_registry, default_registry, found_plugins, registry_of
-from lora_plugins.plugins.owned import UNVERSIONED, Owned, PluginInfo
+from lora_plugins.plugins.owned import UNVERSIONED, Owned, PluginInfo, versioned
 from lora_plugins.plugins.planned import PlannedLayer, Tie
 from lora_plugins.plugins.registrar import Registrar
 from lora_plugins.plugins.registry import Registry
@@ -92,4 +92,5 @@ __all__ = [
     "require_installation",
     "storage_options",
     "sum_of_deltas",
+    "versioned",
 ]

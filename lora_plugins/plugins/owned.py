@@ -9,6 +9,11 @@ UNVERSIONED = "-"
 """Stands for the version of a plugin whose distribution has none or is not known."""
 
 
+def versioned(distribution: str, version: str) -> str:
+    """Returns a distribution with its version, where that is known, for messages."""
+    return distribution if version == UNVERSIONED else f"{distribution} {version}"
+
+
 @dataclass(frozen=True)
 class PluginInfo:
     """One plugin, as `lora-plugins plugins` lists it.
@@ -54,8 +59,7 @@ class PluginInfo:
     @property
     def owner(self) -> str:
         """The plugin and its distribution, for messages."""
-        version = "" if self.version == UNVERSIONED else f" {self.version}"
-        return f"{self.name!r} of {self.distribution}{version}"
+        return f"{self.name!r} of {versioned(self.distribution, self.version)}"
 
 
 @dataclass(frozen=True)
