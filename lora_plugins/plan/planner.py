@@ -36,7 +36,8 @@ def make_plan(model: nn.Module, config: LoraConfig, registry: Registry | None, *
             weights are stored is known.
 
     Raises:
-        TargetError: If a pattern matches nothing, two of them tie, or a targeted layer cannot be served.
+        TargetError: If a parameter has no shape yet, a pattern matches nothing, two of them tie, or a targeted layer
+            cannot be served.
         PluginError: As `named_plugins` does.
         ConfigError: Likewise.
     """
@@ -52,7 +53,7 @@ def weights_to_store(model: nn.Module, config: LoraConfig, registry: Registry) -
     """Returns by full name how the weights of a model are to be stored that has no values yet, nor an adapter.
 
     Raises:
-        TargetError: As `make_plan` does, also of a parameter without a shape.
+        TargetError: As `make_plan` does.
     """
     found = survey(model, registry)
     _check_shapes(found)
