@@ -132,14 +132,14 @@ def adapted_class(
 def _quantized_forward(base: Any, foreign: Foreign, has_branch: bool) -> Any:
     """Returns the forward of layers whose library reads the quantized weight under the name of the dense one."""
     own = foreign.forward or base.forward
-    inner = _forward(base, own=own) if has_branch else own
+    inner, names = _forward(base, own=own) if has_branch else own, positional_names(base)
 
-    def cast(layer: nn.Module, /, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        name = next(iter(foreign_weights(layer)))
-        dtype = foreign.dtype(layer, layer._parameters[name])
-        return inner(layer, x.to(dtype), *args, **kwargs).to(x.dtype)
+    def cast(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        (x, *others), named = by_position(names, args, kwargs)
+        weight = layer._parameters[next(iter(foreign_weights(layer)))]
+        return inner(layer, x.to(foreign.dtype(layer, weight)), *others, **named).to(x.dtype)
 
-    return making_again(cast if foreign.forward is not None or issubclass(base, nn.Linear) else inner)
+    return making_again(cast if own in (foreign.forward, nn.Linear.forward) else inner)
 
 
 @once_for_each_class

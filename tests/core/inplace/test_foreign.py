@@ -1,6 +1,7 @@
 """Layers that bitsandbytes and torchao quantized are adapted in place, or refused by name while planning."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -157,6 +158,33 @@ def test_the_bias_decides_the_type(make, fields, dtype, off):
     model(inputs).sum().backward()
     merged = LoraModel(model.eval()).merge_and_unload(dequantize=True, max_error=0.5)
     torch.testing.assert_close(merged[0](inputs), expected, rtol=off, atol=off)
+
+
+@models
+def test_the_input_has_the_name_that_the_layer_gives_it(make):
+    model = make()
+    name = next(iter(inspect.signature(type(model[0]).forward).parameters.keys() - {"self"}))
+    LoraModel(model, CONFIG)
+    randomized(model)
+    torch.testing.assert_close(model[0](**{name: x()}), model[0](x()))
+
+
+class _WithBiasApart(nn.Linear):
+    """Returns its bias beside its output, as Megatron's layers do."""
+
+    def forward(self, x, *, scale=1.0):
+        return nn.functional.linear(x, self.weight) * scale, self.bias
+
+
+def test_a_forward_of_another_kind_keeps_what_it_takes_and_returns():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(_WithBiasApart(64, 32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    LoraModel(model, LoraConfig(r=2, target_modules=["0"]))
+    randomized(model)
+    output, bias = model[0](x(), scale=2.0)
+    assert bias is model[0].bias
+    torch.testing.assert_close(output, 2 * nn.functional.linear(x(), model[0].weight))
 
 
 @models
