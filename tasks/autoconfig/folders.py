@@ -12,7 +12,8 @@ from lora_plugins.tasks.files import TEST, TRAIN, VAL, image_files, images_below
 NAMES_FILE = "classes.txt"
 """Names of the classes of masks, one a line, beside the data."""
 
-_COLOR = r"[(\[]?(#[0-9a-fA-F]{6}|\d{1,3}(?:[,;\s]+\d{1,3}){2})[)\]]?"
+_BYTE = r"(?:25[0-5]|2[0-4]\d|[01]?\d?\d)"
+_COLOR = rf"[(\[]?(#[0-9a-fA-F]{{6}}|{_BYTE}(?:[,;\s]+{_BYTE}){{2}})[)\]]?"
 _WITH_COLOR = re.compile(rf"{_COLOR}[:,;\s]+\S.*|\S.*[:,;\s]{_COLOR}[:,;\s]*")
 """A name with a color, as other programs write it: `road #804080`, `128,64,128 road`, `road:128,64,128::`."""
 

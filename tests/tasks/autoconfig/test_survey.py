@@ -665,10 +665,15 @@ def test_a_header_above_colors_is_no_class(tmp_path):
         survey(root, Flags())
 
 
-def test_names_that_end_in_numbers_are_names(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [("sky 1 2 3", "road 2024"), ("Boeing 737 800 200", "Airbus 320 200 100"), ("1 2 256 sky", "1 2 256 road")],
+    ids=["numbers in one", "numbers above 255", "numbers first"],
+)
+def test_names_with_numbers_that_are_no_colors(tmp_path, names):
     root = masked(tmp_path / "data", [0, 1])
-    (root / "classes.txt").write_text("sky 1 2 3\nroad 2024\n")
-    assert survey(root, Flags()).coding.classes == ("sky 1 2 3", "road 2024")
+    (root / "classes.txt").write_text("\n".join(names))
+    assert survey(root, Flags()).coding.classes == names
 
 
 @pytest.mark.parametrize(
