@@ -10,6 +10,7 @@ from contextlib import suppress
 from filecmp import cmp
 from functools import partial
 from pathlib import Path
+from stat import S_IMODE
 from typing import BinaryIO, TypeVar
 from zlib import crc32
 
@@ -33,8 +34,8 @@ _DAY = 24 * 60 * 60.0
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a file so that a process killed at any moment leaves the old one or the new one.
 
-    What processes left that were killed on their way to this file is removed. An error of a write, which has no name of
-    a file, gets this one.
+    What processes left that were killed on their way to this file is removed. The new one has the permissions of the
+    old one. An error of a write has the name of the file that was to be written.
     """
     replace_files({path: data})
 
@@ -149,8 +150,11 @@ def _write(temporary: Path, content: Content, path: Path) -> None:
                 content(file)
             file.flush()
             os.fsync(file.fileno())
+        with suppress(OSError):  # there is no old one, or the file system keeps no permissions
+            temporary.chmod(S_IMODE(path.stat().st_mode))
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
 
 
