@@ -50,22 +50,24 @@ _OF_TORCH = {
 
 
 def explain_merged_module(error: BaseException) -> None:
-    """Adds a note, once, to an error about keys of an adapter, which a merged module does not have any more."""
-    if ".lora_" in str(error) and _MERGED not in getattr(error, "__notes__", ()):
-        error.add_note(_MERGED)
+    """Adds a note to an error about keys of an adapter, which a merged module does not have any more."""
+    if ".lora_" in str(error):
+        _add(_MERGED, error)
 
 
 def explain_plain_network(error: BaseException) -> None:
     """Adds a note to an error of a network or a table without A and B that was handed those of an adapted one."""
     if all(word in str(error) for word in _OF_PLAIN_NETWORKS):
-        error.add_note(
+        _add(
             "If an adapted network gives its state to another one, such as the target network of a DQN or an average, "
-            "adapt that one too: let `target` hold both, and name the layers of both in target_modules."
+            "adapt that one too: let `target` hold both, and name the layers of both in target_modules.",
+            error,
         )
     elif isinstance(error, KeyError) and ".lora_" in str(error):
-        error.add_note(
+        _add(
             "A table by the names of parameters, as an average of the module keeps one, has no A and B if it was made "
-            "before there were adapters. Make it in on_fit_start."
+            "before there were adapters. Make it in on_fit_start.",
+            error,
         )
 
 
@@ -74,7 +76,7 @@ def explain_error_of_torch(error: BaseException) -> None:
     said = f"{error} {error.__context__}"  # which the module may have caught
     for words, note in _OF_TORCH.items():
         if words in said:
-            error.add_note(note)
+            _add(note, error)
 
 
 def explain_missing_gradient(error: BaseException) -> None:
@@ -82,4 +84,10 @@ def explain_missing_gradient(error: BaseException) -> None:
     if isinstance(error, AttributeError | TypeError) and "NoneType" in str(error):
         lines = (frame.line or "" for frame in extract_tb(error.__traceback__))
         if any(map(_READS_GRADIENT.search, lines)):
-            error.add_note(_NO_GRADIENT)
+            _add(_NO_GRADIENT, error)
+
+
+def _add(note: str, error: BaseException) -> None:
+    """Adds a note once, however many callbacks see the error."""
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)

@@ -853,6 +853,13 @@ class TestGradientsOfFrozenParameters:
             trainer(tmp_path, [lora(), ReadsGradients(read)]).fit(Classifier(), loader())
         assert "`grad` of a frozen parameter is None" in "".join(caught.value.__notes__)
 
+    def test_error_says_it_once_for_two_callbacks(self, tmp_path):
+        read = ReadsGradients(lambda module: [p.grad.mul_(0.5) for p in module.parameters()])
+        callbacks = [lora(LoraConfig(r=2, target_modules=[f"net.{i}"]), adapter_name=f"of_{i}") for i in (0, 3)]
+        with pytest.raises(AttributeError, match="NoneType") as caught:
+            trainer(tmp_path, [*callbacks, read]).fit(Classifier(), loader())
+        assert "".join(caught.value.__notes__).count("`grad` of a frozen parameter is None") == 1
+
     def test_those_that_skip_them_are_left_alone(self, tmp_path):
         read = ReadsGradients(lambda module: [p.grad.mul_(0.5) for p in module.parameters() if p.requires_grad])
         trainer(tmp_path, [lora(), read]).fit(Classifier(), loader())
