@@ -10,6 +10,7 @@ from lora_plugins.utils.atomic_file import (
     replace_file,
     replace_files,
     replace_torch_file,
+    take_permissions,
 )
 from lora_plugins.utils.autocast import autocast_dtype, in_full
 from lora_plugins.utils.collection import without_collection
@@ -72,6 +73,7 @@ __all__ = [
     "seeded",
     "shape_or_value",
     "single_at_least",
+    "take_permissions",
     "transforms_are_active",
     "truncated_svd",
     "version",

@@ -80,6 +80,12 @@ def put_files(files: Mapping[Path, Content]) -> None:
         raise
 
 
+def take_permissions(old: Path, new: Path) -> None:
+    """Gives a file the permissions of the one that it is to replace, if there is one."""
+    with suppress(OSError):  # there is none, or the file system keeps no permissions
+        new.chmod(S_IMODE(old.stat().st_mode))
+
+
 def read_unmixed(last: Path, read: Callable[[], T]) -> T:
     """Reads what belongs together, and reads it again if another process has replaced it meanwhile.
 
@@ -144,14 +150,13 @@ def _save(value: object, file: BinaryIO) -> None:
 def _write(temporary: Path, content: Content, path: Path) -> None:
     try:
         with temporary.open("xb") as file:
+            take_permissions(path, temporary)  # ahead of the content, which not everybody may be allowed to read
             if isinstance(content, bytes):
                 file.write(content)
             else:
                 content(file)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(OSError):  # there is no old one, or the file system keeps no permissions
-            temporary.chmod(S_IMODE(path.stat().st_mode))
     except OSError as error:
         if error.filename in (None, str(temporary)):
             error.filename = str(path)

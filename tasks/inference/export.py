@@ -29,7 +29,7 @@ from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.inference.loading import load_task, merged_task
 from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask, evaluated_on
-from lora_plugins.utils import replace_file
+from lora_plugins.utils import replace_file, take_permissions
 from lora_plugins.writable import check_writable_file
 
 CLASS_NAMES, INTERPOLATION, BATCH = "class_names", "interpolation", "batch"
@@ -162,6 +162,7 @@ def _write_weights(task: VisionTask, path: Path) -> float:
             wrong = [name for name, tensor in tensors.items() if not torch.equal(tensor, found[name].cpu())]
             if wrong:  # NaN is not equal to itself
                 raise WeightsError(f"{listing(wrong)} would not load as it is. {path} is not written.")
+            take_permissions(path, written)
             written.replace(path)
     except OSError as error:
         error.filename = str(path)  # and not the one in the temporary folder

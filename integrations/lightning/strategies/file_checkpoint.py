@@ -10,6 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from lora_plugins.utils import take_permissions
+
 
 def save_file(
     trainer: Trainer, checkpoint: dict[str, Any], filepath: Any, write: Callable[..., None], **options: Any
@@ -27,6 +29,7 @@ def save_file(
         write(checkpoint, partial, **options)
         if trainer.is_global_zero:
             _flush(partial)
+            take_permissions(path, partial)
             os.replace(partial, path)
     except BaseException as error:
         if trainer.is_global_zero:

@@ -1,8 +1,10 @@
 """Exported networks answer as the task does."""
 
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
+from stat import S_IMODE
 
 import pytest
 import torch
@@ -92,6 +94,15 @@ class TestExport:
         assert again.class_names == task.class_names
         images = torch.rand(2, 3, *task.image_size)
         assert torch.equal(again(images), task(images))
+
+    @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+    @pytest.mark.parametrize("suffix", [".pt2", ".safetensors"])
+    def test_a_file_keeps_its_permissions(self, fitted, tmp_path, suffix):
+        task, path = merged_task(fitted["labels"][1]["adapter"]), tmp_path / f"m{suffix}"
+        path.touch()
+        path.chmod(0o640)
+        export_task(task, path)
+        assert (path.stat().st_size > 0, S_IMODE(path.stat().st_mode)) == (True, 0o640)
 
     def test_what_rounding_may_lose_in_the_merge(self, fitted, tmp_path, capsys):
         files = [str(fitted["labels"][1]["adapter"]), str(tmp_path / "m.safetensors")]

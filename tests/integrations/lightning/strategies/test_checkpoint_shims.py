@@ -1,9 +1,11 @@
 """Where checkpoints are written, and what is left of loading them."""
 
 import copy
+import os
 import pickle
 import shutil
 from pathlib import Path
+from stat import S_IMODE
 
 import pytest
 import torch
@@ -57,6 +59,17 @@ def test_a_requeued_job_goes_on_from_the_last_whole_file(tmp_path):
     again = trainer(tmp_path / "left", [lora()])
     again.fit(Classifier(), loader(), ckpt_path="hpc")
     assert again.ckpt_path == str(tmp_path / "left" / "hpc_ckpt_1.ckpt")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("mode", [0o600, 0o664], ids=oct)
+def test_a_file_keeps_its_permissions(tmp_path, mode):
+    path, run = tmp_path / "it.ckpt", trainer(tmp_path, [lora()], max_epochs=1)
+    run.fit(Classifier(), loader())
+    run.save_checkpoint(path)
+    path.chmod(mode)
+    run.save_checkpoint(path)
+    assert S_IMODE(path.stat().st_mode) == mode
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):
