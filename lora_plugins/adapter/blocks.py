@@ -30,8 +30,8 @@ Result = TypeVar("Result")
 _OPENED: ContextVar[tuple[Block, ...]] = ContextVar("opened", default=())
 """The blocks that the present thread or task has opened; it shares them with what it starts in its own context."""
 
-_OPENING = threading.RLock()
-"""Held while a block is opened."""
+_TURNING = threading.RLock()
+"""Held while a block is opened or left: what is put back at the end of one is put in place at the start of another."""
 
 _LATER = (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
 """Which functions run later than they are called."""
@@ -76,7 +76,7 @@ class Within(AbstractContextManager[nn.Module, None]):
     def __enter__(self) -> nn.Module:
         opened = replace(self._opened)
         try:
-            with _OPENING:
+            with _TURNING:
                 return self._open(opened)
         except BaseException:  # an interruption may come when the block is open already
             _leave(self._model, opened)
@@ -131,8 +131,9 @@ def _enter(model: nn.Module, state: ModelState, opened: Block) -> None:
 @outside_inference
 def _leave(model: nn.Module, opened: Block | None) -> None:
     state = model_state(model)
-    if state is not None and opened in state.blocks:
-        whole(model, partial(_leave_block, model, state, opened))
+    with _TURNING:
+        if state is not None and opened in state.blocks:
+            whole(model, partial(_leave_block, model, state, opened))
     _OPENED.set(tuple(block for block in _OPENED.get() if block is not opened))
 
 

@@ -90,7 +90,7 @@ def stopped(call: Callable[[], object], at: int) -> tuple[str, bool]:
             raise
         return where, True
     finally:
-        _release(blocks._OPENING)
+        _release(blocks._TURNING)
     return where, False
 
 

@@ -5,7 +5,7 @@ import linecache
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
 
@@ -308,3 +308,30 @@ def test_a_pool_calls_the_model_inside_a_block(opens):
         expected = lora.model(X)
         with ThreadPoolExecutor(2) as pool:
             assert all(torch.equal(found, expected) for found in pool.map(lora.model, [X] * 8))
+
+
+def test_threads_that_ask_until_they_may_each_have_the_base():
+    """A block that was opened in the middle of the end of another had the values that this one put back."""
+    lora = headed()
+    with lora.disable_adapter():
+        base = lora.model[2].weight.detach().clone()
+    before = lora.model(X)
+    interval = sys.getswitchinterval()
+
+    def ask(_):
+        inside = 0
+        for _ in range(20_000):  # a few hundred are enough
+            with suppress(StateError), lora.disable_adapter():
+                assert torch.equal(lora.model[2].weight, base)
+                inside += 1
+            if inside == 100:
+                return
+        raise AssertionError(f"inside {inside} times")
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(ask, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(lora.model(X), before)
