@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_plugins.adapter.blocks import without_adapters
 from lora_plugins.adapter.state import model_state
-from lora_plugins.adapter.watches import Step, input_moments, mean_gradients
+from lora_plugins.adapter.watches import Step, device_of, input_moments, mean_gradients
 from lora_plugins.arguments import with_checked_call
 from lora_plugins.errors import ConfigError, PluginError, noted
 from lora_plugins.field_checks import MAX_RANK, check_count, optional, shown
@@ -32,7 +32,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
     The tensors of the batch are moved to the model's device.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     if isinstance(batch, Mapping):
         return model(**{key: _moved(value, device) for key, value in batch.items()})
     return model(_moved(batch[0] if isinstance(batch, list | tuple) else batch, device))
@@ -206,6 +206,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for key, tensor in tensors.items()
         if tensor is not None
     ]
+    empty = [
+        (module._buffers, key) for module in model.modules() for key, value in module._buffers.items() if value is None
+    ]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def put_back() -> None:
@@ -213,6 +216,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             set_own_mode(module, mode)
         for tensors, key, tensor, value in written:
             tensors[key], tensor.data = tensor, value
+        for buffers, key in empty:  # such as a cache, or what the first batch of the training is to start
+            buffers[key] = None
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,14 @@ from lora_plugins.utils import in_float64
 Step = Callable[[nn.Module, Any], Any]
 """What is done with one batch."""
 
+_CPU = torch.device("cpu")
+
 _INSTEAD = "Add it to exclude_modules, or choose another init."
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Returns where a module is: the device of its first parameter or, in one that has only buffers, of the first."""
+    return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), _CPU)
 
 
 def input_moments(
@@ -27,7 +35,7 @@ def input_moments(
 ) -> dict[tuple[str, str], SlotCalibration]:
     """Returns the moments of what each slot's matrix is multiplied by; the model is run in eval mode."""
     sums = {
-        (layer.name, slot.suffix): _Sums(layer, slot, shape[1], next(submodule(model, layer.name).parameters()).device)
+        (layer.name, slot.suffix): _Sums(layer, slot, shape[1], device_of(submodule(model, layer.name)))
         for layer, slot, shape in plan.slots()
     }
     model.eval()

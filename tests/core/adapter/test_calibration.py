@@ -152,6 +152,16 @@ class TestUndisturbed:
         assert [parameter.data_ptr() for parameter in model.parameters()] == places
 
     @needs
+    def test_a_buffer_without_a_value_that_the_first_forward_sets(self, config, untouched):
+        model = net()
+        model.head.register_buffer("start", None)
+        model.head.register_forward_pre_hook(lambda layer, args: setattr(layer, "start", args[0].detach().mean(0)))
+        plan = LoraModel.plan(model, config)
+        with untouched(model):
+            calibrate(model, plan, InitData(batches(), loss))
+        assert model.head.start is None
+
+    @needs
     def test_a_step_that_fails(self, config, untouched):
         model = net()
         plan = LoraModel.plan(model, config)
@@ -601,3 +611,19 @@ def test_a_layer_whose_plugin_does_not_say_its_inputs_is_named():
     with pytest.raises(TargetError, match="'0': the plugin 'says_nothing' does not say what 'weight' of this Doubling"):
         LoraModel(model, LoraConfig(r=2, init="eva"), registry=registry, init_data=InitData([torch.ones(12, 6)]))
     assert type(model[0]) is Doubling
+
+
+@pytest.mark.parametrize("others", [[], [nn.Linear(4, 2)]], ids=["a model of buffers", "beside parameters"])
+def test_a_weight_that_is_a_buffer_is_observed(others):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, bias=False)
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    x = torch.randn(9, 4)
+    model = nn.Sequential(layer, *others)
+    calibration = calibrate(
+        model, LoraModel.plan(model, LoraConfig(r=2, target_modules=["0"], init="eva")), InitData([x])
+    )
+    x = x.double()  # the moments are sums in float64
+    torch.testing.assert_close(calibration.by_slot["0", ""].inputs.gram, x.T @ x, rtol=1e-12, atol=1e-12)
