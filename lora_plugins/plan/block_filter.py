@@ -1,5 +1,6 @@
 """The numbered blocks of a model, and the choice among them by `layers_to_transform` and `layers_pattern`."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from lora_plugins.errors import TargetError, listing, near
@@ -68,13 +69,21 @@ class BlockFilter:
         if not self._numbers:
             return paths
         found = _indices(name, self._containers or BLOCK_CONTAINERS)
-        if self._containers is None and len(found) > 1:
+        if len(found) > 1 and self._are_one(path for path, _ in found):
+            longer = "" if self._containers is None else ", by a longer end of its path"
             raise TargetError(
                 f"layers_to_transform: the number {self._numbers[0]} could count in {found[0][0]!r} or in "
                 f"{found[1][0]!r} of {name!r}. Name blocks by their path instead, such as "
-                f"'{found[1][0]}.{found[1][1]}', or choose the container with layers_pattern."
+                f"'{found[1][0]}.{found[1][1]}', or choose the container with layers_pattern{longer}."
             )
         return paths | ({index for _, index in found} & {*self._numbers})
+
+    def _are_one(self, containers: Iterable[str]) -> bool:
+        """Whether a number could mean a block of any of nested containers, as no names choose, or one name has two."""
+        if self._containers is None:
+            return True
+        ends = Counter(end for path in containers for end in path_ends(path))
+        return any(ends[name] > 1 for name in self._containers)
 
     def _known(self, block: int | str, names: list[str]) -> str:
         numbered = {each for name in names for each in _numbered(name)}

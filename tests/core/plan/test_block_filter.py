@@ -48,6 +48,32 @@ def test_a_number_in_nested_containers_is_ambiguous(names):
         assert words in str(caught.value)
 
 
+NESTED = [f"net.layers.{outer}.layers.{inner}" for outer in range(2) for inner in range(2)]
+
+
+def test_a_number_in_nested_containers_of_one_name_is_ambiguous():
+    with pytest.raises(TargetError, match=r"'net\.layers' or in 'net\.layers\.0\.layers'.*by a longer end of its path"):
+        BlockFilter([1], "layers", NESTED)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "containers", "expected"),
+    [
+        pytest.param([1], "net.layers", NESTED[2:], id="the outer one, by a longer end"),
+        pytest.param([1], "layers.0.layers", [NESTED[1]], id="an inner one, by a longer end"),
+        pytest.param(["layers.0.layers.1"], "layers", [NESTED[1]], id="by the path of a block"),
+    ],
+)
+def test_nested_containers_of_one_name_are_told_apart(blocks, containers, expected):
+    keep = BlockFilter(blocks, containers, NESTED)
+    assert [name for name in NESTED if keep(name)] == expected
+
+
+def test_nested_containers_that_are_both_named_count_both():
+    keep = BlockFilter([1], ["layers", "blocks"], SWIN)
+    assert [name for name in SWIN if keep(name)] == [SWIN[1], SWIN[2], SWIN[3], SWIN[5]]
+
+
 @pytest.mark.parametrize(
     ("names", "block", "containers", "offered"),
     [
