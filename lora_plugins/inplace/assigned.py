@@ -166,8 +166,8 @@ def _check_original(layer: nn.Module, weight: str, name: str, value: Any) -> Non
         raise LostWeightError(layer, weight)
 
 
-def _refused(method: str, weights: tuple[str, ...]) -> Callable[[nn.Module], None]:
-    def refuse(layer: nn.Module) -> None:
+def _refused(method: str, weights: tuple[str, ...]) -> Callable[..., None]:
+    def refuse(layer: nn.Module, *_: Any, **__: Any) -> None:
         raise StateError(_refusal(layer, listing(weights), f"made anew by {method}(). Call it for"))
 
     refuse.__name__ = method

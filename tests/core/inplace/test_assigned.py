@@ -39,6 +39,17 @@ def test_a_weight_is_not_made_anew_while_an_adapter_acts(name, untouched):
         getattr(lora.model[0], RESETTING[name])()
 
 
+def test_a_weight_is_not_made_anew_by_a_method_with_arguments(untouched):
+    class Scaled(nn.Linear):
+        def reset_parameters(self, gain=1.0):
+            nn.init.orthogonal_(self.weight, gain)
+
+    model = nn.Sequential(Scaled(4, 4))
+    LoraModel(model, LoraConfig(r=2, init="none"))
+    with untouched(model), pytest.raises(StateError, match=r"made anew by reset_parameters\(\)"):
+        model[0].reset_parameters(gain=0.1)
+
+
 def test_the_base_s_own_is_assigned_in_a_block():
     lora = adapted()
     with lora.disable_adapter() as model:
