@@ -149,7 +149,8 @@ def _rates(groups: Sequence[Mapping[str, Any]], task: VisionTask) -> str:
     kinds = {id(parameter): _kind(name, task) for name, parameter in task.named_parameters()}
     of: dict[str, list[str]] = {}
     for group in groups:
-        rate = f"{float(group.get('initial_lr', group['lr'])):g}"
+        given = group.get("initial_lr", group.get("lr"))
+        rate = "found by the optimizer" if given is None else f"{float(given):g}"  # as A2Grad and AliG do
         of.setdefault(rate, []).extend(kinds.get(id(parameter), "others") for parameter in group["params"])
     if len(of) <= 1:
         return "".join(of)

@@ -42,6 +42,21 @@ def report(trainer, tmp_path):
     return path
 
 
+class OwnRate(torch.optim.Optimizer):
+    """Has no learning rate in its groups, as A2Grad and AliG of pytorch_optimizer."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure):
+        with torch.enable_grad():
+            loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad, alpha=0.01)
+        return loss
+
+
 class TestReport:
     def test_it_holds_all_and_needs_nothing_beside_it(self, report):
         text = report.read_text()
@@ -80,6 +95,12 @@ class TestReport:
         facts = read_run(path).facts["Training"]
         assert facts["learning rate"] == "0.001 (A, B), 0.003 (head)"
         assert facts["schedule"] == "warmup_cosine"
+
+    def test_an_optimizer_without_a_rate_is_told(self, trainer, tmp_path):
+        run = trainer(callbacks=[lora(tmp_path), HtmlReport(str(tmp_path / "r.html"))])
+        run.fit(ImageClassificationTask(tiny_vit(), optimizer=OwnRate), datamodule=digits())
+        facts = read_run(tmp_path / "r.html").facts["Training"]
+        assert (facts["optimizer"], facts["learning rate"]) == ("OwnRate", "found by the optimizer")
 
     def test_its_numbers_are_those_of_the_fit(self, trainer, tmp_path):
         path, task, data = tmp_path / "r.html", SemanticSegmentationTask(tiny_segformer()), scenes()
