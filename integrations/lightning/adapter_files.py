@@ -74,6 +74,19 @@ def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> 
     return files
 
 
+def titles(files: Sequence[AdapterFile]) -> list[str]:
+    """Returns what messages and reports call each of some files; those of one format are numbered from the second on.
+
+    There are several of one where each has other options, as the two transformers of Wan 2.2 in files of diffusers.
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for file in files:
+        seen[file.title] += 1
+        found.append(file.title if seen[file.title] == 1 else f"{file.title} {seen[file.title]}")
+    return found
+
+
 def check_distinct(paths: Iterable[str]) -> None:
     """Checks that no result of a run would overwrite another one.
 

@@ -15,7 +15,7 @@ from lora_plugins.adapter import moved_base, present_state
 from lora_plugins.errors import MergeError, listing
 from lora_plugins.files import PackedAdapter, write
 from lora_plugins.inplace import full_name, submodule
-from lora_plugins.integrations.lightning.adapter_files import AdapterFile
+from lora_plugins.integrations.lightning.adapter_files import AdapterFile, titles
 from lora_plugins.integrations.lightning.module import (
     adapted_layers_moved,
     file_entries,
@@ -73,11 +73,11 @@ class Results:
         paths: dict[str, Path] = {}
         self._warn_of_moved(module, target, written)
         entries = file_entries(module, self.target)
-        for file in self.files:
+        for title, file in zip(titles(self.files), self.files, strict=True):
             packed = self._packed(trainer, target, entries) if file.is_ours else None  # gathered by all processes
             if trainer.is_global_zero:
                 path = file.write(target, self.adapter_name) if packed is None else write(Path(file.path), packed)
-                paths[file.title.capitalize()] = path
+                paths[title.capitalize()] = path
         if self.export_to is not None and trainer.is_global_zero:
             with temporarily_merged(target, self.max_error, dequantize=self.dequantize):
                 tensors = plain_state_dict(target)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.field_checks import check_count
+from lora_plugins.integrations.lightning.adapter_files import titles
 from lora_plugins.integrations.lightning.callback import LoraCallback, lora_callbacks
 from lora_plugins.integrations.lightning.console import tell_written
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
@@ -322,7 +323,8 @@ def _plan_rows(plan: Plan) -> Iterator[PlanRow]:
 
 def _files(callbacks: list[LoraCallback]) -> dict[str, Path]:
     """The files that callbacks have written, by what they are."""
-    files = {each.title: Path(each.path) for callback in callbacks for each in callback.adapter_files}
+    adapters = [each for callback in callbacks for each in callback.adapter_files]
+    files = {title: Path(each.path) for title, each in zip(titles(adapters), adapters, strict=True)}
     merged = [Path(callback.export_to) for callback in callbacks if callback.export_to]
     return files | {f"merged model{'' if not at else f' {at + 1}'}": path for at, path in enumerate(merged)}
 

@@ -54,6 +54,15 @@ def test_every_file_is_the_adapter_that_was_trained(tmp_path, merge, capsys):
     assert f"Adapter for peft: {tmp_path / 'theirs'}" in out
 
 
+def test_files_of_one_format_are_all_told(tmp_path, capsys):
+    """As those of the two transformers of Wan 2.2, of which no file of diffusers holds both."""
+    ours = [str(tmp_path / "a"), str(tmp_path / "b")]
+    fitted(tmp_path, [*ours, *(AdapterFile(str(tmp_path / name), "peft") for name in ("c", "d"))])
+    out = capsys.readouterr().out
+    told = {"Adapter": "a", "Adapter 2": "b", "Adapter for peft": "c", "Adapter for peft 2": "d"}
+    assert [title for title, name in told.items() if f"{title}: {tmp_path / name}" not in out] == []
+
+
 def test_a_full_disk_at_the_merged_model_says_that_the_adapter_is_saved(tmp_path):
     wide, merged = Classifier(width=4000), tmp_path / "merged.safetensors"
     with no_file_beyond(100_000), pytest.raises(OSError, match="File too large") as raised:

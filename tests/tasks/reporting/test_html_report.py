@@ -102,6 +102,15 @@ class TestReport:
         facts = read_run(tmp_path / "r.html").facts["Training"]
         assert (facts["optimizer"], facts["learning rate"]) == ("OwnRate", "found by the optimizer")
 
+    def test_all_adapters_are_among_the_files(self, trainer, tmp_path):
+        places = [str(tmp_path / name) for name in "ab"]
+        adapted = LoraCallback(LoraConfig(r=2), target="network", save_adapter_to=places, print_plan=False)
+        run = trainer(callbacks=[adapted, HtmlReport(str(tmp_path / "r.html"))])
+        run.fit(ImageClassificationTask(tiny_vit()), datamodule=digits())
+        found, titles = read_run(tmp_path / "r.html"), ["adapter", "adapter 2"]
+        assert found.facts["Files"] == dict(zip(titles, places, strict=True))
+        assert [*found.costs.sizes] == titles
+
     def test_its_numbers_are_those_of_the_fit(self, trainer, tmp_path):
         path, task, data = tmp_path / "r.html", SemanticSegmentationTask(tiny_segformer()), scenes()
         (before,) = trainer().validate(task, datamodule=data, verbose=False)
