@@ -104,7 +104,7 @@ def _resolved(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError of what begins with a dot
         raise ConfigError(
             f"allow_globals names {path!r}, which cannot be imported: {sentence(error)} Where a class has moved "
             f"since, give it with its old name: (Class, {path!r})."

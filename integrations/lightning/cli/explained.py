@@ -281,7 +281,7 @@ _REASONS: tuple[tuple[str, _Say], ...] = (
     (r"Group '([\w.]+)' does not accept option '(\w+)", _field),
     (r"module '([\w.]+)' has no attribute '(\w+)'", _attribute),
     (r"No module named '([\w.]+)'", _module),
-    (r"Expected a dot import path string: (\S+)", _class_path),
+    (r"(?:Expected a dot import path string|Unexpected import path format): (\S+)", _class_path),
     (r"Expected '([\w.]+)' to be a (?:subclass of|function that returns) <class '(\w+)'>", _returned),
     (r"(?s)typing\.Literal\[.*?(?:Given|Got) value: ([^\n]+)", _choice),
     (r"(?s)Import path does not correspond to a subclass of (\w+).*Given value: ([^\n]+)", _no_class),

@@ -151,6 +151,8 @@ def _checked_output(path: str | Path, suffix: str) -> Path:
 
 def _import_class(path: str) -> type[LightningModule]:
     module_name, _, name = path.rpartition(".")
+    if path.startswith("."):  # which Python takes for a module beside the calling one
+        raise ConfigError(f"--model is {path!r}, which is no import path. Write it so: package.module.Class.")
     try:
         module = importlib.import_module(module_name) if module_name else None
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@ import contextlib
 import enum
 import functools
 import pathlib
+import re
 import types
 import zipfile
 from dataclasses import dataclass
@@ -200,8 +201,9 @@ def test_classes_themselves_and_old_names_are_allowed_too(tmp_path):
     path = written(tmp_path, Configured(Mode.LARGE))
     for given in ([Mode], [(Mode, f"{HERE}.Mode")]):
         assert load_from_checkpoint(Configured, path, allow_globals=given).option is Mode.LARGE
-    with pytest.raises(ConfigError, match=r"allow_globals names 'package\.Mode', which cannot be imported"):
-        load_from_checkpoint(Configured, path, allow_globals=["package.Mode"])
+    for name in ("package.Mode", "./package.Mode"):
+        with pytest.raises(ConfigError, match=rf"allow_globals names '{re.escape(name)}', which cannot be imported"):
+            load_from_checkpoint(Configured, path, allow_globals=[name])
     with pytest.raises(ConfigError, match=r"allow_globals is a list, not 'package\.Mode'"):
         load_from_checkpoint(Configured, path, allow_globals="package.Mode")
 

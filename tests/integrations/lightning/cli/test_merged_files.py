@@ -176,9 +176,18 @@ class TestFiles:
             ),
             ("x.safetensors", "torch.nn.Linear", "no class of a LightningModule. Write its import path"),
             ("x.safetensors", "no_such_module.Classifier", "no module 'no_such_module'"),
+            ("x.safetensors", "./toys.Classifier", "'./toys.Classifier', which is no import path."),
             ("expected.safetensors/x.safetensors", f"{TOYS}.Classifier", "is a file. Name another place."),
         ],
-        ids=["ending", "class", "class that is imported late", "class of no module", "module", "place"],
+        ids=[
+            "ending",
+            "class",
+            "class that is imported late",
+            "class of no module",
+            "module",
+            "path of a file",
+            "place",
+        ],
     )
     def test_wrong_arguments(self, trained, tmp_path, capsys, output, model, message):
         assert main(["export", trained[0], str(tmp_path / output), "--model", model]) == 1

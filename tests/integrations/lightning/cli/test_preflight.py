@@ -174,6 +174,7 @@ LATER = {
         "--data.class_path DigitDataModule",
         "'DigitDataModule' is not the path of a class. Did you mean 'lora_plugins.tasks.DigitsDataModule'?",
     ),
+    "path of a file": ("--data.class_path ./foo.Baz", "'./foo.Baz' is not the path of a class, such as"),
     "no module": ("--data.class_path foo.bar.Baz", "there is no module 'foo'"),
     "no module in a package": ("--optimizer torch.optm.Adam", "torch has no module 'optm'. Did you mean 'optim'?"),
     "no module in a module": ("--data json.decoder.no.X", "json.decoder has no module 'no'. There are none."),
