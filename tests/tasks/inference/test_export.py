@@ -8,6 +8,7 @@ from stat import S_IMODE
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.serving.adapters import write_adapters, write_base
 from lora_plugins import ConfigError
@@ -26,6 +27,13 @@ from ..conftest import tiny_vit
 
 def export(arguments):
     return main(["export", *arguments])
+
+
+class OfBatch(nn.Module):
+    """Divides by the deviation over the batch, which a single image does not have."""
+
+    def forward(self, x):
+        return x / x.std(0)
 
 
 class TestExport:
@@ -130,6 +138,14 @@ class TestExport:
         with pytest.raises(WeightsError, match=r"m\.\w+ .*\bis not written"):
             export_task(task, file)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {file.name: b"earlier"}
+
+    def test_a_network_that_has_no_answer_for_one_image_is_refused(self, fitted, tmp_path):
+        """The largest of differences, of which the second is NaN, was the first one."""
+        task = merged_task(fitted["labels"][1]["adapter"])
+        task.network.norm = OfBatch()
+        with pytest.raises(WeightsError, match=r"m\.pt2 answers differently: by nan"):
+            export_task(task, tmp_path / "m.pt2")
+        assert not (tmp_path / "m.pt2").exists()
 
     def test_the_base_of_an_adapter_is_not_replaced(self, fitted, capsys):
         task, files = fitted["labels"]
