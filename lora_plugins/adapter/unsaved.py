@@ -40,12 +40,31 @@ def warn_of_unsaved(model: nn.Module, state: ModelState, adapter: str) -> None:
             "a gradient.",
             stacklevel=_STACKLEVEL,
         )
+    if _stands_still(model, state, adapter):
+        warnings.warn(
+            f"The adapter {adapter!r} still changes nothing, and none of its A and B requires a gradient, while what "
+            "it trains in place does: only that is trained. Something froze them after they were added: let code that "
+            "freezes the model run ahead of that.",
+            stacklevel=_STACKLEVEL,
+        )
 
 
 def _waits_for_a_step(model: nn.Module, plan: Plan, adapter: str) -> bool:
     """Whether each layer has a factor that is all zeros, with a gradient that is not."""
     tensors = (slot_tensors(submodule(model, layer.name), adapter, slot) for layer, slot, _ in plan.slots())
     return all(any(_is_zero(each[name]) and _has_gradient(each[name]) for name in "AB") for each in tensors)
+
+
+def _stands_still(model: nn.Module, state: ModelState, adapter: str) -> bool:
+    """Whether each layer of an active adapter has a factor of zeros that is frozen, while heads or biases are not."""
+    own, plan = own_parameters(model_modules(model)), state.adapters[adapter].plan
+    if adapter not in state.active or not any(own[name].requires_grad for name in plan.trained if name in own):
+        return False
+    tensors = (slot_tensors(submodule(model, layer.name), adapter, slot) for layer, slot, _ in plan.slots())
+    return all(
+        not any(tensor.requires_grad for tensor in each.values()) and any(_is_zero(each[name]) for name in "AB")
+        for each in tensors
+    )
 
 
 def _is_zero(parameter: nn.Parameter) -> bool:
