@@ -135,7 +135,10 @@ def _quantized_forward(base: Any, foreign: Foreign, has_branch: bool) -> Any:
     inner, names = _forward(base, own=own) if has_branch else own, positional_names(base)
 
     def cast(layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        (x, *others), named = by_position(names, args, kwargs)
+        given, named = by_position(names, args, kwargs)
+        if not given:
+            return own(layer, **named)  # which says what is missing
+        x, *others = given
         weight = layer._parameters[next(iter(foreign_weights(layer)))]
         return inner(layer, x.to(foreign.dtype(layer, weight)), *others, **named).to(x.dtype)
 

@@ -176,6 +176,14 @@ class _WithBiasApart(nn.Linear):
         return nn.functional.linear(x, self.weight) * scale, self.bias
 
 
+@models
+def test_a_call_without_an_input_is_told_as_the_layer_tells_it(make):
+    model = make()
+    LoraModel(model, CONFIG)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        model[0]()
+
+
 def test_a_forward_of_another_kind_keeps_what_it_takes_and_returns():
     quantization = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(_WithBiasApart(64, 32))
