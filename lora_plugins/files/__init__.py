@@ -23,6 +23,7 @@ from lora_plugins.files.other_root import check_root
 from lora_plugins.files.packed import manifest_of, pack, saved_name
 from lora_plugins.files.recognized import PICKLED, format_of, options_of
 from lora_plugins.files.stored_base import described
+from lora_plugins.files.tensor_bytes import is_brought_back
 from lora_plugins.files.unpacked import planned_again, rebuilt_bases, unpack
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
@@ -44,6 +45,7 @@ __all__ = [
     "fingerprint",
     "fingerprints",
     "format_of",
+    "is_brought_back",
     "load_quantized",
     "manifest_of",
     "options_of",

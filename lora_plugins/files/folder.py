@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from lora_plugins.errors import AdapterFileError, nothing_there
 from lora_plugins.files.manifest import TENSOR_FILE, checked_manifest, is_as_written, sealed
+from lora_plugins.files.tensor_bytes import from_file, to_file
 from lora_plugins.names import MANIFEST
 from lora_plugins.plugins import PackedAdapter
 from lora_plugins.utils import check_regular, ending, read_unmixed, remove_leftovers, replace_file
@@ -35,7 +36,7 @@ def write(folder: Path, packed: PackedAdapter) -> Path:
     """
     check_writable_folder(folder, "path")
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in packed.tensors.items()})
+    data = safetensors.torch.save({key: to_file(tensor) for key, tensor in packed.tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"adapter-{digest[:16]}.safetensors"
     manifest = {**packed.manifest, "file": name, "sha256": digest}
@@ -96,7 +97,8 @@ def _read(folder: Path) -> PackedAdapter:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is not a safetensors file: {error}.") from error
-    return PackedAdapter(manifest, tensors)
+    said = manifest["tensors"]
+    return PackedAdapter(manifest, {key: from_file(tensor, said.get(key)) for key, tensor in tensors.items()})
 
 
 def _read_manifest(path: Path) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ def are_finite(tensor: Tensor) -> bool:
     """Whether all values are finite, told by the least and the largest: `isfinite` of all makes a second copy."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:  # all of whose values are finite
         return True
     if tensor.itemsize == 1:  # which have no order in torch
         tensor = tensor.float()

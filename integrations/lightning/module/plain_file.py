@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_plugins import StateError
 from lora_plugins.errors import listing
+from lora_plugins.files import is_brought_back
 from lora_plugins.utils import replace_file
 
 
@@ -17,7 +18,7 @@ def plain_state_dict(target: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict of a plain module with no two tensors sharing memory, as safetensors requires.
 
     Raises:
-        StateError: If it holds something else than tensors.
+        StateError: As `checked_state_dict` does.
     """
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in checked_state_dict(target).items()}
 
@@ -26,7 +27,7 @@ def checked_state_dict(target: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict of a module, once it is known that a `.safetensors` file can hold it.
 
     Raises:
-        StateError: If it holds something else than tensors, naming the keys.
+        StateError: If it holds something else than tensors, or tensors of other types, naming the keys.
     """
     state = whole_state_dict(target)
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
@@ -34,6 +35,13 @@ def checked_state_dict(target: nn.Module) -> dict[str, Tensor]:
         raise StateError(
             f"{listing(others)} of the state dict of {type(target).__name__} are no tensors (get_extra_state), and a "
             ".safetensors file holds nothing else. Leave export_to out: a checkpoint of the merged module has them."
+        )
+    odd = {key: value.dtype for key, value in state.items() if not is_brought_back(value.dtype)}
+    if odd:
+        raise StateError(
+            f"{listing(odd)} of the state dict of {type(target).__name__} are {listing(map(str, {*odd.values()}))}, of "
+            "which a .safetensors file has no tensors that can be read again. Leave export_to out: a checkpoint of the "
+            "merged module has them."
         )
     return state
 

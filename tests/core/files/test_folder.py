@@ -93,6 +93,22 @@ class TestRoundTrip:
         LoraModel.load_adapter(fresh, lora.save_adapter(tmp_path))
         assert_same_state(own_tensors(model), own_tensors(fresh))
 
+    @pytest.mark.parametrize("name", ["complex128", "float8_e8m0fnu", "float4_e2m1fn_x2"])
+    def test_a_type_that_safetensors_does_not_bring_back(self, tmp_path, name):
+        def scaled():
+            model, bits = build(), torch.arange(64, 96, dtype=torch.uint8)
+            model.head.register_buffer("scale", bits.view(getattr(torch, name)))
+            model.head.register_buffer("first", model.head.scale[0].clone())
+            return model
+
+        model, fresh = scaled(), scaled()
+        model.head.scale.view(torch.uint8).add_(1)
+        lora = adapt(model, modules_to_save=["head"])
+        LoraModel.load_adapter(fresh, lora.save_adapter(tmp_path))
+        assert torch.equal(fresh.head.scale.view(torch.uint8), torch.arange(65, 97, dtype=torch.uint8))
+        assert fresh.head.first.shape == ()
+        assert fresh.head.first.dtype == getattr(torch, name)
+
 
 class TestTheFolder:
     def test_it_holds_json_and_safetensors_and_nothing_pickled(self, saved):

@@ -280,6 +280,14 @@ class TestFiles:
         with pytest.raises(StateError, match=r"'net\.3\._extra_state' of the state dict of Classifier"):
             trainer(tmp_path, [LoraCallback(CONFIG, export_to=export)]).fit(module, loader())
 
+    @pytest.mark.parametrize("dtype", [torch.complex128, torch.float8_e8m0fnu], ids=str)
+    def test_what_safetensors_does_not_bring_back_is_refused_before_training(self, tmp_path, dtype):
+        module = Classifier()
+        module.net[3].register_buffer("scale", torch.zeros(16, dtype=torch.uint8).view(dtype))
+        export = str(tmp_path / "merged.safetensors")
+        with pytest.raises(StateError, match=rf"'net\.3\.scale' of the state dict of Classifier are '{dtype}'"):
+            trainer(tmp_path, [LoraCallback(CONFIG, export_to=export)]).fit(module, loader())
+
     def test_other_ending_is_refused(self):
         with pytest.raises(ConfigError, match=r"\.safetensors"):
             LoraCallback(CONFIG, export_to="merged.bin")
