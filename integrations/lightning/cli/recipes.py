@@ -62,7 +62,7 @@ def run(arguments: list[str]) -> int:
 def _copy(recipe: Path, path: Path) -> None:
     from lora_plugins.utils import replace_file  # noqa: PLC0415 - brings torch along
 
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ConfigError(f"{path} exists already. Name another file.")
     check_writable_file(path, "The file")
     path.parent.mkdir(parents=True, exist_ok=True)

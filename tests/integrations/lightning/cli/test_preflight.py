@@ -546,6 +546,12 @@ class TestRecipes:
         assert main(["recipes", "copy", "cls", str(copied / "it.yaml")]) == 1
         assert f"{copied} is a file. Name another place." in capsys.readouterr().err
 
+    def test_a_link_to_nothing_is_not_replaced_by_a_copy(self, capsys, tmp_path):
+        (tmp_path / "mine.yaml").symlink_to("gone")
+        assert main(["recipes", "copy", "cls", str(tmp_path / "mine.yaml")]) == 1
+        assert "exists already" in capsys.readouterr().err
+        assert (tmp_path / "mine.yaml").is_symlink()
+
     def test_a_full_disk_leaves_no_part_of_a_copy(self, capsys, tmp_path):
         copied = tmp_path / "mine.yaml"
         with no_file_beyond(100):
