@@ -16,6 +16,8 @@ _BYTE = r"(?:25[0-5]|2[0-4]\d|[01]?\d?\d)"
 _COLOR = rf"[(\[]?(#[0-9a-fA-F]{{6}}|{_BYTE}(?:[,;\s]+{_BYTE}){{2}})[)\]]?"
 _WITH_COLOR = re.compile(rf"{_COLOR}[:,;\s]+\S.*|\S.*[:,;\s]{_COLOR}[:,;\s]*")
 """A name with a color, as other programs write it: `road #804080`, `128,64,128 road`, `road:128,64,128::`."""
+_HEADER = re.compile(r"# .*|.*(?:\br(?:ed)?[,;\s]+g(?:reen)?[,;\s]+b(?:lue)?\b|rgb|colou?r).*", re.IGNORECASE)
+"""A line above names with colors that says so, such as `name,r,g,b`."""
 
 OTHER_NAMES = {"valid": VAL, "validation": VAL, "training": TRAIN, "testing": TEST}
 SPLIT_NAMES = {TRAIN: TRAIN, VAL: VAL, TEST: TEST, **OTHER_NAMES}
@@ -73,10 +75,10 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(f"{path} names {listing(twice)} more than once. Each class has a name of its own.")
-    below_header = [name for name in names if not name.startswith("# ")]
+    below_header = [name for name in names if not _HEADER.fullmatch(name)]
     if below_header and all(map(_WITH_COLOR.fullmatch, below_header)):
         raise DataError(
             f"{path} has colors beside the names, as {below_header[0]!r}. Write names alone, in the order of the "
-            "values or colors that is printed without this file."
+            "values or colors that is printed without this file, or name them by --classes."
         )
     return tuple(names)

@@ -658,10 +658,15 @@ def test_colors_beside_names_are_refused(tmp_path, line, color, names_first):
         survey(root, Flags())
 
 
-def test_a_header_above_colors_is_no_class(tmp_path):
+@pytest.mark.parametrize(
+    "header",
+    ["# label:color_rgb:parts:actions", "# one\n# two", "name,r,g,b", "name;Red;Green;Blue", "class,rgb_values"],
+    ids=["CVAT", "comments", "letters", "words", "rgb"],
+)
+def test_a_header_above_colors_is_no_class(tmp_path, header):
     root = masked(tmp_path / "data", [0, 1])
-    (root / "classes.txt").write_text("# label:color_rgb:parts:actions\nsky:255,0,0::\nroad:0,255,0::\n")
-    with pytest.raises(DataError, match=r"has colors beside the names, as 'sky:255,0,0::'"):
+    (root / "classes.txt").write_text(f"{header}\nsky:255,0,0::\nroad:0,255,0::\n")
+    with pytest.raises(DataError, match=r"has colors beside the names, as 'sky:255,0,0::'.* by --classes"):
         survey(root, Flags())
 
 
