@@ -76,6 +76,7 @@ def mask_coding(
         raise DataError(
             f"All masks hold one value, {counted[0]}{beside}, and there is nothing to tell apart. A mask holds one "
             f"value for each class, the background included.{levels if names and ignored is None else ''}"
+            f"{_white_ignored(values, ignored)}"
         )
     return coding
 
@@ -134,7 +135,7 @@ def _of_indices(
         raise DataError(
             f"{where[value]} holds the value {value}, and {counted(len(names), 'class is', 'classes are')} named "
             f"({', '.join(names)}), from {int(reduce_labels)} on. Name all classes, or say which value stands for "
-            f"none: --ignore-index {value}."
+            f"none: --ignore-index {value}.{_white_ignored(values, ignored)}"
         )
     classes = tuple(names) if names is not None and count else tuple(f"class_{index}" for index in range(count))
     if ignored is not None and 0 < ignored < len(classes):
@@ -143,3 +144,9 @@ def _of_indices(
             "stands for no class is 0, or a value above all classes."
         )
     return MaskCoding("indices", classes, IGNORED if ignored is None or reduce_labels else ignored, None, reduce_labels)
+
+
+def _white_ignored(values: Sequence[Any], ignored: int | None) -> str:
+    """Says how 255 counts, where it is one of two values and nobody has said that it stands for no class."""
+    asked = ignored is None and len(values) == 2 and values[1] == WHITE and values[0] != BLACK
+    return f" If {WHITE} is a class as well, say --ignore-index {BLACK}." if asked else ""

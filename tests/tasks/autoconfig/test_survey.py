@@ -682,6 +682,16 @@ def test_names_with_numbers_that_are_no_colors(tmp_path, names):
 
 
 @pytest.mark.parametrize(
+    ("names", "said"), [(None, "All masks hold one value"), (("a", "b"), "2 classes are named")], ids=["none", "two"]
+)
+def test_white_that_is_a_class_beside_a_gray_one(tmp_path, names, said):
+    data = masked(tmp_path / "data", [128, 255])
+    with pytest.raises(DataError, match=rf"{said}.* If 255 is a class as well, say --ignore-index 0\."):
+        survey(data, Flags(classes=names))
+    assert survey(data, Flags(classes=names, ignore_index=0)).coding.colors is not None
+
+
+@pytest.mark.parametrize(
     ("values", "said"),
     [
         ([0, 255], "0 beside the ignored 255, and.* 0 and 255 are black and white: name 2 classes, in this order"),
