@@ -95,6 +95,7 @@ class Audit:
             self.note_moved()
             self._by_hand.forget()  # callbacks may have exchanged the whole module
             self._changes.before_epoch()
+        self._changes.before_batch()
         self._changes.check_trainable()
         self._by_hand.before_batch()
 

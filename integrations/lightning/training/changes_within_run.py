@@ -44,6 +44,7 @@ class ChangesWithinRun:
         self._frozen_by_others = {*teachers}
         self._once_frozen: set[str] = set()
         self._switched: set[str] = set()
+        self._frozen_first: Set[str] | None = None
         self._base: dict[str, nn.Parameter] = {}
         self._trained: list[ModelState] = []
         self._thawed: set[str] = set()
@@ -57,10 +58,19 @@ class ChangesWithinRun:
         self._trained = [present_state(t) for t in targets if any(id(p) in held for p in adapter_tensors(t).values())]
         self.name_adapters()
 
+    def before_batch(self) -> None:
+        """Forgets what was frozen in the steps of the last batch."""
+        self._frozen_first = None
+
     def before_step(self) -> None:
-        """Notes in the first steps which adapters the module freezes and trains again, as a GAN does with its parts."""
-        frozen = frozen_by_others(self._module).keys()
-        self._switched |= self._once_frozen - frozen
+        """Notes in the first steps which adapters the module freezes and trains by turns, as a GAN does with its parts.
+
+        What it trains and then freezes counts within one batch only: a callback may freeze it for good in a later one.
+        """
+        frozen = {*frozen_by_others(self._module)}
+        if self._frozen_first is None:
+            self._frozen_first = frozen
+        self._switched |= (self._once_frozen - frozen) | (frozen - self._frozen_first)
         self._once_frozen |= frozen
 
     def check_trainable(self) -> None:

@@ -435,6 +435,12 @@ def test_adapters_that_a_module_trains_by_turns_are_not_called_frozen(tmp_path):
     assert learned(module)
 
 
+@pytest.mark.filterwarnings("ignore:.*frozen base were made trainable:UserWarning")
+def test_adapters_of_which_one_batch_of_an_epoch_sees_the_turns_are_not_called_frozen(tmp_path):
+    """As in a run that is resumed one batch before the end: its last part has not been trained again by then."""
+    fit(tmp_path, TrainsByTurns(), max_epochs=2, limit_train_batches=1)
+
+
 def test_base_that_an_optimizer_has_is_not_switched_on(tmp_path):
     class HasAll(Switches):
         def configure_optimizers(self):
