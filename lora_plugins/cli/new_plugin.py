@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from argparse import Namespace
 from importlib import resources
 from pathlib import Path
@@ -10,6 +9,7 @@ from string import Template
 
 from lora_plugins.errors import ConfigError
 from lora_plugins.plugins import KINDS, build_registry
+from lora_plugins.utils import folder_beside
 from lora_plugins.writable import check_writable_folder
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -58,8 +58,8 @@ def write(name: str, into: Path) -> Path:
     templates = resources.files("lora_plugins.cli") / "template"
     texts = {path: (templates / template).read_text(encoding="utf-8") for path, template in FILES.items()}
     try:
-        with tempfile.TemporaryDirectory(dir=into, prefix=".new-plugin-") as temporary:
-            made = Path(temporary) / folder.name
+        with folder_beside(folder) as temporary:
+            made = temporary / folder.name
             for path, text in texts.items():
                 target = made / path.format(**values)
                 target.parent.mkdir(parents=True, exist_ok=True)

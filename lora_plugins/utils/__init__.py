@@ -4,6 +4,7 @@ Every other room may use them.
 """
 
 from lora_plugins.utils.atomic_file import (
+    folder_beside,
     put_files,
     read_unmixed,
     remove_leftovers,
@@ -42,6 +43,7 @@ __all__ = [
     "check_regular",
     "common_type",
     "ending",
+    "folder_beside",
     "in_float64",
     "in_full",
     "is_dense",

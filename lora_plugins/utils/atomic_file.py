@@ -3,10 +3,11 @@
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from filecmp import cmp
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ Content = bytes | Callable[[BinaryIO], object]
 """What a file is to hold: its bytes, or what writes them into it."""
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}")
-"""The name of a temporary file."""
+"""The name of a temporary file or folder."""
 
 _BEGINNING = 200
 """Bytes of a file's name that its temporary one has, as file systems take 255 in all."""
@@ -56,7 +57,7 @@ def replace_files(files: Mapping[Path, Content]) -> None:
     """
     put_files(files)
     for path in files:
-        remove_leftovers(path.parent, re.compile(re.escape(_beginning(path))))
+        _remove_leftovers_of(path)
 
 
 def put_files(files: Mapping[Path, Content]) -> None:
@@ -78,6 +79,21 @@ def put_files(files: Mapping[Path, Content]) -> None:
         for path in temporary.values():
             path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """Makes a folder for what is to be moved to a path once it is whole, and removes it at the end of the block.
+
+    What processes left that were killed on their way to this path is removed as well.
+    """
+    folder = _temporary(path)
+    try:
+        folder.mkdir(mode=0o700)  # as what is replaced may not be for everybody to read
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _remove_leftovers_of(path)
 
 
 def take_permissions(old: Path, new: Path) -> None:
@@ -163,8 +179,12 @@ def _write(temporary: Path, content: Content, path: Path) -> None:
         raise
 
 
+def _remove_leftovers_of(path: Path) -> None:
+    remove_leftovers(path.parent, re.compile(re.escape(_beginning(path))))
+
+
 def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
-    """Removes the temporary files of processes that were killed while they wrote into a folder.
+    """Removes the temporary files and folders of processes that were killed while they wrote into a folder.
 
     Those of a process that runs, which may be writing, and of another machine, of which one cannot know, are left for a
     day.
@@ -177,7 +197,7 @@ def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
         found = _TEMPORARY.fullmatch(path.name)
         if found is not None and names.fullmatch(found["name"]) and _is_left_over(path, found):
             with suppress(OSError):  # another user's: what was to be written is written
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_left_over(path: Path, found: re.Match[str]) -> bool:

@@ -8,7 +8,6 @@ ONNX, and among the extra files of `torch.export.load`.
 
 import io
 import json
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from lora_plugins.tasks.errors import WeightsError
 from lora_plugins.tasks.file_kinds import SAFETENSORS
 from lora_plugins.tasks.inference.loading import load_task, merged_task
 from lora_plugins.tasks.training import PROVENANCE_KEY, VisionTask, evaluated_on
-from lora_plugins.utils import replace_file, take_permissions
+from lora_plugins.utils import folder_beside, replace_file, take_permissions
 from lora_plugins.writable import check_writable_file
 
 CLASS_NAMES, INTERPOLATION, BATCH = "class_names", "interpolation", "batch"
@@ -156,8 +155,8 @@ def _write_weights(task: VisionTask, path: Path) -> float:
     tensors = plain_state_dict(task.network)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder, path.name)
+        with folder_beside(path) as folder:
+            written = folder / path.name
             write_safetensors(written, tensors, {PROVENANCE_KEY: task.provenance()})
             found = load_task(written).network.state_dict()
             wrong = [name for name, tensor in tensors.items() if not torch.equal(tensor, found[name].cpu())]

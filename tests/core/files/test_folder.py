@@ -313,7 +313,8 @@ class TestKilledWhileWriting:
         for path in (running, foreign):
             path.write_bytes(b"theirs")
         kept = tmp_path / f".adapter.json.{'0' * 8}-2-4567abcd"  # what cannot be removed is left
-        kept.mkdir()
+        (tmp_path.parent / "place").mkdir()
+        kept.symlink_to(tmp_path.parent / "place")
         os.utime(kept, (0, 0))
         assert len(list(tmp_path.iterdir())) == 10
         lora.save_adapter(tmp_path)
