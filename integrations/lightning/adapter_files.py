@@ -53,7 +53,7 @@ class AdapterFile:
         )
 
 
-def adapter_files(given: str | Path | list[str | Path | AdapterFile] | None) -> tuple[AdapterFile, ...]:
+def adapter_files(given: AdapterFile | str | Path | list[str | Path | AdapterFile] | None) -> tuple[AdapterFile, ...]:
     """Returns the files that an option names; a path alone is our own folder.
 
     Raises:

@@ -155,8 +155,8 @@ class LoraCallback(Callback):
             checkpoint, as the trainer's ModelCheckpoint with a `monitor` has it.
         target: Name of the submodule to adapt, such as `network`; by default the whole LightningModule. Names in the
             config, the adapter folder and the exported file are relative to it.
-        save_adapter_to: Folder for the adapter, written when `fit` ends; or a list of folders and of files in other
-            formats: `AdapterFile("runs/for_peft", format="peft")`.
+        save_adapter_to: Folder for the adapter, written when `fit` ends, or a file in another format:
+            `AdapterFile("runs/for_peft", format="peft")`; or a list of such folders and files.
         export_to: A `.safetensors` file for the target's plain state dict with the adapter merged, written when `fit`
             ends. It loads with `strict=True` into the untouched architecture, without lora_plugins. Like the adapter,
             it is not written in a `fast_dev_run`.
@@ -184,7 +184,7 @@ class LoraCallback(Callback):
         dequantize: bool = False,
         merge_source: Literal["last", "best"] = "last",
         target: str | None = None,
-        save_adapter_to: str | Path | list[str | Path | AdapterFile] | None = None,
+        save_adapter_to: AdapterFile | str | Path | list[str | Path | AdapterFile] | None = None,
         export_to: str | Path | None = None,
         train_mode: bool = True,
         print_plan: bool = True,

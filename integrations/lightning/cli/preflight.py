@@ -35,6 +35,9 @@ _OF_OPTIMIZER: Mapping[str, str] = {
 }
 """Arguments by which our tasks are optimized if there is no section `optimizer:`, and the flags for where it is."""
 
+_OF_A_FILE = ("path", "format", "format_options")
+"""The fields of `AdapterFile`, whose module imports torch."""
+
 _OF_A_FOLDER = "FolderDataModule"
 """How the names of the data modules end that read a folder of the user's, `root`."""
 
@@ -198,10 +201,21 @@ def _data_class(given: Mapping[str, Any]) -> str:
 
 
 def _check_adapter_places(given: Mapping[str, Any]) -> None:
-    named = value_at(given, "lora_callback", "save_adapter_to")
+    named, setting = value_at(given, "lora_callback", "save_adapter_to"), "lora_callback.save_adapter_to"
     for entry in named if isinstance(named, list) else [named]:
         if isinstance(entry, str):
-            check_writable_folder(Path(entry), "lora_callback.save_adapter_to")
+            check_writable_folder(Path(entry), setting)
+        if isinstance(entry, Mapping) and "class_path" not in entry:
+            _check_adapter_file(entry, setting)
+
+
+def _check_adapter_file(entry: Mapping[str, Any], setting: str) -> None:
+    """Refuses what is no `AdapterFile`: LightningCLI would take the text of such a flag for a path."""
+    for name in entry:
+        if name not in _OF_A_FILE:
+            raise ConfigError(f"{setting}: a file has no {name!r}. {near(str(name), _OF_A_FILE)}")
+    if "path" not in entry:
+        raise ConfigError(f"{setting} is {dict(entry)}; it has no 'path', where the file is to be written.")
 
 
 def _check_export_place(given: Mapping[str, Any]) -> None:

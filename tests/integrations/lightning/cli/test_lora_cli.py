@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import io
+import json
 import re
 import sys
 import threading
@@ -226,6 +227,18 @@ class TestFit:
             "error: There are a `lora:` section and a LoraCallback of the same target and adapter_name"
         )
         assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["alone", "in a list"])
+@pytest.mark.parametrize("where", ["in the file", "as a flag"])
+def test_a_file_in_another_format_is_written(config, tmp_path, capsys, where, several):
+    """And no folder that is called as the text of the flag."""
+    file = {"path": str(tmp_path / "theirs"), "format": "peft"}
+    named = [file] if several else file
+    flags = ["--lora_callback.save_adapter_to", json.dumps(named)] if where == "as a flag" else []
+    path = config(lora_callback=None if flags else {"save_adapter_to": named})
+    assert main(["fit", "--config", path, *flags]) == 0, capsys.readouterr().err
+    assert (tmp_path / "theirs" / "adapter_config.json").is_file()
 
 
 @pytest.mark.parametrize("option", ["save_adapter_to", "export_to"])

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 from lightning.pytorch import Callback
@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_plugins import LoraError
 from lora_plugins.cli.main import main
+from lora_plugins.integrations.lightning import AdapterFile
 from lora_plugins.integrations.lightning.cli.explained import explained
 from lora_plugins.plugins import LOAD_VARIABLE
 from lora_plugins.testing.full_disk import no_file_beyond
@@ -84,6 +85,18 @@ OF_THE_RECIPE = {
         "{folder}/a.jpg is a file. Name another place.",
     ),
     "adapter where none can be": ("--lora_callback.save_adapter_to /proc/adapter", "nothing can be written in /proc"),
+    "field of a file": (
+        '--lora_callback.save_adapter_to={{"path":"x","fromat":"peft"}}',
+        "save_adapter_to: a file has no 'fromat'. Did you mean 'format'",
+    ),
+    "field of a file in a list": (
+        '--lora_callback.save_adapter_to=[{{"path":"x","fromat":"peft"}}]',
+        "save_adapter_to: a file has no 'fromat'. Did you mean 'format'",
+    ),
+    "file without a path": (
+        '--lora_callback.save_adapter_to={{"format":"peft"}}',
+        "save_adapter_to is {{'format': 'peft'}}; it has no 'path'",
+    ),
     "export into a folder": (
         "--lora_callback.export_to {folder}",
         "export_to is {folder}, which is a folder. Name a file.",
@@ -408,6 +421,12 @@ def test_what_is_no_checkpoint_is_said_in_one_line(folder, capsys):
     message = "no.ckpt cannot be read as a checkpoint: UnpicklingError: WeightsUnpickler error: Unsupported operand"
     (folder / "no.ckpt").write_text("no checkpoint")
     refused(["--config", "recipe:cls", "--ckpt_path", str(folder / "no.ckpt")], message, capsys)
+
+
+def test_the_fields_of_a_file_are_those_of_its_class(capsys):
+    known = ", ".join(sorted(repr(field.name) for field in fields(AdapterFile)))
+    message = f"a file has no 'zzzz'. There is {known}"
+    refused(["--config", "recipe:cls", "--lora_callback.save_adapter_to={zzzz: 1}"], message, capsys)
 
 
 def test_mistakes_found_at_once_import_nothing_heavy(folder):
