@@ -169,6 +169,24 @@ class CastsDown(Complete):
         return super().low_rank(replace(term, A=term.A.to(half).to(x.dtype), B=term.B.to(half).to(x.dtype)), x)
 
 
+def halved(term):
+    """Returns a term whose A gets half of its gradient."""
+    return replace(term, A=term.A.detach() + 0.5 * (term.A - term.A.detach()))
+
+
+class HalvesGradientsInHalf(Complete):
+    """As a backward of its own may; in float64 it is right."""
+
+    def branch(self, layer, base, terms, x):
+        half = base["weight"].dtype in (torch.bfloat16, torch.float16)
+        return super().branch(layer, base, [halved(term) for term in terms] if half else terms, x)
+
+
+class HalvesGradientsUnderAutocast(Complete):
+    def low_rank(self, term, x):
+        return super().low_rank(halved(term) if torch.is_autocast_enabled(x.device.type) else term, x)
+
+
 class CastsTheMiddleDown(Complete):
     """In float64 it is right; on a base in half precision, A(x) is rounded."""
 
@@ -484,6 +502,8 @@ PLANTED = {
     WeightAsBias: "biases",
     CastsDown: "dtype",
     CastsTheMiddleDown: "dtype",
+    HalvesGradientsInHalf: "dtype",
+    HalvesGradientsUnderAutocast: "dtype",
     WrongWithoutGradients: "law",
     WrongInInference: "law",
     DropsNothingOfADelta: "variant",
