@@ -211,10 +211,18 @@ def _untouched(case: StorageCase) -> None:
 
 @as_check(
     "stateless",
-    "restore and rows compute from what is stored as it is now, whatever lay in its memory before",
-    "a dense weight is kept between calls.",
+    "restore and rows compute from what is stored as it is now, whatever lay in its memory before and whatever other "
+    "weights were stored since",
+    "a dense weight is kept between calls; or store keeps a scale or a shape in the plugin's class or module.",
 )
 def _stateless(case: StorageCase) -> None:
+    kept = []
+    for weight in case.weights():
+        stored = case.store(weight)
+        kept.append((weight.shape, stored, case.restore(stored, weight.shape)))
+    for shape, stored, dense in kept:
+        again = case.restore(stored, shape)
+        require_close(f"a weight of shape {tuple(shape)}, made dense after others were stored,", again, dense, 0)
     for weight in case.weights():
         stored, other = case.store(weight), case.store(weight.flip(0) - weight)
         if any(stored[name].shape != tensor.shape for name, tensor in other.items()):

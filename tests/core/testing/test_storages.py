@@ -214,6 +214,20 @@ class OtherInInference(NF4Storage):
         return super().restore(tensors, shape, options) * (1.01 if torch.is_inference_mode_enabled() else 1)
 
 
+class KeepsTheScaleInItsClass(StoragePlugin):
+    """With a second layer, the first one is made dense with the scale of the second."""
+
+    name = "scale_of_class"
+    scale = torch.ones(())
+
+    def store(self, weight, options):
+        type(self).scale = weight.abs().max() / 127
+        return {"codes": (weight / self.scale).round().to(torch.int8)}
+
+    def restore(self, tensors, shape, options):
+        return tensors["codes"] * self.scale
+
+
 class KeepsRows(NF4Storage):
     def __init__(self):
         super().__init__()
@@ -340,7 +354,7 @@ VIOLATIONS = {
     "outliers": [HalfScales, HalfMaxima],
     "bits": [Noisy, LearnsItsRange, StoresMeans, OtherInInference, ScalesOfDefaultType, DenseOfDefaultType],
     "untouched": [InPlace, View, ChangesOptions, SetsAnOption],
-    "stateless": [KeepsTheDenseWeight, KeepsRows],
+    "stateless": [KeepsTheDenseWeight, KeepsRows, KeepsTheScaleInItsClass],
     "rows": [WrongRows],
     "device": [TableOnDefaultDevice, TableOfTheCpu, StoredOnDefaultDevice, RowsOnDefaultDevice],
     "size": [Unpacked],
