@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plugins.errors import StateError
+from lora_plugins.errors import StateError, noted
 from lora_plugins.inplace.assigned import guards, refuse_assignment, refuse_removal_while_merged, refuse_while_merged
 from lora_plugins.inplace.by_plugin import by_plugin
 from lora_plugins.inplace.called_weight import called_weight, no_dropout
@@ -88,7 +88,8 @@ def rest(layer: nn.Module) -> None:
     """Gives an adapted layer the class that it has without adapters; drops what it kept when it had that class last."""
     set_class(layer, resting_class(layer))
     for planned in layer_state(layer).adapters.values():
-        planned.plugin.forget(layer)
+        with noted(f"forget() of the layer type {planned.plugin.name!r}, for {planned.name!r}"):
+            planned.plugin.forget(layer)
 
 
 @once_for_each_class

@@ -42,7 +42,11 @@ def rescaled_term(layer: nn.Module, adapter: str, planned: PlannedLayer, slot: S
     names = tuple(own)
 
     def row_factors(direction: Tensor, *tensors: Tensor) -> Tensor:
-        found = variant.row_factors(direction, dict(zip(names, tensors, strict=True)))
+        try:
+            found = variant.row_factors(direction, dict(zip(names, tensors, strict=True)))
+        except Exception as error:
+            add_place(error, f"row_factors() of the variant {variant.name!r}, for {planned.name!r}")
+            raise
         if not isinstance(found, Tensor) or found.shape != direction.shape[:1]:
             raise PluginError(
                 f"row_factors() of the variant {variant.name!r} gives {shape_or_value(found)!r} for {planned.name!r}, "

@@ -374,7 +374,7 @@ def test_row_factors_of_another_shape_are_not_broadcast(factors, shown):
     ("plugin", "place"),
     [
         (failing(Gate, "delta_weight"), "delta_weight() of the variant 'gate', for '0'"),
-        (failing(OtherDora, "row_factors"), "branch() of the layer type 'linear', for '0'"),
+        (failing(OtherDora, "row_factors"), "row_factors() of the variant 'other_dora', for '0'"),
     ],
     ids=["delta_weight", "row_factors"],
 )

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from lora_plugins import LoraConfig, LoraModel, RowMajorPlugin, build_registry, hookimpl
+from tests.core.registries import registry_of
 
 
 class Halved(nn.Module):
@@ -92,3 +93,15 @@ def test_what_was_kept_without_the_update_is_dropped(call, leave, is_base):
     leave(lora)
     torch.testing.assert_close(model(X), base if is_base else adapted, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(base, adapted)
+
+
+class FailsToForget(HalvedPlugin):
+    def forget(self, layer):
+        layer.keptt.clear()
+
+
+def test_an_error_of_forget_is_told_with_its_place():
+    lora = LoraModel(nn.Sequential(Halved()), LoraConfig(r=2), registry=registry_of(FailsToForget()))
+    with pytest.raises(AttributeError, match="keptt") as caught:
+        lora.unload()
+    assert caught.value.__notes__ == ["It was raised in forget() of the layer type 'halved', for '0'."]
