@@ -21,7 +21,13 @@ def choose_path(rows: int, weight: Tensor, A: Tensor, dropout: float) -> Path:
     effective_weight_first = effective_weight_is_cheaper(rows, *weight.shape) and may_form_effective_weight(
         weight, dropout
     )
-    return Path(effective_weight_first, not effective_weight_first or not _rank_is_high(rows, weight, A))
+    return Path(effective_weight_first, not effective_weight_first or not rank_is_high(rows, weight, A))
+
+
+def rank_is_high(rows: int, weight: Tensor, A: Tensor) -> bool:
+    """Whether the gradient of the whole weight, from which A and B get theirs, costs less than small products."""
+    (r, inputs), outputs = A.shape, len(weight)
+    return rows * inputs * outputs + 2 * r * inputs * outputs < 2 * rows * r * (inputs + outputs)
 
 
 class State(NamedTuple):
@@ -154,9 +160,3 @@ _GRADIENTS: dict[Path, Callable[[Tensor, State, Sequence[bool]], Gradients]] = {
     Path(effective_weight_first=True, small_products=True): _through_both,
     Path(effective_weight_first=False, small_products=True): _through_products,
 }
-
-
-def _rank_is_high(rows: int, weight: Tensor, A: Tensor) -> bool:
-    """Whether the gradient of the whole weight, from which A and B get theirs, costs less than small products."""
-    (r, inputs), outputs = A.shape, len(weight)
-    return rows * inputs * outputs + 2 * r * inputs * outputs < 2 * rows * r * (inputs + outputs)

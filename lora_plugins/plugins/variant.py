@@ -72,7 +72,8 @@ class VariantPlugin(ABC):
         """Returns what each row of the direction `W + scaling * B @ A` is multiplied by, `(out,)`.
 
         Optional, for a variant whose `delta_weight` is `f * (W + scaling * B @ A) - W` with these `f` held constant in
-        the gradients of W, A and B. Layers then compute with that weight in one function that keeps its input only.
+        the gradients of W, A and B. Layers then compute with that weight in one function that keeps little
+        besides its input.
 
         Args:
             direction: `W + scaling * B @ A`, `(out, in)`, detached. It may be written over afterwards, so that nothing

@@ -244,6 +244,8 @@ ON_THE_HOST = {
     "int(seed)": "likewise, drawn by a compiled graph",
     "float(2 ** self.bits)": "a number",
     "bool(hooks)": "a tuple",
+    "bool(is_told.all())": "of an output, which is kept on a CPU only",
+    "torch.equal(_sums_of_bits(y), self._sums)": "likewise",
     "bool(noted)": "a list",
     "bool(((value - whole).abs() < _WHOLE).all())": "when a state dict is loaded",
     "int(_sum(parameter))": "when a mode is set, of what was written to",

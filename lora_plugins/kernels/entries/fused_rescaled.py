@@ -1,14 +1,17 @@
-"""A layer with an updated and rescaled weight as one autograd function, which keeps its input only.
+"""A layer with an updated and rescaled weight as one autograd function, which keeps its input and some outputs.
 
 The weight is formed again in the backward. What rescales its rows gets its gradient from the gradient of the whole
 weight, `G`: a product as large as the layer's own, but nothing has to be kept for it. Those of A and B follow from `G`
 by small products: with `f` held constant, they are `scaling · Bᵀ (f · G)` and `scaling · (f · G) Aᵀ`. Under autocast
 the rounded weight is kept, as a plain layer keeps its own.
+
+Linear layers on a CPU do without `G` where their output is kept at little cost: what rescales gets its gradient from
+the output, and A and B by products with `r` columns.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +20,15 @@ from torch.nn import functional as F
 from lora_plugins.kernels._autograd import Options, backward_in_full, call_under_autocast, law_gradients, save, saved
 from lora_plugins.kernels._channels import as_rows, gradient_of_bias, gradient_of_rows
 from lora_plugins.kernels._eager import applies_in_eager_mode, eager_is_unknown, needs_law, raw_apply
+from lora_plugins.kernels._kept_output import KeptOutput, gradient_of_factors, tells_rescaling
 from lora_plugins.kernels._kernel import Kernel
 from lora_plugins.kernels._path import Path
+from lora_plugins.kernels._products import State, gradients, rank_is_high
 from lora_plugins.kernels.conv_geometry import Geometry
 from lora_plugins.kernels.dropout import Dropout, add_dropped, dropped_parts, part_of, sum_of_parts
 from lora_plugins.kernels.matmul import effective_weight, linear_2d, matmul, scaled_product, transposed_product
 from lora_plugins.kernels.update import Rescaling, Update
-from lora_plugins.utils import common_type, laid_out_like, without_hooks_of_others
-
-_WHOLE = Path(effective_weight_first=True, small_products=False)
-"""Under autocast, weight and factors keep their types: what they make of each other is rounded, once."""
+from lora_plugins.utils import autocast_dtype, common_type, laid_out_like, without_hooks_of_others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +38,12 @@ class RescaledOptions(Options):
     Args:
         geometry: How a kernel moves; None in a linear layer.
         factors: What the rows of the weight are multiplied by.
+        kept: The output, from which they get their gradient; None if that is the one of the weight's.
     """
 
     geometry: Geometry | None
     factors: Callable[..., Tensor]
+    kept: KeptOutput | None
 
 
 def fused_rescaled(
@@ -51,12 +55,32 @@ def fused_rescaled(
     geometry: Geometry | None,
 ) -> Tensor:
     """Computes with `f · (W + scaling · B A)`; with dropout, only what that adds to `W` sees the dropped `x`."""
-    options = RescaledOptions.of_call(update, x, _WHOLE, geometry=geometry, factors=rescaling.factors)
+    kept = KeptOutput() if geometry is None and _keeps_output(x, weight, update, rescaling) else None
+    # The effective weight: under autocast, weight and factors keep their types, and what they make is rounded once.
+    path = Path(effective_weight_first=True, small_products=kept is not None)
+    options = RescaledOptions.of_call(update, x, path, geometry=geometry, factors=rescaling.factors, kept=kept)
 
     def compute(*tensors: Any) -> Tensor:
-        return _rescaled(*tensors, *rescaling.own)  # type: ignore[no-any-return]
+        y = _rescaled(*tensors, *rescaling.own)
+        return y if kept is None else kept.keep(y)
 
     return call_under_autocast(compute, x, weight, bias, update, options)
+
+
+def _keeps_output(x: Tensor, weight: Tensor, update: Update, rescaling: Rescaling) -> bool:
+    """Whether a linear layer keeps its output: where that is wide, so that what follows keeps it, or small beside x.
+
+    In a transformer, attention and activations keep what they are given, and sums do not. On a GPU it was not measured.
+    Sums over fp16 may be too large for its numbers.
+    """
+    outputs, inputs = weight.shape
+    costs_little = outputs > inputs or 2 * outputs <= inputs
+    is_plain = not (update.dropout or update.low_memory or weight.requires_grad)
+    is_needed = any(tensor.requires_grad for tensor in rescaling.own)
+    in_half = torch.float16 in (x.dtype, autocast_dtype(x))
+    rows = x.numel() // inputs
+    is_faster = x.is_cpu and not rank_is_high(rows, weight, update.A)
+    return costs_little and is_plain and is_needed and not in_half and is_faster
 
 
 class _Rescaled(torch.autograd.Function):
@@ -87,6 +111,7 @@ class _Rescaled(torch.autograd.Function):
         keeps = keeps and ctx.needs_input_grad[0]
         save(ctx, options, x, bias, weight, A, B, matrix if keeps else None, *own)
         ctx.steps = inputs.stride()
+        ctx.bias_in_output = None if bias is None or options.kept is None else bias.clone()
         return layer.outputs(y, x)
 
     @staticmethod
@@ -95,35 +120,86 @@ class _Rescaled(torch.autograd.Function):
         x, weight, A, B, matrix, *own = saved(ctx)
         options: RescaledOptions = ctx.options
         needed = (*ctx.needs_input_grad[:5], *ctx.needs_input_grad[6:])
+        y = None if options.kept is None else options.kept.take()
         if needs_law(gradient):
-            found = law_gradients(_law(options), (x, weight, ctx.bias, A, B, *own), needed, gradient)
-            return (*found[:5], None, *found[5:])
+            of_law = law_gradients(_law(options), (x, weight, ctx.bias, A, B, *own), needed, gradient)
+            return (*of_law[:5], None, *of_law[5:])
         layer, factors = _layer(options), ctx.factors.detach()
         inputs, dy = layer.flat(x), layer.flat(gradient)
-        if options.dropout is None:
-            if matrix is None:
-                matrix = _whole_weight(_direction(weight, A, B, options), factors, weight, x.dtype)
-            dx, of_weight = layer.gradients(dy, inputs, matrix, of_x=needed[0])
+
+        def whole() -> Tensor:
+            if matrix is not None:
+                return matrix
+            return _whole_weight(_direction(weight, A, B, options), factors, weight, x.dtype)
+
+        call = _Call(inputs, weight, whole, A, B, factors, options)
+        if y is not None and tells_rescaling(as_rows(y, -1), ctx.bias_in_output, factors):
+            found = _through_output(dy, as_rows(y, -1), ctx.bias_in_output, call, needed)
         else:
-            matrix = _beyond_weight(_direction(weight, A, B, options), factors, weight, x.dtype, options.dropout)
-            dx, of_weight = _update_gradients(dy, inputs, weight, matrix, options, needed[0])
-        G = of_weight.flatten(1).to(A.dtype)
-        if options.dropout is not None:
-            G = G * options.dropout.scale
-        products = linear_2d(G, A)
-        of_factors = (G * weight.flatten(1)).sum(1).add_((products * B).sum(1), alpha=options.scaling)
+            found = _through_weight(dy, call, needed)
         return (
-            None if dx is None else layer.input_gradient(x, dx, ctx.steps),
-            _weight_gradient(dy, inputs, weight, G, factors, options) if needed[1] else None,
+            None if found.x is None else layer.input_gradient(x, found.x, ctx.steps),
+            found.weight,
             layer.bias_gradient(dy) if needed[2] else None,
-            scaled_product(A, (B * factors[:, None]).T, G, options.scaling) if needed[3] else None,
-            (products * factors[:, None]).mul_(options.scaling) if needed[4] else None,
+            found.A,
+            found.B,
             None,
-            *_own_gradients(ctx.own, ctx.factors, of_factors),
+            *_own_gradients(ctx.own, ctx.factors, found.factors),
         )
 
 
 _rescaled = raw_apply(_Rescaled)
+
+
+class _Call(NamedTuple):
+    """What a backward has of its forward; `whole` returns `f · (W + scaling · B A)`."""
+
+    inputs: Tensor
+    weight: Tensor
+    whole: Callable[[], Tensor]
+    A: Tensor
+    B: Tensor
+    factors: Tensor
+    options: RescaledOptions
+
+
+class _Found(NamedTuple):
+    """Gradients, of what needs them, and of the factors."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+    factors: Tensor
+
+
+def _through_weight(dy: Tensor, call: _Call, needed: Sequence[bool]) -> _Found:
+    """Returns the gradients, from that of the whole weight."""
+    inputs, weight, whole, A, B, factors, options = call
+    if options.dropout is None:
+        dx, of_weight = _layer(options).gradients(dy, inputs, whole(), of_x=needed[0])
+    else:
+        beyond = _beyond_weight(_direction(weight, A, B, options), factors, weight, inputs.dtype, options.dropout)
+        dx, of_weight = _update_gradients(dy, inputs, weight, beyond, options, needed[0])
+    G = of_weight.flatten(1).to(A.dtype)
+    if options.dropout is not None:
+        G = G * options.dropout.scale
+    products = linear_2d(G, A)
+    return _Found(
+        dx,
+        _weight_gradient(dy, inputs, weight, G, factors, options) if needed[1] else None,
+        scaled_product(A, (B * factors[:, None]).T, G, options.scaling) if needed[3] else None,
+        (products * factors[:, None]).mul_(options.scaling) if needed[4] else None,
+        (G * weight.flatten(1)).sum(1).add_((products * B).sum(1), alpha=options.scaling),
+    )
+
+
+def _through_output(dy: Tensor, y: Tensor, bias: Tensor | None, call: _Call, needed: Sequence[bool]) -> _Found:
+    """Returns the gradients in a linear layer whose weight is frozen, without that of the whole weight."""
+    inputs, _, whole, A, B, factors, options = call
+    rows = factors[:, None]
+    dx, dA, dB = gradients(dy, State(inputs, whole, A, B * rows, options), (needed[0], *needed[3:5]))
+    return _Found(dx, None, dA, None if dB is None else dB * rows, gradient_of_factors(dy, y, bias, factors))
 
 
 class _Linear:

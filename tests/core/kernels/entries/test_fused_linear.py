@@ -22,7 +22,7 @@ def test_the_shapes_take_both_paths():
         assert effective_weight_is_cheaper(48, 6, outputs)
         assert not effective_weight_is_cheaper(2, 6, outputs)
     high = {
-        name: _products._rank_is_high(48, torch.empty(n, 6), torch.empty(r, 6)) for name, (_, n, r) in SHAPES.items()
+        name: _products.rank_is_high(48, torch.empty(n, 6), torch.empty(r, 6)) for name, (_, n, r) in SHAPES.items()
     }
     assert [name for name in SHAPES if high[name] and "first" in name] == ["effective_weight_first_and_high_rank"]
 
