@@ -10,11 +10,15 @@ from lora_plugins.errors import near
 from lora_plugins.inplace import own_tensors_of, slot_tensors
 from lora_plugins.model import LoraModel
 from lora_plugins.testing.check import Check, as_check
-from lora_plugins.testing.required import MODES, Named, require, require_close
+from lora_plugins.testing.required import MODES, Named, require, require_close, uneven_sum
 from lora_plugins.testing.variant_case import VariantCase, deltas, move
+from lora_plugins.utils import in_float64
 
 _BELOW_FLOAT32 = 2.0**-30
 """A relative change that float64 shows and float32 does not, nor does it for twice as much."""
+
+_NEAR = 1e-3
+"""Which share of its norm a gradient in float32 may be off by: some roundings, added up."""
 
 
 def require_own_names(case: VariantCase) -> None:
@@ -202,8 +206,8 @@ def _ranks(case: VariantCase) -> None:
 @as_check(
     "dtype",
     "A, B and own tensors are float32 on a base in half precision, whose type the output keeps; on one in float64, "
-    "the update is computed in that",
-    "a fixed type, as torch.ones(n) where A.new_ones(n) is meant, or .float().",
+    "the update is computed in that, and gradients in float32 are near those in float64",
+    "a fixed type, as torch.ones(n) where A.new_ones(n) is meant, or .float(); or what is detached in some types.",
 )
 def _dtype(case: VariantCase) -> None:
     for dtype in (torch.bfloat16, torch.float32):
@@ -213,6 +217,7 @@ def _dtype(case: VariantCase) -> None:
         wrong = {k: v.dtype for k, v in lora.model.state_dict().items() if "lora_" in k and v.dtype != torch.float32}
         require(not wrong, f"on a base of {dtype}, {wrong}")
     _computes_in_float64(case)
+    _learns_in_float32(case)
 
 
 def _computes_in_float64(case: VariantCase) -> None:
@@ -226,6 +231,23 @@ def _computes_in_float64(case: VariantCase) -> None:
             tensor.mul_(1 + _BELOW_FLOAT32 * each)
         same = torch.equal(_updates(lora), before)
         require(not same, f"in float64 the update is the same for a change of {name!r} that float32 does not show")
+
+
+def _learns_in_float32(case: VariantCase) -> None:
+    """Requires that gradients in float32 are near those of the same values in float64."""
+    lora, wide = case.trained(torch.float32), case.trained(torch.float32)
+    wide.model.double()
+    pairs = zip(_tensors(lora), _gradients_in(case, lora, torch.float32), _gradients_in(case, wide), strict=True)
+    for (name, _), found, expected in pairs:
+        require(found is not None, f"in float32, {name!r} gets no gradient")
+        off, norm = float((in_float64(torch.as_tensor(found)) - expected).norm()), float(expected.norm())
+        # Written so that NaN fails.
+        require(off <= _NEAR * norm, f"in float32, the gradient of {name!r}, of norm {norm:.2g}, is off by {off:.2g}")
+
+
+def _gradients_in(case: VariantCase, lora: LoraModel, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    leaves = [tensor for _, tensor in _tensors(lora)]
+    return torch.autograd.grad(uneven_sum(case.run(lora.model, dtype)), leaves, allow_unused=True)
 
 
 def _updates(lora: LoraModel) -> Tensor:

@@ -214,6 +214,18 @@ class KeepsTheLastNorm(Product):
         return self.norm * super().delta_weight(weight, A, B, scaling, own)
 
 
+class DetachesButInFloat64(Product):
+    def delta_weight(self, weight, A, B, scaling, own):
+        wide = weight.dtype == torch.float64
+        return super().delta_weight(weight, A, B, scaling, own if wide else {**own, "A2": own["A2"].detach()})
+
+
+class HalvesAGradientButInFloat64(Product):
+    def delta_weight(self, weight, A, B, scaling, own):
+        wide = weight.dtype == torch.float64
+        return super().delta_weight(weight, A, B if wide else (B + B.detach()) / 2, scaling, own)
+
+
 class HoldsALambda(Product):
     """Which no pickle can hold."""
 
@@ -236,6 +248,8 @@ PLANTED = {
     DetachedA: "gradients",
     InFloat32: "dtype",
     OneTensorInFloat32: "dtype",
+    DetachesButInFloat64: "dtype",
+    HalvesAGradientButInFloat64: "dtype",
     OtherGradient: "gradients",
     HalfAGradient: "gradients",
     HoldsALambda: "copies",
