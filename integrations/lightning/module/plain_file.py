@@ -36,10 +36,10 @@ def checked_state_dict(target: nn.Module) -> dict[str, Tensor]:
             f"{listing(others)} of the state dict of {type(target).__name__} are no tensors (get_extra_state), and a "
             ".safetensors file holds nothing else. Leave export_to out: a checkpoint of the merged module has them."
         )
-    odd = {key: value.dtype for key, value in state.items() if not is_brought_back(value.dtype)}
+    odd = {key: str(value.dtype) for key, value in state.items() if not is_brought_back(value.dtype)}
     if odd:
         raise StateError(
-            f"{listing(odd)} of the state dict of {type(target).__name__} are {listing(map(str, {*odd.values()}))}, of "
+            f"{listing(odd)} of the state dict of {type(target).__name__} are {listing(sorted({*odd.values()}))}, of "
             "which a .safetensors file has no tensors that can be read again. Leave export_to out: a checkpoint of the "
             "merged module has them."
         )

@@ -71,9 +71,16 @@ def gradients(y: Tensor, given: Given, **options: bool) -> Given:
     return dict(zip(names, found, strict=True))
 
 
-def by_the_law(given: Given, follow: Callable[[Tensor], Tensor] = lambda y: y, **options: bool) -> Given:
+def by_the_law(given: Given, follow: Callable[[Tensor], Tensor] = lambda y: y) -> Given:
     with disabled_kernels("fused_rescaled"):
-        return gradients(follow(output(given)), given, **options)
+        return gradients(follow(output(given)), given)
+
+
+def keeps_output(given: Given) -> bool:
+    kept: list[int] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor.untyped_storage().data_ptr()) or tensor, lambda t: t):
+        y = output(given)
+    return y.untyped_storage().data_ptr() in kept
 
 
 @shapes
@@ -94,19 +101,13 @@ def test_its_memory_may_be_freed(rows):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_kept_where_that_costs_little(shape):
-    given, kept = tensors(SHAPES[shape]), []
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor.untyped_storage().data_ptr()) or tensor, lambda t: t):
-        y = output(given)
-    assert (y.untyped_storage().data_ptr() in kept) == (shape in ("wide", "small"))
+    assert keeps_output(tensors(SHAPES[shape])) == (shape in ("wide", "small"))
 
 
 @pytest.mark.parametrize("frozen", [["magnitude"], ["x", "bias", "A", "B", "magnitude"]], ids=["magnitude", "all"])
 def test_it_is_not_kept_for_nothing(frozen):
-    given, kept = tensors(SHAPES["wide"]), []
-    given.update({name: given[name].detach() for name in frozen})
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor.untyped_storage().data_ptr()) or tensor, lambda t: t):
-        y = output(given)
-    assert y.untyped_storage().data_ptr() not in kept
+    given = tensors(SHAPES["wide"])
+    assert not keeps_output({**given, **{name: given[name].detach() for name in frozen}})
 
 
 @pytest.mark.parametrize("frozen", ["x", "bias", "A", "B", "magnitude"])
