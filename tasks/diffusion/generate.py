@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
+from lora_plugins.tasks.diffusion.objectives import AUTO, take_prediction
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
@@ -80,7 +81,11 @@ def _from_adapters(given: Namespace) -> Any:
     paths = [located(path) for path in given.adapter]
     for path in paths:
         format_of(path)
-    pipe = load_pipeline(pipeline_source(given.model or _base_of(paths)), DTYPES[given.dtype or "float32"])
+    said = [_said(path / MANIFEST) for path in paths]
+    prediction = _prediction_of(said)
+    model, revision = (given.model, None) if given.model else _base_of(said)
+    pipe = load_pipeline(pipeline_source(model), DTYPES[given.dtype or "float32"], revision=revision)
+    take_prediction(pipe, prediction)
     names = [f"adapter{number}" for number in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
         try:
@@ -94,23 +99,34 @@ def _from_adapters(given: Namespace) -> Any:
     return pipe
 
 
-def _base_of(adapters: Sequence[Path]) -> str:
-    """The pipeline that adapters of our own were trained on, as their folders say."""
-    found = {base for path in adapters if (base := _said(path / MANIFEST))}
+def _base_of(said: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """The pipeline that adapters of our own were trained on, as their folders say, and its revision."""
+    found = {(each["model"], each.get("revision")) for each in said if each}
     if len(found) == 1:
         return found.pop()
-    reason = (
-        f"the adapters were trained on {' and '.join(sorted(found))}" if found else "no adapter says which it is of"
-    )
+    names = sorted(f"{model}@{revision}" if revision else model for model, revision in found)
+    reason = f"the adapters were trained on {' and '.join(names)}" if found else "no adapter says which it is of"
     raise ConfigError(f"It is not known which pipeline is meant: {reason}. Give --model.")
 
 
-def _said(manifest: Path) -> str | None:
+def _prediction_of(said: Sequence[Mapping[str, Any]]) -> str:
+    """What adapters of our own were trained to predict, where their task was told so."""
+    found = {each.get("prediction", AUTO) for each in said} - {AUTO}
+    if len(found) > 1:
+        raise ConfigError(
+            f"The adapters were trained with `prediction` {' and '.join(sorted(found))}, and a pipeline has one of "
+            "them. Draw with each by itself."
+        )
+    return found.pop() if found else AUTO
+
+
+def _said(manifest: Path) -> Mapping[str, Any]:
+    """The arguments of the task that an adapter was trained by, if its folder says them."""
     try:
-        base = json.loads(manifest.read_text(encoding="utf-8"))[PROVENANCE_KEY]["arguments"]["model"]
+        arguments: Mapping[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))[PROVENANCE_KEY]["arguments"]
+        return arguments if isinstance(arguments["model"], str) else {}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return base if isinstance(base, str) else None
+        return {}
 
 
 def _from_checkpoint(path: str, dtype: str | None) -> Any:

@@ -133,6 +133,12 @@ def objective_of(scheduler: Any, prediction: str, min_snr_gamma: float | None) -
     return NoisePrediction(_alphas(config), said == VELOCITY, min_snr_gamma)
 
 
+def take_prediction(pipe: Any, prediction: str) -> None:
+    """Lets a pipeline sample what its denoiser was trained to predict, where its scheduler says something else."""
+    if prediction in (EPSILON, VELOCITY):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
+
+
 def _shift(config: Mapping[str, Any]) -> float:
     if config.get("use_dynamic_shifting"):
         return 1.0

@@ -26,7 +26,7 @@ from lora_plugins.integrations.diffusers import default_targets, family_of, in_e
 from lora_plugins.integrations.lightning.callback import lora_callbacks
 from lora_plugins.tasks.diffusion.conditioning import CONDITIONING, Condition
 from lora_plugins.tasks.diffusion.memory import Memory, Tensors
-from lora_plugins.tasks.diffusion.objectives import AUTO, EPSILON, VELOCITY, Objective, objective_of, with_offset
+from lora_plugins.tasks.diffusion.objectives import AUTO, Objective, objective_of, take_prediction, with_offset
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.pictures_module import PictureBatch, PicturesDataModule
 from lora_plugins.tasks.training import BaseTask, OptimizerCallable, SchedulerCallable
@@ -145,10 +145,8 @@ class TextToImageTask(BaseTask):
         self._pixels: Tensor | None = None
 
     def _objective(self, prediction: str, min_snr_gamma: float | None) -> Objective:
-        scheduler = self.pipe.scheduler
-        objective = objective_of(scheduler, prediction, min_snr_gamma)
-        if prediction in (EPSILON, VELOCITY):  # so that pictures are sampled as the denoiser is trained
-            self.pipe.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction)
+        objective = objective_of(self.pipe.scheduler, prediction, min_snr_gamma)
+        take_prediction(self.pipe, prediction)
         return objective
 
     def _freeze(self) -> None:

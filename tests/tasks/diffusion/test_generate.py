@@ -1,5 +1,6 @@
 """`lora-plugins generate`: from adapters, a checkpoint and a merged pipeline, with seeds, weights and a comparison."""
 
+import json
 import shlex
 
 import pytest
@@ -9,9 +10,11 @@ from safetensors.torch import save_file
 
 from lora_plugins import LoraConfig
 from lora_plugins.cli.main import main
+from lora_plugins.files import MANIFEST
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, load_pipeline, sample
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import PicturesDataModule, SavePipeline, TextToImageTask
+from lora_plugins.tasks.training import PROVENANCE_KEY
 from tests.integrations.diffusers.pipelines import build
 
 SIZE = ["--steps=2", "--guidance=2", "--height=16", "--width=16", "--device=cpu"]
@@ -32,6 +35,21 @@ def run(tmp_path, picture_folder, trainer):
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
     checkpoint.rename(tmp_path / "run.ckpt")
     return tmp_path
+
+
+@pytest.fixture
+def taught(tmp_path, picture_folder, trainer):
+    """Trains an adapter of a task with some arguments, and returns its folder."""
+    build("Stable Diffusion").save_pretrained(tmp_path / "base")
+    data = PicturesDataModule(str(picture_folder((16, 16))), prompt=PROMPT, resolution=16)
+
+    def teach(name, **arguments):
+        folder = tmp_path / name
+        lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(folder))
+        trainer(callbacks=[lora]).fit(TextToImageTask(str(tmp_path / "base"), lr=1e-2, **arguments), data)
+        return folder
+
+    return teach
 
 
 def test_next_command_takes_any_prompt(tmp_path, picture_folder, trainer):
@@ -68,6 +86,32 @@ def test_from_an_adapter_that_says_its_base(run):
     base = expected(pipe, [5, 6])
     LoraPipeline.load_adapter(pipe, run / "adapter")
     assert bytes_of(found) == expected(pipe, [5, 6]) != base
+
+
+def test_an_adapter_draws_what_it_was_trained_to_predict(tmp_path, taught):
+    adapter = taught("adapter", prediction="v_prediction")
+    pipe = load_pipeline(tmp_path / "base")
+    LoraPipeline.load_adapter(pipe, adapter)
+    of_the_base = expected(pipe, [0])
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    assert bytes_of(drawn(tmp_path, "--adapter", adapter, "--pictures=1")) == expected(pipe, [0]) != of_the_base
+
+
+def test_adapters_with_two_predictions_are_not_drawn_at_once(tmp_path, taught, capsys):
+    one, other = taught("one", prediction="v_prediction"), taught("other", prediction="epsilon")
+    command = ["generate", "--prompt=a", f"--out={tmp_path / 'out'}", f"--adapter={one}", f"--adapter={other}"]
+    assert main(command) == 1
+    assert "`prediction` epsilon and v_prediction, and a pipeline has one of them" in capsys.readouterr().err
+
+
+def test_the_revision_that_an_adapter_says_is_the_one_that_is_read(tmp_path, taught, capsys):
+    manifest = taught("adapter") / MANIFEST
+    said = json.loads(manifest.read_text())
+    said[PROVENANCE_KEY]["arguments"]["revision"] = "old"
+    manifest.write_text(json.dumps(said))
+    command = ["generate", "--prompt=a", f"--out={tmp_path / 'out'}", f"--adapter={manifest.parent}"]
+    assert main(command) == 1
+    assert f"revision is 'old', and {tmp_path / 'base'} is a folder" in capsys.readouterr().err
 
 
 def test_the_command_that_a_fit_names_draws(run):
