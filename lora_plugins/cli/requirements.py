@@ -1,5 +1,6 @@
 """What the metadata of lora-plugins say that an extra needs, and what of it is there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -35,10 +36,24 @@ class Requirement:
 
 
 def requirements(extra: str) -> list[Requirement]:
-    """Returns what an extra needs, or the core for the empty name; not what those need in turn."""
+    """Returns what an extra needs, or the core for the empty name; not what those packages need in turn.
+
+    An extra that names another one of ours, as `vision` does `lightning`, needs what that needs.
+    """
     parsed = [parser.Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
-    others = [needed for needed in parsed if canonicalize_name(needed.name) != canonicalize_name(DISTRIBUTION)]
-    return [_looked_up(needed) for needed in others if _belongs(needed, extra)]
+    extras = _with_named(extra, [needed for needed in parsed if _is_ours(needed)])
+    others = [needed for needed in parsed if not _is_ours(needed)]
+    return [*dict.fromkeys(_looked_up(each) for each in others if any(_belongs(each, name) for name in extras))]
+
+
+def _with_named(extra: str, ours: Sequence[parser.Requirement]) -> list[str]:
+    """Returns an extra and those of ours that it names."""
+    named = [name for needed in ours if _belongs(needed, extra) for name in sorted(needed.extras)]
+    return [extra, *(inner for name in named for inner in _with_named(name, ours))]
+
+
+def _is_ours(needed: parser.Requirement) -> bool:
+    return canonicalize_name(needed.name) == canonicalize_name(DISTRIBUTION)
 
 
 def _belongs(needed: parser.Requirement, extra: str) -> bool:
