@@ -48,7 +48,7 @@ class FitConsole(Callback):
         self.to_paste: list[str] = []
         self._bar: Bar | None = None
         self._start = 0.0
-        self._first_step = 0
+        self._first = 0.0
         self._epoch = ""
         self._line: str | None = None
 
@@ -63,7 +63,7 @@ class FitConsole(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, and shows the epoch: a first step may take a minute."""
-        self._start, self._first_step = time.monotonic(), _steps_done(trainer)
+        self._start, (self._first, _) = time.monotonic(), _progress(trainer)
         self._epoch = _epoch(trainer)
         self._show_training(trainer, now=True)
 
@@ -171,7 +171,7 @@ class FitConsole(Callback):
 
     def _left(self, done: float, total: float | None) -> str:
         """Estimates the time that is left from the time since training started, validation included."""
-        since = done - self._first_step
+        since = done - self._first
         if total is None or since <= 0 or done >= total:
             return ""
         return f"{_clock((time.monotonic() - self._start) / since * (total - done))} left"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_plugins import LoraModel
 from lora_plugins.cli import INTERRUPTED, TERMINATED
@@ -120,6 +121,17 @@ def test_a_file_waits_for_values_at_the_end_of_an_epoch_only(tmp_path, monkeypat
     monkeypatch.setattr(torch.Tensor, "__float__", lambda value: read.append(value) or own(value))
     trainer(tmp_path, [FitConsole()], max_epochs=2).fit(LogsSteps(), loader())
     assert len(read) == 2 * len(["step/loss", "train/loss"])
+
+
+def test_a_resumed_run_of_limited_steps_says_what_time_is_left(tmp_path, capsys):
+    """Of four batches each, such steps are fewer than batches."""
+    options = {"accumulate_grad_batches": 4, "max_steps": 20}
+    trainer(tmp_path, [ModelCheckpoint(tmp_path, save_last=True)], max_epochs=2, **options).fit(Classifier(), loader())
+    resumed = trainer(tmp_path, [FitConsole()], max_epochs=4, **options)
+    resumed.fit(Classifier(), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert lines
+    assert all(re.search(r"\d:\d\d:\d\d left$", line) for line in lines)
 
 
 def test_ctrl_c_saves_what_there_is_and_says_where(config, tmp_path):
