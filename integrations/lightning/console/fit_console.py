@@ -193,16 +193,15 @@ def _epoch(trainer: Trainer) -> str:
     return f"{number}" if limit is None or limit == _UNLIMITED else f"{min(number, limit)}/{limit}"
 
 
-def _steps_done(trainer: Trainer) -> int:
-    """Returns the number of training batches done, including those of a resumed run."""
-    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + 1
-
-
 def _progress(trainer: Trainer) -> tuple[float, float | None]:
-    """Returns how much of the training is done, of how much: batches, or optimizer steps if these are limited."""
-    done, per_epoch, epochs = float(_steps_done(trainer)), float(trainer.num_training_batches), trainer.max_epochs
+    """Returns how much of the training is done, of how much: batches, or optimizer steps if these are limited.
+
+    In a resumed run, what was done before counts.
+    """
     if trainer.max_steps != _UNLIMITED:
         return float(trainer.global_step), float(trainer.max_steps)
+    done, per_epoch = float(trainer.fit_loop.epoch_loop.total_batch_idx + 1), float(trainer.num_training_batches)
+    epochs = trainer.max_epochs
     if epochs is None or epochs == _UNLIMITED or per_epoch == float("inf"):
         return done, None
     return min(done, per_epoch * epochs), per_epoch * epochs
