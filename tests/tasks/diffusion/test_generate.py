@@ -23,13 +23,26 @@ PROMPT = "a sks dog"
 
 
 @pytest.fixture
-def run(tmp_path, picture_folder, trainer):
-    """A folder with what a fit leaves: base, adapter, checkpoint and the merged pipeline."""
+def base(tmp_path):
     build("Stable Diffusion").save_pretrained(tmp_path / "base")
-    task = TextToImageTask(str(tmp_path / "base"), lr=5e-2, train_text_encoder=True)
-    lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(tmp_path / "adapter"))
-    data = PicturesDataModule(str(picture_folder((16, 16))), prompt=PROMPT, resolution=16)
-    fit = trainer(max_epochs=4, callbacks=[lora, SavePipeline(str(tmp_path / "merged"))], enable_checkpointing=True)
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def data(picture_folder):
+    return PicturesDataModule(str(picture_folder((16, 16))), prompt=PROMPT, resolution=16)
+
+
+def saving_to(folder):
+    return LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(folder))
+
+
+@pytest.fixture
+def run(tmp_path, base, data, trainer):
+    """A folder with what a fit leaves: base, adapter, checkpoint and the merged pipeline."""
+    task = TextToImageTask(base, lr=5e-2, train_text_encoder=True)
+    callbacks = [saving_to(tmp_path / "adapter"), SavePipeline(str(tmp_path / "merged"))]
+    fit = trainer(max_epochs=4, callbacks=callbacks, enable_checkpointing=True)
     fit.fit(task, data)
     (tmp_path / "next").write_text("\n".join(task.next_commands(fit).values()))
     (checkpoint,) = (tmp_path / "checkpoints").glob("*.ckpt")
@@ -38,26 +51,21 @@ def run(tmp_path, picture_folder, trainer):
 
 
 @pytest.fixture
-def taught(tmp_path, picture_folder, trainer):
+def taught(tmp_path, base, data, trainer):
     """Trains an adapter of a task with some arguments, and returns its folder."""
-    build("Stable Diffusion").save_pretrained(tmp_path / "base")
-    data = PicturesDataModule(str(picture_folder((16, 16))), prompt=PROMPT, resolution=16)
 
     def teach(name, **arguments):
         folder = tmp_path / name
-        lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(folder))
-        trainer(callbacks=[lora]).fit(TextToImageTask(str(tmp_path / "base"), lr=1e-2, **arguments), data)
+        trainer(callbacks=[saving_to(folder)]).fit(TextToImageTask(base, lr=1e-2, **arguments), data)
         return folder
 
     return teach
 
 
-def test_next_command_takes_any_prompt(tmp_path, picture_folder, trainer):
-    build("Stable Diffusion").save_pretrained(tmp_path / "base")
-    task = TextToImageTask(str(tmp_path / "base"), lr=1e-3)
+def test_next_command_takes_any_prompt(tmp_path, base, picture_folder, trainer):
+    task = TextToImageTask(base, lr=1e-3)
     data = PicturesDataModule(str(picture_folder((16, 16))), prompt="a {cat} of 'his' {0}", resolution=16)
-    lora = LoraCallback(LoraConfig(r=2), target="parts", print_plan=False, save_adapter_to=str(tmp_path / "adapter"))
-    fit = trainer(callbacks=[lora])
+    fit = trainer(callbacks=[saving_to(tmp_path / "adapter")])
     fit.fit(task, data)
     (command,) = task.next_commands(fit).values()
     assert shlex.split(command)[-2:] == ["--prompt", "a {cat} of 'his' {0}"]
@@ -88,9 +96,9 @@ def test_from_an_adapter_that_says_its_base(run):
     assert bytes_of(found) == expected(pipe, [5, 6]) != base
 
 
-def test_an_adapter_draws_what_it_was_trained_to_predict(tmp_path, taught):
+def test_an_adapter_draws_what_it_was_trained_to_predict(tmp_path, base, taught):
     adapter = taught("adapter", prediction="v_prediction")
-    pipe = load_pipeline(tmp_path / "base")
+    pipe = load_pipeline(base)
     LoraPipeline.load_adapter(pipe, adapter)
     of_the_base = expected(pipe, [0])
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
@@ -104,14 +112,14 @@ def test_adapters_with_two_predictions_are_not_drawn_at_once(tmp_path, taught, c
     assert "`prediction` epsilon and v_prediction, and a pipeline has one of them" in capsys.readouterr().err
 
 
-def test_the_revision_that_an_adapter_says_is_the_one_that_is_read(tmp_path, taught, capsys):
+def test_the_revision_that_an_adapter_says_is_the_one_that_is_read(tmp_path, base, taught, capsys):
     manifest = taught("adapter") / MANIFEST
     said = json.loads(manifest.read_text())
     said[PROVENANCE_KEY]["arguments"]["revision"] = "old"
     manifest.write_text(json.dumps(said))
     command = ["generate", "--prompt=a", f"--out={tmp_path / 'out'}", f"--adapter={manifest.parent}"]
     assert main(command) == 1
-    assert f"revision is 'old', and {tmp_path / 'base'} is a folder" in capsys.readouterr().err
+    assert f"revision is 'old', and {base} is a folder" in capsys.readouterr().err
 
 
 def test_the_command_that_a_fit_names_draws(run):
