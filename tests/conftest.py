@@ -93,10 +93,11 @@ def swapped_by_conversions():
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Starts every test from the same random state and environment, whichever tests ran before it."""
+    """Starts every test from the same random state, settings and environment, whichever tests ran before it."""
     torch.manual_seed(0)
     environment = dict(os.environ)
     yield
+    torch.use_deterministic_algorithms(False)  # a Trainer that asked for them leaves it so, and metrics take minutes
     for name in os.environ.keys() - environment.keys():  # Lightning leaves its seed there, and addresses of processes
         del os.environ[name]
     os.environ.update(environment)
