@@ -1,4 +1,4 @@
-"""A page in a real browser: Chromium without a window, driven through the pipes of its debugging protocol."""
+"""Pages in a real browser: Chromium without a window, driven through the pipes of its debugging protocol."""
 
 import base64
 import json
@@ -35,16 +35,55 @@ os.execvp(sys.argv[3], sys.argv[3:])
 """Starts a program with two pipes as its descriptors 3 and 4, from which the protocol reads and to which it writes."""
 
 
+class Browser:
+    """A browser that runs; its pages share nothing."""
+
+    def __init__(self, commands, answers):
+        self._commands, self._answers = commands, answers
+        self._buffer, self._number = b"", 0
+
+    @contextmanager
+    def page(self, size=DESKTOP):
+        """An empty page, which is closed when the block ends."""
+        context = self.send("Target.createBrowserContext")
+        target = self.send("Target.createTarget", url="about:blank", **context)
+        session = self.send("Target.attachToTarget", **target, flatten=True)["sessionId"]
+        try:
+            yield Page(self, session, size)
+        finally:
+            self.send("Target.disposeBrowserContext", **context)
+
+    def send(self, method, session=None, note=None, **parameters):
+        """Returns the answer to a command; what comes before it is given to `note`."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if session:
+            message["sessionId"] = session
+        self._commands.write(json.dumps(message).encode() + b"\0")
+        self._commands.flush()
+        while (answer := self.read()).get("id") != self._number:
+            if note:
+                note(answer)
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        return answer["result"]
+
+    def read(self):
+        """Waits for a message."""
+        while b"\0" not in self._buffer:
+            part = os.read(self._answers.fileno(), 1 << 16)
+            assert part, "the browser has ended"
+            self._buffer += part
+        line, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(line)
+
+
 class Page:
     """A page that is open."""
 
-    def __init__(self, process, commands, answers, size):
-        self._process, self._commands, self._answers = process, commands, answers
-        self._buffer, self._number, self._session = b"", 0, None
+    def __init__(self, browser, session, size):
+        self._browser, self._session = browser, session
         self.problems = []  # errors and warnings that the page wrote to its console, and exceptions
         self.requests = []  # URLs that it asked for
-        target = self._send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._send(f"{domain}.enable")
         self.resize(size)
@@ -52,8 +91,8 @@ class Page:
     def open(self, url):
         """Loads a page, and waits until it has loaded."""
         self._send("Page.navigate", url=url)
-        while self._read().get("method") != "Page.loadEventFired":
-            pass
+        while (message := self._browser.read()).get("method") != "Page.loadEventFired":
+            self._note(message)
 
     def resize(self, size):
         """Sets the size of the window, in CSS pixels."""
@@ -115,28 +154,12 @@ class Page:
         return {"clip": {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}}
 
     def _send(self, method, **parameters):
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        self._commands.write(json.dumps(message).encode() + b"\0")
-        self._commands.flush()
-        while (answer := self._read()).get("id") != self._number:
-            pass
-        assert "error" not in answer, f"{method}: {answer['error']}"
-        return answer["result"]
+        return self._browser.send(method, self._session, self._note, **parameters)
 
-    def _read(self):
-        while b"\0" not in self._buffer:
-            part = os.read(self._answers.fileno(), 1 << 16)
-            assert part, "the browser has ended"
-            self._buffer += part
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        message = json.loads(line)
-        self._note(message.get("method"), message.get("params", {}))
-        return message
-
-    def _note(self, method, details):
+    def _note(self, message):
+        if message.get("sessionId") != self._session:
+            return
+        method, details = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.problems.append(details["exceptionDetails"].get("exception", {}).get("description", str(details)))
         elif method == "Log.entryAdded" and details["entry"]["level"] in ("error", "warning"):
@@ -149,7 +172,14 @@ class Page:
 
 @contextmanager
 def browser_page(folder, size=DESKTOP):
-    """An empty page in a browser that keeps its files in a folder; the browser ends with the block."""
+    """An empty page in a browser of its own, which keeps its files in a folder; the browser ends with the block."""
+    with running_browser(folder) as browser, browser.page(size) as page:
+        yield page
+
+
+@contextmanager
+def running_browser(folder):
+    """A browser that keeps its files in a folder; it ends with the block."""
     command_read, command_write = os.pipe()
     answer_read, answer_write = os.pipe()
     process = subprocess.Popen(
@@ -171,7 +201,7 @@ def browser_page(folder, size=DESKTOP):
     os.close(answer_write)
     with open(command_write, "wb") as commands, open(answer_read, "rb") as answers:
         try:
-            yield Page(process, commands, answers, size)
+            yield Browser(commands, answers)
         finally:
             process.terminate()
             process.wait(timeout=30)

@@ -17,7 +17,7 @@ from lora_plugins.tasks.pages import (
     render_samples,
 )
 
-from ..browser import DESKTOP, PHONE, browser_page, needs_browser
+from ..browser import DESKTOP, PHONE, needs_browser, running_browser
 from .conftest import NAMES, run_of
 
 SIZES = {"desktop": DESKTOP, "phone": PHONE}
@@ -37,6 +37,12 @@ PAGES = {
     "labels": lambda masks, labels: render_report(run_of(per_pixel=False), labels),
     "comparison": lambda masks, labels: render_comparison(runs(), ["The runs have different data."]),
 }
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with running_browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
 
 
 @pytest.fixture(params=PAGES)
@@ -150,9 +156,9 @@ class TestWhatIsNotThere:
 
 @needs_browser
 @pytest.mark.parametrize("kind", HARD)
-def test_hard_pages_fit_the_window(kind, masks, labels, tmp_path):
+def test_hard_pages_fit_the_window(kind, masks, labels, browser, tmp_path):
     (tmp_path / "page.html").write_text(HARD[kind](masks, labels))
-    with browser_page(tmp_path) as page:
+    with browser.page() as page:
         for size in SIZES.values():
             page.resize(size)
             page.open((tmp_path / "page.html").as_uri())
@@ -165,9 +171,9 @@ def test_hard_pages_fit_the_window(kind, masks, labels, tmp_path):
 @needs_browser
 class TestInABrowser:
     @pytest.fixture
-    def page(self, text, tmp_path):
+    def page(self, text, browser, tmp_path):
         (tmp_path / "page.html").write_text(text)
-        with browser_page(tmp_path) as page:
+        with browser.page() as page:
             yield page
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -202,9 +208,9 @@ class TestInABrowser:
 @needs_browser
 class TestMasks:
     @pytest.fixture
-    def page(self, masks, tmp_path):
+    def page(self, masks, browser, tmp_path):
         (tmp_path / "page.html").write_text(render_report(run_of(), masks, "#808080"))
-        with browser_page(tmp_path) as page:
+        with browser.page() as page:
             page.open((tmp_path / "page.html").as_uri())
             yield page
             assert page.problems == []
@@ -277,9 +283,9 @@ class TestMasks:
 
 
 @needs_browser
-def test_only_mistakes(labels, tmp_path):
+def test_only_mistakes(labels, browser, tmp_path):
     (tmp_path / "page.html").write_text(render_report(run_of(per_pixel=False), labels))
-    with browser_page(tmp_path) as page:
+    with browser.page() as page:
         page.open((tmp_path / "page.html").as_uri())
         page.click("[data-wrong]")
         verdicts = "[...document.querySelectorAll('.example')].filter(e => e.offsetParent).map(e => e.dataset.loss)"
@@ -288,10 +294,12 @@ def test_only_mistakes(labels, tmp_path):
 
 
 @needs_browser
-def test_the_true_name_is_left_of_the_predicted_one_where_both_are_written_from_right_to_left(labels, tmp_path):
+def test_the_true_name_is_left_of_the_predicted_one_where_both_are_written_from_right_to_left(
+    labels, browser, tmp_path
+):
     classes = [replace(each, name=name) for each, name in zip(run_of().classes, ("שלום", "مرحبا", "x"), strict=True)]
     (tmp_path / "page.html").write_text(render_report(run_of(per_pixel=False, classes=tuple(classes)), labels), "utf-8")
-    with browser_page(tmp_path) as page:
+    with browser.page() as page:
         page.open((tmp_path / "page.html").as_uri())
         places = (
             "[...document.querySelectorAll('.wrong bdi')].map(e => [e.textContent, e.getBoundingClientRect().left])"
