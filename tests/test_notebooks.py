@@ -22,11 +22,8 @@ def executed():
     return module.executed
 
 
-@pytest.mark.parametrize(
-    "notebook",
-    [pytest.param(path, marks=() if path.stem == "plugin" else pytest.mark.slow) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@notebooks
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # 20 s of a processor, which on a crowded machine may take minutes
 @pytest.mark.filterwarnings("ignore:Jupyter is migrating its paths:DeprecationWarning")
 def test_it_runs(notebook, executed, monkeypatch):

@@ -41,7 +41,7 @@ CONFIGS = {
 }
 
 
-OFTEN = ("all", "blocks", "a changed base", "DoRA", "stored bases")
+OFTEN = ("all", "DoRA", "stored bases")
 
 
 @pytest.mark.parametrize("kind", slow_but(CONFIGS, OFTEN))

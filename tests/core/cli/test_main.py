@@ -275,8 +275,10 @@ class TestPlaces:
 
     @pytest.mark.parametrize(
         "arguments",
-        [["inspect", "closed/it"], ["convert", "closed/it", "out", "--to", "peft"]],
-        ids=["inspect", "convert"],
+        [
+            pytest.param(["inspect", "closed/it"], id="inspect"),
+            pytest.param(["convert", "closed/it", "out", "--to", "peft"], id="convert", marks=pytest.mark.slow),
+        ],
     )
     def test_a_place_that_may_not_be_read(self, tmp_path, arguments):
         without_rights = []

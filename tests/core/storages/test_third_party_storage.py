@@ -18,6 +18,7 @@ def test_it_is_listed_with_its_distribution_and_version(registry):
     assert (info.distribution, info.version, info.names(STORAGES)) == ("lora-plugins-fp8", "0.2.0", ("fp8",))
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass_where_it_is_installed(installed):
     site = installed("plugin_storage")
     assert f"{len(STORAGE_CHECKS)} passed" in run_tests(site.parent / "source", site)

@@ -126,8 +126,9 @@ LONG = {
     "multihead_attention": {"compile", "dropout", "law", "mixed", "pure", "variant"},
     **{name: {"compile", "mixed", "pure"} for name in ("deform_conv2d", "recurrent", "recurrent_cell")},
     **{f"conv_transpose{n}d": {"compile", "dropout", "mixed", "pure", "variant"} for n in (1, 2, 3)},
+    **{name: {"compile", "mixed", "pure"} for name in ("conv1d", "conv3d", "timm_conv2d_same", "transformers_conv1d")},
 }
-"""What takes seconds, by layer type, is in the slow tests."""
+"""What takes long, by layer type, is in the slow tests; `linear` and `conv2d` have all checks in the fast ones."""
 
 
 @pytest.mark.parametrize(

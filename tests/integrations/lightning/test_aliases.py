@@ -61,9 +61,8 @@ def run(tmp_path, code, *arguments):
     )
 
 
-@pytest.mark.parametrize(
-    "trainer", [pytest.param("lightning.pytorch.Trainer", marks=pytest.mark.slow), "foreign.pl.Trainer"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["lightning.pytorch.Trainer", "foreign.pl.Trainer"])
 def test_one_call_makes_them_the_same(trainer, tmp_path):
     done = run(tmp_path, ALIAS + FIT.replace("TRAINER", trainer))
     assert done.returncode == 0, done.stderr
@@ -118,6 +117,7 @@ def test_a_block_leaves_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_does_it_by_itself(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "model: {class_path: foreign.Module}\nlora: {r: 2}\ntrainer: {max_epochs: 1, accelerator: cpu, logger: false}\n"

@@ -440,6 +440,7 @@ def test_mistakes_found_at_once_import_nothing_heavy(folder):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_recipe_without_its_libraries_is_one_line_with_what_to_install():
     code = (
         "import sys, lightning.pytorch\nsys.modules['PIL'] = None  # after torchmetrics, which draws where it can\n"

@@ -28,15 +28,10 @@ for step in followed(range(1), "Reading files", 1):
 """
 
 
-def test_nothing_is_left_of_it():
-    seen = run([sys.executable, "-c", SCRIPT.format(steps=30)], 80)
-    assert ([*filter(None, seen.lines)], seen.code, seen.cursor) == (["all of 30"], 0, True)
-
-
-def test_errors_that_go_to_a_file_stay_there(tmp_path):
+def test_nothing_is_left_of_it_and_errors_that_go_to_a_file_stay_there(tmp_path):
     (tmp_path / "it.py").write_text("import logging\nlogging.basicConfig()\n" + TOLD + SCRIPT.format(steps=30))
     seen = run(["sh", "-c", f'"{sys.executable}" "{tmp_path}/it.py" 2> "{tmp_path}/errors"'], 80)
-    assert ([*filter(None, seen.lines)], seen.code) == (["all of 30"], 0)
+    assert ([*filter(None, seen.lines)], seen.code, seen.cursor) == (["all of 30"], 0, True)
     assert (tmp_path / "errors").read_text().splitlines() == ["WARNING:root:logged", "written"]
 
 

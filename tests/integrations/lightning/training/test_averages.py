@@ -37,12 +37,21 @@ AVERAGING = {
     "rounding": lambda: EMAWeightAveraging(decay=0.8),  # the average of equal values differs from them by a bit
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
 }
+OFTEN = ("ema-lora_first", "ema-lora_last", "rounding-lora_first", "swa-lora_last")
+
+averaged = pytest.mark.parametrize(
+    ("make", "first"),
+    [
+        pytest.param(make, first, id=name, marks=() if name in OFTEN else pytest.mark.slow)
+        for kind, make in AVERAGING.items()
+        for first, name in ((True, f"{kind}-lora_first"), (False, f"{kind}-lora_last"))
+    ],
+)
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
-@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
-@pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
+@averaged
 class TestAveraging:
     def callbacks(self, make, first, *more, **options):
         both = [lora(**options), make()]
@@ -102,8 +111,7 @@ class TestStatisticsOfNorms:
 
     @pytest.mark.parametrize("merge", [False, True], ids=["adapted", "merged"])
     @pytest.mark.parametrize("tracked", [0, 100])
-    @pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
-    @pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
+    @averaged
     def test_frozen(self, tmp_path, make, first, tracked, merge):
         module = self.pretrained(tracked)
         before = values(module)
@@ -215,8 +223,7 @@ class Late(Configured):
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
 @pytest.mark.parametrize("module_class", [Configured, Late])
-@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
-@pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
+@averaged
 def test_with_configure_model(tmp_path, module_class, first, make):
     """In the second fit the merge of the first one is taken back, and the average is copied once more."""
 
@@ -416,8 +423,7 @@ def test_average_of_another_type_than_the_module(tmp_path, precision):
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA's own
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback, but loading:UserWarning")  # as a new one
-@pytest.mark.parametrize("first", [True, False], ids=["lora_first", "lora_last"])
-@pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING.keys())
+@averaged
 class TestAfterTheMerge:
     """What comes after a fit that merged sees the merged average, and nothing of the callback's own copy."""
 

@@ -18,6 +18,7 @@ from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 from tests.integrations.lightning.training.training_cases import learned, lora_b
+from tests.slow import slow_but
 
 M = 0.9
 
@@ -196,7 +197,7 @@ class TestFollows:
         assert 0 < (student - teacher).abs().max() < 0.5 * student.abs().max()
 
     @pytest.mark.parametrize("when", WHEN)
-    @pytest.mark.parametrize("update", [by_data, by_data_in_place])
+    @pytest.mark.parametrize("update", slow_but([by_data, by_data_in_place], [by_data_in_place]))
     @pytest.mark.parametrize("order", [{}, {"frozen": False, "first": True}], ids=["after", "before"])
     @pytest.mark.parametrize("validated", [1, 0])
     def test_file_is_small_and_resumes_bit_for_bit(self, tmp_path, update, when, order, validated):
