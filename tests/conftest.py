@@ -92,9 +92,12 @@ def swapped_by_conversions():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(device):
     """Starts every test from the same random state, settings and environment, whichever tests ran before it."""
-    torch.manual_seed(0)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(0)  # 500 times as fast: for a GPU that is not in use, torch keeps the stack
+    else:
+        torch.manual_seed(0)
     environment = dict(os.environ)
     yield
     torch.use_deterministic_algorithms(False)  # a Trainer that asked for them leaves it so, and metrics take minutes
