@@ -46,6 +46,7 @@ class TestExample:
     def test_without_it_nobody_serves_the_layer(self):
         assert [layer.name for layer in LoraModel.plan(Pair(), LoraConfig()).layers] == ["out"]
 
+    @pytest.mark.slow
     def test_its_own_tests_pass_where_it_is_installed(self, installed):
         site = installed("plugin_example")
         assert f"{len(LAYER_CHECKS) + len(INIT_CHECKS) + 1} passed" in run_tests(site.parent / "source", site)

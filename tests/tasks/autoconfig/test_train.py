@@ -15,6 +15,7 @@ from lora_plugins.cli.main import main
 from lora_plugins.integrations.lightning import LoraCallback
 from lora_plugins.tasks import SemanticSegmentationTask
 from lora_plugins.testing.full_disk import no_file_beyond
+from tests.slow import slow_but
 
 from ..conftest import noise, write_image
 
@@ -306,7 +307,7 @@ def test_the_default_model_needs_no_hub(kind, folders, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize(
     "model",
-    [pytest.param("timm/tf_efficientnet_lite0", marks=pytest.mark.slow), "smp/Unet:tu-tf_efficientnet_lite0", None],
+    slow_but(["timm/tf_efficientnet_lite0", "smp/Unet:tu-tf_efficientnet_lite0", None], [None]),
 )
 def test_the_default_model_by_its_names(model, folders, tmp_path, capsys):
     folders("masks")

@@ -276,7 +276,7 @@ def test_a_task_is_copied_and_pickled(folders):
         assert copied.pipe.unet is copied.parts["unet"] is not task.parts["unet"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16", "float16"], ["bfloat16"]))
 def test_a_base_in_half_precision(dtype, folders, pictures):
     task = TextToImageTask(folders(), dtype=dtype, lr=1e-2)
     losses = fit(task, pictures(), epochs=1)

@@ -15,6 +15,7 @@ from lora_plugins.tasks import (
     SemanticSegmentationTask,
     draw_predictions,
 )
+from tests.slow import slow_but
 
 from ..conftest import scenes, tiny_segformer, tiny_vit
 
@@ -29,7 +30,7 @@ class TestPicture:
             assert picture.height > picture.width * 0.75  # three rows of four
         assert str(path) in capsys.readouterr().out
 
-    @pytest.mark.parametrize("first", [True, False], ids=["the picture first", "the adapter first"])
+    @pytest.mark.parametrize("first", slow_but([True, False], [True]), ids=["the picture first", "the adapter first"])
     def test_it_shows_the_weights_that_the_fit_leaves(self, first, trainer, tmp_path):
         """The checkpoint takes the largest loss for the best: the first weights, which still see class 2 everywhere."""
         torch.manual_seed(0)
