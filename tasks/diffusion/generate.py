@@ -17,7 +17,7 @@ from lora_plugins.files import MANIFEST, format_of
 from lora_plugins.hub import located
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, parts_of
 from lora_plugins.integrations.lightning.checkpoint import read_checkpoint
-from lora_plugins.tasks.diffusion.objectives import AUTO, take_prediction
+from lora_plugins.tasks.diffusion.objectives import AUTO, predicted_by, take_prediction
 from lora_plugins.tasks.diffusion.packaged import pipeline_source
 from lora_plugins.tasks.diffusion.picture_rows import sample_rows
 from lora_plugins.tasks.diffusion.text_to_image import DTYPES, TextToImageTask
@@ -82,10 +82,9 @@ def _from_adapters(given: Namespace) -> Any:
     for path in paths:
         format_of(path)
     said = [_said(path / MANIFEST) for path in paths]
-    prediction = _prediction_of(said)
     model, revision = (given.model, None) if given.model else _base_of(said)
     pipe = load_pipeline(pipeline_source(model), DTYPES[given.dtype or "float32"], revision=revision)
-    take_prediction(pipe, prediction)
+    take_prediction(pipe, _prediction_of(said, pipe.scheduler))
     names = [f"adapter{number}" for number in range(len(paths))]
     for name, path in zip(names, paths, strict=True):
         try:
@@ -109,13 +108,13 @@ def _base_of(said: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
     raise ConfigError(f"It is not known which pipeline is meant: {reason}. Give --model.")
 
 
-def _prediction_of(said: Sequence[Mapping[str, Any]]) -> str:
-    """What adapters of our own were trained to predict, where their task was told so."""
-    found = {each.get("prediction", AUTO) for each in said} - {AUTO}
+def _prediction_of(said: Sequence[Mapping[str, Any]], scheduler: Any) -> str:
+    """What adapters of our own were trained to predict; those of other programs do not say it."""
+    found = {predicted_by(scheduler, each.get("prediction", AUTO)) for each in said if each}
     if len(found) > 1:
         raise ConfigError(
-            f"The adapters were trained with `prediction` {' and '.join(sorted(found))}, and a pipeline has one of "
-            "them. Draw with each by itself."
+            f"The adapters were trained to predict {' and '.join(sorted(found))} (`prediction`, where `auto` is what "
+            "the pipeline says), and a pipeline draws with one of them. Draw with each by itself."
         )
     return found.pop() if found else AUTO
 

@@ -125,7 +125,7 @@ def objective_of(scheduler: Any, prediction: str, min_snr_gamma: float | None) -
             f"The pipeline has a {class_name}, whose noise follows no schedule of betas: models of this kind (EDM and "
             "its like) are trained with another loss, which is not served."
         )
-    said = config.get("prediction_type", EPSILON) if prediction == AUTO else prediction
+    said = predicted_by(scheduler, prediction)
     if said not in (EPSILON, VELOCITY):
         raise ConfigError(
             f"The scheduler predicts {said!r}, which is not served. {unknown('prediction', said, PREDICTIONS)}"
@@ -133,9 +133,14 @@ def objective_of(scheduler: Any, prediction: str, min_snr_gamma: float | None) -
     return NoisePrediction(_alphas(config), said == VELOCITY, min_snr_gamma)
 
 
+def predicted_by(scheduler: Any, prediction: str) -> str:
+    """What a denoiser predicts, by the scheduler of its pipeline where `prediction` is `auto`."""
+    return str(scheduler.config.get("prediction_type", EPSILON)) if prediction == AUTO else prediction
+
+
 def take_prediction(pipe: Any, prediction: str) -> None:
     """Lets a pipeline sample what its denoiser was trained to predict, where its scheduler says something else."""
-    if prediction in (EPSILON, VELOCITY):
+    if prediction in (EPSILON, VELOCITY) and prediction != predicted_by(pipe.scheduler, AUTO):
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=prediction)
 
 

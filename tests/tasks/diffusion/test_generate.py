@@ -105,11 +105,17 @@ def test_an_adapter_draws_what_it_was_trained_to_predict(tmp_path, base, taught)
     assert bytes_of(drawn(tmp_path, "--adapter", adapter, "--pictures=1")) == expected(pipe, [0]) != of_the_base
 
 
-def test_adapters_with_two_predictions_are_not_drawn_at_once(tmp_path, taught, capsys):
-    one, other = taught("one", prediction="v_prediction"), taught("other", prediction="epsilon")
+@pytest.mark.parametrize("told", [{"prediction": "epsilon"}, {}], ids=["said", "of the base"])
+def test_adapters_with_two_predictions_are_not_drawn_at_once(tmp_path, taught, capsys, told):
+    one, other = taught("one", prediction="v_prediction"), taught("other", **told)
     command = ["generate", "--prompt=a", f"--out={tmp_path / 'out'}", f"--adapter={one}", f"--adapter={other}"]
     assert main(command) == 1
-    assert "`prediction` epsilon and v_prediction, and a pipeline has one of them" in capsys.readouterr().err
+    assert "were trained to predict epsilon and v_prediction" in capsys.readouterr().err
+
+
+def test_adapters_whose_base_says_what_one_was_told_are_drawn_at_once(tmp_path, taught):
+    adapters = [taught("one", prediction="epsilon"), taught("other")]
+    assert drawn(tmp_path, *(f"--adapter={adapter}" for adapter in adapters))
 
 
 def test_the_revision_that_an_adapter_says_is_the_one_that_is_read(tmp_path, base, taught, capsys):
