@@ -80,15 +80,16 @@ class MaskDecoder:
                 f"{name} has the mode {mask.mode}; a mask is an 8-bit image with one class index a pixel (mode L or "
                 "P). For masks in color give the table `colors`."
             )
-        table = np.arange(VALUES, dtype=np.int64)
-        if self.reduce_labels:
-            table = np.where(table == 0, self.ignore_index, table - (table != self.ignore_index))
-        known = (table >= 0) & (table < len(self.classes)) | (table == self.ignore_index)
-        wrong = sorted({int(table[value]) for value in np.flatnonzero(mask.histogram()) if not known[value]})
+        written = np.arange(VALUES, dtype=np.int64)
+        ignored = (written == self.ignore_index) | (written < self.reduce_labels)
+        indices = written - self.reduce_labels
+        known = ignored | (indices < len(self.classes))
+        wrong = [str(value) for value in np.flatnonzero(mask.histogram()) if not known[value]]
         if wrong:
-            allowed = f"0 to {len(self.classes) - 1}, and {self.ignore_index} for what is ignored"
-            reduced = " (after reduce_labels)" if self.reduce_labels else ""
-            raise DataError(f"{name} holds {', '.join(map(str, wrong))}{reduced}; allowed are {allowed}")
+            first = int(self.reduce_labels)
+            allowed = f"{first} to {first + len(self.classes) - 1}, and {'0 or ' * first}{self.ignore_index}"
+            raise DataError(f"{name} holds {', '.join(wrong)}; allowed are {allowed} for what is ignored")
+        table = np.where(ignored, self.ignore_index, indices)
         is_small = self._dtype == np.uint8  # which Pillow looks up in a third of the time that numpy takes
         return np.array(mask.point(table.tolist())) if is_small else table.take(np.asarray(mask))
 

@@ -45,6 +45,14 @@ class TestMaskDecoder:
         picture = Image.fromarray(np.array([[0, 1, 2, 255]], dtype=np.uint8))
         assert MaskDecoder(["a", "b"], 255, reduce_labels=True).decode(picture, "m").tolist() == [[255, 0, 1, 255]]
 
+    @pytest.mark.parametrize(("ignored", "value"), [(254, 255), (255, 254), (3, 4), (-100, 255)])
+    def test_a_value_above_the_classes_is_named_as_it_is_written(self, ignored, value):
+        """One less may be the value that is ignored."""
+        decoder = MaskDecoder(["a", "b"], ignored, reduce_labels=True)
+        picture = Image.fromarray(np.array([[0, 1, value]], dtype=np.uint8))
+        with pytest.raises(DataError, match=f"m holds {value}; allowed are 1 to 2, and 0 or {ignored} for what is"):
+            decoder.decode(picture, "m")
+
     @pytest.mark.parametrize(
         ("classes", "ignored", "size"),
         [(2, 255, 1), (256, 256, 8), (2, -100, 8)],
