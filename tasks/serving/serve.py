@@ -23,7 +23,8 @@ def main(given: Namespace) -> int:
 
     check_adapters(given.adapters)  # a shelf begins without any
     shelf = Shelf(given.adapters, limit=given.loaded, device=usable_device(given.device, "--device"))
-    print(f"{counted(len(shelf.names()), 'adapter')} in {given.adapters}: http://{given.host}:{given.port}/docs")
+    host = f"[{given.host}]" if ":" in given.host else given.host  # as URLs have addresses of IPv6
+    print(f"{counted(len(shelf.names()), 'adapter')} in {given.adapters}: http://{host}:{given.port}/docs")
     engine = Engine(shelf, max_batch=given.batch, wait=given.wait / 1000)
     app = make_app(engine, max_bytes=int(given.max_mb * 2**20))
     try:

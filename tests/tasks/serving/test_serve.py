@@ -58,6 +58,13 @@ def test_a_port_that_is_taken_is_named(adapters, capsys):
     assert f"error: nothing can be served at --host 127.0.0.1 --port {port}." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_the_address_is_one_that_a_browser_takes(adapters, capsys, monkeypatch, host, shown):
+    monkeypatch.setattr("uvicorn.run", lambda app, **served: None)
+    assert main(["serve", str(adapters), "--host", host, "--port", "8123"]) == 0
+    assert capsys.readouterr().out.endswith(f": http://{shown}:8123/docs\n")
+
+
 @pytest.mark.slow
 def test_sigterm_is_no_port_that_is_taken(adapters):
     with socket.create_server(("127.0.0.1", 0)) as free:
