@@ -34,6 +34,8 @@ from lora_plugins.writable import check_writable_file
 CLASS_NAMES, INTERPOLATION, BATCH = "class_names", "interpolation", "batch"
 TOLERANCE = 1e-4
 """Largest difference of a logit, relative to the largest logit: float32, with sums in another order."""
+LARGEST_ONNX = 2**31 - 1
+"""How many bytes protobuf writes, and so an ONNX file has, where the weights are not in files of their own."""
 
 _CHECKS: Mapping[str, Check] = {
     "task": instance_of(VisionTask),
@@ -82,7 +84,8 @@ def export_task(task: VisionTask, path: str | Path, size: Size | None = None) ->
 
     Raises:
         ConfigError: For another suffix, an unknown image size or one that the network does not take, a missing
-            package, ONNX of a task in half precision, the file of the task's own weights, or a size for `.safetensors`.
+            package, ONNX of a task in half precision or of 2 GiB, the file of the task's own weights, or a size for
+            `.safetensors`.
         WeightsError: If the logits of the file differ from those of the task; it is not written then.
     """
     check_fields({"task": task, "path": path, "size": size}, _CHECKS)
@@ -101,6 +104,10 @@ def _write_program(task: VisionTask, path: Path, size: Size | None) -> float:
         raise ConfigError("The task does not say which size its images have. Give it: `size`, or --size HEIGHT WIDTH.")
     if path.suffix == ONNX and task.mean.itemsize < 4:  # onnxruntime lacks such operations, or rounds in other places
         raise ConfigError(f"The task is in {task.mean.dtype}, and ONNX files are in float32. Call task.float() first.")
+    if path.suffix == ONNX and (size_of_weights := _bytes_of(task.network)) > LARGEST_ONNX:
+        raise ConfigError(
+            f"The weights take {size_of_weights / 2**30:.1f} GiB, and an ONNX file holds less than 2. Name a .pt2 file."
+        )
     images = _test_images(len(task.mean), size)
     network = _ExportedNetwork(task).eval()
     with torch.no_grad():
@@ -180,6 +187,10 @@ def _logits(network: nn.Module, images: Tensor, trained: Size | None) -> Tensor:
         usual = "" if trained is None else f" It was trained with {trained[0]}x{trained[1]}: leave `size` (--size) out."
         raise ConfigError(f"The network takes no images of {size[0]}x{size[1]}: {sentence(error)}{usual}") from error
     return logits
+
+
+def _bytes_of(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
 
 def _test_images(channels: int, size: Size) -> Tensor:

@@ -76,6 +76,14 @@ class TestExport:
         with pytest.raises(ConfigError, match=rf"^The task is in {dtype}, .* Call task.float\(\) first"):
             export_task(task, tmp_path / "m.onnx")
 
+    def test_weights_of_more_than_an_onnx_file_holds_are_refused_first(self, fitted, tmp_path):
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        task = merged_task(fitted["labels"][1]["adapter"])
+        task.network.register_buffer("large", torch.zeros(1).expand(2**29))  # which takes 4 bytes here
+        with pytest.raises(ConfigError, match=r"^The weights take 2.0 GiB, .* Name a .pt2 file"):
+            export_task(task, tmp_path / "m.onnx")
+
     @pytest.mark.parametrize("size", [None, (24, 24)], ids=["written", "refused"])
     def test_a_task_that_is_trained_goes_on_as_it_was(self, fitted, tmp_path, size):
         task = merged_task(fitted["labels"][1]["adapter"]).train()
