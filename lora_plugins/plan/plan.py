@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def adapter_parameters(self) -> int:
-        """The number of elements of all A and B."""
+        """The number of elements of all A and B, and of the variant's own tensors."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
@@ -115,9 +115,11 @@ class Plan:
 
     def summary(self) -> str:
         """Returns one line with the counts."""
+        own = {tensor: None for layer in self.layers for slot in layer.slots for tensor in layer.own_shapes(slot)}
+        *others, last = ("A", "B", *own)
         return (
             f"{self.extent} adapted, {self.trainable:,} of {self.total:,} parameters trainable "
-            f"({self.trainable / self.total:.2%}): {self.adapter_parameters:,} in A and B, "
+            f"({self.trainable / self.total:.2%}): {self.adapter_parameters:,} in {', '.join(others)} and {last}, "
             f"{self.trained_parameters:,} trained in place"
         )
 

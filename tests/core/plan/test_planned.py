@@ -58,6 +58,11 @@ def test_ranks_scalings_and_counts():
     assert (found.base_parameters, found.adapter_parameters) == (32 + 32 + 8 + 8, 60)
 
 
+@pytest.mark.parametrize(("variant", "said"), [(PLAIN, "48 in A and B,"), ("dora", "60 in A, B and magnitude,")])
+def test_the_summary_names_what_it_counts(variant, said):
+    assert said in plan(TWO, variant=variant).summary()
+
+
 def test_layers_that_share_a_weight_get_one_adapter():
     (layer,) = plan(model(site("embed", 1), site("head", 1))).layers
     assert (layer.name, [tie.layer for tie in layer.ties]) == ("embed", ["head"])
