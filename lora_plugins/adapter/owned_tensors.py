@@ -195,7 +195,7 @@ class OwnedTensors:
 def _check_there(replaced: Iterable[str]) -> None:
     if names := list(replaced):
         raise StateError(
-            f"{listing(names)} is gone or has another shape than when it was adapted: the layer was replaced. unload() "
-            "the adapters, which leaves the new layer as it is, or keep their updates by merge_and_unload(), and adapt "
-            "the model again."
+            f"{listing(names)} is gone or has another shape than when it was adapted: the layer was replaced, pruned "
+            "or parametrized. unload() the adapters, which leaves the new layer as it is, or keep their updates by "
+            "merge_and_unload(), and adapt the model again."
         )

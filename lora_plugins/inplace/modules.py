@@ -178,8 +178,9 @@ def own_tensor(model: nn.Module, name: str) -> Tensor:
     tensor = found_tensor(model, name)
     if tensor is None:
         raise StateError(
-            f"{name!r} is gone since the model was adapted: the layer was replaced. Put it back, or unload() the "
-            "adapters, which leaves the new layer as it is, and adapt the model again."
+            f"{name!r} is gone since the model was adapted: the layer was replaced, pruned or parametrized. Put it "
+            "back, as by prune.remove or remove_parametrizations, or unload() the adapters, which leaves the new layer "
+            "as it is, and adapt the model again."
         )
     return tensor
 

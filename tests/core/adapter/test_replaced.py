@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 
@@ -30,7 +31,7 @@ def test_a_head_of_another_shape(call):
     lora = headed()
     lora.model[2] = head = nn.Linear(6, 5)
     weight = head.weight.detach().clone()
-    with pytest.raises(StateError, match=r"'2\.weight', '2\.bias' is gone or has another shape.*replaced. unload\(\)"):
+    with pytest.raises(StateError, match=r"'2\.weight', '2\.bias' is gone or .* shape .* replaced.* unload\(\)"):
         CALLS[call](lora)
     assert lora.active_adapters == ("a",)
     lora.unload()
@@ -55,6 +56,23 @@ def test_a_head_without_the_tensors_that_were_there(head, call):
     assert lora.active_adapters == ("a",)
     assert lora.unload()[2] is new
     assert type(lora.model[0]) is nn.Linear
+
+
+RENAMED = {
+    "pruned": (prune.identity, prune.remove),
+    "parametrized": (parametrizations.weight_norm, parametrize.remove_parametrizations),
+}
+
+
+@pytest.mark.parametrize(("change", "undo"), RENAMED.values(), ids=RENAMED)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_head_whose_weight_has_another_name_is_named_as_what_it_is(change, undo, call):
+    lora = headed()
+    change(lora.model[2], "weight")
+    with pytest.raises(StateError, match=r"'2\.weight' is gone .* replaced, pruned or parametrized\. .*unload\(\)"):
+        CALLS[call](lora)
+    undo(lora.model[2], "weight")
+    CALLS[call](lora)
 
 
 @pytest.mark.parametrize("head", [nn.Identity, lambda: nn.Linear(6, 5)], ids=["identity", "another shape"])
