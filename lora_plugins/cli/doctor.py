@@ -185,7 +185,7 @@ def _lightning_command() -> Iterator[Finding]:
     path = shutil.which("lightning")
     if path is None:
         yield Finding("note", "there is no command `lightning` on the PATH", f"Activate the environment, or: {way_out}")
-    elif OUR_MAIN not in Path(path).read_bytes().decode(errors="replace"):
+    elif not _is_ours(Path(path)):
         yield Finding(
             "note",
             f"the command `lightning` ({path}) is not ours{f', but that of {others}' if others else ''}",
@@ -194,6 +194,13 @@ def _lightning_command() -> Iterator[Finding]:
     else:
         more = f"; other commands of that name are handed to {others}" if others else ""
         yield Finding("ok", f"the command `lightning` ({path}) is ours{more}")
+
+
+def _is_ours(program: Path) -> bool:
+    try:
+        return OUR_MAIN.encode() in program.read_bytes()
+    except OSError:  # a script, as ours is, runs only where it can be read
+        return False
 
 
 CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -202,6 +203,21 @@ class TestDoctor:
         _, out = doctor(capsys)
         assert words in out
         assert "foreign-sdk" in out
+
+    def test_a_lightning_command_that_cannot_be_read_is_not_ours(self, capsys, tmp_path, monkeypatch):
+        script, read_bytes = tmp_path / "lightning", Path.read_bytes
+        script.touch(0o711)
+
+        def read(path):
+            if path == script:
+                raise PermissionError(13, "Permission denied", str(path))
+            return read_bytes(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read)  # root can read it
+        monkeypatch.setenv("PATH", str(tmp_path))
+        _, out = doctor(capsys)
+        assert f"the command `lightning` ({script}) is not ours" in out
+        assert "found." in out.splitlines()[-1]
 
     def test_no_lightning_command(self, capsys, tmp_path, monkeypatch):
         monkeypatch.setenv("PATH", str(tmp_path))
