@@ -19,7 +19,6 @@ from lora_plugins.plugins import AdapterFormat
 from lora_plugins.testing.check import Check, as_check, by_name, chosen, elsewhere, one_of, run
 from lora_plugins.testing.format_case import LAYERS, FormatCase
 from lora_plugins.testing.full_disk import no_file_beyond
-from lora_plugins.testing.no_pickle import no_unpickling
 from lora_plugins.testing.required import (
     TIGHT,
     random_states,
@@ -29,6 +28,7 @@ from lora_plugins.testing.required import (
     require_same_state,
     require_unmoved,
 )
+from lora_plugins.testing.unpickling import places_of_unpickling
 from lora_plugins.utils import own_randomness
 
 ADAPTERS: Mapping[str, Mapping[str, Any]] = {
@@ -307,10 +307,10 @@ def _surplus(case: FormatCase) -> None:
 )
 def _pickle(case: FormatCase) -> None:
     with case.written() as (_, path):
-        case.load(case.model(), path)  # libraries that reading imports would keep what refuses
-        with no_unpickling():
+        with places_of_unpickling() as places:
             case.load(case.model(), path)
             case.elsewhere.summary(path)
+        require(not places, f"a pickle is read in {' and in '.join(sorted(places))}")
 
 
 @as_check(

@@ -1,5 +1,7 @@
 """The built-in formats pass the kit, and each check fails on a format that violates it."""
 
+import contextlib
+import io
 import json
 import pickle
 import sys
@@ -469,20 +471,49 @@ def test_what_torch_reads_without_running_it_is_no_pickle():
     check_format_plugin(PicklesSafely(), only=["pickle", "output"])
 
 
-class ImportsAsItReads(PicklesSafely):
-    """A library that keeps what reads pickles, as cloudpickle does."""
+class OfC(pickle.Unpickler):
+    pass
+
+
+class OfPython(pickle._Unpickler):
+    """As the one of joblib is."""
+
+
+READERS = {
+    "a function that a module has taken": pickle.loads,
+    "a class derived from C": lambda data: OfC(io.BytesIO(data)).load(),
+    "a class derived from Python": lambda data: OfPython(io.BytesIO(data)).load(),
+}
+
+
+class Caches(PeftFormat):
+    """Has a pickle beside its files, and does without where that cannot be read."""
+
+    def __init__(self, read):
+        self.read_pickle = read
 
     def load(self, path, model, options):
-        import keeps_loads  # noqa: F401
-
+        with contextlib.suppress(Exception):
+            self.read_pickle(pickle.dumps([1.0]))
         return super().load(path, model, options)
 
 
-def test_libraries_that_a_format_imports_can_unpickle_afterwards(tmp_path, monkeypatch):
-    (tmp_path / "keeps_loads.py").write_text("from pickle import loads\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    check_format_plugin(ImportsAsItReads(), only=["pickle"])
-    assert sys.modules.pop("keeps_loads").loads is pickle.loads
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_pickle_is_noticed_whatever_reads_it(read):
+    with pytest.raises(CheckError, match=r"a pickle is read in .*test_formats\.py, line \d+"):
+        check_format_plugin(Caches(read), only=["pickle"])
+
+
+def test_the_profile_of_the_process_is_what_it_was():
+    def profile(frame, event, called):
+        pass
+
+    sys.setprofile(profile)
+    try:
+        check_format_plugin(PeftFormat(), only=["pickle"])
+        assert sys.getprofile() is profile
+    finally:
+        sys.setprofile(None)
 
 
 VIOLATIONS = {
