@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_plugins.field_checks import Check, check_count, check_fields, check_name, check_whole, map_of, optional
-from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, load_pipeline, sample
+from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, contact_sheet, sample
 from lora_plugins.tasks.argument_checks import check_path, instance_of
-from lora_plugins.tasks.diffusion import TextToImageTask, pipeline_source, without_adapters
+from lora_plugins.tasks.diffusion import TextToImageTask, without_adapters
 from lora_plugins.tasks.examples.digit_reader import DigitReader
 from lora_plugins.tasks.files import as_png
 from lora_plugins.utils import replace_file
@@ -85,7 +85,7 @@ class ReadDigits(Callback):
         if self.adapter is None:
             found[AFTER] = self._sampled(task)
         else:
-            pipe = load_pipeline(pipeline_source(task.model))
+            pipe = TextToImageTask(**task.hparams).pipe  # of its revision, type and prediction
             lora = LoraPipeline.load_adapter(pipe, self.adapter)
             pipe.to(trainer.strategy.root_device)
             found[AFTER] = self._sampled_by(pipe)

@@ -77,6 +77,15 @@ def test_a_row_of_the_comparison(name, trained):
     assert Path("runs/here/digits-reset.png").is_file() == (name == "LoRA")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")  # pytest has arguments of its own
+def test_a_reset_is_to_the_pipeline_of_the_task():
+    short = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--data.init_args.class_pictures=null")
+    run_dreambooth(0, "runs/here", *short, "--model.init_args.prediction=v_prediction")
+    before, reset = (Path(f"runs/here/digits-{name}.png").read_bytes() for name in ("before", "reset"))
+    assert before == reset
+
+
 def check_files(folder):
     """The merged pipeline and diffusers' own loader of its file draw the same pictures."""
     sampling = Sampling(steps=5, guidance=2.0)
