@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plugins import AdapterFileError, FormatRegistrar, hookimpl
 from lora_plugins.formats import PortableAdapter, PortableFormat, PortableLayer, replace_files
@@ -57,11 +57,16 @@ class NpzFormat(PortableFormat):
         """Writes an archive under just that name: given a path, NumPy puts an ending behind it."""
         arrays: dict[str, Any] = {}
         for name, layer in adapter.layers.items():
-            arrays |= {f"{name}/A": layer.A.numpy(), f"{name}/B": layer.B.numpy(), f"{name}/alpha": layer.alpha}
+            arrays |= {f"{name}/A": _array(layer.A), f"{name}/B": _array(layer.B), f"{name}/alpha": layer.alpha}
         archive = io.BytesIO()
         np.savez(archive, **arrays)
         replace_files({path: archive.getvalue()})
         return path
+
+
+def _array(factor: Tensor) -> np.ndarray:
+    """The values of a factor; NumPy has no bfloat16, in which files of others may be, and float32 holds its values."""
+    return (factor.float() if factor.dtype == torch.bfloat16 else factor).numpy()
 
 
 def _keys(path: Path) -> list[str]:
