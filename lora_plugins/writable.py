@@ -1,5 +1,6 @@
 """Checks before training that its results can be written afterwards."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,14 @@ from pathlib import Path
 from lora_plugins.errors import ConfigError
 
 MEBIBYTE = 2**20
+
+
+def from_home(path: str | Path) -> str:
+    """Returns a path with a leading `~` read as the home, as Lightning does where it is given one.
+
+    No shell does it for what a YAML file says, nor in `--out=~/run`, and results would be left in a folder called `~`.
+    """
+    return os.path.expanduser(path)  # pathlib's refuses the home of a user that there is not
 
 
 def check_writable_file(path: Path, setting: str) -> None:

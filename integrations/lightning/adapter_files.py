@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,13 @@ from torch import nn
 from lora_plugins import ConfigError, LoraModel, Plan
 from lora_plugins.field_checks import shown
 from lora_plugins.plugins import OWN_FORMAT
-from lora_plugins.writable import check_space, check_writable_file, check_writable_folder, check_writable_place
+from lora_plugins.writable import (
+    check_space,
+    check_writable_file,
+    check_writable_folder,
+    check_writable_place,
+    from_home,
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,9 @@ def adapter_files(given: AdapterFile | str | Path | list[str | Path | AdapterFil
                 f"save_adapter_to: format_options of {file.path} are {shown(dict(file.format_options))}, and our own "
                 "folder has none. Say which format they are of, as in format='peft', or leave them out."
             )
-    check_distinct([file.path for file in files])
-    return files
+    placed = tuple(replace(file, path=from_home(file.path)) for file in files)
+    check_distinct([file.path for file in placed])
+    return placed
 
 
 def titles(files: Sequence[AdapterFile]) -> list[str]:

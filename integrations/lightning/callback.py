@@ -107,6 +107,7 @@ from lora_plugins.integrations.lightning.training import (
 from lora_plugins.integrations.lightning.writer import check_by_writer, writes_files
 from lora_plugins.merge import DEFAULT_MAX_ERROR
 from lora_plugins.names import DEFAULT_ADAPTER
+from lora_plugins.writable import from_home
 
 allow_class_path()
 
@@ -202,7 +203,7 @@ class LoraCallback(Callback):
         self.target = target
         self.save_adapter_to = save_adapter_to
         self.adapter_files = adapter_files(save_adapter_to)
-        self.export_to = None if export_to is None else str(export_to)
+        self.export_to = None if export_to is None else from_home(str(export_to))
         self.train_mode = train_mode
         self.print_plan = print_plan
         self.rates = LearningRates(loraplus_lr_ratio, heads_lr_ratio)

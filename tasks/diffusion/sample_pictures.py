@@ -24,7 +24,7 @@ from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask, without_
 from lora_plugins.tasks.files import as_png
 from lora_plugins.tasks.pages import SampleRecord, render_samples
 from lora_plugins.utils import replace_file
-from lora_plugins.writable import check_writable_folder
+from lora_plugins.writable import check_writable_folder, from_home
 
 BEFORE, AFTER, REPORT = "before", "after", "report.html"
 
@@ -54,7 +54,7 @@ class SamplePictures(Callback):
         check_texts("prompts", prompts)
         check_count("pictures", pictures)
         check_count("every", every)
-        self.folder, self.prompts, self.pictures, self.every = Path(folder), prompts, pictures, every
+        self.folder, self.prompts, self.pictures, self.every = Path(from_home(folder)), prompts, pictures, every
         self.sampling = sampling or Sampling()
         self._reset()
 

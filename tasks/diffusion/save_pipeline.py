@@ -13,7 +13,7 @@ from lora_plugins.integrations.lightning.writer import check_by_writer, writes_f
 from lora_plugins.tasks.argument_checks import check_path
 from lora_plugins.tasks.diffusion.packaged import INDEX, pipeline_source
 from lora_plugins.tasks.diffusion.text_to_image import TextToImageTask
-from lora_plugins.writable import check_writable_folder
+from lora_plugins.writable import check_writable_folder, from_home
 
 _NOT_MERGED = "SavePipeline needs the adapter merged. Set `merge_on_fit_end: true` of the LoraCallback."
 
@@ -32,7 +32,7 @@ class SavePipeline(Callback):
 
     def __init__(self, folder: str) -> None:
         check_path("folder", folder)
-        self.folder = Path(folder)
+        self.folder = Path(from_home(folder))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that there is a task with a pipeline, that its adapters will be merged, and a place to write to.

@@ -17,6 +17,7 @@ from lora_plugins.tasks.diffusion import TextToImageTask, without_adapters
 from lora_plugins.tasks.examples.digit_reader import DigitReader
 from lora_plugins.tasks.files import as_png
 from lora_plugins.utils import replace_file
+from lora_plugins.writable import from_home
 
 BEFORE, AFTER, RESET = "before", "after", "reset"
 
@@ -64,7 +65,7 @@ class ReadDigits(Callback):
     ) -> None:
         given = {"folder": folder, "digits": digits, "subject": subject, "adapter": adapter, "sampling": sampling}
         check_fields({**given, "pictures": pictures, "subject_pictures": subject_pictures}, _CHECKS)
-        self.folder, self.digits, self.subject, self.adapter = Path(folder), digits, subject, adapter
+        self.folder, self.digits, self.subject, self.adapter = Path(from_home(folder)), digits, subject, adapter
         self.counts = {prompt: subject_pictures if prompt == subject else pictures for prompt in digits}
         self.sampling = sampling or Sampling()
         self.shares: dict[str, tuple[float, float]] = {}

@@ -41,7 +41,7 @@ from lora_plugins.tasks.reporting.val_loaders import first_val_loader, has_place
 from lora_plugins.tasks.segmentation import IGNORED
 from lora_plugins.tasks.training import VisionTask, next_steps
 from lora_plugins.utils import replace_files
-from lora_plugins.writable import check_writable_file
+from lora_plugins.writable import check_writable_file, from_home
 
 VAL = "val/"
 MOST_CELLS = 64
@@ -80,7 +80,7 @@ class HtmlReport(Callback):
         check_count("samples", samples)
         if Path(path).suffix.lower() not in (".html", ".htm"):
             raise ConfigError(f"path is {path!r}. A report is an HTML file: name one that ends in .html.")
-        self.path, self.samples = Path(path), samples
+        self.path, self.samples = Path(from_home(path)), samples
         self._reset()
 
     def _reset(self) -> None:

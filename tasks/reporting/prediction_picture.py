@@ -18,7 +18,7 @@ from lora_plugins.tasks.reporting.figures import examples_figure, save_figure
 from lora_plugins.tasks.reporting.sample_choice import on_device_of
 from lora_plugins.tasks.reporting.val_loaders import evenly_spaced, first_val_loader, has_places, has_validated
 from lora_plugins.tasks.segmentation import SemanticSegmentationTask
-from lora_plugins.writable import check_writable_file
+from lora_plugins.writable import check_writable_file, from_home
 
 _CHECKS: Mapping[str, Check] = {
     "task": instance_of(SemanticSegmentationTask),
@@ -70,7 +70,7 @@ class PredictionPicture(Callback):
     def __init__(self, path: str, samples: int = 4) -> None:
         check_png("path", path)
         check_count("samples", samples)
-        self.path, self.samples = path, samples
+        self.path, self.samples = from_home(path), samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks before training that there will be masks to draw.

@@ -29,6 +29,7 @@ from lora_plugins.tasks import (
     MaskFolderDataModule,
     PredictionPicture,
     SamplePictures,
+    SavePipeline,
     SemanticSegmentationTask,
     draw_predictions,
     predict_folder,
@@ -226,3 +227,17 @@ def test_digits_and_places_come_in_any_sequence(tmp_path):
 def test_messages_say_what_an_argument_is(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+IN_THE_HOME = {
+    "report": lambda: HtmlReport("~/report.html").path,
+    "picture": lambda: PredictionPicture("~/picture.png").path,
+    "samples": lambda: SamplePictures("~/samples", ["a dog"]).folder,
+    "pipeline": lambda: SavePipeline("~/pipeline").folder,
+}
+
+
+@pytest.mark.parametrize("place", IN_THE_HOME.values(), ids=IN_THE_HOME)
+def test_a_place_of_results_may_be_below_the_home(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Path(place()).parent == tmp_path

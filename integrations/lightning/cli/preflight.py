@@ -16,7 +16,7 @@ from lora_plugins.errors import near, near_matches, no_folder
 from lora_plugins.field_checks import is_whole
 from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, read_arguments, value_at
 from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED, SHORT
-from lora_plugins.writable import check_writable_file, check_writable_folder
+from lora_plugins.writable import check_writable_file, check_writable_folder, from_home
 
 _OF_CHECKPOINTS = frozenset({"last", "hpc"})
 _OTHER_FILES = frozenset(
@@ -204,7 +204,7 @@ def _check_adapter_places(given: Mapping[str, Any]) -> None:
     named, setting = value_at(given, "lora_callback", "save_adapter_to"), "lora_callback.save_adapter_to"
     for entry in named if isinstance(named, list) else [named]:
         if isinstance(entry, str):
-            check_writable_folder(Path(entry), setting)
+            check_writable_folder(Path(from_home(entry)), setting)
         if isinstance(entry, Mapping) and "class_path" not in entry:
             _check_adapter_file(entry, setting)
 
@@ -222,8 +222,9 @@ def _check_export_place(given: Mapping[str, Any]) -> None:
     named, setting = value_at(given, "lora_callback", "export_to"), "lora_callback.export_to"
     if not isinstance(named, str):
         return
-    check_writable_file(Path(named), setting)
-    if Path(named).exists() and Path(named).resolve() in {Path(path).resolve() for path in _texts(given.get("model"))}:
+    path = Path(from_home(named))
+    check_writable_file(path, setting)
+    if path.exists() and path.resolve() in {Path(text).resolve() for text in _texts(given.get("model"))}:
         raise ConfigError(f"{setting} is {named}, which the model is read from: it would be replaced. Name a new file.")
 
 
@@ -237,11 +238,11 @@ def _texts(value: Any) -> Iterator[str]:
 def _check_other_places(given: Mapping[str, Any]) -> None:
     root, callbacks = value_at(given, "trainer", "default_root_dir"), value_at(given, "trainer", "callbacks")
     if isinstance(root, str) and "://" not in root:
-        check_writable_folder(Path(root), "trainer.default_root_dir")
+        check_writable_folder(Path(from_home(root)), "trainer.default_root_dir")
     for number, callback in enumerate(callbacks if isinstance(callbacks, list) else ()):
         path = value_at(callback, "init_args", "path")
         if str(value_at(callback, "class_path")).startswith(_OURS) and isinstance(path, str):
-            check_writable_file(Path(path), f"trainer.callbacks[{number}].init_args.path")
+            check_writable_file(Path(from_home(path)), f"trainer.callbacks[{number}].init_args.path")
 
 
 def _check_trainer(given: Mapping[str, Any]) -> None:

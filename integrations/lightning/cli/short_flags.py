@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from lora_plugins import ConfigError
 from lora_plugins.integrations.lightning.cli.recipes import PREFIX, recipe_path
+from lora_plugins.writable import from_home
 
 LARGEST_SEED = 2**32 - 1
 """That generators of random numbers take."""
@@ -51,12 +51,12 @@ def share(text: str) -> float:
 
 
 def place(text: str) -> Path:
-    """A file or folder, with a leading `~` read as the home, which a shell does not do in `--out=~/run`.
+    """A file or folder, with a leading `~` read as the home.
 
     Raises:
         argparse.ArgumentTypeError: If the text is empty, which a path takes for the current folder.
     """
-    return Path(os.path.expanduser(nonempty(text)))  # pathlib's refuses the home of a user that there is not
+    return Path(from_home(nonempty(text)))
 
 
 def nonempty(text: str) -> str:

@@ -199,6 +199,16 @@ def test_places_are_paths_or_texts(tmp_path, listed):
     torch.testing.assert_close(plain(X), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [str, Path, AdapterFile], ids=lambda kind: kind.__name__)
+def test_places_below_the_home_are_there(tmp_path, monkeypatch, kind):
+    """Lightning reads `~` so in its own places, and the rest of a run would lie in a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fitted(tmp_path, kind("~/ours"), export_to="~/merged.safetensors")
+    assert not (tmp_path / "~").exists()
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"ours", "merged.safetensors"}
+
+
 def test_what_a_format_cannot_express_is_told_before_training(tmp_path):
     class Grouped(Classifier):
         def __init__(self):

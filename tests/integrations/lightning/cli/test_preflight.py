@@ -268,6 +268,19 @@ def test_a_mistake_that_is_found_at_once(arguments, message, folder, capsys):
     refused([each.format(folder=folder) for each in arguments], message.format(folder=folder), capsys)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--lora_callback.save_adapter_to=~/a.jpg/b",
+        "--lora_callback.export_to=~/a.jpg/b.safetensors",
+        "--trainer.default_root_dir=~/a.jpg/b",
+    ],
+)
+def test_a_place_below_the_home_is_looked_at_there(flag, folder, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(folder))
+    refused(["--config", "recipe:cls", flag], f"{folder}/a.jpg is a file.", capsys)
+
+
 @needs_vision
 @pytest.mark.parametrize(("arguments", "message"), LATER.values(), ids=LATER)
 def test_a_mistake_that_the_parser_finds(arguments, message, capsys):
