@@ -5,6 +5,7 @@ These methods of `transformers.Trainer` are private and overridden here, and now
 models is set while a trainer is made, `_hf_peft_config_loaded`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from lora_plugins import ConfigError, LoraConfig, LoraModel, StateError
@@ -33,6 +34,9 @@ _DECLARED = "_hf_peft_config_loaded"
 
 _OF_A_RUN = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME)
 """Files of a checkpoint without which the Trainer would start anew with the optimizer or the schedule, silently."""
+
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+"""The name of a checkpoint's folder, into which every Trainer writes its own state last."""
 
 _OF_A_MODEL = "Of a whole model, load the weights with from_pretrained and train from there."
 """What to do with a checkpoint of a Trainer that trained no adapter."""
@@ -261,6 +265,11 @@ class LoraTrainer(Trainer):
         """Restores the adapter from a checkpoint, before the optimizer is made."""
         folder = Path(resume_from_checkpoint)
         missing = [name for name in _OF_A_RUN if not (folder / name).is_file()]
+        if _was_begun(folder) and TRAINER_STATE_NAME in missing:
+            raise StateError(
+                f"{folder} has neither an adapter nor {TRAINER_STATE_NAME}: a run was stopped while it wrote this "
+                "checkpoint. Remove it, and resume from an earlier one or start without resume_from_checkpoint."
+            )
         if holds_adapter(folder) and missing:
             raise StateError(
                 f"{folder} has no {missing[0]}: a run was stopped while it wrote this checkpoint, or it was written by "
@@ -289,6 +298,11 @@ class LoraTrainer(Trainer):
                 "given holds the tensors that were. Let the trainer make it: optimizer_cls_and_kwargs."
             )
         self.optimizer, self.lr_scheduler = None, None  # made again when training starts
+
+
+def _was_begun(folder: Path) -> bool:
+    """Whether a folder is that of a checkpoint, by its name, and has no adapter yet."""
+    return folder.is_dir() and _CHECKPOINT.fullmatch(folder.name) is not None and not holds_adapter(folder)
 
 
 def _holder(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -274,6 +275,18 @@ class TestResume:
         with pytest.raises(StateError, match=f"checkpoint-6 has no {name}: a run was stopped"):
             run.train(resume_from_checkpoint=True)
         assert not differing(before, values(run.model))
+
+    @pytest.mark.parametrize("left", ["adapter-*.safetensors", ".*"], ids=["the tensors alone", "nothing"])
+    def test_a_checkpoint_that_has_no_adapter_yet_is_told_from_one_of_a_whole_model(self, tmp_path, left):
+        trainer(tmp_path).train()
+        folder = tmp_path / "checkpoint-6"
+        kept = {*folder.glob(left)}
+        for file in {*folder.iterdir()} - kept:
+            file.unlink()
+        with pytest.raises(StateError, match=r"checkpoint-6 has neither .*: a run was stopped .* Remove it"):
+            trainer(tmp_path).train(resume_from_checkpoint=True)
+        shutil.rmtree(folder)
+        trainer(tmp_path).train(resume_from_checkpoint=True)
 
     @pytest.mark.parametrize(
         ("given", "message"),
