@@ -18,7 +18,8 @@ _IN_PYTHON = pickle._Unpickler.load.__code__
 def places_of_unpickling() -> Iterator[set[str]]:
     """Yields a set to which each place is added, by file and line, where this thread reads a pickle in the block.
 
-    Calls are watched, and no function is replaced: modules may have taken it before, or keep what is in its place.
+    Calls are watched, and no function is replaced: modules may have taken it before, or keep what is in its place. A
+    call that C makes, as in `map(pickle.loads, files)`, is not seen.
     """
     found: set[str] = set()
 
