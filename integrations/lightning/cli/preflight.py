@@ -96,7 +96,7 @@ def _lora_of(given: Mapping[str, Any]) -> LoraConfig | None:
         return None
     try:
         return LoraConfig(**section)
-    except TypeError as error:
+    except (ConfigError, TypeError) as error:
         raise ConfigError(f"lora: {error}") from error
 
 

@@ -21,7 +21,8 @@ from tests.integrations.lightning.toys import Data
 
 OF_THE_RECIPE = {
     "class": ("--model.class_path lora_plugins.tasks.Clasification", "Classification"),
-    "rank": ("--lora.r 1.5", "r is a rank, a whole number from 1 to 65536, not 1.5"),
+    "rank": ("--lora.r 1.5", "lora: r is a rank, a whole number from 1 to 65536, not 1.5"),
+    "no variant": ("--lora.variant null", "lora: variant holds None, which is not a name."),
     "alpha": ("--lora.alpha eight", "alpha is a positive, finite number, not 'eight'"),
     "init": ("--lora.init kaimin", "There is no init 'kaimin'. Did you mean 'kaiming'?"),
     "option of the init": (
