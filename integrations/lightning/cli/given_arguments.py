@@ -40,6 +40,9 @@ _COMMANDS = frozenset({"fit", "validate", "test", "predict"})
 _TAKEN_WHOLE = frozenset({"init_options", "quantize_options", "rank_pattern", "alpha_pattern", "fused_parts"})
 """Tables that a later configuration replaces; it adds to others."""
 
+_OF_A_CLASS = frozenset({"class_path", "init_args", "dict_kwargs", "help"})
+"""What a section may hold that names a class."""
+
 MISSING = object()
 
 
@@ -63,9 +66,17 @@ def read_arguments(arguments: Sequence[str], flags: Sequence[str], command: str)
         elif value is None and "." in flag:
             raise ConfigError(f"{flag} takes a value: {flag} VALUE.")
         elif value is not None or section == "print_config":
-            keys, parsed = flag.lstrip("-").rstrip("+").split("."), parsed_yaml(value or "")
+            keys, parsed = keys_of(flag), parsed_yaml(value or "")
             _put(given, keys, _added(value_at(given, *keys), parsed) if flag.endswith("+") else parsed)
     return given
+
+
+def keys_of(flag: str) -> list[str]:
+    """Returns the keys that a flag stands for, where the parser lets `init_args` of a model or its data be left out."""
+    keys = flag.lstrip("-").rstrip("+").split(".")
+    if keys[0] in ("model", "data") and len(keys) > 1 and keys[1] not in _OF_A_CLASS:
+        keys.insert(1, "init_args")
+    return keys
 
 
 def value_at(given: Any, *keys: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from lora_plugins import ConfigError, LoraConfig
 from lora_plugins.errors import near, near_matches, no_folder
 from lora_plugins.field_checks import is_whole
-from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, read_arguments, value_at
+from lora_plugins.integrations.lightning.cli.given_arguments import MISSING, keys_of, read_arguments, value_at
 from lora_plugins.integrations.lightning.cli.short_flags import LARGEST_SEED, SHORT
 from lora_plugins.writable import check_writable_file, check_writable_folder, from_home
 
@@ -104,10 +104,11 @@ def _check_optimization(arguments: Sequence[str], given: Mapping[str, Any]) -> N
     """Refuses flags of what the section `optimizer:` replaces; in a file, such as a recipe, it may stand beside it."""
     if not given.get("optimizer") or not str(value_at(given, "model", "class_path")).startswith(_OURS):
         return
-    flags = {argument.partition("=")[0] for argument in arguments}
+    flagged = [keys_of(argument.partition("=")[0]) for argument in arguments if argument.startswith("--")]
     for name, instead in _OF_OPTIMIZER.items():
-        flag = f"--model.init_args.{name}"
-        if flag in flags and value_at(given, "model", "init_args", name) is not None:
+        keys = ["model", "init_args", name]
+        if any(each[:3] == keys for each in flagged) and value_at(given, *keys) is not None:
+            flag = f"--{'.'.join(keys)}"
             short = next((f" ({short})" for short, each in SHORT.items() if each.stands_for == flag), "")
             raise ConfigError(
                 f"{flag}{short} would not be read: the section `optimizer:` replaces how the task is optimized by "

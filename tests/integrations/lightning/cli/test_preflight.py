@@ -123,6 +123,10 @@ AT_ONCE = {
     "a section that is a list": (["--config", "{folder}/list.yaml"], "trainer is [1, 2]; it holds keys with values."),
     "no recipe": (["--config", "recipe:segg"], "no recipe 'segg'. Did you mean 'seg'"),
     "no root": (["--config", "recipe:cls_folder", "--data.init_args.root", "{folder}/dta"], "no folder {folder}/dta"),
+    "no root, without init_args": (
+        ["--config", "recipe:cls_folder", "--data.root", "{folder}/dta"],
+        "folder {folder}/dta",
+    ),
     "near root": (["--config", "recipe:cls_folder", "--data.init_args.root={folder}/imges/x"], "Did you mean 'images'"),
     "no flag": (["recipe:cls"], "A configuration is given by --config recipe:cls."),
     "a key twice": (["--config", "{folder}/twice.yaml"], "the key 'r' comes twice in one table in line 1, column 24"),
@@ -132,6 +136,14 @@ AT_ONCE = {
         ["--config", "recipe:dreambooth", "--lr", "0.1"],
         "--model.init_args.lr (--lr) would not be read: the section `optimizer:` replaces how the task is optimized by "
         "itself. Write --optimizer.init_args.lr, or leave out that section: --optimizer null.",
+    ),
+    "rate beside a section optimizer, without init_args": (
+        ["--config", "recipe:dreambooth", "--model.lr=0.1"],
+        "--model.init_args.lr (--lr) would not be read: the section `optimizer:` replaces",
+    ),
+    "argument of a schedule beside a section optimizer": (
+        ["--config", "recipe:dreambooth", "--model.lr_scheduler.class_path", "lora_plugins.tasks.warmup_cosine"],
+        "--model.init_args.lr_scheduler would not be read: the section `optimizer:` replaces",
     ),
     "schedule beside a section optimizer": (
         ["--config=recipe:dreambooth", "--model.init_args.lr_scheduler=lora_plugins.tasks.warmup_cosine"],
