@@ -57,6 +57,7 @@ from lora_plugins.integrations.lightning.module import (
     reuse_adapter,
     set_modes_of_frozen_norms,
     set_training_mode,
+    warn_of_others,
     with_built_layers,
     with_declarations,
 )
@@ -276,6 +277,8 @@ class LoraCallback(Callback):
         target = self._target(pl_module)
         check_not_wrapped(target)
         check_not_replaced(target, self.adapter_name)
+        if (group := self._group(trainer))[0] is self:
+            warn_of_others(target, {callback.adapter_name for callback in group})
         freeze_new_norms(target)  # those that Trainer(sync_batchnorm=True) has made
         check_backbone(trainer, pl_module)
         self._check_mergeable(trainer, target)

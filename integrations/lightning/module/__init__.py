@@ -10,6 +10,7 @@ from lora_plugins.integrations.lightning.module.adapt import (
     find_target,
     lost_layers,
     reuse_adapter,
+    warn_of_others,
 )
 from lora_plugins.integrations.lightning.module.adapted_copies import (
     add_names,
@@ -149,6 +150,7 @@ __all__ = [
     "temporarily_merged",
     "tensors_beside_merges",
     "trained_parameters",
+    "warn_of_others",
     "whole_state_dict",
     "with_built_layers",
     "with_declarations",

@@ -1,5 +1,8 @@
 """Puts an adapter on the module of a run, or reuses the one that it has."""
 
+from collections.abc import Container
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lora_plugins import Calibration, ConfigError, LoraConfig, LoraModel, StateError
@@ -58,6 +61,22 @@ def reuse_adapter(target: nn.Module, name: str, config: LoraConfig) -> None:
     active.setdefault(name, 1.0)
     lora.set_adapter([*active], weights=[*active.values()])  # a former run may have left gradients switched on
     check_not_replaced(target, name)
+
+
+def warn_of_others(target: nn.Module, names: Container[str]) -> None:
+    """Names active adapters that are none of a run's, which are trained and merged with its own.
+
+    Its adapter folders do not have them, so what is loaded from those computes something else.
+    """
+    others = [name for name in LoraModel(target).active_adapters if name not in names]
+    if others:
+        rank_zero_warn(
+            f"No LoraCallback of this fit has the name of {counted(len(others), 'active adapter')} of "
+            f"{type(target).__name__}: {listing(others)}. The fit trains and merges what is active, and "
+            "save_adapter_to of its callbacks writes only their own. Give it a LoraCallback of that adapter_name as "
+            "well; or take what it learned into the base before, LoraModel(...).merge_and_unload(), or off, "
+            "delete_adapter."
+        )
 
 
 def lost_layers(target: nn.Module, name: str) -> list[str]:

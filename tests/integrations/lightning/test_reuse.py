@@ -268,6 +268,26 @@ class TestTwoAdapters:
         trainer(tmp_path, callbacks).fit(Classifier(), loader())
 
 
+class TestAnAdapterOfNoCallback:
+    """It is active from an earlier fit or by hand, so it is trained and merged, and in no file of the adapter."""
+
+    @pytest.mark.parametrize("there", [True, False], ids=["reused", "added"])
+    def test_is_named(self, tmp_path, there):
+        module = Classifier(lr=0.3)
+        LoraModel(module, CONFIG, "a")
+        if there:
+            LoraModel(module).add_adapter("b", CONFIG)
+        run = trainer(tmp_path, [LoraCallback(CONFIG, adapter_name="b")], max_epochs=1)
+        with pytest.warns(UserWarning, match=r"No LoraCallback of this fit .* 1 active adapter of Classifier: 'a'\."):
+            run.fit(module, loader())
+
+    def test_is_not_where_it_does_not_act(self, tmp_path):
+        module = Classifier(lr=0.3)
+        LoraModel(module, CONFIG, "b")
+        LoraModel(module).add_adapter("a", CONFIG)
+        trainer(tmp_path, [LoraCallback(CONFIG, adapter_name="b")], max_epochs=1).fit(module, loader())
+
+
 class Tied(Classifier):
     """Has one weight in two layers."""
 
