@@ -225,6 +225,7 @@ class ImageDataModule(VisionDataModule):
         if self.on_problem == ERROR:
             raise DataError(
                 f"The data cannot be used ({count}):\n{listed(problems)}\nWith on_problem: skip of the data (of a "
-                "configuration: fit --config FILE --data.init_args.on_problem skip), such samples are left out."
+                "configuration, as `train` writes by --plan --save-config FILE: fit --config FILE "
+                "--data.init_args.on_problem skip), such samples are left out."
             )
         rank_zero_warn(f"Samples are left out ({count}):\n{listed(problems)}")
