@@ -92,9 +92,9 @@ def swapped_by_conversions():
 
 
 @pytest.fixture(autouse=True)
-def seeded(device):
+def seeded(request):
     """Starts every test from the same random state, settings and environment, whichever tests ran before it."""
-    if device.type == "cpu":
+    if request.config.getoption("--device") == "cpu":
         torch.default_generator.manual_seed(0)  # 500 times as fast: for a GPU that is not in use, torch keeps the stack
     else:
         torch.manual_seed(0)
