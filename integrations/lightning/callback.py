@@ -204,7 +204,7 @@ class LoraCallback(Callback):
         self.target = target
         self.save_adapter_to = save_adapter_to
         self.adapter_files = adapter_files(save_adapter_to)
-        self.export_to = None if export_to is None else from_home(str(export_to))
+        self.export_to = None if export_to is None else from_home(export_to)
         self.train_mode = train_mode
         self.print_plan = print_plan
         self.rates = LearningRates(loraplus_lr_ratio, heads_lr_ratio)

@@ -471,6 +471,22 @@ def test_what_torch_reads_without_running_it_is_no_pickle():
     check_format_plugin(PicklesSafely(), only=["pickle", "output"])
 
 
+class ImportsAsItReads(PicklesSafely):
+    """A library that keeps what reads pickles, as cloudpickle does."""
+
+    def load(self, path, model, options):
+        import keeps_loads  # noqa: F401
+
+        return super().load(path, model, options)
+
+
+def test_libraries_that_a_format_imports_can_unpickle_afterwards(tmp_path, monkeypatch):
+    (tmp_path / "keeps_loads.py").write_text("from pickle import loads\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_format_plugin(ImportsAsItReads(), only=["pickle"])
+    assert sys.modules.pop("keeps_loads").loads is pickle.loads
+
+
 class OfC(pickle.Unpickler):
     pass
 

@@ -11,6 +11,7 @@ from lora_plugins.files import MANIFEST
 from lora_plugins.tasks import ImageClassificationTask
 from lora_plugins.tasks.inference import load_task
 from tests.growth import calls
+from tests.slow import slow_but
 
 from ..conftest import tiny_vit
 from .conftest import LABELS
@@ -122,7 +123,7 @@ def test_a_base_without_adapters_goes(adapters, others):
     [(torch.bfloat16, 0.02), (torch.float64, 1e-11)],  # logits are of the size of 1; bfloat16 has 8 bits
     ids=["bfloat16", "float64"],
 )
-@pytest.mark.parametrize("turned", [pytest.param(False, marks=pytest.mark.slow), True], ids=["in order", "turned"])
+@pytest.mark.parametrize("turned", slow_but([False, True], [True]), ids=["in order", "turned"])
 def test_adapters_are_loaded_in_their_own_type_and_cast_then(tmp_path, dtype, tolerance, turned):
     """Some are checked against the base bit for bit, which a cast one would not pass."""
     base = write_base(ImageClassificationTask, tiny_vit(), tmp_path / "vit.safetensors")

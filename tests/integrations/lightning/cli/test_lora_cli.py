@@ -331,7 +331,9 @@ class TestConfig:
         ("changes", "message"),
         [
             pytest.param({"lora": {"rank": 2}}, "LoraConfig has no field 'rank'", id="unknown_field"),
-            pytest.param({"lora": {"r": 0}}, "error: lora: r is a rank, a whole number from 1 to 65536", id="rank_0"),
+            pytest.param(
+                {"lora": {"r": 0}}, "error: lora: r is a rank, a whole number from 1 to 65536, not 0.", id="rank_0"
+            ),
             pytest.param({"lora": {"bias": "some"}}, "bias is 'some'", id="choice"),
             pytest.param({"lora_callback": {"adaptername": "x"}}, "adaptername", id="callback_option"),
             pytest.param(

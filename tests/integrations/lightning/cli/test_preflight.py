@@ -125,7 +125,7 @@ AT_ONCE = {
     "no root": (["--config", "recipe:cls_folder", "--data.init_args.root", "{folder}/dta"], "no folder {folder}/dta"),
     "no root, without init_args": (
         ["--config", "recipe:cls_folder", "--data.root", "{folder}/dta"],
-        "folder {folder}/dta",
+        "no folder {folder}/dta",
     ),
     "near root": (["--config", "recipe:cls_folder", "--data.init_args.root={folder}/imges/x"], "Did you mean 'images'"),
     "no flag": (["recipe:cls"], "A configuration is given by --config recipe:cls."),
