@@ -114,7 +114,7 @@ allow_class_path()
 
 
 def _check_export(name: str, value: Any) -> None:
-    if Path(value).suffix != ".safetensors":
+    if not isinstance(value, str | Path) or Path(value).suffix != ".safetensors":
         raise ConfigError(f"{name} is {value!r}. It names a file that ends in .safetensors.")
 
 
@@ -124,7 +124,6 @@ _CHECKS: Mapping[str, Check] = {
     "dequantize": check_flag,
     "merge_source": choice_of("last", "best"),
     "target": optional(check_name),
-    "export_to": optional(_check_export),
     "train_mode": check_flag,
     "print_plan": check_flag,
     "max_error": check_share,
@@ -196,6 +195,7 @@ class LoraCallback(Callback):
         init_batches: int = 32,
     ) -> None:
         check_config("LoraCallback", config)
+        optional(_check_export)("export_to", export_to)
         self.config = config
         self.adapter_name = adapter_name
         self.merge_on_fit_end = merge_on_fit_end

@@ -1,5 +1,6 @@
 """The embedded example of Dreambooth, from its YAML file: what it learns, what it keeps, and what it leaves."""
 
+import json
 import re
 from importlib.resources import files
 from operator import eq
@@ -119,7 +120,9 @@ def test_the_shipped_model_can_be_trained_again(tmp_path):
     names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (tmp_path, shipped)]
     assert names[0] == names[1]
     for part in ("unet", "text_encoder", "vae"):
-        configs = [(folder / part / "config.json").read_text() for folder in (tmp_path, shipped)]
+        configs = [json.loads((folder / part / "config.json").read_text()) for folder in (tmp_path, shipped)]
+        for config in configs:  # which release of the library has written it
+            config.pop("transformers_version" if part == "text_encoder" else "_diffusers_version")
         assert configs[0] == configs[1]
 
 
