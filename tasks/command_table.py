@@ -4,7 +4,7 @@ The commands of Lightning are among them, so that two of them can be extended: `
 tasks', with flags they are Lightning's. Arguments are parsed before what a command needs is imported.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 from lora_plugins.cli import Command, importing
@@ -31,11 +31,18 @@ def _predict(arguments: list[str]) -> int:
     given = parser.parse_args(arguments[1:])
     if _is_complete():
         check_model(given.model)
+        _check_images(given.images)
     with importing():
         from lora_plugins.tasks.inference import predict_main
 
     with quiet():
         return predict_main(given)
+
+
+def _check_images(images: Sequence[str]) -> None:
+    from lora_plugins.tasks.files import named_images
+
+    named_images(images)
 
 
 def _is_complete() -> bool:

@@ -27,6 +27,7 @@ from lora_plugins.tasks.files.image_io import (
     read_image,
     shown_size,
 )
+from lora_plugins.tasks.files.image_paths import absolute, named_images
 from lora_plugins.tasks.files.sample_lists import (
     ANNOTATIONS,
     DRAWN_FIRST,
@@ -50,6 +51,7 @@ __all__ = [
     "TEST",
     "TRAIN",
     "VAL",
+    "absolute",
     "as_png",
     "as_rgb",
     "check_folder",
@@ -62,6 +64,7 @@ __all__ = [
     "leaves_one",
     "left_out",
     "named_by_text",
+    "named_images",
     "one_left_out",
     "open_image",
     "paired",

@@ -1,18 +1,15 @@
-"""The images that a user names: files, folders of images, and patterns of paths."""
+"""The images that a user names, each read once."""
 
-import glob
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lora_plugins.errors import nothing_there
 from lora_plugins.integrations.lightning.console import followed
 from lora_plugins.tasks.data import ERROR, Size
 from lora_plugins.tasks.errors import DataError, listed
-from lora_plugins.tasks.files import IMAGE_SUFFIXES, NO_IMAGE, image_files, named_by_text, read_all, read_image
+from lora_plugins.tasks.files import absolute, named_images, read_all, read_image
 
 
 def given_images(
@@ -26,57 +23,14 @@ def given_images(
     Raises:
         DataError: If there are none, or some cannot be read and are not to be left out.
     """
-    named = [images] if isinstance(images, str | Path) else images
-    found = dict.fromkeys(path for each in named for path in _found(str(each)))
-    return _named(_readable([*found], on_problem, resized_to))
-
-
-def _found(images: str) -> list[Path]:
-    """The images that an argument names."""
-    if not images:  # which a path takes for the current folder
-        raise DataError("A name of images is empty, perhaps from a shell variable that is not set.")
-    path = Path(images)
-    is_pattern = glob.has_magic(images) and not path.exists()  # the name of a folder may have brackets
-    if not is_pattern and not path.exists():
-        raise DataError(f"There is no file or folder {path}: {nothing_there(path)}")
-    paths = _matching(images) if is_pattern else [path] if path.is_file() else image_files(path)
-    if not paths:
-        raise DataError(f"{path.absolute()} {'matches' if is_pattern else 'holds'} {NO_IMAGE}.{_below(path)}")
-    return named_by_text(paths)
-
-
-def _below(folder: Path) -> str:
-    """Suggests a pattern for the images in the subfolders of a folder."""
-    pattern = str(Path(glob.escape(str(folder))) / "**" / "*")
-    count = len(_matching(pattern)) if folder.is_dir() else 0
-    return f" In the folders below there {'is' if count == 1 else 'are'} {count}: {pattern!r}." if count else ""
+    return _named(_readable(named_images(images), on_problem, resized_to))
 
 
 def _named(paths: Sequence[Path]) -> dict[str, Path]:
     """The images by their paths below the folder that all of them are in."""
-    places = {_absolute(path): path for path in paths}
+    places = {absolute(path): path for path in paths}
     common = os.path.commonpath([place.parent for place in places])
     return {place.relative_to(common).as_posix(): path for place, path in places.items()}
-
-
-def _absolute(path: Path) -> Path:
-    """The path without `..`, which would lead out of the folder of results; which folder that is, links say."""
-    return path.parent.resolve() / path.name if ".." in path.parts else path.absolute()
-
-
-def _matching(pattern: str) -> list[Path]:
-    found = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
-    paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
-    start = _absolute(Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)))
-    loops = {folder for folder in {path.parent for path in paths} if _is_within_itself(folder, start)}
-    return [path for path in paths if path.parent not in loops]
-
-
-def _is_within_itself(folder: Path, start: Path) -> bool:
-    """Whether a link between two folders leads back to where the way has been, as often as a pattern follows it."""
-    place = _absolute(folder)
-    way = [each.resolve() for each in (place, *place.parents) if each.is_relative_to(start)]
-    return len({*way}) < len(way)
 
 
 def _readable(paths: Sequence[Path], on_problem: str, resized_to: Size | None) -> list[Path]:

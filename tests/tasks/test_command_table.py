@@ -82,8 +82,9 @@ def test_help(arguments, usage, capsys):
     assert usage.lower() in capsys.readouterr().out
 
 
-def test_help_and_mistakes_do_not_wait_for_libraries():
+def test_help_and_mistakes_do_not_wait_for_libraries(tmp_path):
     """They take seconds to import, and the answers need none of them."""
+    (tmp_path / "adapter.json").touch()
     lines = [
         *(f"{command} --help" for command in COMMANDS),
         "train no_photos",
@@ -94,6 +95,8 @@ def test_help_and_mistakes_do_not_wait_for_libraries():
         "fit --config no.yaml",
         "fit --epochs 0",
         "predict no_adapter photos",
+        f"predict {tmp_path} no_photos",
+        f"predict {tmp_path} {tmp_path}",
         "export no_adapter out.onnx",
         "serve adapters --batch 0",
         "report compare one",

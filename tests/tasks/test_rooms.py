@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "pages": {"errors"},
     "autoconfig": {"classification", "data", "errors", "file_kinds", "files", "hub", "models", "segmentation"},
-    "command_table": {"autoconfig", "command_lines", "diffusion", "inference", "pages", "serving"},
+    "command_table": {"autoconfig", "command_lines", "diffusion", "files", "inference", "pages", "serving"},
     "data": {"argument_checks", "errors", "files"},
     "models": {"argument_checks", "errors", "hub"},
     "training": {"argument_checks", "command_lines", "data", "errors", "files", "models"},

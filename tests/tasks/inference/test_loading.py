@@ -56,6 +56,7 @@ def test_the_base_of_an_adapter_serves_its_conversion(fitted, kind, size, tmp_pa
 def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
     task, files = fitted["labels"]
     base, now = Path(task.model_config.weights), tmp_path / "now.safetensors"
+    write_image(tmp_path / "it.png", noise(16, 16))
     base.rename(now)
     try:
         assert main(["predict", str(files[file]), str(tmp_path)]) == 1
@@ -63,7 +64,6 @@ def test_a_base_that_was_moved(fitted, tmp_path, capsys, file):
             f"The weights of the base are no more in {base}. Say where they are: --weights" in capsys.readouterr().err
         )
         again = load_task(files[file], now)
-        write_image(tmp_path / "it.png", noise(16, 16))
         given = ["predict", str(files[file]), str(tmp_path / "it.png"), "--weights", str(now)]
         assert main([*given, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
         load_task(files["merged"])
@@ -254,6 +254,7 @@ def test_an_adapter_of_a_task_that_draws_pictures(fitted, tmp_path, capsys):
     shutil.copytree(fitted["labels"][1]["adapter"], tmp_path / "adapter")
     said = {"class": "lora_plugins.tasks.diffusion.text_to_image.TextToImageTask", "arguments": {}, "target": "parts"}
     write_manifest(tmp_path / "adapter", manifest_of(tmp_path / "adapter") | {"task": said})
+    write_image(tmp_path / "it.png", noise(16, 16))
     assert main(["predict", str(tmp_path / "adapter"), str(tmp_path)]) == 1
     assert (
         "TextToImageTask, which predicts no labels and no masks. If it is a TextToImageTask, draw"
