@@ -81,8 +81,9 @@ def _from_adapters(given: Namespace) -> Any:
     paths = [located(path) for path in given.adapter]
     for path in paths:
         format_of(path)
-    said = [_said(path / MANIFEST) for path in paths]
-    model, revision = (given.model, None) if given.model else _base_of(said)
+    tasks = [_task_of(path / MANIFEST) for path in paths]
+    said = [arguments for _, arguments in tasks]
+    model, revision = (given.model, None) if given.model else _base_of(tasks)
     pipe = load_pipeline(pipeline_source(model), DTYPES[given.dtype or "float32"], revision=revision)
     take_prediction(pipe, _prediction_of(said, pipe.scheduler))
     names = [f"adapter{number}" for number in range(len(paths))]
@@ -98,13 +99,16 @@ def _from_adapters(given: Namespace) -> Any:
     return pipe
 
 
-def _base_of(said: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+def _base_of(tasks: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, str | None]:
     """The pipeline that adapters of our own were trained on, as their folders say, and its revision."""
-    found = {(each["model"], each.get("revision")) for each in said if each}
+    found = {(said["model"], said.get("revision")) for _, said in tasks if said}
     if len(found) == 1:
         return found.pop()
     names = sorted(f"{model}@{revision}" if revision else model for model, revision in found)
     reason = f"the adapters were trained on {' and '.join(names)}" if found else "no adapter says which it is of"
+    of_others = sorted({task for task, said in tasks if task and not said})
+    if of_others:
+        reason += f"; one was trained by {' and one by '.join(of_others)}, which names no pipeline"
     raise ConfigError(f"It is not known which pipeline is meant: {reason}. Give --model.")
 
 
@@ -119,13 +123,15 @@ def _prediction_of(said: Sequence[Mapping[str, Any]], scheduler: Any) -> str:
     return found.pop() if found else AUTO
 
 
-def _said(manifest: Path) -> Mapping[str, Any]:
-    """The arguments of the task that an adapter was trained by, if its folder says them."""
+def _task_of(manifest: Path) -> tuple[str, Mapping[str, Any]]:
+    """The task that trained an adapter and its arguments, if the folder says them and they name a pipeline."""
     try:
-        arguments: Mapping[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))[PROVENANCE_KEY]["arguments"]
-        return arguments if isinstance(arguments["model"], str) else {}
+        provenance = json.loads(manifest.read_text(encoding="utf-8"))[PROVENANCE_KEY]
+        task, arguments = str(provenance["class"]).rpartition(".")[2], provenance["arguments"]
     except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        return "", {}
+    names_pipeline = isinstance(arguments, dict) and isinstance(arguments.get("model"), str)
+    return task, arguments if names_pipeline else {}
 
 
 def _from_checkpoint(path: str, dtype: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -181,9 +182,18 @@ def test_bad_input_is_named(run, capsys):
     factors = {"unet.nowhere.lora_A.weight": torch.zeros(2, 3), "unet.nowhere.lora_B.weight": torch.zeros(3, 2)}
     save_file(factors, run / "strange.safetensors")
     strange = ["--adapter", str(run / "strange.safetensors")]
+    shutil.copytree(run / "adapter", run / "masks")
+    manifest = json.loads((run / "masks" / MANIFEST).read_text())
+    manifest[PROVENANCE_KEY] = {
+        "class": "shop.Masks",
+        "arguments": {"model": {"architecture": "x"}},
+        "target": "network",
+    }
+    (run / "masks" / MANIFEST).write_text(json.dumps(manifest))
     cases = {
         "A prompt is empty": ["--prompt", " ", *base],
         "no adapter says which it is of. Give --model": ["--prompt", "a"],
+        "one was trained by Masks, which names no pipeline": ["--prompt", "a", "--adapter", str(run / "masks")],
         "give one --weight for each": ["--prompt", "a", *adapter, "--weight=1", "--weight=2"],
         "leave out --model and --adapter": ["--prompt", "a", *base, "--checkpoint", "x.ckpt"],
         "A checkpoint has its model and its adapter": ["--prompt", "a", *adapter, "--checkpoint", "x.ckpt"],
