@@ -125,7 +125,7 @@ def export_parser() -> Parser:
     """Those of `export MODEL OUT`."""
     parser = Parser(prog="lora-plugins export", description="Write a merged network for other runtimes.")
     parser.add_argument("model", help="a checkpoint, an adapter folder or a merged file of a task")
-    parser.add_argument("out", help="the file to write: .onnx, .pt2, or .safetensors for the weights alone")
+    parser.add_argument("out", type=place, help="the file to write: .onnx, .pt2, or .safetensors for the weights alone")
     parser.add_argument(
         "--size", type=whole, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the images; by default as in training"
     )
