@@ -14,7 +14,7 @@ CORE_VENV ?= .venv-core
 FLOOR_VENV ?= .venv-floor
 MODULES_VENV ?= .venv-modules
 RELEASE_VENV ?= .venv-release
-# What runs with nothing but the core; all of it is collected, to see that it can be imported.
+# What runs with nothing but the core.
 CORE_TESTS ?= tests/core
 # What runs with the oldest versions; Lightning is there as well, for `FLOOR_TESTS=tests/integrations`.
 FLOOR_TESTS ?= tests/core
@@ -37,7 +37,6 @@ core-environment: ## Where nothing but the core and pytest is installed.
 	$(MAKE) VENV=$(CORE_VENV) PIP_OPTIONS=pytest-xdist $(CORE_VENV)/testing
 
 test-core: core-environment ## The tests of the core, there.
-	$(CORE_VENV)/bin/pytest --collect-only --quiet --quiet tests/core
 	$(CORE_VENV)/bin/pytest -n auto --dist worksteal $(CORE_TESTS)
 
 test-floor: ## The same with the oldest versions that are allowed; downloads 3 to 4 GB.

@@ -38,7 +38,7 @@ MODELS = {
 }
 """Blocks of the zoo and what an adapter does to them, by name."""
 
-POINTS = 4
+POINTS = 3
 """Lines at which each call is stopped in the fast suite, spread over all of them; the slow test takes every line."""
 
 

@@ -55,7 +55,7 @@ FOLDERS = {  # the file, the data it runs on, and what replaces the hub
         ],
     ),
 }
-MORE = ("cls_convnext", "seg_smp")  # each of a task that others of FOLDERS train as well
+MORE = ("cls_convnext", "seg_deeplab", "seg_smp")  # each of a task that others of FOLDERS train as well
 HUB = {  # the file, the local data set in the hub's format, and what replaces the hub's model
     "food101_vit": (
         "labeled_rows",

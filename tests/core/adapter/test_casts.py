@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lora_plugins import LoraConfig, LoraModel
+from tests.slow import thinned
 
 TYPES = {
     "down": (torch.float64, torch.float32, 1e-5),
@@ -105,9 +106,7 @@ def called(model, sequence, dtype):
     return model
 
 
-@pytest.mark.parametrize("sequence", SEQUENCES)
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@thinned(2, kind=[*KINDS], types=[*TYPES], sequence=SEQUENCES)
 def test_a_cast_changes_nothing_but_rounding(kind, types, sequence):
     before, after, allowed = TYPES[types]
     if kind == "dora" and "combine" in sequence:

@@ -22,7 +22,7 @@ from tests.core.formats.test_original_names import (
     sdxl,
     weights_of,
 )
-from tests.slow import slow_but
+from tests.slow import slow_but, thinned
 
 COMFYUI = ComfyFormat()
 EXACT = 1e-14
@@ -128,8 +128,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("part", [UNET, DIT, FLUX], ids=["unet", "sd3", "flux"])
+@thinned(2, part={"unet": UNET, "sd3": DIT, "flux": FLUX}, fields=CONFIGS)
 def test_what_is_written_computes_the_same_when_read(part, fields, tmp_path):
     model = part.build()
     lora = LoraModel(model, LoraConfig(r=2, **{"target_modules": "all", **fields}))

@@ -18,6 +18,7 @@ from lora_plugins.formats.diffusers import DiffusersFormat
 from lora_plugins.formats.kohya import KohyaFormat
 from lora_plugins.formats.original_names import original_places
 from tests.core.formats.pipeline_cases import TEXT, TOLERANCE, UNET, Part
+from tests.slow import thinned
 
 DIFFUSERS = DiffusersFormat()
 ANY = 21504  # outputs of the largest layer of Flux, which its converter splits
@@ -573,35 +574,23 @@ def test_the_outputs_are_those_of_diffusers(part, names, tmp_path):
     part.read_exactly(path, theirs)
 
 
-@pytest.mark.parametrize(
-    ("start", "down", "up"),
-    [
-        ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
-        ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
-        ("", "lora_A.weight", "lora_B.weight"),
-        ("", "lora_down.weight", "lora_up.weight"),
-        ("", "lora_A.default.weight", "lora_B.default.weight"),
-        ("base_model.model.", "lora_A.weight", "lora_B.weight"),
-        ("{part}.", "lora_A.weight", "lora_B.weight"),
-        ("{part}._orig_mod.", "lora_A.weight", "lora_B.weight"),
-        ("", "lora_A", "lora_B"),
-    ],
-    ids=[
-        "A and B",
-        "down and up",
-        "nothing",
-        "nothing, down and up",
-        "name of the adapter",
-        "PEFT's",
-        "the part",
-        "a compiled part",
-        "parameters",
-    ],
+@thinned(
+    2,
+    network={"unet": (UNET, UNET_NAMES), "flux": (FLUX, [*FLUX_NAMES, "single_blocks_0_linear1"])},
+    spelled={
+        "A and B": ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+        "down and up": ("diffusion_model.", "lora_down.weight", "lora_up.weight"),
+        "nothing": ("", "lora_A.weight", "lora_B.weight"),
+        "nothing, down and up": ("", "lora_down.weight", "lora_up.weight"),
+        "name of the adapter": ("", "lora_A.default.weight", "lora_B.default.weight"),
+        "PEFT's": ("base_model.model.", "lora_A.weight", "lora_B.weight"),
+        "the part": ("{part}.", "lora_A.weight", "lora_B.weight"),
+        "a compiled part": ("{part}._orig_mod.", "lora_A.weight", "lora_B.weight"),
+        "parameters": ("", "lora_A", "lora_B"),
+    },
 )
-@pytest.mark.parametrize(
-    ("part", "names"), [(UNET, UNET_NAMES), (FLUX, [*FLUX_NAMES, "single_blocks_0_linear1"])], ids=["unet", "flux"]
-)
-def test_keys_with_dots_are_those_layers(part, names, start, down, up, tmp_path):
+def test_keys_with_dots_are_those_layers(network, spelled, tmp_path):
+    (part, names), (start, down, up) = network, spelled
     """As ComfyUI has them, behind `diffusion_model`, and others behind something else; alone and in its pipeline."""
     tensors = tensors_for(part, names)
     save_file(tensors, tmp_path / "kohya.safetensors")

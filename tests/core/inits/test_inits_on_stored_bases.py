@@ -10,6 +10,7 @@ from lora_plugins import ConfigError, LoraConfig, LoraModel, TargetError
 from lora_plugins.plugins import STORAGES as KIND
 from lora_plugins.plugins import build_registry, storage_options
 from lora_plugins.utils import low_rank
+from tests.slow import thinned
 
 LAYERS = {
     "linear": lambda: nn.Linear(96, 64),
@@ -54,10 +55,7 @@ def base_of(lora):
         return weight_of(lora.model["layer"]).clone()
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("r", [1, 4, 16])
-@pytest.mark.parametrize("iterations", [1, 2, 5])
+@thinned(3, kind=[*LAYERS], storage=[*STORAGES], r=[1, 4, 16], iterations=[1, 2, 5])
 def test_loftq_is_at_least_as_near_as_plain_quantization(kind, storage, r, iterations):
     lora, original = started(kind, storage, init="loftq", r=r, alpha=3.0, init_options={"iterations": iterations})
     plain, _ = started(kind, storage, r=r)

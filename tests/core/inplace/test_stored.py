@@ -25,6 +25,7 @@ from lora_plugins.inplace import StoredWeight, all_stored, make_dense
 from tests.core.layer_cases import LAYER_CASES, LayerCase
 from tests.core.libraries import Conv1D
 from tests.core.registries import registry_of
+from tests.slow import thinned
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 """What the law may be off by, as a share of the largest value."""
@@ -82,9 +83,7 @@ class Alone(nn.Sequential):
         return self[0](*inputs)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
-@pytest.mark.parametrize("case", LAYER_CASES, ids=lambda case: case.id)
+@thinned(2, case={case.id: case for case in LAYER_CASES}, storage=["nf4", "int8"], dtype=[*TOLERANCE])
 def test_every_layer_type_computes_the_law(case: LayerCase, storage, dtype):
     torch.manual_seed(0)
     model = Alone(case.make().to(dtype))

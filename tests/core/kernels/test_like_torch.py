@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel
 from tests.core.kernels.needs import needs
+from tests.slow import thinned
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "small": lambda: nn.Linear(6, 4),
@@ -64,9 +65,7 @@ def outcome(layer: nn.Module, x: Tensor, autocast: bool) -> Tensor | str:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning")
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("change", INPUTS.values(), ids=INPUTS)
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@thinned(2, make=LAYERS, change=INPUTS, autocast={"plain": False, "autocast": True})
 def test_an_odd_call_ends_as_that_of_the_layer_itself(make, change, autocast):
     torch.manual_seed(0)
     layer = make()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_plugins import LoraConfig, LoraModel, TargetError
 from tests.core.layer_cases import LAYER_CASES, LayerCase
+from tests.slow import thinned
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -75,8 +76,7 @@ def test_autocast_leaves_float64_alone(case: LayerCase):
         torch.testing.assert_close(got, expected, **TIGHT)
 
 
-@all_layers
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@thinned(2, case={case.id: case for case in LAYER_CASES}, variant=["lora", "dora"])
 def test_autocast_rounds_no_update_of_a_layer_that_it_leaves_alone(case: LayerCase, variant):
     """As an embedding: what is adapted computes what is merged, with the gradients of a step without autocast."""
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_merge_and_unload_is_the_plain_layer(case: LayerCase):
         torch.testing.assert_close(merged(*inputs), adapted, **TIGHT)
 
 
-@pytest.mark.parametrize("case", [case for case in LAYER_CASES if case.dropout], ids=lambda case: case.id)
+@thinned(2, case={case.id: case for case in LAYER_CASES if case.dropout})
 def test_dropout_acts_on_the_branch_in_training_only(case: LayerCase):
     model = make(case)
     adapt(model, dropout=0.5)

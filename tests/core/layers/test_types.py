@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from lora_plugins import LoraConfig, LoraModel, StateError
 from tests.core.layer_cases import LAYER_CASES
+from tests.slow import thinned
 
 NAMES = (
     "linear",
@@ -123,16 +124,12 @@ def check_mixed(s):
 CHECKS = {"eval": check_eval, "train": check_train, "merge": check_merge, "mixed": check_mixed}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("type_name", TYPES)
-@pytest.mark.parametrize("name", NAMES)
+@thinned(2, name=NAMES, type_name=[*TYPES], mode=MODES)
 def test_in_every_type(name, type_name, mode):
     CHECKS[mode](setting(name, type_name))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("type_name", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@thinned(2, name=NAMES, type_name=["float32", "bfloat16"], mode=MODES)
 def test_under_autocast(name, type_name, mode):
     CHECKS[mode](setting(name, type_name, autocast=True))
 

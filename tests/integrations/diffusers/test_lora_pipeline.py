@@ -14,7 +14,7 @@ from torch import nn
 from lora_plugins import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, TargetError
 from lora_plugins.integrations.diffusers import LoraPipeline, Sampling, default_targets, family_of, parts_of
 from tests.integrations.diffusers.pipelines import PIPELINES, build, t5
-from tests.slow import slow_but
+from tests.slow import thinned
 
 SAMPLING = Sampling(steps=2, guidance=3.0, height=16, width=16)
 TOLERANCE = 1e-5
@@ -55,8 +55,7 @@ def same_bits(pipe, before):
     return now.keys() == before.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("name", slow_but(PIPELINES, PIPELINES.keys() - {"Stable Diffusion 2", "PixArt"}))
-@pytest.mark.parametrize("format", ["lora_plugins", "diffusers", "kohya"])
+@thinned(2, name=[*PIPELINES], format=["lora_plugins", "diffusers", "kohya"])
 def test_an_adapter_over_all_parts_comes_back_in_every_format(name, format, tmp_path):
     pipe = build(name)
     before, base = bits(pipe), drawn(pipe)
@@ -71,8 +70,11 @@ def test_an_adapter_over_all_parts_comes_back_in_every_format(name, format, tmp_
     assert distance(drawn(pipe), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Stable Diffusion", "Stable Diffusion XL", "Stable Diffusion 3", "Flux"])
-@pytest.mark.parametrize("text_encoder", [True, False], ids=["with text encoders", "denoiser alone"])
+@thinned(
+    2,
+    name=["Stable Diffusion", "Stable Diffusion XL", "Stable Diffusion 3", "Flux"],
+    text_encoder={"with text encoders": True, "denoiser alone": False},
+)
 def test_diffusers_draws_the_same_pictures_from_its_file(name, text_encoder, tmp_path):
     pipe, theirs = build(name), build(name)
     targets = default_targets(family_of(pipe), parts_of(pipe), text_encoder=text_encoder)

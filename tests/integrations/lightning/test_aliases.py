@@ -93,6 +93,7 @@ def test_too_late_is_said(monkeypatch):
         alias_pytorch_lightning()
 
 
+@pytest.mark.slow
 def test_without_it_the_call_is_named(tmp_path):
     done = run(tmp_path, FIT.replace("TRAINER", "foreign.pl.Trainer"))
     assert "alias_pytorch_lightning()" in done.stderr

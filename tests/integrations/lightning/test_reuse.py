@@ -23,9 +23,11 @@ from tests.integrations.lightning.toys import (
     trainer,
     values,
 )
+from tests.slow import thinned
 
 HEADS = LoraConfig(r=2, target_modules=["net.0"], modules_to_save=["net.3"], bias="lora_only", norm="track")
-CONFIGS = pytest.mark.parametrize("config", [CONFIG, HEADS], ids=["factors", "heads"])
+KINDS = {"factors": CONFIG, "heads": HEADS}
+CONFIGS = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
 def fit(tmp_path, module, callback, seed=3, **options):
@@ -58,14 +60,14 @@ def plain_epoch(tmp_path, module):
     trainer(tmp_path, [], max_epochs=1).fit(module, loader())
 
 
-@CONFIGS
 class TestFolds:
+    @CONFIGS
     def test_new_modules(self, tmp_path, config):
         callback = LoraCallback(config)
         first, second = (fit(tmp_path, Classifier(lr=0.3), callback) for _ in range(2))
         assert not differing(first, second)
 
-    @pytest.mark.parametrize("between", ["nothing", "test", "test_best", "validate_best", "predict_best"])
+    @thinned(2, config=KINDS, between=["nothing", "test", "test_best", "validate_best", "predict_best"])
     def test_one_module_that_is_reset(self, tmp_path, config, between):
         """Also after a checkpoint was tested: its adapter is not on the module when other weights are loaded."""
         callback, module = LoraCallback(config), Classifier(lr=0.3)
@@ -465,9 +467,13 @@ class TestNewCallbackOnMergedWeights:
             load_from_checkpoint(Normed, path, base_seed=1)
 
     @pytest.mark.filterwarnings("ignore:2 weights of Classifier are those that an adapter was merged into:UserWarning")
-    @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
-    @pytest.mark.parametrize("by_hand", [[], ["dtype"], [torch.bfloat16, "dtype"], [torch.float64, "dtype"]], ids=str)
-    def test_its_checkpoints_hold_weights_that_were_cast(self, tmp_path, precision, dtype, by_hand):
+    @thinned(
+        2,
+        precision=["bf16-true", "64-true"],
+        by_hand=[[], ["dtype"], [torch.bfloat16, "dtype"], [torch.float64, "dtype"]],
+    )
+    def test_its_checkpoints_hold_weights_that_were_cast(self, tmp_path, precision, by_hand):
+        dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
         module = self.merged(tmp_path)
         for each in by_hand:
             module.to(dtype if each == "dtype" else each)

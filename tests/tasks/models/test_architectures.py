@@ -23,9 +23,14 @@ network lead nowhere, the first stage of DPT's neck has a part for an input that
 serves no classifier."""
 
 
+LARGE = {"deeplabv3_mobilenet_v3_large", "fcn_resnet50", "mobilevit"}
+"""They take a second or more; `lraspp_mobilenet_v3_large` is of torchvision as well."""
+
+
 def warned_of(name):
     warning = pytest.mark.filterwarnings("ignore:.*trainable tensors got no gradient:UserWarning")
-    return pytest.param(name, marks=[warning] if name in WITHOUT_GRADIENT else [])
+    slow = [pytest.mark.slow] if name in LARGE else []
+    return pytest.param(name, marks=[warning, *slow] if name in WITHOUT_GRADIENT else slow)
 
 
 @pytest.mark.parametrize("name", [warned_of(name) for name in (*TRANSFORMERS, *TORCHVISION)])

@@ -35,6 +35,7 @@ def test_nothing_is_left_of_it_and_errors_that_go_to_a_file_stay_there(tmp_path)
     assert (tmp_path / "errors").read_text().splitlines() == ["WARNING:root:logged", "written"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_gives_the_terminal_back():
     seen = run([sys.executable, "-c", SCRIPT.format(steps=3000)], 80, press_after="Reading files")
     assert seen.code != 0

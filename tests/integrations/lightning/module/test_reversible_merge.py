@@ -546,7 +546,7 @@ def adapted(options, normalize):
     return target
 
 
-@pytest.mark.parametrize("points", [12, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [6, pytest.param(120, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("options", "normalize"),
     [

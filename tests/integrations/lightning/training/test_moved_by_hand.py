@@ -18,7 +18,7 @@ from lora_plugins import LoraConfig, LoraModel, StateError
 from lora_plugins.integrations.lightning import LoraCallback, load_from_checkpoint
 from tests.integrations.lightning.toys import Classifier, differing, load, loader, lora, trainer, values
 from tests.integrations.lightning.training.training_cases import learned, lora_b
-from tests.slow import slow_but
+from tests.slow import thinned
 
 M = 0.9
 
@@ -170,9 +170,12 @@ def test_files_of_the_adapter_need_no_other_weights_of_a_teacher(tmp_path, when)
 
 
 class TestFollows:
-    @updates
-    @pytest.mark.parametrize("first", [False, True], ids=["after", "before"])
-    @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+    @thinned(
+        2,
+        update={update.__name__: update for update in UPDATES},
+        first={"after": False, "before": True},
+        frozen={"frozen": True, "trainable": False},
+    )
     def test_teacher_averages_the_adapter(self, tmp_path, update, frozen, first):
         """The expected one is that of the same run without the teacher's part, averaged here."""
         module = Teacher(update, "on_train_batch_end", frozen, first=first)
@@ -196,10 +199,13 @@ class TestFollows:
         student, teacher = module.net[0].lora_A["default"], module.teacher[0].lora_A["default"]
         assert 0 < (student - teacher).abs().max() < 0.5 * student.abs().max()
 
-    @pytest.mark.parametrize("when", WHEN)
-    @pytest.mark.parametrize("update", slow_but([by_data, by_data_in_place], [by_data_in_place]))
-    @pytest.mark.parametrize("order", [{}, {"frozen": False, "first": True}], ids=["after", "before"])
-    @pytest.mark.parametrize("validated", [1, 0])
+    @thinned(
+        4,
+        when=WHEN,
+        update={update.__name__: update for update in (by_data_in_place, by_data)},
+        order={"after": {}, "before": {"frozen": False, "first": True}},
+        validated=[1, 0],
+    )
     def test_file_is_small_and_resumes_bit_for_bit(self, tmp_path, update, when, order, validated):
         options = {"limit_val_batches": validated}
         straight = Teacher(update, when, **order)
