@@ -84,6 +84,7 @@ class TestFolds:
         assert not differing(results[0], results[1])
         assert not differing(results[0], results[2])
 
+    @CONFIGS
     def test_one_trainer(self, tmp_path, config):
         torch.manual_seed(3)
         callback = LoraCallback(config)
