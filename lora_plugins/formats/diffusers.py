@@ -38,6 +38,8 @@ TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 """Where the header of a file has PEFT's configs, as JSON of one level: `unet.r`, `text_encoder.lora_alpha`, ..."""
 
+_NORMS = ".lora_magnitude_vector"
+"""The ending of PEFT's keys of the norms of DoRA."""
 
 _Part = dict[str, dict[str, Tensor]]
 """The tensors of one part of a pipeline in a file, by name of the layer."""
@@ -279,12 +281,16 @@ def _keys(part: str, layers: Mapping[str, PortableLayer]) -> dict[str, Tensor]:
     """Returns the tensors of a part's layers by their keys in it.
 
     A text encoder without layers named like CLIP's projections gets diffusers' own keys: of PEFT's keys, diffusers
-    renames only those of such projections, and it refuses a file without any of them.
+    renames only those of such projections, and it refuses a file without any of them. The norms of DoRA are named like
+    the parameters that they are: transformers, which reads them there, leaves out those by PEFT's shorter keys.
     """
     keys = layer_keys(layers, "")
-    if not part.startswith("text_encoder") or any(name.endswith(CLIP_PROJECTIONS) for name in layers):
+    if not part.startswith("text_encoder"):
         return keys
-    return {own_key(key): tensor for key, tensor in keys.items()}
+    named = {f"{key}.weight" if key.endswith(_NORMS) else key: tensor for key, tensor in keys.items()}
+    if any(name.endswith(CLIP_PROJECTIONS) for name in layers):
+        return named
+    return {own_key(key): tensor for key, tensor in named.items()}
 
 
 def _fields(layers: Mapping[str, PortableLayer], adapter: PortableAdapter) -> dict[str, Any]:

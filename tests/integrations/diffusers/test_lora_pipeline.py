@@ -43,6 +43,8 @@ def moved(lora, seed=0):
         for name, parameter in lora.model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
     return lora
 
 
@@ -122,17 +124,18 @@ def chroma():
 
 
 @pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")  # which diffusers' Chroma uses
-@pytest.mark.parametrize("variant", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize(
     ("make", "part", "layers"),
     [
+        (lambda: build("Stable Diffusion"), "text_encoder", "q_proj"),
         (lambda: build("Stable Diffusion"), "text_encoder", "mlp.fc1"),
         (lambda: build("Stable Diffusion XL"), "text_encoder_2", "text_projection"),
         pytest.param(chroma, "text_encoder", "SelfAttention.q", marks=pytest.mark.slow),
     ],
-    ids=["CLIP without attention", "CLIP's projection", "T5"],
+    ids=["CLIP's attention", "CLIP without attention", "CLIP's projection", "T5"],
 )
-def test_diffusers_reads_text_encoders_without_projections_of_clip(make, part, layers, variant, tmp_path):
+def test_diffusers_computes_the_same_with_layers_of_text_encoders(make, part, layers, variant, tmp_path):
     def encoded(pipe):
         with torch.no_grad():
             return pipe.components[part](torch.arange(1, 6)[None])[0].numpy()
