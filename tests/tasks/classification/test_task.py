@@ -41,7 +41,7 @@ def expected_calibration_error(shares, true, bins):
 class TestClassification:
     def test_a_fit_learns_real_digits(self, trainer):
         task = ImageClassificationTask(tiny_vit(), lr=5e-3, lr_scheduler=warmup_cosine)
-        run = trainer(max_epochs=12)
+        run = trainer(max_epochs=20)  # after 12, some seeds and processors are below
         run.fit(task, datamodule=digits(batch_size=16))
         assert run.callback_metrics["val/accuracy"] > 0.8
         assert task.class_names == ["0", "1", "2"]
