@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from benchmarks.exactness.cases import Case
 from benchmarks.exactness.checks import CHECKS, check
+from benchmarks.exactness.compare import difference, snapshot
 from benchmarks.exactness.ours import OurAdapted, Ours, OursOnNF4
 from benchmarks.exactness.suites import SUITES, find_case
 from benchmarks.exactness.sweep import sweep
@@ -125,17 +126,34 @@ class _WrongLibrary(Ours):
             model.register_forward_hook(lambda module, args, output: output * (1 + 1e-8))
         if self.fault == "gradients":
             adapted.updates()[0].A.requires_grad_(False)
+        if self.fault == "a NaN":
+            adapted.updates()[0].A.register_hook(lambda gradient: gradient * torch.nan)
         return _Wrong(model, adapted.handle, self.fault)
 
     def load(self, model: nn.Module, folder: Path) -> _Wrong:
         return _Wrong(model, super().load(model, folder).handle, self.fault)
 
 
-@pytest.mark.parametrize("fault", ["law", "gradients", "merged", "unloaded", "residue", "loaded"])
-def test_a_wrong_library_is_noticed(fault: str) -> None:
+FAULTS = {name: name for name in ("law", "gradients", "merged", "unloaded", "residue", "loaded")} | {
+    "a NaN": "gradients"
+}
+"""The faults, each with the check that notices it."""
+
+
+@pytest.mark.parametrize(("fault", "noticed"), FAULTS.items(), ids=list(FAULTS))
+def test_a_wrong_library_is_noticed(fault: str, noticed: str) -> None:
     case = replace(COMPUTED, build=lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(196, 3)))
-    assert fault in check(case, _WrongLibrary(fault)).failures
-    assert fault in CHECKS
+    assert noticed in check(case, _WrongLibrary(fault)).failures
+    assert noticed in CHECKS
+
+
+@pytest.mark.parametrize(("value", "is_same"), [(0.0, True), (-0.0, False), (1.0, False)])
+def test_a_single_number_is_compared_by_its_bits(value: float, is_same: bool) -> None:
+    model = nn.Module()
+    model.register_buffer("number", torch.tensor(0.0))
+    before = snapshot(model)
+    model.number.fill_(value)
+    assert (difference(before, snapshot(model)) == "") == is_same
 
 
 def test_every_module_of_timm_has_a_case() -> None:

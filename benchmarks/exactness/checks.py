@@ -265,7 +265,7 @@ class _Run:
         floor = NEGLIGIBLE * max(norms.values())
         self.result.unused = [name for name, norm in norms.items() if norm <= floor]
         zero: list[str] = []
-        worst, where = 0.0, ""
+        errors: dict[str, float] = {}
         for update in updates:
             gradient = weights[update.name].grad
             if norms[update.name] <= floor or gradient is None:
@@ -275,13 +275,13 @@ class _Run:
                 if parameter.grad is None or not parameter.grad.to_dense().any():
                     zero.append(f"{update.name} ({factor})")
                     continue
-                error = float((parameter.grad.to_dense().flatten(1) - value).norm() / value.norm())
-                if not error <= worst:
-                    worst, where = error, f"{update.name} ({factor})"
-        self.result.errors["gradients"] = worst
+                error = (parameter.grad.to_dense().flatten(1) - value).norm() / value.norm()
+                errors[f"{update.name} ({factor})"] = float(error.nan_to_num(nan=torch.inf))
+        where = max(errors, key=errors.__getitem__, default="")
+        worst = self.result.errors["gradients"] = errors.get(where, 0.0)
         if zero:
             raise CheckFailedError(f"{len(zero)} tensors get no gradient: {_some(zero)}")
-        if not worst <= GRADIENT_TOLERANCE:
+        if worst > GRADIENT_TOLERANCE:
             raise CheckFailedError(f"the gradient of {where} is off by {worst:.1e}")
 
     def _same(self, name: str, model: nn.Module) -> None:

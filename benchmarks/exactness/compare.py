@@ -80,4 +80,5 @@ def _same_bits(a: object, b: object) -> bool:
         return a == b
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else a.equal(b)
+    one, other = (tensor.flatten().contiguous().view(torch.uint8) for tensor in (a, b))
+    return torch.equal(one, other)
