@@ -26,7 +26,7 @@ class Verdict:
     """What came of a run.
 
     Args:
-        kind: `same`, `both raise`, `only plain raises`, `only ours raises` or `differs`; the last two are defects.
+        kind: `same`, `both raise` or one of `DEFECTS`.
         detail: What differs, or the traceback.
     """
 
@@ -100,13 +100,17 @@ def tensors(values: list[float] | Mapping[str, torch.Tensor]) -> Mapping[str, to
 
 
 def far(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float) -> Iterator[str]:
-    """Yields which tensors are missing, or off by more than the tolerance."""
+    """Yields which tensors are missing, of another shape, or off by more than the tolerance of the largest value."""
     if found.keys() != expected.keys():
         yield f"only one side has {sorted(found.keys() ^ expected.keys())}"
     for name in (name for name in found if name in expected):
         mine, other = found[name].double(), expected[name].double()
-        off = float((mine - other).abs().max() / (1 + other.abs().max()))
-        if not off <= tolerance and not torch.equal(mine.isfinite(), other.isfinite()):
-            yield f"{name} is finite on one side only"
-        elif off > tolerance:
+        if mine.shape != other.shape:
+            yield f"{name} has the shape {tuple(mine.shape)}, expected {tuple(other.shape)}"
+            continue
+        # Losses that diverge do so on both sides; what is NaN or infinite on both says nothing of what is beside it.
+        same = (mine == other) | (mine.isnan() & other.isnan())
+        largest = other.masked_fill(~other.isfinite(), 0).abs().max()
+        off = float((mine - other).abs().masked_fill(same, 0).max() / (1 + largest))
+        if not off <= tolerance:
             yield f"{name} is off by {off:.2g}: {mine.flatten()[:3].tolist()}, expected {other.flatten()[:3].tolist()}"

@@ -1,11 +1,13 @@
 """Random fits beside plain ones: a small share of `python -m tests.fits`, the same each time, and what it found."""
 
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
+import torch
 
 from tests.fits.adapted import Adapted
-from tests.fits.compare import judge
+from tests.fits.compare import far, judge
 from tests.fits.draw import Fit, draw_fit, limited
 from tests.integrations.lightning.conftest import LIGHTNING_WARNINGS
 from tests.slow import slow_but
@@ -95,6 +97,23 @@ def test_judge_finds_planted_defects(kind, seen):
     verdict = judge(WHOLE, kind)
     assert verdict.kind == "differs"
     assert verdict.detail.startswith(seen)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "is_far"),
+    [
+        ([nan, inf, 1.0], [nan, inf, 1.0], False),
+        ([nan, 1.0], [nan, 2.0], True),
+        ([inf, 1.0], [inf, 2.0], True),
+        ([inf], [-inf], True),
+        ([nan], [1.0], True),
+        ([1.0], [nan], True),
+        ([1.0], [1.0, 1.0], True),
+    ],
+    ids=["equal", "beside NaN", "beside infinity", "other sign", "NaN found", "NaN expected", "other shape"],
+)
+def test_judge_compares_all_values(found, expected, is_far):
+    assert bool([*far({"x": torch.tensor(found)}, {"x": torch.tensor(expected)}, 1e-5)]) == is_far
 
 
 def test_drawn_fits_keep_the_limits():
