@@ -221,8 +221,9 @@ def differences(outcomes: dict[tuple[str, str], list[Outcome]]) -> Iterator[str]
 
 
 def _paired(ones: list[Outcome], others: list[Outcome]) -> str:
-    """The mean difference over the seeds that both have, which stand in the same order."""
-    gaps = [100 * (one.metric - other.metric) for one, other in zip(ones, others, strict=False)]
+    """The mean difference over the seeds that both have."""
+    metrics = {other.seed: other.metric for other in others}
+    gaps = [100 * (one.metric - metrics[one.seed]) for one in ones if one.seed in metrics]
     if ones is others or len(gaps) < 2:
         return ""
     return f"{statistics.mean(gaps):+.1f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}"

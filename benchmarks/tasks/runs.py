@@ -72,6 +72,7 @@ class Outcome:
     """The result of a run.
 
     Attributes:
+        seed: The seed of the run.
         metric: Accuracy or mean IoU on the val split after the last epoch.
         trained: Parameters that were trained.
         total: Parameters of the network with adapters.
@@ -80,6 +81,7 @@ class Outcome:
         adapter: Bytes of the adapter folder (LoRA), or of what was trained (the others).
     """
 
+    seed: int
     metric: float
     trained: int
     total: int
@@ -205,7 +207,7 @@ def _run(root: Path, case: str, rank: int | None, tuning: Tuning, seed: int, epo
         size = sum(path.stat().st_size for path in adapter.rglob("*")) if rank else 4 * watch.trained
     value = float(trainer.callback_metrics[f"val/{task.main_metric}"])
     seconds = sorted(watch.seconds)[len(watch.seconds) // 2]
-    return Outcome(value, watch.trained, watch.total, seconds, _peak() - before, size)
+    return Outcome(seed, value, watch.trained, watch.total, seconds, _peak() - before, size)
 
 
 def _lora(task: Any, rank: int, tuning: Tuning, folder: Path) -> Callback:

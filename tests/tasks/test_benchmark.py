@@ -41,16 +41,19 @@ def test_what_is_recommended_is_compared_with_full_fine_tuning():
 
 
 def test_the_table_has_means_over_seeds():
-    outcomes = [Outcome(metric, 10, 1000, 2.0, 50.0, 2**20) for metric in (0.4, 0.5, 0.6)]
+    outcomes = [Outcome(seed, metric, 10, 1000, 2.0, 50.0, 2**20) for seed, metric in enumerate((0.4, 0.5, 0.6))]
     *_, line = table({("classification", "LoRA, r=8"): outcomes})
     assert line == "| classification | LoRA, r=8 | 50.0 ± 10.0 | 1.0% | 2.0 | 50 | 1.00 |"
 
 
 def test_differences_are_paired_by_seed():
-    def outcomes(*metrics):
-        return [Outcome(metric, 10, 1000, 2.0, 50.0, 2**20) for metric in metrics]
+    def outcomes(metrics):
+        return [Outcome(seed, metric, 10, 1000, 2.0, 50.0, 2**20) for seed, metric in metrics.items()]
 
-    found = {("segmentation", "LoRA, r=8"): outcomes(0.3, 0.5, 0.7), ("segmentation", FULL): outcomes(0.2, 0.4, 0.6)}
+    found = {
+        ("segmentation", "LoRA, r=8"): outcomes({0: 0.3, 1: 0.5, 2: 0.7, 3: 0.1}),
+        ("segmentation", FULL): outcomes({2: 0.6, 0: 0.2, 1: 0.4}),
+    }
     assert list(differences(found))[2:] == [
         "| segmentation | LoRA, r=8 |  | +10.0 ± 0.0 |",
         "| segmentation | full fine-tuning |  |  |",
