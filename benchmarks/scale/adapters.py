@@ -67,8 +67,9 @@ def _mixed(ours: LoraModel, peft: nn.Module | None, x: torch.Tensor, rounds: int
         for name, action in actions.items():
             times[name].append(elapsed(action))
     over = {name: median(a / b for a, b in zip(of, times["base"], strict=True)) for name, of in times.items()}
+    theirs = f"{over['peft']:.2f}" if peft is not None else ""
     return [
         (f"{ROWS} rows, one batch of the base (ms)", f"{1000 * median(times['base']):.0f}", ""),
-        (f"{ROWS} rows with {ROWS} adapters, mixed, over it", f"{over['mixed']:.2f}", f"{over.get('peft', 0):.2f}"),
+        (f"{ROWS} rows with {ROWS} adapters, mixed, over it", f"{over['mixed']:.2f}", theirs),
         ("the same, one by one, over it", f"{over['one by one']:.2f}", ""),
     ]

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.speed.cases import Case, resnet, vit
 from benchmarks.speed.measure import ratio, seconds
-from benchmarks.speed.variants import VARIANTS, build, installed
+from benchmarks.speed.variants import build, installed
 
 Family = tuple[str, Callable[[int], Case], Sequence[int]]
 
@@ -41,4 +41,4 @@ def _ratios(case: Case, names: list[str], rounds: int, device: torch.device) -> 
     batch = tuple(x.detach().to(device).requires_grad_(x.requires_grad) for x in case.batch())
     models = {name: model for name in names if (model := build(name, case, 0.0, device)) is not None}
     times = seconds(models, batch, rounds)
-    return {name: ratio(times, name) for name in models if name in VARIANTS and name != "floor"}
+    return {name: ratio(times, name) for name in models if name != "floor"}

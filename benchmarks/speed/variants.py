@@ -99,7 +99,7 @@ def loralib(case: Case, dropout: float) -> nn.Module:
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Gives the adapter a random B, as after some steps, and the norms their eval mode again."""
+    """Gives the tensors of the adapter random values, as after some steps, and the norms their eval mode again."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter.numel()))
