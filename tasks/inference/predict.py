@@ -121,7 +121,7 @@ def main(given: Namespace) -> int:
 
 
 def _told(files: Sequence[Path], out: Path) -> str:
-    """Prints what was written, and where."""
+    """Says what was written, and where."""
     if files[0] == out / LABELS:
         with files[0].open(newline="", encoding="utf-8") as stream:
             labels = Counter(label for _, label, *_ in islice(csv.reader(stream), 1, None))

@@ -111,7 +111,7 @@ class Run:
 
     def newest(self) -> Path | None:
         """The newest checkpoint, if there is one."""
-        return max(self.folder.glob("*.ckpt"), key=lambda path: (*order(path.name), path.name), default=None)
+        return max(self.folder.glob("*.ckpt"), key=lambda path: (order(path.name), path.name), default=None)
 
     def go_on(self) -> bool:
         """Goes on with a stopped fit; returns whether there is something to go on from."""
@@ -181,10 +181,10 @@ def without_moved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if name != "center"}
 
 
-def order(name: str) -> tuple[int]:
+def order(name: str) -> int:
     """The step in the name of a checkpoint; those named otherwise are the newest."""
     step = name.partition("step=")[2].partition(".")[0].partition("-")[0]
-    return (int(step) if step else 10**6,)
+    return int(step) if step else 10**6
 
 
 AFTER = {

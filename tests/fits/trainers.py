@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 
-from tests.fits.draw import CHOICES, Fit
+from tests.fits.draw import Fit
 
 AVERAGING: Mapping[str, Callable[[Fit], list[Callback]]] = {
     "none": lambda _: [],
@@ -55,9 +55,7 @@ class Stop(Callback):
 
     def __init__(self, fit: Fit) -> None:
         self.fit, self.calls = fit, 0
-        for hook in CHOICES["stop_in"]:
-            if hook == fit.stop_in:
-                setattr(self, hook, self.count)
+        setattr(self, fit.stop_in, self.count)
 
     def count(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
         """Takes note of a call."""

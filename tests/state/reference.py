@@ -513,7 +513,3 @@ def _make_plain(model: Zoo, weight: str) -> None:
 
 def _within(name: str, roots: set[str]) -> bool:
     return any(name == root or name.startswith(root + ".") for root in roots)
-
-
-def _is_bias(name: str) -> bool:
-    return "bias" in name and name not in TOKENS
