@@ -366,7 +366,7 @@ class Machine:
         after = self._stored(name, before.storage, merged, merged.to(self.dtype), exact=False)
         lost = float((after.dense().double() - merged).norm())
         update = float((merged - reference.base[name].double()).norm())
-        if lost > max_error * update * 1.01 + checks.tolerance(self.dtype) * (1 + float(merged.norm())):
+        if not lost <= max_error * update * 1.01 + checks.tolerance(self.dtype) * (1 + float(merged.norm())):
             raise DivergenceError("merge for good", f"{name} loses {lost:.3g} of an update of {update:.3g}")
         reference.store(name, after)
 
@@ -647,7 +647,7 @@ class Machine:
             off = float((want - got).norm() / max(float(want.norm()), 1e-9)) if bool((want - got).any()) else 0.0
             # A and B are float32 where the model has half precision.
             bound = error * 1.001 + checks.tolerance(torch.promote_types(self.dtype, torch.float32))
-            if off > bound and float((want - got).norm()) > bound:
+            if not (off <= bound or float((want - got).norm()) <= bound):
                 raise DivergenceError("combination", f"{way} of {target} is off by {off:.3g}, told was {error:.3g}")
 
     def save(self, slot: int, name: str | None) -> Call:

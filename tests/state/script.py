@@ -15,10 +15,11 @@ from tests.state.checks import loss_of
 from tests.state.plugins import registry
 from tests.state.zoo import batch, build
 
-folder = tempfile.mkdtemp()
-model = build({blocks!r}, {dtype}, seed={seed})
+folder, blocks = tempfile.mkdtemp(), {blocks!r}
+torch.manual_seed({seed})
+model = build(blocks, {dtype}, seed={seed})
 x, tokens = batch({dtype}, {seed})
-contexts = []
+contexts, kept = [], {{}}
 """
 
 _LINES: dict[str, Callable[..., str]] = {
@@ -49,14 +50,19 @@ _LINES: dict[str, Callable[..., str]] = {
         + f"model.to(torch.{dtype}); x = x.to(torch.{dtype})"
     ),
     "scramble": lambda name, seed: (
-        f"with torch.no_grad():\n    torch.manual_seed({seed})\n    for key, parameter in model.named_parameters():\n"
-        f"        if parameter.requires_grad or key.endswith('.{name}'):\n"
-        f"            parameter.copy_(torch.randn(parameter.shape) * 0.5)"
+        f"generator, named = torch.Generator().manual_seed({seed}), dict(model.named_parameters())\n"
+        "own = sorted(key for key, p in named.items() if p.requires_grad and 'lora_' not in key)\n"
+        "with torch.no_grad():\n"
+        f"    for key in (*(key for key in named if key.endswith('.{name}')), *own):\n"
+        "        values = torch.randn(named[key].shape, generator=generator) * 0.5\n"
+        "        named[key].copy_(values + (1 if 'gate' in key or 'magnitude' in key else 0))"
     ),
     "train_step": lambda: (
-        "parameters = [p for p in model.parameters() if p.requires_grad]\n"
-        "optimizer = torch.optim.SGD(parameters, lr=0.05)\n"
-        "optimizer.zero_grad(); loss_of(model(x, tokens)).backward(); optimizer.step()"
+        "if parameters := [p for p in model.parameters() if p.requires_grad]:\n"
+        "    loss_of(model(x, tokens)).backward()\n"
+        "    largest = max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)\n"
+        "    torch.optim.SGD(parameters, lr=0.05 / (1 + largest)).step()\n"
+        "    model.zero_grad()"
     ),
     "forward": lambda of_input=True: (
         f"input = x.clone().requires_grad_({of_input}); loss = loss_of(model(input, tokens))"
@@ -75,16 +81,20 @@ _LINES: dict[str, Callable[..., str]] = {
     ),
     "swap": lambda slot, name: f"lora.swap_adapter({name!r}, folder + '/{slot}')",
     "load_base": lambda seed, assign=False: (
-        f"model.load_state_dict(build(model_blocks, model_dtype, seed={seed}).state_dict(), assign={assign})"
+        "base = "
+        + ("copy.deepcopy(model)" if seed is None else f"build(blocks, x.dtype, seed={seed})")
+        + ".state_dict()  # where an adapter has a head or biases of its own, the base's in their place\n"
+        + "base = {key: tensor for key, tensor in base.items() if 'lora_' not in key}\n"
+        + f"model.load_state_dict(base, assign={assign})"
     ),
     "snap": lambda: "kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}",
     "load_own": lambda assign=False: (
-        f"model.load_state_dict(copy.deepcopy(kept if 'kept' in globals() else model.state_dict()), assign={assign})"
+        "own = kept if kept.keys() == model.state_dict().keys() else copy.deepcopy(model.state_dict())\n"
+        f"model.load_state_dict(own, assign={assign})"
     ),
     "copy": lambda way, keep: (
-        "other = "
-        + ("copy.deepcopy(model)" if way == "deepcopy" else "pickle.loads(pickle.dumps(model))")
-        + (f"  # and go on with the {keep}" if keep == "copy" else "")
+        f"other = {'copy.deepcopy(model)' if way == 'deepcopy' else 'pickle.loads(pickle.dumps(model))'}"
+        + ("\nmodel, lora = other, LoraModel(other, registry=registry())" if keep == "copy" else "")
     ),
 }
 

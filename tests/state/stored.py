@@ -68,13 +68,13 @@ def not_nearest(storage: str, tensors: Mapping[str, Tensor], wanted: Tensor, dty
     rounding = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2
     slack = 1e-6 + rounding * float(largest.max())
     step = maxima * (torch.sqrt(largest / maxima.clamp(min=1e-30)) / 255 + 1 / 255**2)
-    if bool(((scales - largest).abs() > step + slack).any()):
+    if not bool(((scales - largest).abs() <= step + slack).all()):  # so that NaN is not near
         return f"the scales are {scales}, the largest magnitudes {largest}"
     steps = _unpacked(storage, tensors["codes"]).view(-1, BLOCK).double()
     values = (steps / 127 if storage == "int8" else steps) * scales[:, None]
     allowed = HALF_A_STEP[storage] * scales + (scales - largest).abs() + slack
     off = (values - blocks).abs() - allowed[:, None]
-    return f"a value is off by {float(off.max()):.3g} more than half a step" if bool((off > 0).any()) else ""
+    return "" if bool((off <= 0).all()) else f"a value is off by {float(off.max()):.3g} more than half a step"
 
 
 def _scales(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

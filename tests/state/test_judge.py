@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from lora_plugins import LoraError, LoraModel
+from lora_plugins import STORAGES, LoraError, LoraModel, build_registry
 from tests.state.__main__ import Tally, walk
-from tests.state.machine import Machine
+from tests.state.checks import DivergenceError
+from tests.state.machine import Machine, opened
 from tests.state.reference import Reference
 from tests.state.rules import Step
+from tests.state.script import script
+from tests.state.shrink import Case
 from tests.state.spec import Spec
+from tests.state.stored import not_nearest
 from tests.state.zoo import batch, build
 
 
@@ -123,6 +127,64 @@ def test_a_value_that_was_away_during_a_cast_was_rounded_before(tmp_path):
     machine.do(Step("add", {"name": "b", "spec": Spec(("norms.outer",), alpha=4.0, init="loftq")}))
     machine.do(Step("cast", {"dtype": "float64"}))
     machine.do(Step("set", {"names": ("b",)}))
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_a_stored_weight_with_nan_is_not_the_nearest(name):
+    plugin = build_registry(allow=[]).of(STORAGES)[name].plugin
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    tensors = dict(plugin.store(weight, plugin.options))
+    assert not not_nearest(name, tensors, weight, torch.float32)
+    tensors["scale_maxima"] = tensors["scale_maxima"] * torch.nan
+    assert not_nearest(name, tensors, weight, torch.float32)
+
+
+CALLS = (
+    Step("look", {"spec": Spec(("linear.proj",))}),
+    Step("add", {"name": "a", "spec": Spec(("linear.proj",), bias="lora_only")}),
+    Step("scramble", {"name": "a", "seed": 1}),
+    Step("train_step"),
+    Step("save", {"slot": 0, "name": "a"}),
+    Step("snap"),
+    Step("train_step"),
+    Step("load_own"),
+    Step("load", {"slot": 0, "name": "b"}),
+    Step("load_own"),
+    Step("combine", {"adapters": ("a",), "weights": (0.5,), "name": "c"}),
+    Step("set", {"names": ("b",)}),
+    Step("train_step"),
+    Step("copy", {"way": "pickle", "keep": "copy"}),
+    Step("train_step"),
+    Step("copy", {"way": "deepcopy", "keep": "original"}),
+    Step("swap", {"slot": 0, "name": "a"}),
+    Step("disable"),
+    Step("close", {"failing": True}),
+    Step("merge", {"names": None}),
+    Step("unmerge"),
+    Step("delete", {"name": "c"}),
+    Step("mode", {"training": True}),
+    Step("forward"),
+    Step("backward"),
+    Step("cast", {"dtype": "float32"}),
+    Step("lay_out", {"channels_last": True}),
+    Step("merge_and_unload"),
+    Step("load_base", {"seed": 1}),
+    Step("load_base", {"seed": None}),
+    Step("add", {"name": "d", "spec": Spec(("linear.proj",))}),
+    Step("unload"),
+    Step("add", {"name": "e", "spec": Spec(("linear.proj",))}),
+    Step("train_step"),
+)
+
+
+@pytest.mark.parametrize("steps", [CALLS[:count] for count in (8, 16, 28, len(CALLS))], ids=len)
+def test_a_script_does_what_the_machine_does(steps):
+    with opened(("linear",), torch.float64, 0) as machine:
+        for step in steps:
+            assert machine.do(step) == "done"
+    found = {}
+    exec(script(Case(machine.blocks, torch.float64, 0, steps), steps[-1], DivergenceError("check", "detail")), found)
+    torch.testing.assert_close(found["model"].state_dict(), machine.model.state_dict(), rtol=0, atol=0)
 
 
 def adapter_of(reference, name, spec, generator):
