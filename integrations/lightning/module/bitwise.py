@@ -72,8 +72,10 @@ def _numbers(tensor: Tensor) -> Tensor:
 
 
 def _words(data: Tensor) -> Tensor:
-    """Views a vector's memory as whole numbers, of eight bytes where it can be divided so: one fast pass."""
+    """Views a vector's memory as whole numbers, of eight bytes where these have room for it: one fast pass."""
     size = data.element_size()
-    if data.numel() * size % 8 == 0 and data.storage_offset() * size % 8 == 0:
-        return data.view(torch.int64)
-    return data.view(_WORDS[size])
+    if data.numel() * size % 8:
+        return data.view(_WORDS[size])
+    # The words of a vector are the same wherever in memory it begins; only there, torch views no numbers of eight bytes.
+    begins_with_a_word = data.storage_offset() * size % 8 == 0
+    return (data if begins_with_a_word else data.clone()).view(torch.int64)

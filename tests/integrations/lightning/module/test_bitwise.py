@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_plugins.integrations.lightning.module import equal
+from lora_plugins.integrations.lightning.module import checksum, equal
 
 SAME = {
     "float8": torch.arange(8.0).to(torch.float8_e4m3fn),
@@ -35,3 +35,8 @@ def test_a_copy_is_equal(tensor):
 def test_what_differs_is_not(tensor):
     assert not equal(torch.tensor([1.0, 2.0]), tensor)
     assert not equal(tensor, torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("tensor", SAME.values(), ids=SAME)
+def test_a_copy_has_the_same_checksum(tensor):
+    assert checksum(tensor) == checksum(tensor.clone(memory_format=torch.contiguous_format))
