@@ -15,8 +15,8 @@ def slow_but(values: Iterable[Any], fast: Container[Any]) -> list[Any]:
 def thinned(every: int, **axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
     """Parametrizes a test by all combinations of values, of which all but every so many are marked as slow.
 
-    Fast are those whose positions on the axes add up to a multiple. So the fast suite meets each value of an axis beside
-    which another one has `every` values or more, and each pair of values of two axes beside which a third one has.
+    Fast are those whose positions on the axes add up to a multiple. So the fast suite meets each value of an axis where
+    another one has `every` values or more, and each pair of values of two axes where a third one has.
 
     Args:
         every: Of how many combinations one is fast.
