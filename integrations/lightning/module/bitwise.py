@@ -11,6 +11,9 @@ from lora_plugins.utils import is_dense
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The whole numbers of some bytes."""
 
+_BLOCK = 64
+"""Words that are side by side in a table of all words, whose rows and columns are added up."""
+
 
 def local(tensor: Tensor) -> Tensor:
     """Returns a tensor, detached; of a distributed one, the part that this process holds."""
@@ -19,18 +22,20 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Returns a checksum of a tensor's bits: two sums of its words, so that swapped values are noticed as well.
+    """Returns a checksum of a tensor's bits: of its words by rows and by columns of a table, each by its place.
 
-    Both wrap around, which is harmless. The device makes no difference. Of a tensor that consists of others, as those
-    of torchao do, it is that of their sums.
+    So swapped values are noticed as well, and swapped rows of a matrix. Sums wrap around, which is harmless. The device
+    makes no difference. Of a tensor that consists of others, as those of torchao do, it is that of their sums.
     """
     own = local(tensor)
     if hasattr(own, "__tensor_flatten__"):
         names, _ = own.__tensor_flatten__()
         return hash(tuple(checksum(getattr(own, name)) for name in names))
     words = _words(own.contiguous().view(-1))
-    half = words.numel() // 2
-    return hash((int(words.sum(dtype=torch.int64)), int(words[:half].sum(dtype=torch.int64)), words.numel()))
+    end = words.numel() // _BLOCK * _BLOCK
+    table, rest = words[:end].view(-1, _BLOCK), words[end:]
+    sums = [_sum_by_place(each) for each in (table.sum(1, dtype=torch.int64), table.sum(0, dtype=torch.int64), rest)]
+    return hash((*torch.stack(sums).tolist(), words.numel()))
 
 
 def is_constant(tensor: Tensor) -> bool:
@@ -66,6 +71,11 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
+def _sum_by_place(words: Tensor) -> Tensor:
+    """Returns a sum of words, each by an odd factor of its own, so that any change of one of them changes it."""
+    return (words * (2 * torch.arange(len(words), device=words.device) + 1)).sum()
+
+
 def _numbers(tensor: Tensor) -> Tensor:
     """Views a tensor's memory as a vector of whole numbers, one for each element of up to eight bytes."""
     return tensor.contiguous().view(-1).view(_WORDS.get(tensor.element_size(), torch.int64))
@@ -76,6 +86,6 @@ def _words(data: Tensor) -> Tensor:
     size = data.element_size()
     if data.numel() * size % 8:
         return data.view(_WORDS[size])
-    # The words of a vector are the same wherever in memory it begins; only there, torch views no numbers of eight bytes.
+    # They are the same wherever in memory a vector begins; only there, torch has no view of numbers of eight bytes.
     begins_with_a_word = data.storage_offset() * size % 8 == 0
     return (data if begins_with_a_word else data.clone()).view(torch.int64)

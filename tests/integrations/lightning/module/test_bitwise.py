@@ -37,6 +37,22 @@ def test_what_differs_is_not(tensor):
     assert not equal(tensor, torch.tensor([1.0, 2.0]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8])
+@pytest.mark.parametrize("size", [2, 5, 8, 300, 1024])
+def test_swapped_values_have_another_checksum(size, dtype):
+    tensor = torch.arange(size).to(dtype)
+    assert checksum(tensor) == checksum(tensor.clone())
+    for first, second in ((0, 1), (0, size - 1), (size // 2, size - 2)):
+        other = tensor.clone()
+        other[[first, second]] = tensor[[second, first]]
+        assert (checksum(other) == checksum(tensor)) == torch.equal(other, tensor)
+
+
+def test_swapped_rows_have_another_checksum():
+    matrix = torch.randn(1024, 256)
+    assert checksum(matrix[torch.tensor([1, 0, *range(2, 1024)])]) != checksum(matrix)
+
+
 @pytest.mark.parametrize("tensor", SAME.values(), ids=SAME)
 def test_a_copy_has_the_same_checksum(tensor):
     assert checksum(tensor) == checksum(tensor.clone(memory_format=torch.contiguous_format))
