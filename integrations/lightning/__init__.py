@@ -3,8 +3,8 @@
     Trainer(callbacks=[LoraCallback(LoraConfig(r=8, target_modules=["attn.qkv"]))]).fit(module)
 
 Names are imported when they are first used, so that the program can say what to install where Lightning is missing.
-The rooms: `callback` ties `module`, `checkpoint`, `strategies`, `shims`, `training` and `adapter_files` together; `cli`
-is on top of it.
+The rooms: `callback` ties `module`, `checkpoint`, `strategies`, `shims`, `training` and `console` together, with files
+beside it such as `run` and `results`; `cli` is on top of it.
 """
 
 from typing import TYPE_CHECKING
