@@ -63,15 +63,16 @@ class Options:
         return self.scaling * (self.dropout.scale if self.dropout else 1.0)
 
 
-def save(ctx: Any, options: Options, x: Tensor, bias: Tensor | None, *others: Tensor | None) -> None:
+def save(ctx: Any, options: Options, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor | None) -> None:
     """Saves what the backward needs, except an input that can be computed again.
 
     torch refuses a backward when a saved tensor has changed. A bias may change, as no gradient depends on it, so it is
-    kept in the context.
+    kept in the context. Of a frozen weight, the values are saved: those of the forward, whatever `weight.data` is then.
     """
     ctx.options, ctx.bias = options, bias
     ctx.dtype, ctx.stride = x.dtype, x.stride()
-    ctx.save_for_backward(None if options.recompute_input else x, *others)
+    own = weight if ctx.needs_input_grad[1] else weight.detach()
+    ctx.save_for_backward(None if options.recompute_input else x, own, *others)
 
 
 def saved(ctx: Any) -> tuple[Tensor, ...]:

@@ -56,7 +56,7 @@ class _LoraConv(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, options: ConvOptions
     ) -> Tensor:
         y, small = output(x, weight, bias, A, B, options)
-        save(ctx, options, x, bias, weight, A, B, small)
+        save(ctx, options, x, weight, bias, A, B, small)
         return y
 
     @staticmethod

@@ -48,9 +48,7 @@ class _LoraLinear(torch.autograd.Function):
         y, matrix = output(rows, weight, bias, A, B, options)
         ctx.steps = rows.stride()
         kept = ctx.needs_input_grad[0] and x.dtype != weight.dtype and not options.low_memory
-        # Of a frozen weight, the values: as of torch's own, those of the forward, whatever `weight.data` is by then.
-        own = weight if ctx.needs_input_grad[1] else weight.detach()
-        save(ctx, options, x, bias, own, A, B, matrix if kept else None)
+        save(ctx, options, x, weight, bias, A, B, matrix if kept else None)
         return _from_rows(y, x, options.axis)
 
     @staticmethod

@@ -109,7 +109,7 @@ class _Rescaled(torch.autograd.Function):
                 part_of(y, part).add_(layer.apply(some, matrix, None))
         keeps = options.dropout is None and x.dtype != weight.dtype and not options.low_memory
         keeps = keeps and ctx.needs_input_grad[0]
-        save(ctx, options, x, bias, weight, A, B, matrix if keeps else None, *own)
+        save(ctx, options, x, weight, bias, A, B, matrix if keeps else None, *own)
         ctx.steps = inputs.stride()
         ctx.bias_in_output = None if bias is None or options.kept is None else bias.clone()
         return layer.outputs(y, x)

@@ -267,6 +267,29 @@ def test_a_backward_is_that_of_the_weights_of_its_forward(change):
     torch.testing.assert_close(*found, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["plain", "dropout"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        pytest.param(LAYERS["float64"], (5, 6), marks=needs("fused_linear", "fused_rescaled"), id="linear"),
+        pytest.param(
+            lambda: nn.Conv2d(3, 4, 3).double(), (2, 3, 5, 5), marks=needs("fused_conv", "fused_rescaled"), id="conv"
+        ),
+    ],
+)
+def test_other_values_of_a_weight_change_no_backward_of_before(make, shape, variant, dropout):
+    model, x = nn.Sequential(make()), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    LoraModel(model, LoraConfig(r=2, target_modules="all", init="none", variant=variant, dropout=dropout))
+    found = []
+    for change in (lambda _: None, replace_values):
+        torch.manual_seed(0)
+        output = model(x)
+        change(model)
+        found += torch.autograd.grad(output.square().sum(), x)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize(
