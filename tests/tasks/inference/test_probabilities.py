@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torchvision import tv_tensors
 
 from lora_plugins import ConfigError
 from lora_plugins.tasks import SemanticSegmentationTask
-from lora_plugins.tasks.inference import label_probabilities, mask_labels, mask_probabilities, most_probable
+from lora_plugins.tasks.data import image_transform
+from lora_plugins.tasks.inference import label_probabilities, mask_labels, mask_probabilities, most_probable, resized
 
 from ..conftest import unet
 
@@ -16,6 +18,31 @@ class TestMasks:
         image = torch.rand(3, 64, 64)
         found = mask_probabilities(task, image, window=(64, 64))
         torch.testing.assert_close(found, task(image[None]).softmax(1)[0].detach())
+
+    @pytest.mark.parametrize(
+        ("overlap", "starts"),
+        [(0.0, [0, 64, 96]), (0.25, [0, 48, 96]), (0.5, [0, 32, 64, 96])],
+        ids=["none", "a quarter", "half"],
+    )
+    @pytest.mark.parametrize("size", [(64, 160), (160, 64)], ids=["wide", "high"])
+    def test_windows_are_averaged_where_they_overlap(self, fitted, size, overlap, starts):
+        task, _ = fitted["masks"]
+        image, total, count = torch.rand(3, *size), torch.zeros(4, *size), torch.zeros(size)
+        for start in starts:
+            window = (
+                (..., slice(start, start + 64)) if size[1] > size[0] else (..., slice(start, start + 64), slice(64))
+            )
+            total[window] += task(image[window][None]).softmax(1)[0].detach()
+            count[window] += 1
+        found = mask_probabilities(task, image, window=(64, 64), overlap=overlap)
+        torch.testing.assert_close(found, total / count)
+
+    def test_an_image_in_a_larger_window_goes_on_as_its_edges_are(self, fitted):
+        task, _ = fitted["masks"]
+        image = torch.rand(3, 40, 30)
+        larger = image[:, torch.arange(64).clamp(max=39)][:, :, torch.arange(64).clamp(max=29)]
+        found = mask_probabilities(task, image, window=(64, 64))
+        torch.testing.assert_close(found, task(larger[None]).softmax(1)[0, :, :40, :30].detach())
 
     def test_a_window_that_the_network_does_not_take_is_named(self):
         task = SemanticSegmentationTask(unet(decoder="UnetPlusPlus")).eval()
@@ -47,6 +74,14 @@ class TestMasks:
         labels = mask_labels(task, image, window=window, flips=True)
         assert labels.dtype == torch.uint8
         assert torch.equal(labels, expected.argmax(0))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("size", [(16, 20), (60, 70)], ids=["smaller", "larger"])
+def test_images_are_resized_as_those_of_data_are(size, interpolation):
+    image = torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8)
+    expected = image_transform(size, interpolation=interpolation)(tv_tensors.Image(image))
+    assert torch.equal(resized(image, size, interpolation), expected)
 
 
 def test_the_first_of_equal_probabilities_counts():
