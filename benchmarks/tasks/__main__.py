@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--rates", action="store_true", help="try other rates on halves of the train split instead")
     parser.add_argument("--epochs", type=int, help="for how long, if not as the case says")
     given = parser.parse_args()
+    if given.rates and (others := [case for case in given.case or () if case not in PICTURES]):
+        parser.error(f"--rates halves the pictures of DATA, which {others[0]!r} is not made of")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     if not given.rates:

@@ -1,5 +1,9 @@
 """The benchmark on real pictures: its order of runs, and its table."""
 
+import sys
+
+import pytest
+
 from benchmarks.tasks.__main__ import (
     FACTORS,
     FULL,
@@ -7,6 +11,7 @@ from benchmarks.tasks.__main__ import (
     PICTURES,
     RECOMMENDED,
     differences,
+    main,
     planned,
     table,
     tried,
@@ -27,6 +32,13 @@ def test_as_many_settings_are_tried_for_each_method():
     settings = [(name, *method.tuning.values()) for _, name, method in tried(["segmentation"])]
     assert len(set(settings)) == len(METHODS) * len(FACTORS)
     assert {[name for name, _ in settings].count(name) for name in METHODS} == {len(FACTORS)}
+
+
+def test_rates_are_tried_on_pictures_alone(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tasks", "data", "--rates", "--case", "digits"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--rates halves the pictures of DATA, which 'digits' is not made of" in capsys.readouterr().err
 
 
 def test_each_method_is_tuned_for_each_task():
