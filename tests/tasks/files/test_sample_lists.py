@@ -49,6 +49,11 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path, header):
         read_list(tmp_path / "list.csv", ("image", "label"))
 
 
+def test_a_name_of_several_may_have_such_a_sign(tmp_path):
+    (tmp_path / "list.csv").write_text("image|path,label\na.jpg,cat\n")
+    assert read_list(tmp_path / "list.csv", ("image|path", "label")) == [{"image|path": "a.jpg", "label": "cat"}]
+
+
 @pytest.mark.parametrize("separator", [";", "\t"], ids=["semicolon", "tab"])
 def test_columns_that_other_signs_separate_are_refused(tmp_path, separator):
     """As of spreadsheets of countries in which numbers have a comma; here names of files have one, too."""
